@@ -1,0 +1,40 @@
+"""Random sparse connectivity: which neurons each neuron reads from."""
+
+import torch
+from torch import Tensor
+
+
+def random_connectivity(
+    num_neurons: int,
+    num_sources: int,
+    num_parents: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw each neuron's parents uniformly at random, without replacement.
+
+    Args:
+        num_neurons: number of neurons W that read.
+        num_sources: number of neurons (or pixels) that can be read. In a recurrent network this
+            is W too, and a neuron may be its own parent.
+        num_parents: parents per neuron, P.
+        generator: source of randomness, a CPU generator.
+
+    Returns:
+        int64 [W, P], the indices of each neuron's parents.
+
+    Raises:
+        ValueError: more parents than sources.
+
+    Source: the paper, Section H.2.
+    """
+    if num_parents > num_sources:
+        raise ValueError(
+            f"num_parents is {num_parents}, but there are only {num_sources} neurons to read from"
+        )
+    priority = torch.rand(num_neurons, num_sources, generator=generator, dtype=torch.float64)
+    return priority.argsort(dim=1)[:, :num_parents].contiguous()
+
+
+def child_counts(parents: Tensor, num_sources: int) -> Tensor:
+    """Number of edges on which each source is read: int64 [num_sources] from parents [W, P]."""
+    return torch.bincount(parents.flatten(), minlength=num_sources)

@@ -1,0 +1,21 @@
+"""Backends: the ways the layers can compute. All give the numbers of "eager", the oracle."""
+
+import difflib
+
+BACKENDS = ("eager", "torch")
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that `name` stands for; "auto" is the fastest that works here.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+    if name == "auto":
+        return "torch"
+    if name not in BACKENDS:
+        close = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r} (known: {known}){hint}")
+    return name

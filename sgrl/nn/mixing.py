@@ -1,0 +1,209 @@
+"""Mixing weights: how much of the received gradient a neuron uses and passes on.
+
+A neuron that receives the gradient g and predicts s uses and passes on
+lambda * g + (1 - lambda) * s. Lambda = 1 everywhere is exactly backpropagation.
+
+Here are the mixture, its schedule over time in BPTT (`temporal_schedule`), and the estimate of
+the best lambda from one batch (`estimate_mixing_weight`). Source: the paper, Sections 4 and H.2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.connectivity import child_counts
+from sgrl.nn.neuron import Activation
+
+#: Lengths below this are taken as this when a vector is divided by its length.
+MIN_LENGTH = 1e-12
+
+
+@dataclass
+class MixingRule:
+    """How a layer mixes predictions into its gradients during the backward pass.
+
+    Attributes:
+        adaptive: lambda follows the estimate from each batch; otherwise it stays as it is.
+        update_enabled: switch of the adaptive update, for a backward pass that must leave
+            lambda alone (the predictor step of the two-phase update).
+        momentum: m in lambda <- m * lambda + (1 - m) * estimate.
+        eps: the estimate is used only where its denominator exceeds this.
+        positive_projection: mix max(<g, s>, 0) s / |s|^2 instead of s.
+        predictor_target: what the predictor regresses on: the "mixed" gradient or the "received".
+    """
+
+    adaptive: bool = True
+    update_enabled: bool = True
+    momentum: float = 0.9
+    eps: float = 1e-12
+    positive_projection: bool = False
+    predictor_target: Literal["mixed", "received"] = "mixed"
+
+    @property
+    def updates(self) -> bool:
+        """Whether a backward pass changes lambda."""
+        return self.adaptive and self.update_enabled
+
+
+def temporal_schedule(mixing_weight: Tensor, parents: Tensor, length: int, beta: float) -> Tensor:
+    """Lambda of every neuron at every step of a sequence.
+
+    lambda_T = lambda; going back in time, lambda_t[j] = min(1, lambda_{t+1}[j] + beta * mean over
+    j's child edges of (1 - lambda_{t+1}[child])), the mean being 0 where j has no children.
+
+    Args:
+        mixing_weight: lambda [W].
+        parents: [W, P].
+        length: T.
+        beta: step of the schedule, >= 0.
+
+    Returns:
+        [T, W]; the last row is `mixing_weight`.
+
+    Source: the paper, Section H.4.
+    """
+    schedule = mixing_weight.repeat(length, 1)
+    if beta == 0:
+        return schedule
+    edges = child_counts(parents, len(mixing_weight)).clamp(min=1)
+    parent_of_edge = parents.flatten()
+    for t in range(length - 2, -1, -1):
+        distrust = (1 - schedule[t + 1]).repeat_interleave(parents.shape[1])
+        total = torch.zeros_like(mixing_weight).index_add_(0, parent_of_edge, distrust)
+        schedule[t] = (schedule[t + 1] + beta * total / edges).clamp(max=1)
+    return schedule
+
+
+def positive_projection(gradient: Tensor, prediction: Tensor, dim: int = -1) -> Tensor:
+    """max(<g, s>, 0) s / max(|s|^2, 1e-12), vectors along `dim` (paper, Section H.4)."""
+    along = (gradient * prediction).sum(dim, keepdim=True).clamp(min=0)
+    return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_LENGTH)
+
+
+def unit(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Vectors along `dim` scaled to length 1 (shorter than 1e-12: divided by 1e-12)."""
+    return vectors / vectors.norm(dim=dim, keepdim=True).clamp(min=MIN_LENGTH)
+
+
+def optimal_mixing_weight(
+    mean_u_square: Tensor,
+    mean_wu: Tensor,
+    square_mean_u: Tensor,
+    mean_w_mean_u: Tensor,
+    num_samples: int,
+    previous: Tensor,
+    eps: float,
+) -> Tensor:
+    """Lambda* from the moments of one batch (paper, equations 17 and 18, estimated as in H.2).
+
+    With w the parameter gradient from the received gradient, s that from the prediction and
+    u = s - w, per neuron over the batch:
+
+    Args:
+        mean_u_square: mean of |u|^2 [W].
+        mean_wu: mean of <w, u> [W].
+        square_mean_u: |mean u|^2 [W].
+        mean_w_mean_u: <mean w, mean u> [W].
+        num_samples: B.
+        previous: lambda before [W], kept where nothing can be told.
+        eps: least denominator.
+
+    Returns:
+        [W], in [0, 1].
+    """
+    if num_samples <= 1:
+        return previous.clone()
+    variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)
+    covariance = (mean_wu - mean_w_mean_u) / (num_samples - 1)
+    squared_bias = (square_mean_u - variance).clamp(min=0)
+    denominator = variance + squared_bias
+    known = denominator > eps
+    ratio = covariance / torch.where(known, denominator, torch.ones_like(denominator))
+    return torch.where(known, (1 + ratio).clamp(0, 1), previous)
+
+
+def estimate_mixing_weight(
+    activation: Activation,
+    gradient: Tensor,
+    prediction: Tensor,
+    scale: float,
+    previous: Tensor,
+    eps: float,
+) -> Tensor:
+    """Estimate of lambda* from one batch of K samples, by the formulas of the paper's H.2.
+
+    The per-sample parameter gradients w and u are never materialised: with t the gradient of b_m
+    and dq that of the slot's score, their squared norms and dot products are
+    (1 + |x|^2) <t, t'> + scale^2 |x|^2 <dq, dq'>.
+
+    Args:
+        activation: of the same K samples.
+        gradient: received gradient g [K, W, N].
+        prediction: s [K, W, N].
+        scale: 1 / sqrt(I).
+        previous: lambda before [W].
+        eps: see `MixingRule`.
+
+    Returns:
+        [W], in [0, 1].
+    """
+    inputs, attention, slots, _ = activation
+    gradient, prediction = unit(gradient), unit(prediction)
+
+    def parameter_gradient(feedback: Tensor) -> tuple[Tensor, Tensor]:
+        t = attention.unsqueeze(-1) * feedback.unsqueeze(2) * (1 - slots.square())
+        v = torch.einsum("kwn,kwmn->kwm", feedback, slots)
+        dq = attention * (v - (attention * v).sum(-1, keepdim=True))
+        return t, dq
+
+    t_w, dq_w = parameter_gradient(gradient)
+    t_u, dq_u = (s - w for s, w in zip(parameter_gradient(prediction), (t_w, dq_w), strict=True))
+    x_square = inputs.square().sum(-1)
+
+    def inner(t: Tensor, dq: Tensor, t_other: Tensor, dq_other: Tensor) -> Tensor:
+        slot_part = (1 + x_square) * (t * t_other).sum((-1, -2))
+        key_part = scale**2 * x_square * (dq * dq_other).sum(-1)
+        return (slot_part + key_part).mean(0)
+
+    def mean_gradient(t: Tensor, dq: Tensor) -> Tensor:
+        count = len(inputs)
+        parts = [
+            t.mean(0).flatten(1),
+            (torch.einsum("kwmn,kwi->wmni", t, inputs) / count).flatten(1),
+            (scale * torch.einsum("kwm,kwi->wmi", dq, inputs) / count).flatten(1),
+        ]
+        return torch.cat(parts, dim=1)
+
+    w_bar, u_bar = mean_gradient(t_w, dq_w), mean_gradient(t_u, dq_u)
+    return optimal_mixing_weight(
+        mean_u_square=inner(t_u, dq_u, t_u, dq_u),
+        mean_wu=inner(t_w, dq_w, t_u, dq_u),
+        square_mean_u=u_bar.square().sum(1),
+        mean_w_mean_u=(w_bar * u_bar).sum(1),
+        num_samples=len(inputs),
+        previous=previous,
+        eps=eps,
+    )
+
+
+def mixing_summary(mixing_weights: Tensor) -> Mapping[str, float]:
+    """Mean, minimum, quartiles and maximum of lambda, under the names of the metrics columns."""
+    values = mixing_weights.detach().flatten().double().cpu()
+    marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    names = ("min", "p25", "median", "p75", "max")
+    quantiles = torch.quantile(values, marks).tolist()
+    summary = {"mixing_weight_mean": values.mean().item()}
+    summary |= {f"mixing_weight_{n}": q for n, q in zip(names, quantiles, strict=True)}
+    return summary
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """A module's parameters as (policy parameters, predictor parameters); together all of them."""
+    policy, predictor = [], []
+    for name, parameter in module.named_parameters():
+        is_predictor = name.rpartition(".")[2].startswith("predictor_")
+        (predictor if is_predictor else policy).append(parameter)
+    return policy, predictor

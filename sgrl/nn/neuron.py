@@ -1,0 +1,140 @@
+"""The slot neuron: its parameters, its output and its predictor of synthetic gradients.
+
+A layer holds W neurons of dimension N. Neuron j reads I numbers x: its parents' states, P * N
+numbers, then E external inputs, which are zeros for all but the first `num_input_neurons`
+neurons. It has M slots, each with a key k_m [I], a matrix A_m [N, I] and a bias b_m [N]:
+
+    a = softmax_m(<x, k_m> / sqrt(I)),   y_m = tanh(A_m x + b_m),   output = sum_m a_m y_m
+
+Its predictor guesses the gradient that will arrive at the output, from the same local input:
+
+    s = sum_m a_m (A^sg_m x + b^sg_m)       (a and x detached)
+
+Source: the paper, Section H.2.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """What a layer of slot neurons computed for K inputs: everything its backward needs."""
+
+    inputs: Tensor  # x [K, W, I]
+    attention: Tensor  # a [K, W, M]
+    slots: Tensor  # y [K, W, M, N]
+    output: Tensor  # [K, W, N]
+
+
+class SlotNeurons(nn.Module):
+    """Parameters and mixing weight of a layer of W slot neurons, and the plain forward pass.
+
+    Keys and matrices are stored stacked, as `nn.GRU` stacks its gates: rows 0..M-1 of
+    `weight_h[j]` are neuron j's keys and the other M * N rows its matrices, slot by slot.
+    The columns of the external input are stored apart, in `weight_x`, and only for the neurons
+    that read it: for all others those inputs are zero, and so would be the gradients.
+
+    Args:
+        num_neurons: W.
+        neuron_size: N.
+        num_parents: P.
+        num_slots: M.
+        external_size: E, length of the external input (0: none).
+        num_input_neurons: the first so many neurons read the external input.
+        predictor: whether the neurons have a predictor of synthetic gradients.
+        predictor_std: standard deviation of the predictor's initial weights and biases.
+        mixing_weight: initial lambda of every neuron, in [0, 1].
+        generator: source of the initial weights, a CPU generator.
+
+    Shapes:
+        weight_h [W, M + M*N, P*N], weight_x [num_input_neurons, M + M*N, E], bias [W, M, N],
+        predictor_h [W, M*N, P*N], predictor_x [num_input_neurons, M*N, E],
+        predictor_bias [W, M, N], mixing_weight [W] (a persistent buffer).
+    """
+
+    mixing_weight: Tensor
+
+    def __init__(
+        self,
+        num_neurons: int,
+        neuron_size: int,
+        num_parents: int,
+        num_slots: int,
+        external_size: int = 0,
+        num_input_neurons: int = 0,
+        predictor: bool = False,
+        predictor_std: float = 0.0,
+        mixing_weight: float = 1.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_neurons = num_neurons
+        self.neuron_size = neuron_size
+        self.num_slots = num_slots
+        self.external_size = external_size
+        self.num_input_neurons = num_input_neurons if external_size else 0
+        # The external inputs count for every neuron, also where they are always zero.
+        self.input_size = num_parents * neuron_size + external_size
+        self.scale = 1 / math.sqrt(self.input_size)
+        self.has_predictor = predictor
+
+        def normal(*shape: int, std: float) -> nn.Parameter:
+            values = torch.empty(shape, dtype=dtype)
+            return nn.Parameter(values.normal_(0.0, std, generator=generator))
+
+        rows, num_x = num_slots * (1 + neuron_size), self.num_input_neurons
+        read = num_parents * neuron_size
+        self.weight_h = normal(num_neurons, rows, read, std=self.scale)
+        self.weight_x = normal(num_x, rows, external_size, std=self.scale)
+        self.bias = normal(num_neurons, num_slots, neuron_size, std=self.scale)
+        if predictor:
+            rows = num_slots * neuron_size
+            self.predictor_h = normal(num_neurons, rows, read, std=predictor_std)
+            self.predictor_x = normal(num_x, rows, external_size, std=predictor_std)
+            self.predictor_bias = normal(num_neurons, num_slots, neuron_size, std=predictor_std)
+        self.register_buffer(
+            "mixing_weight", torch.full((num_neurons,), mixing_weight, dtype=dtype)
+        )
+
+    def join_columns(self, weight_h: Tensor, weight_x: Tensor) -> Tensor:
+        """Weights over all I inputs [W, R, I]: zeros where a neuron has no external input."""
+        missing = weight_x.new_zeros(
+            self.num_neurons - self.num_input_neurons, weight_h.shape[1], self.external_size
+        )
+        return torch.cat([weight_h, torch.cat([weight_x, missing])], dim=2)
+
+    def keys_and_matrices(self) -> tuple[Tensor, Tensor]:
+        """Keys [W, M, I] and matrices A [W, M, N, I], differentiable views of the parameters."""
+        weight = self.join_columns(self.weight_h, self.weight_x)
+        keys, matrices = weight.split([self.num_slots, weight.shape[1] - self.num_slots], dim=1)
+        return keys, matrices.unflatten(1, (self.num_slots, self.neuron_size))
+
+    def read(self, states: Tensor, parents: Tensor, external: Tensor | None) -> Tensor:
+        """Neuron inputs x [K, W, I] from states [K, S, N], parents [W, P], external [K, E]."""
+        read = states[:, parents].flatten(2)
+        if external is None or not self.external_size:
+            return read
+        given = external.unsqueeze(1).expand(-1, self.num_input_neurons, -1)
+        padding = (0, 0, 0, self.num_neurons - self.num_input_neurons)
+        return torch.cat([read, nn.functional.pad(given, padding)], dim=2)
+
+    def forward(self, inputs: Tensor) -> Activation:
+        """Output of the layer, by the definition: inputs x [K, W, I] -> `Activation`."""
+        keys, matrices = self.keys_and_matrices()
+        scores = torch.einsum("kwi,wmi->kwm", inputs, keys) * self.scale
+        attention = scores.softmax(dim=-1)
+        slots = torch.tanh(torch.einsum("kwi,wmni->kwmn", inputs, matrices) + self.bias)
+        output = torch.einsum("kwm,kwmn->kwn", attention, slots)
+        return Activation(inputs, attention, slots, output)
+
+    def predict(self, activation: Activation) -> Tensor:
+        """Synthetic gradient s [K, W, N]; only the predictor's parameters are differentiable."""
+        inputs, attention = activation.inputs.detach(), activation.attention.detach()
+        matrices = self.join_columns(self.predictor_h, self.predictor_x)
+        matrices = matrices.unflatten(1, (self.num_slots, self.neuron_size))
+        guesses = torch.einsum("kwi,wmni->kwmn", inputs, matrices) + self.predictor_bias
+        return torch.einsum("kwm,kwmn->kwn", attention, guesses)

@@ -1,0 +1,498 @@
+"""Policies by name: an encoder, a core over time, an actor, and optionally a value head.
+
+    policy = make_policy("sparsenet", observation_size=56, num_actions=4, propagation="sgprop")
+    output = policy(observations)                     # logits [T, B, A]
+    output = policy.step(observations[0], state)      # logits [B, A], for acting
+
+A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and one line in
+`POLICIES`. Sizes and initial values: the paper, Section H.4.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sgrl.nn.mixing import mixing_summary, split_parameters
+from sgrl.nn.recurrent import SparseRNN
+
+State = dict[str, Tensor]
+
+FORMAT_VERSION = 1
+
+
+class PolicyOutput(NamedTuple):
+    """logits [T, B, A], values [T, B] (None without a value head), state after the last step."""
+
+    logits: Tensor
+    values: Tensor | None
+    state: State
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Settings every policy has.
+
+    Attributes:
+        feature_size: length of the encoder's first layer.
+        embedding_size: length of the encoder's output, the core's input.
+        value_head: whether the policy also estimates the value of its state.
+    """
+
+    feature_size: int = 128
+    embedding_size: int = 128
+    value_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    choices = " or ".join(repr(choice) for choice in get_args(kind))
+                    raise ValueError(f"{name} must be {choices}, got {value!r}")
+            elif kind is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"{name} must be {_article(kind)}, got {value!r}")
+            if name.endswith("_size") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _article(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return names[kind]
+
+
+class Policy(nn.Module):
+    """Base of all policies: encoder, core (the subclass's), actor, optional value head.
+
+    Args:
+        observation_size: F, length of a flat observation.
+        num_actions: A.
+        settings: an instance of the class's `Settings`.
+        generator: source of all initial weights, a CPU generator.
+        dtype: floating-point type of the parameters.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[PolicySettings]]
+
+    def __init__(
+        self,
+        observation_size: int,
+        num_actions: int,
+        settings: PolicySettings,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        if observation_size < 1 or num_actions < 1:
+            raise ValueError(
+                "observation_size and num_actions must be at least 1, "
+                f"got {observation_size} and {num_actions}"
+            )
+        self.observation_size = observation_size
+        self.num_actions = num_actions
+        self.settings = settings
+        self.encoder = nn.Sequential(
+            _linear(observation_size, settings.feature_size, generator, dtype),
+            nn.LayerNorm(settings.feature_size, eps=1e-5, elementwise_affine=False),
+            _linear(settings.feature_size, settings.embedding_size, generator, dtype),
+            nn.LeakyReLU(0.01),
+        )
+        core_size = self._build_core(generator, dtype)
+        self.actor = self._build_actor(core_size, generator, dtype)
+        self.value_head = _linear(core_size, 1, generator, dtype) if settings.value_head else None
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        """Make the core's modules and return the length of its output."""
+        raise NotImplementedError(f"{type(self).__name__} must build its core")
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        logits = nn.Linear(128, self.num_actions, dtype=dtype)
+        nn.init.normal_(logits.weight, std=0.01, generator=generator)
+        nn.init.zeros_(logits.bias)
+        return nn.Sequential(
+            _linear(core_size, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            _linear(128, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            logits,
+        )
+
+    def initial_state(self, batch_size: int) -> State:
+        """State before the first step: tensors [B, ...] by name, zeros; empty if no memory."""
+        return {}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state."""
+        raise NotImplementedError(f"{type(self).__name__} must run its core")
+
+    def forward(
+        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> PolicyOutput:
+        """Run over whole sequences.
+
+        Args:
+            observations: [T, B, F].
+            state: before the first step; `initial_state` if None.
+            mask: bool [T, B], True at valid steps; all if None.
+        """
+        if state is None:
+            state = self.initial_state(observations.shape[1])
+        features, state = self.run_core(self.encoder(observations), state, mask)
+        values = None if self.value_head is None else self.value_head(features).squeeze(-1)
+        return PolicyOutput(self.actor(features), values, state)
+
+    def step(self, observations: Tensor, state: State) -> PolicyOutput:
+        """One step: observations [B, F] -> logits [B, A], values [B], state."""
+        output = self(observations.unsqueeze(0), state)
+        values = None if output.values is None else output.values[0]
+        return PolicyOutput(output.logits[0], values, output.state)
+
+
+def _linear(
+    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
+) -> nn.Linear:
+    """Linear layer with orthogonal weights and zero biases."""
+    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
+    nn.init.orthogonal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@dataclass(frozen=True)
+class RecurrentSettings(PolicySettings):
+    """Settings of the dense policies.
+
+    Attributes:
+        hidden_size: length of the core's output (and, with memory, of its state).
+    """
+
+    hidden_size: int = 256
+
+
+def _initialise_dense_rnn(rnn: nn.RNNBase, generator: torch.Generator) -> None:
+    """Each whole stacked weight matrix orthogonal, biases zero."""
+    for name, parameter in rnn.named_parameters():
+        if name.startswith("weight"):
+            nn.init.orthogonal_(parameter, generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+
+
+class GRUPolicy(Policy):
+    """Dense recurrent baseline: one layer of gated recurrent units."""
+
+    name = "gru"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = nn.GRU(self.settings.embedding_size, size, dtype=dtype)
+        _initialise_dense_rnn(self.core, generator)
+        return size
+
+    def initial_state(self, batch_size: int) -> State:
+        return {"h": self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        features, h = self.core(embeddings, state["h"].unsqueeze(0).contiguous())
+        return features, {"h": h[0]}
+
+
+class LSTMPolicy(Policy):
+    """Dense recurrent baseline: one layer of long short-term memory."""
+
+    name = "lstm"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = nn.LSTM(self.settings.embedding_size, size, dtype=dtype)
+        _initialise_dense_rnn(self.core, generator)
+        return size
+
+    def initial_state(self, batch_size: int) -> State:
+        zeros = self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)
+        return {"h": zeros, "c": zeros.clone()}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        before = tuple(state[name].unsqueeze(0).contiguous() for name in ("h", "c"))
+        features, (h, c) = self.core(embeddings, before)
+        return features, {"h": h[0], "c": c[0]}
+
+
+class MLPPolicy(Policy):
+    """Baseline without memory: the core is a linear layer and tanh.
+
+    POPGym's mazes can be solved without memory, so a comparison without it misleads.
+    """
+
+    name = "mlp"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = nn.Sequential(
+            _linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
+        )
+        return size
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+
+@dataclass(frozen=True)
+class SparseNetSettings(PolicySettings):
+    """Settings of the sparse policy; see `SparseRNN` for what they do.
+
+    Attributes:
+        actor_slots: slots per action of the actor.
+    """
+
+    num_neurons: int = 128
+    neuron_size: int = 6
+    num_parents: int = 6
+    num_slots: int = 6
+    num_input_neurons: int = 16
+    actor_slots: int = 6
+    propagation: Literal["sgprop", "backprop"] = "sgprop"
+    mixing_weight: float = 1.0
+    adaptive: bool = True
+    mixing_momentum: float = 0.9
+    schedule_beta: float = 0.1
+    positive_projection: bool = False
+    predictor_target: Literal["mixed", "received"] = "mixed"
+    mask_predictions: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.actor_slots < 1:
+            raise ValueError(f"actor_slots must be at least 1, got {self.actor_slots}")
+        SparseRNN.check_settings(**self.core_settings())
+
+    def core_settings(self) -> dict[str, Any]:
+        """The settings that `SparseRNN` takes, with its names."""
+        settings = dataclasses.asdict(self)
+        for name in ("feature_size", "value_head", "actor_slots"):
+            del settings[name]
+        settings["input_size"] = settings.pop("embedding_size")
+        return settings
+
+
+class SlotActor(nn.Module):
+    """Each action's logit from S slots of its own over the flat state.
+
+    weights = softmax_m(<h, k_m> / sqrt(H)), logit = sum_m weights_m (<h, A_m> + b_m).
+    Shapes: keys and A [num_actions, S, H], b [num_actions, S]; [..., H] -> [..., num_actions].
+    Source: the paper, Section H.4.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_actions: int,
+        num_slots: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scale = 1 / math.sqrt(input_size)
+        shape = (num_actions, num_slots, input_size)
+        self.keys = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(shape[:2], dtype=dtype))
+        for parameter in (self.keys, self.A):
+            nn.init.normal_(parameter, std=self.scale, generator=generator)
+
+    def forward(self, h: Tensor) -> Tensor:
+        scores = nn.functional.linear(h, self.keys.flatten(0, 1)) * self.scale
+        values = nn.functional.linear(h, self.A.flatten(0, 1), self.b.flatten())
+        weights = scores.unflatten(-1, self.b.shape).softmax(dim=-1)
+        return (weights * values.unflatten(-1, self.b.shape)).sum(-1)
+
+
+class SparseNetPolicy(Policy):
+    """Recurrent SparseNet, trained by backpropagation or synthetic-gradient propagation."""
+
+    name = "sparsenet"
+    Settings = SparseNetSettings
+    settings: SparseNetSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        self.core = SparseRNN(
+            **self.settings.core_settings(), flatten=True, generator=generator, dtype=dtype
+        )
+        return self.settings.num_neurons * self.settings.neuron_size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return SlotActor(core_size, self.num_actions, self.settings.actor_slots, generator, dtype)
+
+    def initial_state(self, batch_size: int) -> State:
+        return {"h": self.core.initial_state(batch_size)}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        features, h = self.core(embeddings, state["h"], mask)
+        return features, {"h": h}
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (GRUPolicy, LSTMPolicy, MLPPolicy, SparseNetPolicy)
+}
+
+
+def nearest_name(name: str, known: Any) -> str:
+    """Hint naming the nearest of the known names, to end an error message with."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
+    """Validated settings of the policy `name`, defaults filled in.
+
+    Raises:
+        ValueError: unknown policy, unknown setting, wrong type or impossible size.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; {nearest_name(name, POLICIES)}")
+    kind = POLICIES[name].Settings
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"policy {name!r} has no setting {key!r}; {nearest_name(key, known)}")
+    return kind(**settings)
+
+
+def make_policy(
+    name: str,
+    observation_size: int,
+    num_actions: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Policy:
+    """Build the policy `name`; the same seed gives the same connectivity and weights.
+
+    Args:
+        name: a key of `POLICIES`.
+        observation_size: F.
+        num_actions: A.
+        seed: of connectivity and initial weights.
+        dtype: of the parameters.
+        settings: fields of the policy's `Settings`.
+
+    Raises:
+        ValueError: unknown policy or setting, wrong type, impossible size.
+    """
+    checked = policy_settings(name, settings)
+    generator = torch.Generator().manual_seed(seed)
+    return POLICIES[name](observation_size, num_actions, checked, generator, dtype)
+
+
+def policy_parameters(policy: nn.Module) -> list[nn.Parameter]:
+    """All parameters but the predictors'."""
+    return split_parameters(policy)[0]
+
+
+def predictor_parameters(policy: nn.Module) -> list[nn.Parameter]:
+    """The predictors' parameters; empty unless the policy uses sgprop."""
+    return split_parameters(policy)[1]
+
+
+def mixing_statistics(policy: nn.Module) -> dict[str, float]:
+    """What sgprop measured in the last backward pass, and the spread of the mixing weights.
+
+    Keys: predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm, mixing_weight_mean,
+    _min, _p25, _median, _p75, _max. Empty where nothing uses sgprop.
+    """
+    for module in policy.modules():
+        if isinstance(module, SparseRNN) and module.propagation == "sgprop":
+            measured = {name: float(value) for name, value in module.statistics.items()}
+            return {**measured, **mixing_summary(module.neurons.mixing_weight)}
+    return {}
+
+
+def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
+    """Write `policy.safetensors` and `policy.json` into an existing folder.
+
+    Args:
+        policy: to save.
+        directory: where to.
+        extra: further JSON values for policy.json (the environment, for instance).
+    """
+    directory = Path(directory)
+    state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    description = {
+        "format": FORMAT_VERSION,
+        "policy": policy.name,
+        "observation_size": policy.observation_size,
+        "num_actions": policy.num_actions,
+        "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+        "settings": dataclasses.asdict(policy.settings),
+        **extra,
+    }
+    save_file(state, directory / "policy.safetensors")
+    (directory / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Load a policy from a checkpoint, or any folder that `save_policy` wrote; without Ray.
+
+    Args:
+        path: the folder that holds `policy.safetensors` and `policy.json`.
+
+    Raises:
+        FileNotFoundError: the folder does not hold them.
+        ValueError: they cannot be read, or do not belong together.
+    """
+    directory = Path(path)
+    description_file, weights_file = directory / "policy.json", directory / "policy.safetensors"
+    for file in (description_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{directory} holds no {file.name}; give a checkpoint's folder")
+    try:
+        description = json.loads(description_file.read_text())
+        if description["format"] != FORMAT_VERSION:
+            raise ValueError(f"{description_file} has the unknown format {description['format']}")
+        policy = make_policy(
+            description["policy"],
+            description["observation_size"],
+            description["num_actions"],
+            dtype=getattr(torch, description["dtype"]),
+            **description["settings"],
+        )
+        policy.load_state_dict(load_file(weights_file))
+    except (KeyError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{directory} holds no readable policy: {line}") from error
+    return policy

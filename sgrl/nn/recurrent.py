@@ -1,0 +1,326 @@
+"""SparseRNN: a sparse recurrent network of slot neurons, used like `torch.nn.GRU`.
+
+    rnn = SparseRNN(input_size=128)
+    output, h_n = rnn(x)                  # x [T, B, 128] -> output [T, B, W, N], h_n [B, W, N]
+    output, h_n = rnn(x, h_0, mask)       # mask [T, B]: False where a sequence has ended
+
+Under `propagation="sgprop"` the backward pass of the layer mixes each neuron's prediction of its
+incoming gradient into the gradient it uses and passes on through time, returns the predictor's
+regression gradient as the gradient of the predictor's parameters (`split_parameters` tells them
+apart: give them an optimizer or a parameter group of their own), and, if adaptive, updates the
+mixing weight at its end. After a backward pass `statistics` holds what it measured.
+
+Backends: "eager" is the plain loop over time below, the oracle for all others; "torch" runs the
+whole unroll in one autograd function with a hand-written backward (`kernels/unroll.py`); "auto"
+takes the fastest. None supports a second derivative.
+
+Source: the paper, Sections 4, H.2 and H.4.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.connectivity import random_connectivity
+from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels.unroll import unroll
+from sgrl.nn.mixing import (
+    MixingRule,
+    estimate_mixing_weight,
+    positive_projection,
+    temporal_schedule,
+)
+from sgrl.nn.neuron import Activation, SlotNeurons
+
+_SIZES = (
+    "input_size",
+    "num_neurons",
+    "neuron_size",
+    "num_parents",
+    "num_slots",
+    "num_input_neurons",
+)
+_CHOICES = {"propagation": ("backprop", "sgprop"), "predictor_target": ("mixed", "received")}
+
+
+class SparseRNN(nn.Module):
+    """Recurrent SparseNet layer: h_t = neuron([states of the parents at t-1, x_t]).
+
+    Args:
+        input_size: E, length of the input at each step.
+        num_neurons: W.
+        neuron_size: N, dimension of a neuron's state.
+        num_parents: P, neurons each neuron reads, drawn at random once (may include itself).
+        num_slots: M, slots of a neuron.
+        num_input_neurons: the first so many neurons read x_t.
+        propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
+        mixing_weight: initial lambda, in [0, 1].
+        adaptive: whether lambda follows its estimate from each batch.
+        mixing_momentum: momentum of that update.
+        schedule_beta: step of the temporal schedule of lambda.
+        positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
+        predictor_target: gradient the predictor regresses on, "mixed" or "received".
+        mask_predictions: True passes the received gradient on unmixed at masked steps. The
+            published method mixes there too.
+        flatten: True gives output [T, B, W*N] and h_n [B, W*N], and takes such an h_0.
+        backend: "auto", "eager" or "torch".
+        generator: source of connectivity and initial weights, a CPU generator.
+
+    Raises:
+        ValueError: a size or setting that is impossible.
+    """
+
+    parents: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        num_neurons: int = 128,
+        neuron_size: int = 6,
+        num_parents: int = 6,
+        num_slots: int = 6,
+        num_input_neurons: int = 16,
+        *,
+        propagation: Literal["backprop", "sgprop"] = "sgprop",
+        mixing_weight: float = 1.0,
+        adaptive: bool = True,
+        mixing_momentum: float = 0.9,
+        schedule_beta: float = 0.1,
+        positive_projection: bool = False,
+        predictor_target: Literal["mixed", "received"] = "mixed",
+        mask_predictions: bool = False,
+        flatten: bool = False,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.check_settings(
+            input_size=input_size,
+            num_neurons=num_neurons,
+            neuron_size=neuron_size,
+            num_parents=num_parents,
+            num_slots=num_slots,
+            num_input_neurons=num_input_neurons,
+            propagation=propagation,
+            mixing_weight=mixing_weight,
+            mixing_momentum=mixing_momentum,
+            schedule_beta=schedule_beta,
+            predictor_target=predictor_target,
+            backend=backend,
+        )
+        self.backend = resolve_backend(backend)
+        self.input_size = input_size
+        self.num_neurons = num_neurons
+        self.neuron_size = neuron_size
+        self.propagation = propagation
+        self.schedule_beta = schedule_beta
+        self.mask_predictions = mask_predictions
+        self.flatten = flatten
+        self.rule = MixingRule(
+            adaptive=adaptive,
+            momentum=mixing_momentum,
+            positive_projection=positive_projection,
+            predictor_target=predictor_target,
+        )
+        parents = random_connectivity(num_neurons, num_neurons, num_parents, generator)
+        self.register_buffer("parents", parents)
+        self.neurons = SlotNeurons(
+            num_neurons,
+            neuron_size,
+            num_parents,
+            num_slots,
+            external_size=input_size,
+            num_input_neurons=num_input_neurons,
+            predictor=propagation == "sgprop",
+            mixing_weight=mixing_weight,
+            generator=generator,
+            dtype=dtype,
+        )
+        #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over valid
+        #: steps, neurons and dimensions), and true_grad_norm, mixed_grad_norm, prediction_norm
+        #: (mean length, per neuron and valid step, of g, of the mixed gradient and of s).
+        self.statistics: dict[str, Tensor] = {}
+
+    @staticmethod
+    def check_settings(**settings: Any) -> None:
+        """Check arguments of the constructor.
+
+        Raises:
+            ValueError: one line that names the argument.
+        """
+        for name in _SIZES:
+            if settings[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+        num_neurons = settings["num_neurons"]
+        for name in ("num_parents", "num_input_neurons"):
+            if settings[name] > num_neurons:
+                raise ValueError(
+                    f"{name} ({settings[name]}) must be at most num_neurons ({num_neurons})"
+                )
+        for name, choices in _CHOICES.items():
+            if settings[name] not in choices:
+                known = " or ".join(repr(choice) for choice in choices)
+                raise ValueError(f"{name} must be {known}, got {settings[name]!r}")
+        for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
+            if not 0 <= settings[name] <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
+        resolve_backend(settings["backend"])
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """Zero state [B, W, N] (flattened: [B, W*N])."""
+        weight = self.neurons.weight_h
+        state = weight.new_zeros(batch_size, self.num_neurons, self.neuron_size)
+        return state.flatten(1) if self.flatten else state
+
+    def schedule(self, length: int) -> Tensor:
+        """Lambda at every step: [T, W]; ones under backpropagation."""
+        weights = self.neurons.mixing_weight
+        if self.propagation == "backprop":
+            return torch.ones_like(weights).expand(length, -1)
+        return temporal_schedule(weights, self.parents, length, self.schedule_beta)
+
+    def forward(
+        self, x: Tensor, h_0: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unroll over time.
+
+        Args:
+            x: inputs [T, B, E].
+            h_0: state before the first step [B, W, N]; zeros if None.
+            mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
+                loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
+
+        Returns:
+            (output [T, B, W, N], h_n [B, W, N] = output[-1]).
+
+        Raises:
+            ValueError: x or h_0 of another shape.
+        """
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x must be [T, B, {self.input_size}], got {list(x.shape)}")
+        state_shape = (x.shape[1], self.num_neurons, self.neuron_size)
+        if h_0 is None:
+            h_0 = x.new_zeros(state_shape)
+        elif h_0.shape[0] != x.shape[1] or h_0[0].numel() != state_shape[1] * state_shape[2]:
+            raise ValueError(f"h_0 must be {list(state_shape)}, got {list(h_0.shape)}")
+        h_0 = h_0.reshape(state_shape)
+        run = unroll if self.backend == "torch" else eager_unroll
+        output = run(self, x, h_0, mask)
+        if self.flatten:
+            output = output.flatten(2)
+        return output, output[-1]
+
+
+def eager_unroll(rnn: SparseRNN, x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
+    """The unroll as a plain loop: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
+    record = _BackwardRecord(rnn, len(x), x.shape[1], mask)
+    h, outputs = h_0, []
+    for t in range(len(x)):
+        activation = rnn.neurons(rnn.neurons.read(h, rnn.parents, x[t]))
+        h = activation.output
+        if rnn.propagation == "sgprop":
+            prediction = rnn.neurons.predict(activation)
+            record.add(activation)
+            h = _MixPrediction.apply(h, prediction, t, record)
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+class _BackwardRecord:
+    """What the mixing steps of one unroll share: the schedule, the mask, and what they saw."""
+
+    def __init__(self, rnn: SparseRNN, length: int, batch_size: int, mask: Tensor | None) -> None:
+        self.rnn = rnn
+        self.length = length
+        self.schedule = rnn.schedule(length)
+        device = rnn.neurons.weight_h.device
+        if mask is None:
+            mask = torch.ones(length, batch_size, dtype=torch.bool, device=device)
+        self.mask = mask
+        self.activations: list[Activation] = []
+        self.gradients: dict[int, Tensor] = {}
+        self.mixed: dict[int, Tensor] = {}
+        self.predictions: dict[int, Tensor] = {}
+        self.substitutes: dict[int, Tensor] = {}
+
+    def add(self, activation: Activation) -> None:
+        self.activations.append(Activation(*(value.detach() for value in activation)))
+
+    def mix(self, t: int, gradient: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Received gradient and prediction of step t, both [B, W, N] -> (mixed, residual)."""
+        rule, weight = self.rnn.rule, self.schedule[t].view(1, -1, 1)
+        substitute = (
+            positive_projection(gradient, prediction) if rule.positive_projection else prediction
+        )
+        mixed = weight * gradient + (1 - weight) * substitute
+        valid = self.mask[t].view(-1, 1, 1)
+        if self.rnn.mask_predictions:
+            mixed = torch.where(valid, mixed, gradient)
+        target = mixed if rule.predictor_target == "mixed" else gradient
+        residual = torch.where(valid, prediction - target, 0.0)
+        self.gradients[t], self.mixed[t] = gradient, mixed
+        self.predictions[t], self.substitutes[t] = prediction, substitute
+        self.loss = (
+            self.loss + residual.square().sum() / self.count
+            if t < self.length - 1
+            else (residual.square().sum() / self.count)
+        )
+        if t == 0:
+            self.finish()
+        return mixed, 2 * residual / self.count
+
+    @property
+    def count(self) -> Tensor:
+        """Number of terms in the predictor's loss: valid steps x neurons x dimensions."""
+        neurons = self.rnn.neurons
+        return self.mask.sum().clamp(min=1) * neurons.num_neurons * neurons.neuron_size
+
+    def finish(self) -> None:
+        """Statistics, and the update of lambda from all valid steps, after the last mixture."""
+        rnn, valid = self.rnn, self.mask
+
+        def gather(steps: dict[int, Tensor]) -> Tensor:
+            return torch.stack([steps[t] for t in range(self.length)])[valid]
+
+        gradient, substitute = gather(self.gradients), gather(self.substitutes)
+        rnn.statistics = {
+            "predictor_loss": self.loss,
+            "true_grad_norm": gradient.norm(dim=-1).mean(),
+            "mixed_grad_norm": gather(self.mixed).norm(dim=-1).mean(),
+            "prediction_norm": gather(self.predictions).norm(dim=-1).mean(),
+        }
+        if not rnn.rule.updates:
+            return
+        activation = Activation(
+            *(torch.stack(values)[valid] for values in zip(*self.activations, strict=True))
+        )
+        previous = rnn.neurons.mixing_weight
+        estimate = estimate_mixing_weight(
+            activation, gradient, substitute, rnn.neurons.scale, previous, rnn.rule.eps
+        )
+        momentum = rnn.rule.momentum
+        previous.copy_(momentum * previous + (1 - momentum) * estimate)
+
+
+class _MixPrediction(torch.autograd.Function):
+    """Identity going forward; going back, mixes the prediction into the gradient of the state.
+
+    The gradient it returns for the prediction is that of the predictor's loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, prediction: Tensor, t: int, record: _BackwardRecord) -> Tensor:
+        ctx.t, ctx.record = t, record
+        ctx.save_for_backward(prediction)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (prediction,) = ctx.saved_tensors
+        mixed, regression = ctx.record.mix(ctx.t, gradient, prediction)
+        return mixed, regression, None, None
