@@ -1,0 +1,20 @@
+"""Full-episode REINFORCE without Ray: batch, rollout, loss, update, and a plain training loop."""
+
+from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.loop import train
+from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
+from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.update import NonFiniteLoss, UpdateSettings, make_optimizers, update
+
+__all__ = [
+    "EpisodeBatch",
+    "NonFiniteLoss",
+    "Rollout",
+    "UpdateSettings",
+    "discounted_returns",
+    "make_optimizers",
+    "normalize_returns",
+    "reinforce_loss",
+    "train",
+    "update",
+]

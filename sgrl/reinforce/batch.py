@@ -1,0 +1,63 @@
+"""A batch of whole episodes, dense in time: one episode per environment."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class EpisodeBatch:
+    """One episode of every environment, padded to the configured episode length T.
+
+    Attributes:
+        observations: float32 [T, B, F]. After an episode's end its terminal observation is
+            repeated while others run; zeros once all are done.
+        actions: int64 [T, B]; sampled from the policy at padded steps too, without effect.
+        rewards: float32 [T, B], 0 at padded steps.
+        mask: bool [T, B], True at the steps of the episode.
+        success: bool [B], whether the episode terminated (rather than ran out of time).
+        lengths: int64 [B], steps of each episode.
+
+    Source: the paper, Section H.4.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    mask: Tensor
+    success: Tensor
+    lengths: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """Environment steps as figures count them: T x B, padding included."""
+        return self.mask.numel()
+
+    def to(self, device: torch.device | str) -> "EpisodeBatch":
+        values = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        return EpisodeBatch(**values)
+
+    def statistics(self) -> dict[str, float]:
+        """success_rate, episode_return_mean (undiscounted) and episode_length_mean."""
+        return {
+            "success_rate": self.success.double().mean().item(),
+            "episode_return_mean": self.rewards.double().sum(0).mean().item(),
+            "episode_length_mean": self.lengths.double().mean().item(),
+        }
+
+
+def concatenate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
+    """Batches of the same T side by side along B."""
+    if len(batches) == 1:
+        return batches[0]
+    values = {
+        field.name: torch.cat(
+            [getattr(batch, field.name) for batch in batches],
+            dim=0 if field.name in ("success", "lengths") else 1,
+        )
+        for field in dataclasses.fields(EpisodeBatch)
+    }
+    return EpisodeBatch(**values)

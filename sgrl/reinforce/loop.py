@@ -1,0 +1,57 @@
+"""The plain training loop: REINFORCE on whole episodes, with nothing but PyTorch.
+
+It gives the same numbers as the RLlib algorithm `sgrl.rllib.Reinforce` with the same settings.
+"""
+
+from collections.abc import Iterator
+
+from sgrl.envs.registry import VectorEnv
+from sgrl.nn.policies import Policy
+from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+
+
+def train(
+    policy: Policy,
+    env: VectorEnv,
+    iterations: int,
+    *,
+    lr: float = 2e-3,
+    predictor_lr: float = 1e-5,
+    seed: int = 0,
+    settings: UpdateSettings | None = None,
+) -> Iterator[dict[str, float]]:
+    """Train a policy; one iteration is one batch of one episode per environment.
+
+    Args:
+        policy: to train, in place.
+        env: the environments.
+        iterations: number of batches.
+        lr: learning rate of the policy's parameters.
+        predictor_lr: learning rate of the predictors of synthetic gradients.
+        seed: of environments and actions.
+        settings: of each update; the published ones if None.
+
+    Yields:
+        One row of metrics an iteration: iteration, env_steps, success_rate,
+        episode_return_mean, episode_length_mean, and those of `update`.
+
+    Example:
+        >>> env = make_vector("labyrinth_escape", 20, {})
+        >>> policy = make_policy("sparsenet", env.observation_size, env.num_actions)
+        >>> for row in train(policy, env, iterations=300):
+        ...     print(row["iteration"], row["success_rate"])
+    """
+    rollout = Rollout(env, policy, seed)
+    optimizers = make_optimizers(policy, lr, predictor_lr)
+    env_steps = 0
+    for iteration in range(1, iterations + 1):
+        batch = rollout.collect()
+        env_steps += batch.num_steps
+        measured = update(policy, optimizers, batch, settings or UpdateSettings())
+        yield {
+            "iteration": iteration,
+            "env_steps": env_steps,
+            **batch.statistics(),
+            **measured,
+        }

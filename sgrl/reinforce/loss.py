@@ -1,0 +1,69 @@
+"""Monte-Carlo returns and the REINFORCE loss (paper, Section H.4)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """R_t = r_t + gamma R_{t+1} within each episode; 0 at padded steps.
+
+    Args:
+        rewards: [T, B].
+        mask: bool [T, B], True at the steps of the episode.
+        gamma: discount.
+
+    Returns:
+        [T, B], of the rewards' type.
+    """
+    returns = torch.zeros_like(rewards)
+    ahead = torch.zeros_like(rewards[0])
+    for t in range(len(rewards) - 1, -1, -1):
+        ahead = torch.where(mask[t], rewards[t] + gamma * ahead, 0.0)
+        returns[t] = ahead
+    return returns
+
+
+def normalize_returns(returns: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the valid steps; 0 at padded steps.
+
+    Args:
+        returns: [T, B].
+        mask: bool [T, B].
+
+    Returns:
+        (returns - mean) / (population standard deviation + 1e-8), [T, B].
+    """
+    valid = returns[mask]
+    normalized = (returns - valid.mean()) / (valid.std(correction=0) + 1e-8)
+    return torch.where(mask, normalized, 0.0)
+
+
+class LossTerms(NamedTuple):
+    """loss = policy_loss - entropy_coeff * entropy, 0-dim tensors."""
+
+    loss: Tensor
+    policy_loss: Tensor
+    entropy: Tensor
+
+
+def reinforce_loss(
+    logits: Tensor, actions: Tensor, returns: Tensor, mask: Tensor, entropy_coeff: float
+) -> LossTerms:
+    """-masked mean(log pi(a) * return) - entropy_coeff * masked mean(entropy of pi).
+
+    Args:
+        logits: [T, B, A].
+        actions: int64 [T, B].
+        returns: [T, B].
+        mask: bool [T, B].
+        entropy_coeff: weight of the entropy bonus.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    count = mask.sum().clamp(min=1)
+    policy_loss = -torch.where(mask, chosen * returns, 0.0).sum() / count
+    entropy = torch.where(mask, entropies, 0.0).sum() / count
+    return LossTerms(policy_loss - entropy_coeff * entropy, policy_loss, entropy)

@@ -1,0 +1,93 @@
+"""Full-episode rollout: every environment is reset and run once to its end, each batch.
+
+No episode is dropped and none favoured: a batch holds exactly one episode of each environment,
+padded to the configured episode length.
+"""
+
+from typing import Any
+
+import torch
+
+from sgrl.envs.registry import VectorEnv
+from sgrl.nn.policies import Policy
+from sgrl.reinforce.batch import EpisodeBatch
+
+
+class Rollout:
+    """Collects batches of whole episodes from a vector of environments.
+
+    Environment e of batch k is reset with seed + first_env + e + k * total_envs, so several
+    rollouts that share `total_envs` see together what one big rollout would see.
+
+    Args:
+        env: the environments, B of them.
+        policy: acts; its parameters may change between batches.
+        seed: of the environments and of the actions.
+        first_env: index of this rollout's first environment among all.
+        total_envs: number of environments over all rollouts (default: B).
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        policy: Policy,
+        seed: int,
+        first_env: int = 0,
+        total_envs: int | None = None,
+    ) -> None:
+        self.env = env
+        self.policy = policy
+        self.seed = seed
+        self.first_env = first_env
+        self.total_envs = env.num_envs if total_envs is None else total_envs
+        self.batches = 0
+        # Rollouts that share a seed must not draw the same actions.
+        self.generator = torch.Generator().manual_seed((seed << 20) + first_env)
+
+    def collect(self) -> EpisodeBatch:
+        """Run every environment once to its end. The tensors are on the policy's device."""
+        env, policy = self.env, self.policy
+        length, num_envs = env.episode_length, env.num_envs
+        parameter = next(policy.parameters())
+        # argmax(logits - log(exponential noise)) is a sample of the policy (the Gumbel trick);
+        # the noise of a whole batch is drawn at once.
+        noise = torch.empty(length, num_envs, policy.num_actions)
+        noise = noise.exponential_(generator=self.generator).log_().to(parameter)
+
+        observations = torch.zeros(length, num_envs, env.observation_size)
+        actions = torch.zeros(length, num_envs, dtype=torch.int64)
+        rewards = torch.zeros(length, num_envs)
+        mask = torch.zeros(length, num_envs, dtype=torch.bool)
+        success = torch.zeros(num_envs, dtype=torch.bool)
+        running = torch.ones(num_envs, dtype=torch.bool)
+        current = torch.from_numpy(env.reset(self._reset_seeds()))
+        with torch.inference_mode():
+            state = policy.initial_state(num_envs)
+            for t in range(length):
+                observations[t] = current
+                output = policy.step(current.to(parameter), state)
+                state = output.state
+                actions[t] = (output.logits - noise[t]).argmax(-1)
+                step = env.step(actions[t].numpy())
+                current, reward, terminated, truncated = map(torch.from_numpy, step)
+                rewards[t], mask[t] = reward, running
+                success |= terminated
+                running = running & ~(terminated | truncated)
+                if not running.any():
+                    break
+        self.batches += 1
+        batch = EpisodeBatch(observations, actions, rewards, mask, success, mask.sum(0))
+        return batch.to(parameter.device)
+
+    def _reset_seeds(self) -> list[int]:
+        first = self.seed + self.first_env + self.batches * self.total_envs
+        return [first + e for e in range(self.env.num_envs)]
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the next batch depends on, but the policy: batch counter and generator."""
+        return {"batches": self.batches, "generator": self.generator.get_state().numpy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from `get_state`."""
+        self.batches = int(state["batches"])
+        self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))

@@ -1,0 +1,134 @@
+"""One training step: returns, loss, one backward pass, two optimizers clipped separately.
+
+Synthetic-gradient propagation happens inside the network's own backward pass, so this is the
+same code for every policy; predictors merely have an optimizer of their own.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.policies import Policy, mixing_statistics
+from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.loss import LossTerms, discounted_returns, normalize_returns, reinforce_loss
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient is NaN or infinite; no parameter was changed by that step."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Settings of one training step.
+
+    Attributes:
+        gamma: discount of the returns.
+        entropy_coeff: weight of the entropy bonus.
+        grad_clip: greatest global norm, of each parameter group; None leaves gradients alone.
+        normalize_returns: whether returns are normalised over the batch's valid steps.
+    """
+
+    gamma: float = 0.95
+    entropy_coeff: float = 0.01
+    grad_clip: float | None = 0.5
+    normalize_returns: bool = True
+
+
+def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:
+    """Adam (betas 0.9 and 0.999, eps 1e-8) for "policy" and, where there are any, "predictor"."""
+    groups = zip(("policy", "predictor"), split_parameters(policy), (lr, predictor_lr), strict=True)
+    return {name: Adam(params, lr=rate) for name, params, rate in groups if params}
+
+
+def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float | None) -> Tensor:
+    """Scale gradients in place by min(1, max_norm / (norm + 1e-6)).
+
+    Args:
+        gradients: of one parameter group; None entries are passed over.
+        max_norm: greatest global norm; None only measures.
+
+    Returns:
+        The global norm before clipping, 0-dim.
+    """
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(present)
+    if max_norm is not None:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for gradient in present:
+            gradient.mul_(scale)
+    return norm
+
+
+def check_gradient(norm: Tensor) -> None:
+    """Refuse a gradient whose norm is NaN or infinite.
+
+    Raises:
+        NonFiniteLoss: it is.
+    """
+    if not torch.isfinite(norm):
+        raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")
+
+
+def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) -> LossTerms:
+    """Forward pass over the batch, padding included, and its loss.
+
+    Raises:
+        NonFiniteLoss: the loss is NaN or infinite.
+    """
+    dtype = next(policy.parameters()).dtype
+    returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
+    if settings.normalize_returns:
+        returns = normalize_returns(returns, batch.mask)
+    logits = policy(batch.observations.to(dtype), mask=batch.mask).logits
+    terms = reinforce_loss(
+        logits, batch.actions, returns.to(dtype), batch.mask, settings.entropy_coeff
+    )
+    if not torch.isfinite(terms.loss):
+        raise NonFiniteLoss(f"the loss is {terms.loss.item()}; try a smaller learning rate")
+    return terms
+
+
+def update(
+    policy: Policy,
+    optimizers: Mapping[str, Optimizer],
+    batch: EpisodeBatch,
+    settings: UpdateSettings,
+) -> dict[str, float]:
+    """One training step on one batch.
+
+    Args:
+        policy: to train.
+        optimizers: from `make_optimizers`.
+        batch: whole episodes, on the policy's device.
+        settings: of the step.
+
+    Returns:
+        policy_loss, entropy, grad_norm (of the policy group, before clipping), and under sgprop
+        `mixing_statistics`.
+
+    Raises:
+        NonFiniteLoss: before any parameter is changed.
+    """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    terms = batch_loss(policy, batch, settings)
+    terms.loss.backward()
+    norms = {}
+    for name, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms[name] = clip_gradients((p.grad for p in parameters), settings.grad_clip)
+        check_gradient(norms[name])
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {
+        "policy_loss": terms.policy_loss.item(),
+        "entropy": terms.entropy.item(),
+        "grad_norm": norms["policy"].item(),
+        **mixing_statistics(policy),
+    }
