@@ -1,0 +1,120 @@
+"""Mixing weights: the schedule and the estimate against their definitions."""
+
+import pytest
+import torch
+
+from sgrl.nn.connectivity import child_counts, random_connectivity
+from sgrl.nn.mixing import (
+    estimate_mixing_weight,
+    mixing_summary,
+    optimal_mixing_weight,
+    positive_projection,
+    temporal_schedule,
+    unit,
+)
+from sgrl.nn.neuron import SlotNeurons
+
+
+def test_connectivity_is_uniform_without_replacement() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parents = random_connectivity(4000, 8, 3, generator)
+    assert parents.shape == (4000, 3)
+    assert all(len(set(row)) == 3 for row in parents.tolist())
+    counts = child_counts(parents, 8)
+    assert counts.sum() == 12000
+    # Each source is read with probability 3/8: 1500 times, standard deviation about 31.
+    assert (counts - 1500).abs().max() < 150
+    again = random_connectivity(4000, 8, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(parents, again)
+
+
+def test_schedule_by_the_definition() -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_neurons, length, beta = 9, 6, 0.3
+    parents = random_connectivity(num_neurons, num_neurons, 2, generator)
+    parents[parents == 4] = 5  # neuron 4 has no children; some edges are double
+    weights = torch.rand(num_neurons, generator=generator, dtype=torch.float64)
+    expected = weights.clone()
+    schedule = temporal_schedule(weights, parents, length, beta)
+    for t in range(length - 1, -1, -1):
+        assert torch.allclose(schedule[t], expected, rtol=0, atol=1e-14)
+        before = expected.clone()
+        for j in range(num_neurons):
+            edges = [child for child in range(num_neurons) for p in parents[child] if p == j]
+            step = sum(1 - before[child].item() for child in edges) / max(len(edges), 1)
+            expected[j] = min(1.0, before[j].item() + beta * step)
+    assert schedule[0, 4] == weights[4]
+
+
+def test_estimate_equals_materialised_gradients() -> None:
+    """The factored sums equal those over per-sample gradients computed by autograd."""
+    generator = torch.Generator().manual_seed(2)
+    samples, num_neurons, size, slots = 7, 5, 3, 2
+    neurons = SlotNeurons(num_neurons, size, 2, slots, 4, 3, generator=generator).double()
+    inputs = torch.randn(samples, num_neurons, 10, generator=generator, dtype=torch.float64)
+    inputs[:, 3:, 6:] = 0  # no input neurons
+    gradient, prediction = torch.randn(
+        2, samples, num_neurons, size, generator=generator, dtype=torch.float64
+    )
+    prediction += gradient
+    activation = neurons(inputs)
+    previous = torch.full((num_neurons,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        estimate = estimate_mixing_weight(
+            activation, gradient, prediction, neurons.scale, previous, 1e-12
+        )
+
+    parameters = [neurons.weight_h, neurons.weight_x, neurons.bias]
+
+    def per_sample(feedback: torch.Tensor) -> torch.Tensor:
+        """[K, W, parameters of a neuron]."""
+        rows = []
+        for k in range(samples):
+            output = neurons(inputs[k : k + 1]).output
+            grads = torch.autograd.grad(output, parameters, unit(feedback)[k : k + 1])
+            flat = torch.zeros(num_neurons, sum(g[0].numel() for g in grads), dtype=torch.float64)
+            at = 0
+            for grad in grads:
+                width = grad[0].numel()
+                flat[: len(grad), at : at + width] = grad.flatten(1)
+                at += width
+            rows.append(flat)
+        return torch.stack(rows)
+
+    w, s = per_sample(gradient), per_sample(prediction)
+    u = s - w
+    w_bar, u_bar = w.mean(0), u.mean(0)
+    variance = (u.square().sum(-1).mean(0) - u_bar.square().sum(-1)) / (samples - 1)
+    covariance = ((w * u).sum(-1).mean(0) - (w_bar * u_bar).sum(-1)) / (samples - 1)
+    bias = (u_bar.square().sum(-1) - variance).clamp(min=0)
+    expected = (1 + covariance / (variance + bias)).clamp(0, 1)
+    assert torch.allclose(estimate, expected, rtol=1e-10)
+    assert ((estimate > 0) & (estimate < 1)).any()
+
+
+def test_estimate_keeps_what_it_cannot_tell() -> None:
+    one, previous = torch.ones(2), torch.tensor([0.3, 0.7])
+    assert torch.equal(optimal_mixing_weight(one, one, one, one, 1, previous, 0.0), previous)
+    zero = torch.zeros(2)
+    assert torch.equal(optimal_mixing_weight(zero, zero, zero, zero, 5, previous, 0.0), previous)
+
+
+def test_positive_projection() -> None:
+    gradient = torch.tensor([[2.0, 1.0], [-2.0, 1.0], [1.0, 1.0]])
+    prediction = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
+    expected = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert torch.equal(positive_projection(gradient, prediction), expected)
+
+
+def test_summary() -> None:
+    summary = mixing_summary(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert summary == pytest.approx(
+        {
+            "mixing_weight_mean": 0.5,
+            "mixing_weight_min": 0.0,
+            "mixing_weight_p25": 0.25,
+            "mixing_weight_median": 0.5,
+            "mixing_weight_p75": 0.75,
+            "mixing_weight_max": 1.0,
+        }
+    )
