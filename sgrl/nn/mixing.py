@@ -83,9 +83,14 @@ def positive_projection(gradient: Tensor, prediction: Tensor, dim: int = -1) -> 
     return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_LENGTH)
 
 
+def length(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Euclidean length along `dim`, kept as an axis of 1 (Tensor.norm is slow on inner axes)."""
+    return vectors.square().sum(dim, keepdim=True).sqrt()
+
+
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors along `dim` scaled to length 1 (shorter than 1e-12: divided by 1e-12)."""
-    return vectors / vectors.norm(dim=dim, keepdim=True).clamp(min=MIN_LENGTH)
+    return vectors / length(vectors, dim).clamp(min=MIN_LENGTH)
 
 
 def optimal_mixing_weight(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgrl.nn.mixing import length as length_of
 from sgrl.nn.mixing import optimal_mixing_weight, positive_projection, unit
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class _Unroll(torch.autograd.Function):
             )
 
             def mean_length(vectors: Tensor) -> Tensor:
-                return (vectors.norm(dim=2) * share).sum() / num_neurons
+                return (length_of(vectors, dim=2).squeeze(2) * share).sum() / num_neurons
 
             rnn.statistics = {
                 "predictor_loss": residual.square().sum() / count,
