@@ -1,0 +1,193 @@
+"""metrics.csv: one row an iteration, in the same columns for every method and algorithm.
+
+A row is appended in one write and the file is cut back to the iteration of the checkpoint that a
+trial continues from, so it holds no gap and no duplicate whatever was killed.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+COLUMNS = (
+    "iteration",
+    "env_steps",
+    "success_rate",
+    "episode_return_mean",
+    "episode_length_mean",
+    "eval_reward",
+    "policy_loss",
+    "entropy",
+    "grad_norm",
+    "predictor_loss",
+    "true_grad_norm",
+    "mixed_grad_norm",
+    "prediction_norm",
+    "mixing_weight_mean",
+    "mixing_weight_min",
+    "mixing_weight_p25",
+    "mixing_weight_median",
+    "mixing_weight_p75",
+    "mixing_weight_max",
+    "iteration_seconds",
+)
+INTEGER_COLUMNS = ("iteration", "env_steps")
+FINAL_ROWS = 5
+
+Row = dict[str, float]
+
+
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Append one iteration, with the header first where the file is new.
+
+    Columns that `row` lacks stay empty; floats are written so that they read back bit for bit.
+    """
+    line = ",".join(_format(row.get(column)) for column in COLUMNS) + "\n"
+    with path.open("ab", buffering=0) as file:
+        # One write: a kill leaves a whole row or a torn last one, which reading drops.
+        header = "" if file.tell() else ",".join(COLUMNS) + "\n"
+        file.write((header + line).encode())
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of iterations 1, 2, ... up to the first torn, missing or repeated one.
+
+    Empty fields read as NaN. A file that does not exist has no rows.
+    """
+    return [
+        {column: _parse(column, field) for column, field in zip(COLUMNS, fields, strict=True)}
+        for fields in (line.split(",") for line in _whole_lines(path))
+    ]
+
+
+def count_rows(path: Path) -> int:
+    """The number of iterations that `read_metrics` would return."""
+    return len(_whole_lines(path))
+
+
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Keep the header and the rows of iterations 1 to `iteration`, atomically.
+
+    Raises ValueError where the file holds fewer whole rows than that.
+    """
+    lines = _whole_lines(path)
+    if len(lines) < iteration:
+        raise ValueError(f"{path} holds {len(lines)} whole rows, fewer than {iteration}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in [",".join(COLUMNS), *lines[:iteration]])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def flush_metrics(path: Path) -> None:
+    """Bring the file to the disk, so that no checkpoint outlives the rows that led to it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
+    """One row from what RLlib's `Algorithm.train()` returned.
+
+    `Reinforce` reports the columns themselves under `result["sgrl"]`; for every other algorithm
+    they are taken from RLlib's own keys where it has them.
+
+    Raises FloatingPointError where the loss is NaN or infinite.
+    """
+    reported = result.get("sgrl")
+    row = dict(reported) if reported is not None else _rllib_columns(result)
+    for loss in ("policy_loss", "total_loss"):
+        if not math.isfinite(row.get(loss, 0.0)):
+            raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
+    return {**row, "iteration": iteration, "iteration_seconds": seconds}
+
+
+def final_success_rate(rows: Sequence[Row]) -> float:
+    """Mean success rate over the last five batches; NaN where there are none."""
+    last = [row["success_rate"] for row in rows[-FINAL_ROWS:]]
+    return sum(last) / len(last) if last else math.nan
+
+
+def area_under_curve(rows: Sequence[Row]) -> float:
+    """Area under success rate against environment steps (trapezoid), divided by their span.
+
+    It lies in [0, 1]; a single row counts as its own success rate, none as NaN.
+    """
+    if not rows:
+        return math.nan
+    span = rows[-1]["env_steps"] - rows[0]["env_steps"]
+    if span == 0:
+        return rows[-1]["success_rate"]
+    area = sum(
+        (after["env_steps"] - before["env_steps"])
+        * (after["success_rate"] + before["success_rate"])
+        / 2
+        for before, after in itertools.pairwise(rows)
+    )
+    return area / span
+
+
+def _rllib_columns(result: Mapping) -> Row:
+    """The columns that RLlib's own result keys hold (either API stack)."""
+    runners = result.get("env_runners") or {}
+    learners = result.get("learners") or {}
+    learner = learners.get("default_policy") or {}
+    found = {
+        "env_steps": result.get("num_env_steps_sampled_lifetime"),
+        "success_rate": runners.get("success_rate"),
+        "episode_return_mean": runners.get("episode_return_mean"),
+        "episode_length_mean": runners.get("episode_len_mean"),
+        "policy_loss": learner.get("policy_loss"),
+        "total_loss": learner.get("total_loss"),
+        "entropy": learner.get("entropy"),
+        "grad_norm": learner.get("gradients_default_optimizer_global_norm"),
+    }
+    if not learner:
+        info = (result.get("info") or {}).get("learner", {}).get("default_policy", {})
+        stats = info.get("learner_stats") or {}
+        found |= {key: stats.get(key) for key in ("policy_loss", "total_loss", "entropy")}
+        found["grad_norm"] = stats.get("grad_gnorm")
+    return {column: float(value) for column, value in found.items() if value is not None}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of iterations 1, 2, ..., without header, torn or out-of-order ones."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    header, *lines = text.split("\n")[:-1] or [""]
+    if header != ",".join(COLUMNS):
+        return []
+    whole: list[str] = []
+    for line in lines:
+        if not _is_row(line.split(","), len(whole) + 1):
+            break
+        whole.append(line)
+    return whole
+
+
+def _is_row(fields: list[str], iteration: int) -> bool:
+    if len(fields) != len(COLUMNS) or fields[0] != str(iteration):
+        return False
+    try:
+        for column, field in zip(COLUMNS, fields, strict=True):
+            _parse(column, field)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse(column: str, field: str) -> float:
+    if not field:
+        return math.nan
+    return int(field) if column in INTEGER_COLUMNS else float(field)
+
+
+def _format(value: float | None) -> str:
+    if value is None:
+        return ""
+    # repr is the shortest text that reads back as the same float.
+    return str(value) if isinstance(value, int) else repr(float(value))
