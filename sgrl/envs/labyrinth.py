@@ -1,0 +1,368 @@
+"""POPGym's LabyrinthEscape and LabyrinthExplore: its own environments and a vectorised version.
+
+The agent walks a random maze of corridors seeing only the 3x3 cells around it. Escape: find the
+exit on the opposite border. Explore: visit every free cell. Observations are Box(56): nine
+one-hot cell codes (45), the action that led here (5, the fifth before the first step), the
+previous action (4) and the first-step flag (2). The last three blocks come from popgym's
+`PreviousAction` and `Antialias` wrappers (paper, Section H.4; Morad et al., "POPGym", ICLR 2023).
+
+`make_escape` and `make_explore` build popgym's own environments. `VectorEscape` and
+`VectorExplore` step B mazes at once with NumPy and equal them step for step, quirks included:
+
+- the 3x3 view is padded only at its bottom and right, so at the top and left borders it shifts,
+  and it is cut by the maze's height where the width is meant (and the reverse), which shows in
+  mazes that are not square;
+- an episode is truncated one step early, after episode_length - 1 steps.
+"""
+
+import random
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils.seeding import np_random
+from numpy.typing import NDArray
+from popgym.core.maze import Actions, Cell
+from popgym.envs.labyrinth_escape import LabyrinthEscape
+from popgym.envs.labyrinth_explore import LabyrinthExplore
+from popgym.wrappers import Antialias, Flatten, PreviousAction
+
+from sgrl.envs.vector import Observations, StepResult, VectorEnv
+
+# ---------------------------------------------------------------- popgym's own environments
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the process-wide `random` and `np.random` states back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+class IsolateRandomState(gym.Wrapper):
+    """Keeps popgym's use of the process-wide generators inside the environment.
+
+    popgym reseeds `random` and `np.random` in `reset(seed)` and draws its maze from them. Here
+    both are put back afterwards, and a reset without a seed takes its seed from the
+    environment's own `np_random`, so the episodes follow from the last seed alone.
+    """
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is None:
+            seed = int(self.np_random.integers(2**32))
+        with preserved_random_state():
+            return self.env.reset(seed=seed, options=options)
+
+
+class SparseReward(gym.Wrapper):
+    """Explore's sparse-reward rule (paper, Section H.4).
+
+    Every step's reward is first replaced by the step penalty -1 / episode_length with
+    probability `zero_reward_probability`, drawn from the environment's own `np_random`; then 1
+    is added on success.
+    """
+
+    def __init__(self, env: gym.Env, zero_reward_probability: float) -> None:
+        super().__init__(env)
+        self.zero_reward_probability = zero_reward_probability
+        self.step_penalty = -1 / env.unwrapped.max_episode_length
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.np_random.random() < self.zero_reward_probability:
+            reward = self.step_penalty
+        if terminated:
+            reward += 1.0
+        return observation, reward, terminated, truncated, info
+
+
+def _wrap(labyrinth: type[gym.Env], maze_dims: Sequence[int], episode_length: int) -> gym.Env:
+    with warnings.catch_warnings():
+        # popgym warns that its mazes can be solved without memory: the reason the MLP is
+        # among the methods compared.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        env = labyrinth(tuple(maze_dims), episode_length)
+    return Flatten(Antialias(PreviousAction(env)), flatten_action=False)
+
+
+def make_escape(maze_dims: Sequence[int], episode_length: int) -> gym.Env:
+    """popgym's LabyrinthEscape, wrapped to Box(56, int64) observations and 4 actions.
+
+    Args:
+        maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
+        episode_length: T; popgym truncates after T - 1 steps.
+    """
+    return IsolateRandomState(_wrap(LabyrinthEscape, maze_dims, episode_length))
+
+
+def make_explore(
+    maze_dims: Sequence[int], episode_length: int, zero_reward_probability: float
+) -> gym.Env:
+    """popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`."""
+    env = _wrap(LabyrinthExplore, maze_dims, episode_length)
+    return IsolateRandomState(SparseReward(env, zero_reward_probability))
+
+
+# ---------------------------------------------------------------- maze generation
+
+
+class Layout(NamedTuple):
+    """A maze as mazelib carves it, before popgym marks its start and goal.
+
+    Attributes:
+        cells: int8 [H * W], row by row, `Cell.FREE` or `Cell.OBSTACLE`; read-only.
+        start, end: indices into cells, on opposite borders (still obstacles in cells).
+    """
+
+    cells: NDArray[np.int8]
+    start: int
+    end: int
+
+
+# Module-wide because building a RandomState takes longer than carving a maze; both are reseeded
+# for every maze.
+_python_draws = random.Random()
+_numpy_draws = np.random.RandomState()
+
+
+# Runs of one seed that differ in method or learning rate meet the same mazes.
+@lru_cache(maxsize=16384)
+def make_layout(height: int, width: int, seed: int) -> Layout:
+    """The maze that popgym builds in `reset(seed=seed)` for maze_dims (height, width).
+
+    Hunt and kill, with mazelib's draws in mazelib's order: from a carved room walk at random
+    into uncarved ones until stuck, then hunt for the next room, (height + 1) * (width + 1) times.
+    """
+    _python_draws.seed(seed)
+    _numpy_draws.seed(seed)
+    choice, shuffle = _python_draws.choice, _numpy_draws.shuffle
+    rows, columns = range(1, height, 2), range(1, width, 2)
+
+    free = np.zeros((height + 1, width + 1), bool).tolist()
+    rooms_left = len(rows) * len(columns)
+    for hunt in range((height + 1) * (width + 1) + 1):
+        y, x = choice(rows), choice(columns)
+        if hunt == 0:
+            free[y][x] = True
+            rooms_left -= 1
+        # Once every room is carved a walk draws nothing, but the hunts still do.
+        while rooms_left and free[y][x]:
+            neighbours = []
+            if y > 1 and not free[y - 2][x]:
+                neighbours.append((y - 2, x))
+            if y < height - 1 and not free[y + 2][x]:
+                neighbours.append((y + 2, x))
+            if x > 1 and not free[y][x - 2]:
+                neighbours.append((y, x - 2))
+            if x < width - 1 and not free[y][x + 2]:
+                neighbours.append((y, x + 2))
+            if not neighbours:
+                break
+            shuffle(neighbours)
+            next_y, next_x = choice(neighbours)
+            free[next_y][next_x] = free[(y + next_y) // 2][(x + next_x) // 2] = True
+            rooms_left -= 1
+            y, x = next_y, next_x
+
+    side = choice(("north", "south", "west", "east"))
+    line = columns if side in ("north", "south") else rows
+    first, second = choice(line), choice(line)
+    start, end = {
+        "north": ((0, first), (height, second)),
+        "south": ((height, first), (0, second)),
+        "west": ((first, 0), (second, width)),
+        "east": ((first, width), (second, 0)),
+    }[side]
+
+    cells = np.where(np.array(free).reshape(-1), Cell.FREE, Cell.OBSTACLE).astype(np.int8)
+    cells.setflags(write=False)
+    return Layout(cells, start[0] * (width + 1) + start[1], end[0] * (width + 1) + end[1])
+
+
+# ---------------------------------------------------------------- all mazes at once
+
+
+def _neighbour_table(H: int, W: int) -> NDArray[np.intp]:
+    """The cell each action (left, right, up, down) leads to if it is free, [H * W, 4]."""
+    y, x = np.divmod(np.arange(H * W), W)
+    return np.stack(
+        [
+            y * W + np.maximum(x - 1, 0),
+            y * W + np.minimum(x + 1, W - 1),
+            np.maximum(y - 1, 0) * W + x,
+            np.minimum(y + 1, H - 1) * W + x,
+        ],
+        axis=1,
+    )
+
+
+def _view_table(H: int, W: int) -> NDArray[np.intp]:
+    """The nine cells seen from each cell, [H * W, 9]; H * W stands for padding.
+
+    popgym starts the view at (max(y - 1, 0), max(x - 1, 0)) and ends it before column
+    min(x + 1, H) + 1 and row min(y + 1, W) + 1: H and W are swapped there.
+    """
+    table = np.full((H * W, 3, 3), H * W)
+    for y, x in np.ndindex(H, W):
+        seen = np.arange(H * W).reshape(H, W)[
+            max(y - 1, 0) : min(y + 1, W) + 1, max(x - 1, 0) : min(x + 1, H) + 1
+        ]
+        table[y * W + x, : seen.shape[0], : seen.shape[1]] = seen
+    return table.reshape(H * W, 9)
+
+
+_CELL_ONE_HOT = np.eye(len(Cell), dtype=np.float32)
+_VIEW_SIZE = 9 * len(Cell)
+
+
+def _action_blocks() -> Observations:
+    """What follows the view in an observation, by the action just taken (`Actions.NONE`: reset)."""
+    steps, flag = len(Actions) - 1, 2
+    blocks = np.zeros((len(Actions), len(Actions) + steps + flag), np.float32)
+    for action in Actions:
+        at_start = action == Actions.NONE
+        blocks[action, action] = 1
+        # PreviousAction reports action 0 before the first step.
+        blocks[action, len(Actions) + (0 if at_start else action)] = 1
+        blocks[action, len(Actions) + steps + at_start] = 1
+    return blocks
+
+
+_ACTION_BLOCKS = _action_blocks()
+
+
+class VectorLabyrinth(VectorEnv):
+    """B labyrinths stepped together; subclasses say what a step earns and when it succeeds.
+
+    Args:
+        num_envs: B.
+        maze_dims: (height, width) of the maze, even, at least 6.
+        episode_length: T; episodes are truncated after T - 1 steps.
+    """
+
+    num_actions = len(Actions) - 1
+    observation_size = _VIEW_SIZE + _ACTION_BLOCKS.shape[1]
+
+    def __init__(self, num_envs: int, maze_dims: Sequence[int], episode_length: int) -> None:
+        self.num_envs = num_envs
+        self.episode_length = episode_length
+        self.height, self.width = maze_dims
+        H, W = self.height + 1, self.width + 1
+        self._neighbours = _neighbour_table(H, W)
+        self._views = _view_table(H, W)
+        # The cell past the end is the obstacle that views are padded with.
+        self._cells = np.full((num_envs, H * W + 1), Cell.OBSTACLE, np.int8)
+        self._positions = np.zeros(num_envs, np.intp)
+        self._steps = 0
+        self._finished = np.ones(num_envs, bool)
+        self._observations = np.zeros((num_envs, self.observation_size), np.float32)
+
+    def reset(self, seeds: Sequence[int]) -> Observations:
+        self._check_seeds(seeds)
+        for e, seed in enumerate(seeds):
+            layout = make_layout(self.height, self.width, int(seed))
+            self._cells[e, :-1] = layout.cells
+            self._cells[e, layout.start] = Cell.START
+            self._positions[e] = layout.start
+            self._begin(e, layout, int(seed))
+        self._steps = 0
+        self._finished[:] = False
+        self._observe(np.arange(self.num_envs), np.full(self.num_envs, Actions.NONE))
+        return self._observations.copy()
+
+    def step(self, actions: NDArray[np.int64]) -> StepResult:
+        rewards = np.zeros(self.num_envs, np.float32)
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.zeros(self.num_envs, bool)
+        running = np.flatnonzero(~self._finished)
+        if running.size:
+            actions = actions[running]
+            here = self._positions[running]
+            there = self._neighbours[here, actions]
+            here = np.where(self._cells[running, there] == Cell.OBSTACLE, here, there)
+            self._positions[running] = here
+            self._steps += 1
+            rewards[running], terminated[running] = self._judge(running, here)
+            truncated[running] = self._steps == self.episode_length - 1
+            self._finished |= terminated | truncated
+            self._observe(running, actions)
+        return self._observations.copy(), rewards, terminated, truncated
+
+    def _observe(self, envs: NDArray[np.intp], actions: NDArray[np.int64]) -> None:
+        seen = self._cells[envs[:, None], self._views[self._positions[envs]]]
+        self._observations[envs, :_VIEW_SIZE] = _CELL_ONE_HOT[seen].reshape(len(envs), _VIEW_SIZE)
+        self._observations[envs, _VIEW_SIZE:] = _ACTION_BLOCKS[actions]
+
+    @abstractmethod
+    def _begin(self, env: int, layout: Layout, seed: int) -> None:
+        """Prepare one environment's goal for a new episode."""
+
+    @abstractmethod
+    def _judge(
+        self, envs: NDArray[np.intp], positions: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Rewards and terminated of the given environments, now at these positions, both [n]."""
+
+
+class VectorEscape(VectorLabyrinth):
+    """popgym's LabyrinthEscape: -1 / T a step, plus 1 for reaching the goal."""
+
+    def _begin(self, env: int, layout: Layout, seed: int) -> None:
+        self._cells[env, layout.end] = Cell.GOAL
+
+    def _judge(
+        self, envs: NDArray[np.intp], positions: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        terminated = self._cells[envs, positions] == Cell.GOAL
+        return -1 / self.episode_length + 1.0 * terminated, terminated
+
+
+class VectorExplore(VectorLabyrinth):
+    """popgym's LabyrinthExplore under the sparse-reward rule (see `SparseReward`).
+
+    1 / (free cells but the start) for a cell not visited before, else -1 / T.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        maze_dims: Sequence[int],
+        episode_length: int,
+        zero_reward_probability: float,
+    ) -> None:
+        super().__init__(num_envs, maze_dims, episode_length)
+        self.zero_reward_probability = zero_reward_probability
+        self._visited = np.zeros((num_envs, self._cells.shape[1]), bool)
+        self._cells_left = np.zeros(num_envs, np.int64)
+        self._cell_rewards = np.zeros(num_envs)
+        self._draws = np.zeros((num_envs, episode_length))
+
+    def _begin(self, env: int, layout: Layout, seed: int) -> None:
+        self._visited[env] = False
+        self._visited[env, layout.start] = True
+        self._cells_left[env] = np.count_nonzero(layout.cells == Cell.FREE)
+        self._cell_rewards[env] = 1 / self._cells_left[env]
+        # The same numbers as one draw a step from gymnasium's generator of this environment.
+        self._draws[env] = np_random(seed)[0].random(self.episode_length)
+
+    def _judge(
+        self, envs: NDArray[np.intp], positions: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        new = ~self._visited[envs, positions]
+        self._visited[envs, positions] = True
+        self._cells_left[envs] -= new
+        terminated = self._cells_left[envs] == 0
+        pays = new & (self._draws[envs, self._steps - 1] >= self.zero_reward_probability)
+        rewards = np.where(pays, self._cell_rewards[envs], -1 / self.episode_length)
+        return rewards + 1.0 * terminated, terminated

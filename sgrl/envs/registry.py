@@ -1,0 +1,150 @@
+"""Environments by name, as experiment files write them."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
+from sgrl.envs.vector import PythonVectorEnv, VectorEnv
+
+__all__ = [
+    "ENVIRONMENTS",
+    "EnvEntry",
+    "VectorEnv",
+    "make_single",
+    "make_vector",
+    "validate_env_config",
+]
+
+
+@dataclass(frozen=True)
+class EnvEntry:
+    """One registered environment.
+
+    Attributes:
+        defaults: every key its env_config may hold, with the default. All are keyword arguments
+            of `single` and `vector`, so a key is declared here and nowhere else.
+        single: builds one gymnasium environment.
+        vector: builds the vectorised environment; its first argument is num_envs.
+        check: raises ValueError (one line, naming the key) on an impossible value.
+    """
+
+    defaults: Mapping[str, Any]
+    single: Callable[..., gym.Env]
+    vector: Callable[..., VectorEnv]
+    check: Callable[[Mapping[str, Any]], None]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_labyrinth(config: Mapping[str, Any]) -> None:
+    dims, length = config["maze_dims"], config["episode_length"]
+    if (
+        not isinstance(dims, list | tuple)
+        or len(dims) != 2
+        or not all(_is_int(size) and size >= 6 and size % 2 == 0 for size in dims)
+    ):
+        raise ValueError(
+            f"maze_dims must be [height, width], two even numbers of at least 6, got {dims!r}"
+        )
+    if not _is_int(length) or length < 2:
+        raise ValueError(f"episode_length must be a whole number of at least 2, got {length!r}")
+    probability = config.get("zero_reward_probability", 0)
+    if (
+        isinstance(probability, bool)
+        or not isinstance(probability, int | float)
+        or not 0 <= probability <= 1
+    ):
+        raise ValueError(
+            f"zero_reward_probability must be a number from 0 to 1, got {probability!r}"
+        )
+
+
+ENVIRONMENTS: dict[str, EnvEntry] = {
+    "labyrinth_escape": EnvEntry(
+        defaults={"maze_dims": [6, 6], "episode_length": 80},
+        single=make_escape,
+        vector=VectorEscape,
+        check=_check_labyrinth,
+    ),
+    "labyrinth_explore": EnvEntry(
+        defaults={"maze_dims": [6, 6], "episode_length": 40, "zero_reward_probability": 0.75},
+        single=make_explore,
+        vector=VectorExplore,
+        check=_check_labyrinth,
+    ),
+}
+
+
+def _nearest(name: Any, valid: list[str]) -> str:
+    return difflib.get_close_matches(str(name), valid, n=1, cutoff=0)[0]
+
+
+def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Check an environment's name and settings before anything is built.
+
+    Args:
+        env: a name in `ENVIRONMENTS`.
+        env_config: settings that differ from the entry's defaults; besides them `vectorized`
+            (true; false steps the Python environments one by one).
+
+    Returns:
+        The settings with every default filled in, `vectorized` included.
+
+    Raises:
+        ValueError: unknown name or key (with the nearest valid one), or an impossible value.
+    """
+    if not isinstance(env, str) or env not in ENVIRONMENTS:
+        valid = list(ENVIRONMENTS)
+        raise ValueError(
+            f"unknown environment {env!r}, nearest is {_nearest(env, valid)!r} "
+            f"(there are {', '.join(valid)})"
+        )
+    if not isinstance(env_config, Mapping | None):
+        raise ValueError(f"{env}: env_config must hold keys and values, got {env_config!r}")
+    entry = ENVIRONMENTS[env]
+    config = {**entry.defaults, "vectorized": True}
+    for key, value in (env_config or {}).items():
+        if key not in config:
+            raise ValueError(
+                f"{env}: unknown env_config key {key!r}, nearest is {_nearest(key, list(config))!r}"
+            )
+        config[key] = value
+    if not isinstance(config["vectorized"], bool):
+        raise ValueError(f"{env}: vectorized must be true or false, got {config['vectorized']!r}")
+    try:
+        entry.check(config)
+    except ValueError as error:
+        raise ValueError(f"{env}: {error}") from None
+    return config
+
+
+def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.Env:
+    """One gymnasium environment with flat observations, its random state kept to itself.
+
+    For the labyrinths it is popgym's own, wrapped. Raises ValueError as `validate_env_config`.
+    """
+    config = validate_env_config(env, env_config)
+    del config["vectorized"]
+    return ENVIRONMENTS[env].single(**config)
+
+
+def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = None) -> VectorEnv:
+    """B = num_envs environments behind the `VectorEnv` interface.
+
+    With `vectorized: false` in env_config they are `make_single` environments stepped one by
+    one; the episodes are the same. Raises ValueError as `validate_env_config` and if num_envs
+    is not positive.
+    """
+    config = validate_env_config(env, env_config)
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if config.pop("vectorized"):
+        return ENVIRONMENTS[env].vector(num_envs, **config)
+    singles = [make_single(env, config) for _ in range(num_envs)]
+    return PythonVectorEnv(singles, config["episode_length"])

@@ -1,0 +1,100 @@
+"""The interface every environment is stepped through: B episodes side by side, one array each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+Observations = NDArray[np.float32]
+StepResult = tuple[Observations, NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+
+
+class VectorEnv(ABC):
+    """B independent environments that start together and run one episode each per reset.
+
+    All state after `reset(seeds)` derives from the seeds, so nothing has to be saved between
+    batches. A finished environment ignores its actions until the next reset: it repeats its
+    terminal observation with reward 0 and both flags False.
+
+    Attributes:
+        num_envs: B.
+        episode_length: configured length T; every episode ends within T steps.
+        observation_size: F, length of a flat observation.
+        num_actions: number of discrete actions.
+    """
+
+    num_envs: int
+    episode_length: int
+    observation_size: int
+    num_actions: int
+
+    @abstractmethod
+    def reset(self, seeds: Sequence[int]) -> Observations:
+        """Start one episode in every environment.
+
+        Args:
+            seeds: B integers in [0, 2**32), environment e's episode is a function of seeds[e].
+
+        Returns:
+            First observations, float32 [B, F].
+
+        Raises:
+            ValueError: not exactly B seeds, or a seed out of range.
+        """
+
+    @abstractmethod
+    def step(self, actions: NDArray[np.int64]) -> StepResult:
+        """Advance every unfinished environment by one step.
+
+        Args:
+            actions: int64 [B], each in [0, num_actions); ignored where finished.
+
+        Returns:
+            Observations float32 [B, F], rewards float32 [B], terminated bool [B] (the episode
+            ended by success), truncated bool [B] (it ended by its length). The arrays are new
+            and the caller's to keep.
+        """
+
+    def _check_seeds(self, seeds: Sequence[int]) -> None:
+        if len(seeds) != self.num_envs:
+            raise ValueError(
+                f"reset needs {self.num_envs} seeds, one per environment, got {len(seeds)}"
+            )
+
+
+class PythonVectorEnv(VectorEnv):
+    """Gymnasium environments with flat Box observations stepped one by one.
+
+    Args:
+        envs: B environments of one kind.
+        episode_length: their configured length T.
+    """
+
+    def __init__(self, envs: Sequence[gym.Env], episode_length: int) -> None:
+        self.envs = list(envs)
+        self.num_envs = len(self.envs)
+        self.episode_length = episode_length
+        self.observation_size = self.envs[0].observation_space.shape[0]
+        self.num_actions = int(self.envs[0].action_space.n)
+        self._observations = np.zeros((self.num_envs, self.observation_size), np.float32)
+        self._finished = np.ones(self.num_envs, bool)
+
+    def reset(self, seeds: Sequence[int]) -> Observations:
+        self._check_seeds(seeds)
+        for e, (env, seed) in enumerate(zip(self.envs, seeds, strict=True)):
+            self._observations[e], _ = env.reset(seed=int(seed))
+        self._finished[:] = False
+        return self._observations.copy()
+
+    def step(self, actions: NDArray[np.int64]) -> StepResult:
+        rewards = np.zeros(self.num_envs, np.float32)
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.zeros(self.num_envs, bool)
+        for e in np.flatnonzero(~self._finished):
+            self._observations[e], rewards[e], terminated[e], truncated[e], _ = self.envs[e].step(
+                int(actions[e])
+            )
+        self._finished |= terminated | truncated
+        return self._observations.copy(), rewards, terminated, truncated
