@@ -1,0 +1,279 @@
+"""Full-episode REINFORCE as an RLlib algorithm (new API stack).
+
+    config = (
+        ReinforceConfig()
+        .environment("labyrinth_escape", env_config={"maze_dims": [6, 6]})
+        .env_runners(num_envs_per_env_runner=20)
+        .rl_module(model_config={"policy": "sparsenet"})
+        .debugging(seed=0)
+    )
+    algorithm = config.build_algo()
+    algorithm.train()["sgrl"]["success_rate"]
+
+Training is `sgrl.reinforce`'s: this runs it on RLlib's runners, learner and checkpoints. The same
+config gives the same numbers as `sgrl.reinforce.train`, and a restored algorithm continues exactly
+(for one CPU type, thread count and runner count).
+"""
+
+from collections.abc import Collection
+from operator import itemgetter
+from typing import Any, Self
+
+import ray
+from ray.rllib.algorithms import Algorithm, AlgorithmConfig
+from ray.rllib.algorithms.algorithm_config import NotProvided
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    ENV_RUNNER_SAMPLING_TIMER,
+    LEARNER_RESULTS,
+    LEARNER_UPDATE_TIMER,
+    TIMERS,
+)
+from ray.util.debug import log_once
+
+from sgrl.envs.registry import validate_env_config
+from sgrl.nn.policies import Policy
+from sgrl.reinforce.batch import EpisodeBatch, concatenate
+from sgrl.rllib.learner import ReinforceLearner, learner_batch
+from sgrl.rllib.module import PolicyModule, policy_arguments
+from sgrl.rllib.runner import COMPONENT_ROLLOUT, EpisodeRunner
+
+COMPONENT_REINFORCE = "reinforce"
+
+
+class ReinforceConfig(AlgorithmConfig):
+    """Settings of `Reinforce`; those not named here are RLlib's."""
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class=algo_class or Reinforce)
+        self.seed = 0
+        self.lr = 2e-3
+        self.predictor_lr = 1e-5
+        self.gamma = 0.95
+        self.entropy_coeff = 0.01
+        self.grad_clip = 0.5
+        self.normalize_returns = True
+        self.num_env_runners = 0
+        self.num_envs_per_env_runner = 20
+        self.env_runner_cls = EpisodeRunner
+        # An episode batch without some environments is a different experiment: a lost runner ends
+        # the trial, which continues exactly from its checkpoint.
+        self.restart_failed_env_runners = False
+        # A monitor of processor and memory in a thread of its own, not needed here.
+        self.log_sys_usage = False
+        # The runners have no connectors whose states would need merging.
+        self._dont_auto_sync_env_runner_states = True
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
+
+    def training(
+        self,
+        *,
+        predictor_lr: float = NotProvided,
+        entropy_coeff: float = NotProvided,
+        normalize_returns: bool = NotProvided,
+        **kwargs: Any,
+    ) -> Self:
+        """Set the training settings.
+
+        Args:
+            predictor_lr: learning rate of the predictors of synthetic gradients, default 1e-5.
+            entropy_coeff: weight of the entropy bonus, default 0.01.
+            normalize_returns: whether returns are normalised over the batch, default True.
+            **kwargs: RLlib's own; of these `lr` (default 2e-3, of all other parameters), `gamma`
+                (0.95) and `grad_clip` (0.5, the global norm of each of the two groups; None
+                switches it off) matter.
+        """
+        super().training(**kwargs)
+        if predictor_lr is not NotProvided:
+            self.predictor_lr = predictor_lr
+        if entropy_coeff is not NotProvided:
+            self.entropy_coeff = entropy_coeff
+        if normalize_returns is not NotProvided:
+            self.normalize_returns = normalize_returns
+        return self
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """Return the spec of `PolicyModule`."""
+        return RLModuleSpec(module_class=PolicyModule)
+
+    def get_default_learner_class(self) -> type[ReinforceLearner]:
+        """Return `ReinforceLearner`."""
+        return ReinforceLearner
+
+    def build_learner_connector(self, *args: Any, **kwargs: Any) -> None:
+        """Return no connector: the learner takes whole episode batches."""
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return super()._model_config_auto_includes | {"policy": "sparsenet", "seed": self.seed}
+
+    def validate(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: one line that names the setting.
+        """
+        for name in ("lr", "predictor_lr", "entropy_coeff"):
+            _check_number(name, getattr(self, name), 0)
+        _check_number("gamma", self.gamma, 0, 1)
+        if self.grad_clip is not None:
+            _check_number("grad_clip", self.grad_clip, 0)
+        if not isinstance(self.normalize_returns, bool):
+            raise ValueError(
+                f"normalize_returns must be true or false, got {self.normalize_returns!r}"
+            )
+        for name, least in (
+            ("seed", 0),
+            ("num_envs_per_env_runner", 1),
+            ("num_env_runners", 0),
+            ("num_learners", 0),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}, got {value!r}"
+                )
+        if self.num_learners > 1:
+            raise ValueError(
+                f"num_learners must be 0 or 1, got {self.num_learners}: several learners would "
+                "each estimate mixing weights of their own"
+            )
+        if self.restart_failed_env_runners or self.ignore_env_runner_failures:
+            raise ValueError(
+                "every batch needs all environments: leave restart_failed_env_runners and "
+                "ignore_env_runner_failures off, and restart from a checkpoint instead"
+            )
+        validate_env_config(self.env, self.env_config)
+        if self._rl_module_spec is None:
+            policy_arguments(self.model_config)
+        # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
+        for note in (
+            f"{self.algo_class.__name__}_on_new_api_stack",
+            "RLModule(config=[RLModuleConfig object])",
+        ):
+            log_once(note)
+        super().validate()
+
+
+def _check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        limits = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+
+
+class Reinforce(Algorithm):
+    """Full-episode REINFORCE: one iteration is one episode in every environment and one update.
+
+    `train()` returns RLlib's result dict; under "sgrl" it holds the metrics of the iteration as
+    flat floats: env_steps (batches x environments x T), success_rate, episode_return_mean,
+    episode_length_mean, policy_loss, entropy, grad_norm (of the policy's gradients, before
+    clipping) and under sgprop predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm and
+    mixing_weight_{mean,min,p25,median,p75,max}.
+
+    Source: the paper, Section H.4.
+    """
+
+    @classmethod
+    def get_default_config(cls) -> ReinforceConfig:
+        """Return the default settings."""
+        return ReinforceConfig()
+
+    def setup(self, config: AlgorithmConfig) -> None:
+        """Build runners and learner."""
+        self._env_steps = 0
+        self._row: dict[str, float] = {}
+        super().setup(config)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as trained so far: the local learner's own, or a copy of the remote one's."""
+        if self.learner_group.is_local:
+            return self.learner_group._learner.module[DEFAULT_MODULE_ID].policy
+        module = self.config.get_rl_module_spec(spaces=self.spaces).build()
+        module.set_state(self._weights())
+        return module.policy
+
+    def _weights(self) -> dict[str, Any]:
+        if self.learner_group.is_local:
+            return self.learner_group._learner.module[DEFAULT_MODULE_ID].get_state()
+        return self.learner_group.get_weights()[DEFAULT_MODULE_ID]
+
+    def step(self) -> dict[str, Any]:
+        """Train for one iteration."""
+        result = super().step()
+        result["sgrl"] = self._row
+        return result
+
+    def training_step(self) -> None:
+        """Run every environment once and update."""
+        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+            batch = self._sample()
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            measured = self._learn(batch)
+        self._env_steps += batch.num_steps
+        self._row = {"env_steps": self._env_steps, **batch.statistics(), **measured}
+
+    def _sample(self) -> EpisodeBatch:
+        runners = self.env_runner_group
+        if runners.num_remote_env_runners() == 0:
+            samples = [_sample_on(self.env_runner, self._weights())]
+        else:
+            # The weights travel with the request: RLlib's own weight synchronisation does not
+            # wait for the runners, and skips busy ones.
+            weights = ray.put(self._weights())
+            samples = runners.foreach_env_runner(
+                _sample_on, kwargs={"weights": weights}, local_env_runner=False
+            )
+        _, batches, metrics = zip(*sorted(samples, key=itemgetter(0)), strict=True)
+        self.metrics.aggregate(list(metrics), key=ENV_RUNNER_RESULTS)
+        return concatenate(batches)
+
+    def _learn(self, batch: EpisodeBatch) -> dict[str, float]:
+        rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID)
+        if self.learner_group.is_local:
+            results = self.learner_group.update(batch=rllib_batch)
+        else:
+            # By reference: RLlib splits other batches along their first axis.
+            results = self.learner_group.update(batch_refs=[ray.put(rllib_batch)])
+        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        return self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, "sgrl"))
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return RLlib's algorithm state, and the step counter and remote runners' rollouts."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(COMPONENT_REINFORCE, components, not_components):
+            rollouts = self.env_runner_group.foreach_env_runner(
+                lambda runner: (runner.worker_index, runner.get_state(COMPONENT_ROLLOUT)),
+                local_env_runner=False,
+            )
+            state[COMPONENT_REINFORCE] = {"env_steps": self._env_steps, "rollouts": dict(rollouts)}
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set whatever `state` holds of what `get_state` returns."""
+        super().set_state(state)
+        if COMPONENT_REINFORCE not in state:
+            return
+        self._env_steps = state[COMPONENT_REINFORCE]["env_steps"]
+        rollouts = state[COMPONENT_REINFORCE]["rollouts"]
+        self.env_runner_group.foreach_env_runner(
+            lambda runner: runner.set_state(rollouts[runner.worker_index]),
+            local_env_runner=False,
+        )
+
+
+def _sample_on(
+    runner: EpisodeRunner, weights: dict[str, Any]
+) -> tuple[int, EpisodeBatch, dict[str, Any]]:
+    runner.set_state({COMPONENT_RL_MODULE: weights})
+    [batch] = runner.sample()
+    return runner.worker_index, batch, runner.get_metrics()

@@ -1,0 +1,100 @@
+"""The RLlib Learner around `sgrl.reinforce.update` (new API stack)."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+import tree
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import COMPONENT_RL_MODULE
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from torch import Tensor
+
+from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+
+
+class ReinforceLearner(TorchLearner):
+    """One REINFORCE step per batch: one backward pass, two optimizers clipped separately.
+
+    The batch holds an `EpisodeBatch`'s tensors under their own names, time first. Everything keeps
+    the policy's precision, float64 included. A loss that is NaN or infinite raises
+    `sgrl.reinforce.NonFiniteLoss` and changes nothing.
+    """
+
+    def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
+        """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
+        policy = self.module[module_id].policy
+        optimizers = make_optimizers(policy, config.lr, config.predictor_lr)
+        for name, optimizer in optimizers.items():
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=name,
+                optimizer=optimizer,
+                params=[p for group in optimizer.param_groups for p in group["params"]],
+            )
+
+    def _update(
+        self, batch: dict[str, SampleBatch], **kwargs: Any
+    ) -> tuple[dict, dict[str, float], dict]:
+        losses = {}
+        for module_id, columns in batch.items():
+            config = self.config.get_config_for_module(module_id)
+            metrics = update(
+                self.module[module_id].policy,
+                dict(self.get_optimizers_for_module(module_id)),
+                EpisodeBatch(**columns),
+                UpdateSettings(
+                    gamma=config.gamma,
+                    entropy_coeff=config.entropy_coeff,
+                    grad_clip=config.grad_clip,
+                    normalize_returns=config.normalize_returns,
+                ),
+            )
+            self.metrics.log_dict(metrics, key=(module_id, "sgrl"), reduce="item")
+            losses[module_id] = metrics["policy_loss"]
+        return {}, losses, {}
+
+    def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
+        """Not used: `sgrl.reinforce.update` computes the loss."""
+        raise NotImplementedError("ReinforceLearner updates through sgrl.reinforce.update")
+
+    def _convert_batch_type(
+        self, batch: MultiAgentBatch, to_device: bool = True, **kwargs: Any
+    ) -> MultiAgentBatch:
+        # RLlib's own version casts float64 to float32.
+        device = self._device if to_device else None
+        columns = tree.map_structure(
+            lambda value: torch.as_tensor(value, device=device), batch.policy_batches
+        )
+        return MultiAgentBatch(columns, env_steps=batch.env_steps())
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return RLlib's learner state, as a copy: its own arrays change as training goes on."""
+        return copy.deepcopy(super().get_state(*args, **kwargs))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set RLlib's learner state, also where it is older than the current one."""
+        if COMPONENT_RL_MODULE in state:
+            # RLlib passes over weights that count fewer updates than the current ones.
+            self._weights_seq_no = 0
+        super().set_state(state)
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        # RLlib's own version casts float64 to float32, and brings back the checkpoint's learning
+        # rates where the config's were changed.
+        for name, saved in state.items():
+            optimizer = self._named_optimizers[name]
+            moments = tree.map_structure(torch.tensor, saved["state"]["state"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def learner_batch(batch: EpisodeBatch, module_id: str) -> MultiAgentBatch:
+    """Wrap an episode batch the way RLlib hands batches to Learners."""
+    columns = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return MultiAgentBatch(
+        {module_id: SampleBatch(columns, _time_major=True, _zero_padded=True)},
+        env_steps=batch.num_steps,
+    )

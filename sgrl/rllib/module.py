@@ -1,0 +1,132 @@
+"""The RLlib module around any registered policy (new API stack).
+
+Stock RLlib algorithms use it too::
+
+    PPOConfig().environment("labyrinth_escape").rl_module(
+        rl_module_spec=RLModuleSpec(module_class=PolicyModule),
+        model_config={"policy": "gru", "value_head": True, "max_seq_len": 80},
+    )
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor
+
+from sgrl.nn.policies import Policy, make_policy, policy_settings
+
+# Keys of a model_config that RLlib itself adds or reads; all others are the policy's.
+RLLIB_KEYS = {"max_seq_len", "vf_share_layers"}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class PolicyModule(TorchRLModule, ValueFunctionAPI):
+    """A registered policy as an RLModule.
+
+    `model_config` holds "policy" (a name in `sgrl.nn.policies.POLICIES`), the policy's settings,
+    and optionally "seed" (of its initial weights and connections, default 0), "dtype" ("float32",
+    the default, or "float64") and RLlib's own "max_seq_len" (steps a training sequence of stock
+    algorithms is cut into, default 20, RLlib's own default).
+
+    Observations are a Box of any shape (put RLlib's FlattenObservations connector before it for
+    other spaces); actions are Discrete. The state is a dict of arrays, empty for policies without
+    memory.
+    """
+
+    policy: Policy
+
+    def setup(self) -> None:
+        """Build the policy.
+
+        Raises:
+            ValueError: for another observation or action space, an unknown policy or setting.
+        """
+        if not isinstance(self.observation_space, gym.spaces.Box):
+            raise ValueError(
+                f"observation space {self.observation_space} is no Box: add RLlib's "
+                "FlattenObservations connector to env_to_module_connector"
+            )
+        if not isinstance(self.action_space, gym.spaces.Discrete):
+            raise ValueError(f"action space {self.action_space} is not supported: use Discrete")
+        self.model_config.setdefault("max_seq_len", 20)
+        self.policy = make_policy(
+            observation_size=int(np.prod(self.observation_space.shape)),
+            num_actions=int(self.action_space.n),
+            **policy_arguments(self.model_config),
+        )
+
+    def get_initial_state(self) -> dict[str, np.ndarray]:
+        """Return the state before an episode's first step, one array each without batch axis."""
+        state = self.policy.initial_state(1)
+        return {key: value[0].detach().cpu().numpy() for key, value in state.items()}
+
+    def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
+        logits, values, state = self._run_policy(batch)
+        output = {Columns.ACTION_DIST_INPUTS: logits}
+        if state:
+            output[Columns.STATE_OUT] = state
+        if values is not None:
+            # Handed back to `compute_values`, so that a loss runs the network once: a second
+            # pass would double the backward pass and the mixing-weight updates in it.
+            output[Columns.EMBEDDINGS] = values
+        return output
+
+    def compute_values(self, batch: Mapping[str, Any], embeddings: Tensor | None = None) -> Tensor:
+        """Return state values [B, T] ([B] for policies without memory).
+
+        Raises:
+            ValueError: if the policy has no value head.
+        """
+        values = embeddings if embeddings is not None else self._run_policy(batch)[1]
+        if values is None:
+            raise ValueError('the policy has no value head: add "value_head": True to model_config')
+        return values
+
+    def _run_policy(
+        self, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        # RLlib's batches are [B, T, ...] for stateful modules and [B, ...] for others.
+        stateful = self.is_stateful()
+        dtype = next(self.policy.parameters()).dtype
+        observations = batch[Columns.OBS].to(dtype)
+        if not stateful:
+            output = self.policy(observations.flatten(start_dim=1)[None])
+            values = None if output.values is None else output.values[0]
+            return output.logits[0], values, {}
+        observations = observations.flatten(start_dim=2).transpose(0, 1)
+        state = {key: value.to(dtype) for key, value in batch[Columns.STATE_IN].items()}
+        mask = batch.get(Columns.LOSS_MASK)
+        mask = None if mask is None else mask.bool().transpose(0, 1)
+        output = self.policy(observations, state, mask)
+        values = None if output.values is None else output.values.transpose(0, 1)
+        return output.logits.transpose(0, 1), values, output.state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Load arrays or tensors by name, in the policy's own precision."""
+        # RLlib's own version casts float64 to float32 on the way.
+        self.load_state_dict(
+            {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+        )
+
+
+def policy_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate an RLlib `model_config` into keyword arguments of `make_policy`, checked.
+
+    Raises:
+        ValueError: no policy is named, or it, a setting or the dtype is unknown or impossible.
+    """
+    settings = {key: value for key, value in model_config.items() if key not in RLLIB_KEYS}
+    if "policy" not in settings:
+        raise ValueError('model_config names no policy: add e.g. "policy": "sparsenet"')
+    name, seed = settings.pop("policy"), settings.pop("seed", 0)
+    dtype = settings.pop("dtype", "float32")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    policy_settings(name, settings)
+    return {"name": name, "seed": seed, "dtype": DTYPES[dtype], **settings}

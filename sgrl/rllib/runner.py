@@ -1,0 +1,190 @@
+"""The RLlib environment runner around `sgrl.reinforce.rollout` (new API stack).
+
+Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, so the environment
+seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.framework import get_device
+from ray.rllib.utils.metrics import (
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MEAN,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    NUM_EPISODES,
+)
+
+from sgrl.envs.registry import make_vector
+from sgrl.envs.vector import VectorEnv
+from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.rollout import Rollout
+from sgrl.rllib.module import PolicyModule
+
+# Evaluation episodes are drawn from the upper half of the environments' seeds, [0, 2**32).
+EVALUATION_SEED_OFFSET = 2**31
+
+COMPONENT_ROLLOUT = "rollout"
+
+
+class SampledBatch(EpisodeBatch):
+    """An episode batch with the step counts that RLlib's evaluation asks for."""
+
+    def env_steps(self) -> int:
+        """Steps really taken, without padding."""
+        return int(self.lengths.sum())
+
+    def agent_steps(self) -> int:
+        """The same: one agent."""
+        return self.env_steps()
+
+
+class EpisodeRunner(EnvRunner, Checkpointable):
+    """Runs every environment once to its episode's end, per batch.
+
+    `sample()` returns the next training batch. `sample(num_episodes=n)` is RLlib's evaluation: at
+    least n episodes (whole batches) on mazes that training never sees, the same ones at every
+    evaluation; it leaves the training state untouched.
+
+    The local runner beside remote ones only stands in for them: no environments, no module.
+    """
+
+    env: VectorEnv
+    module: PolicyModule
+
+    def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.spaces = kwargs.get("spaces") or {}
+        self.rollout: Rollout | None = None
+        if self.worker_index or not self.num_workers:
+            self.make_env()
+            self.make_module()
+            self.rollout = self._make_rollout(self.config.seed)
+
+    def make_env(self) -> None:
+        """Make the environments, `config.num_envs_per_env_runner` of them."""
+        self.env = make_vector(
+            self.config.env, self.config.num_envs_per_env_runner, self.config.env_config
+        )
+        observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
+        spaces = (observations, gym.spaces.Discrete(self.env.num_actions))
+        self.spaces = {
+            DEFAULT_MODULE_ID: spaces,
+            INPUT_ENV_SPACES: spaces,
+            INPUT_ENV_SINGLE_SPACES: spaces,
+        }
+
+    def make_module(self) -> None:
+        """Make the module that chooses the actions."""
+        device = get_device(
+            self.config, self.config.num_gpus_per_env_runner if self.worker_index else 0
+        )
+        spec = self.config.get_rl_module_spec(spaces=self.spaces, inference_only=False)
+        self.module = spec.build().to(device)
+
+    def _make_rollout(self, seed: int) -> Rollout:
+        num_envs = self.config.num_envs_per_env_runner
+        return Rollout(
+            self.env,
+            self.module.policy,
+            seed,
+            first_env=max(self.worker_index - 1, 0) * num_envs,
+            total_envs=max(self.num_workers, 1) * num_envs,
+        )
+
+    def get_spaces(self) -> dict[str, tuple[gym.Space, gym.Space]]:
+        """Return the observation and action space of one environment, by RLlib's names."""
+        return self.spaces
+
+    def sample(
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        **kwargs: Any,
+    ) -> list["SampledBatch"]:
+        """Run episodes and log their statistics.
+
+        Args:
+            num_timesteps: evaluate on at least this many environment steps.
+            num_episodes: evaluate on at least this many episodes.
+
+        Returns:
+            One batch of episodes; several when evaluating more episodes than environments.
+        """
+        if self.rollout is None:
+            raise ValueError("the local runner has no environments: set evaluation_interval")
+        if num_timesteps is None and num_episodes is None:
+            return [self._log(self.rollout.collect())]
+        if num_timesteps is not None:
+            num_episodes = math.ceil(num_timesteps / self.env.episode_length)
+        evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET)
+        num_batches = math.ceil((num_episodes or 0) / self.env.num_envs)
+        return [self._log(evaluation.collect()) for _ in range(num_batches)]
+
+    def _log(self, batch: EpisodeBatch) -> "SampledBatch":
+        sampled = SampledBatch(**vars(batch.to("cpu")))
+        statistics = sampled.statistics()
+        for name, value in (
+            ("success_rate", statistics["success_rate"]),
+            (EPISODE_RETURN_MEAN, statistics["episode_return_mean"]),
+            (EPISODE_LEN_MEAN, statistics["episode_length_mean"]),
+        ):
+            self.metrics.log_value(name, value, reduce="mean")
+        self.metrics.log_value(NUM_EPISODES, len(sampled.lengths), reduce="sum")
+        steps = sampled.env_steps()
+        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")
+        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, reduce="lifetime_sum")
+        return sampled
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Return what was logged since the last call."""
+        return self.metrics.reduce()
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the module's weights and the rollout's batch counter and action generator."""
+        state: dict[str, Any] = {}
+        if self.rollout is None:
+            return state
+        if self._check_component(COMPONENT_RL_MODULE, components, not_components):
+            state[COMPONENT_RL_MODULE] = self.module.get_state()
+        if self._check_component(COMPONENT_ROLLOUT, components, not_components):
+            state[COMPONENT_ROLLOUT] = self.rollout.get_state()
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set whatever `state` holds of what `get_state` returns."""
+        if self.rollout is None:
+            return
+        if COMPONENT_RL_MODULE in state:
+            weights = state[COMPONENT_RL_MODULE]
+            self.module.set_state(weights.get(DEFAULT_MODULE_ID, weights))
+        if COMPONENT_ROLLOUT in state:
+            self.rollout.set_state(state[COMPONENT_ROLLOUT])
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple, dict[str, Any]]:
+        """Return what RLlib needs to make this runner again from a checkpoint."""
+        return (), {"config": self.config}
+
+    def get_checkpointable_components(self) -> list[tuple[str, Checkpointable]]:
+        """Return no components: the checkpoint's weights are the learner's."""
+        return []
+
+    def assert_healthy(self) -> None:
+        """Check that the constructor has finished."""
+        assert hasattr(self, "rollout")
