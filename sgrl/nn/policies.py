@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -120,7 +120,7 @@ class Policy(nn.Module):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        logits = nn.Linear(128, self.num_actions, dtype=dtype)
+        logits = nn.utils.skip_init(nn.Linear, 128, self.num_actions, dtype=dtype)
         nn.init.normal_(logits.weight, std=0.01, generator=generator)
         nn.init.zeros_(logits.bias)
         return nn.Sequential(
@@ -185,13 +185,25 @@ class RecurrentSettings(PolicySettings):
     hidden_size: int = 256
 
 
-def _initialise_dense_rnn(rnn: nn.RNNBase, generator: torch.Generator) -> None:
-    """Each whole stacked weight matrix orthogonal, biases zero."""
+DenseRNN = TypeVar("DenseRNN", nn.GRU, nn.LSTM)
+
+
+def _dense_rnn(
+    kind: type[DenseRNN],
+    size_in: int,
+    size_out: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> DenseRNN:
+    """One layer, each whole stacked weight matrix orthogonal, biases zero."""
+    # Made without values first: torch's own would be drawn from the process-wide generator.
+    rnn = kind(size_in, size_out, dtype=dtype, device="meta").to_empty(device="cpu")
     for name, parameter in rnn.named_parameters():
         if name.startswith("weight"):
             nn.init.orthogonal_(parameter, generator=generator)
         else:
             nn.init.zeros_(parameter)
+    return rnn
 
 
 class GRUPolicy(Policy):
@@ -203,8 +215,7 @@ class GRUPolicy(Policy):
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         size = self.settings.hidden_size
-        self.core = nn.GRU(self.settings.embedding_size, size, dtype=dtype)
-        _initialise_dense_rnn(self.core, generator)
+        self.core = _dense_rnn(nn.GRU, self.settings.embedding_size, size, generator, dtype)
         return size
 
     def initial_state(self, batch_size: int) -> State:
@@ -226,8 +237,7 @@ class LSTMPolicy(Policy):
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         size = self.settings.hidden_size
-        self.core = nn.LSTM(self.settings.embedding_size, size, dtype=dtype)
-        _initialise_dense_rnn(self.core, generator)
+        self.core = _dense_rnn(nn.LSTM, self.settings.embedding_size, size, generator, dtype)
         return size
 
     def initial_state(self, batch_size: int) -> State:

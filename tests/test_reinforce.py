@@ -1,0 +1,205 @@
+"""Returns, loss, update, rollout and the plain loop, against their definitions."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from sgrl.envs.registry import make_vector
+from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameters
+from sgrl.reinforce.batch import concatenate
+from sgrl.reinforce.loop import train
+from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
+from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.update import (
+    NonFiniteLoss,
+    UpdateSettings,
+    clip_gradients,
+    make_optimizers,
+    update,
+)
+
+SPARSE = {"num_neurons": 12, "num_parents": 3, "num_slots": 2, "num_input_neurons": 4}
+
+
+def make_env(num_envs: int = 3, episode_length: int = 20) -> object:
+    return make_vector("labyrinth_escape", num_envs, {"episode_length": episode_length})
+
+
+def make_sparse(env: object, seed: int = 0, **settings: object) -> torch.nn.Module:
+    return make_policy(
+        "sparsenet", env.observation_size, env.num_actions, seed=seed, **(SPARSE | settings)
+    )
+
+
+def test_returns_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 1.0], [2.0, 5.0], [4.0, 7.0]])
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+    expected = torch.tensor([[1 + 0.5 * (2 + 0.5 * 4), 1.0], [2 + 0.5 * 4, 0.0], [4.0, 0.0]])
+    returns = discounted_returns(rewards, mask, 0.5)
+    assert torch.equal(returns, expected)
+    normalized = normalize_returns(returns, mask)
+    valid = expected[mask].numpy()
+    np.testing.assert_allclose(
+        normalized[mask].numpy(), (valid - valid.mean()) / (valid.std() + 1e-8), rtol=1e-6
+    )
+    assert not normalized[~mask].any()
+
+
+def test_loss_by_hand() -> None:
+    logits = torch.randn(3, 2, 4, dtype=torch.float64)
+    actions, returns = torch.randint(0, 4, (3, 2)), torch.randn(3, 2, dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+    policy_loss = entropy = 0.0
+    for t, b in mask.nonzero().tolist():
+        probabilities = np.exp(logits[t, b].numpy())
+        probabilities /= probabilities.sum()
+        policy_loss -= np.log(probabilities[actions[t, b]]) * returns[t, b].item() / 4
+        entropy -= (probabilities * np.log(probabilities)).sum() / 4
+    terms = reinforce_loss(logits, actions, returns, mask, 0.01)
+    assert terms.policy_loss.item() == pytest.approx(policy_loss, rel=1e-12)
+    assert terms.entropy.item() == pytest.approx(entropy, rel=1e-12)
+    assert terms.loss.item() == pytest.approx(policy_loss - 0.01 * entropy, rel=1e-12)
+
+
+def test_clipping() -> None:
+    gradients = [torch.tensor([3.0, 0.0]), None, torch.tensor([[4.0]])]
+    assert clip_gradients(gradients, None).item() == 5.0
+    assert gradients[0][0] == 3.0
+    assert clip_gradients(gradients, 0.5).item() == 5.0
+    assert gradients[0][0].item() == pytest.approx(3 * 0.5 / (5 + 1e-6))
+    small = [torch.tensor([0.1])]
+    clip_gradients(small, 0.5)
+    assert small[0].item() == pytest.approx(0.1)
+
+
+def test_a_batch_holds_one_episode_of_each_environment() -> None:
+    env = make_env(num_envs=5, episode_length=60)
+    rollout = Rollout(env, make_sparse(env), seed=11)
+    for _ in range(3):
+        batch = rollout.collect()
+        assert batch.observations.shape == (60, 5, 56)
+        assert batch.num_steps == 300
+        assert torch.equal(batch.mask.sum(0), batch.lengths)
+        assert (batch.lengths[~batch.success] == 59).all()  # popgym ends one step early
+        longest = int(batch.lengths.max())
+        assert not batch.observations[longest:][1:].any()
+        assert not batch.rewards[~batch.mask].any()
+        for b, length in enumerate(batch.lengths.tolist()):
+            assert batch.mask[:length, b].all()
+            held = batch.observations[length:longest, b]
+            assert (held == held[:1]).all()
+
+
+def test_environments_follow_the_published_seeds() -> None:
+    """Batch k of environment e is that of a fresh environment with seed + e + k * num_envs."""
+    env = make_env(num_envs=4)
+    rollout = Rollout(env, make_sparse(env), seed=100)
+    rollout.collect()
+    second = rollout.collect()
+    fresh = make_env(num_envs=4)
+    first_observations = fresh.reset([100 + 4 + e for e in range(4)])
+    assert torch.equal(second.observations[0], torch.from_numpy(first_observations))
+
+
+def test_split_rollouts_see_the_same_mazes() -> None:
+    policy = make_sparse(make_env())
+    whole = Rollout(make_env(4), policy, seed=5)
+    halves = [Rollout(make_env(2), policy, seed=5, first_env=f, total_envs=4) for f in (0, 2)]
+    for _ in range(2):
+        batch = whole.collect()
+        joined = concatenate([half.collect() for half in halves])
+        assert torch.equal(batch.observations[0], joined.observations[0])
+        assert joined.actions.shape == batch.actions.shape
+        assert joined.lengths.shape == batch.lengths.shape
+    assert not torch.equal(joined.actions[:, :2], joined.actions[:, 2:])
+
+
+def test_rollout_continues_from_its_state() -> None:
+    env = make_env()
+    policy = make_sparse(env)
+    rollout = Rollout(env, policy, seed=5)
+    rollout.collect()
+    state = copy.deepcopy(rollout.get_state())
+    expected = rollout.collect()
+    resumed = Rollout(make_env(), policy, seed=5)
+    resumed.set_state(state)
+    batch = resumed.collect()
+    assert torch.equal(batch.actions, expected.actions)
+    assert torch.equal(batch.observations, expected.observations)
+
+
+def test_actions_are_drawn_from_the_policy() -> None:
+    env = make_vector("labyrinth_escape", 200, {"episode_length": 20})
+    policy = make_sparse(env)
+    batch = Rollout(env, policy, seed=0).collect()
+    with torch.no_grad():
+        probabilities = policy(batch.observations).logits.softmax(-1)
+    drawn = torch.nn.functional.one_hot(batch.actions, 4).double()
+    # Mean of (drawn - expected) over 4000 samples: standard error below 0.5 / 63 = 0.008.
+    running = batch.mask
+    assert (drawn[running] - probabilities[running]).mean(0).abs().max() < 0.03
+
+
+def test_optimizers_step_their_own_parameters() -> None:
+    env = make_env(num_envs=4, episode_length=30)
+    policy = make_sparse(env)
+    batch = Rollout(env, policy, seed=0).collect()
+    optimizers = make_optimizers(policy, lr=1e-2, predictor_lr=1e-3)
+    before = copy.deepcopy(policy)
+    metrics = update(policy, optimizers, batch, UpdateSettings())
+    for parameters, old, lr in (
+        (policy_parameters(policy), policy_parameters(before), 1e-2),
+        (predictor_parameters(policy), predictor_parameters(before), 1e-3),
+    ):
+        change = max((p - o).abs().max().item() for p, o in zip(parameters, old, strict=True))
+        assert change == pytest.approx(lr, rel=0.05)  # Adam's first step has the size of lr
+    assert {"policy_loss", "entropy", "grad_norm", "predictor_loss", "mixing_weight_mean"} <= set(
+        metrics
+    )
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    env = make_env()
+    policy = make_sparse(env)
+    optimizers = make_optimizers(policy, lr=1e-2, predictor_lr=1e-3)
+    batch = Rollout(env, policy, seed=0).collect()
+    batch.rewards[0, 0] = float("nan")
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(NonFiniteLoss, match="smaller learning rate"):
+        update(policy, optimizers, batch, UpdateSettings())
+    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "mlp", "sparsenet"])
+def test_the_plain_loop_repeats_itself(name: str) -> None:
+    def run(seed: int) -> list[dict[str, float]]:
+        env = make_env()
+        settings = SPARSE if name == "sparsenet" else {"hidden_size": 16}
+        policy = make_policy(name, env.observation_size, env.num_actions, seed=seed, **settings)
+        return list(train(policy, env, 3, seed=seed))
+
+    rows = run(0)
+    assert rows == run(0)
+    assert rows != run(1)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert [row["env_steps"] for row in rows] == [60, 120, 180]
+
+
+def test_backends_train_alike() -> None:
+    """Ten full updates on recorded batches, float64: eager and torch end at the same weights."""
+    env = make_env(num_envs=4, episode_length=15)
+    policies = {
+        backend: make_sparse(env, backend=backend, dtype=torch.float64, mixing_weight=0.5)
+        for backend in ("eager", "torch")
+    }
+    recorder = Rollout(env, policies["torch"], seed=0)
+    batches = [recorder.collect() for _ in range(10)]
+    for policy in policies.values():
+        optimizers = make_optimizers(policy, lr=2e-3, predictor_lr=1e-3)
+        for batch in batches:
+            update(policy, optimizers, batch, UpdateSettings())
+    expected = policies["eager"].state_dict()
+    for key, value in policies["torch"].state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-9)
