@@ -43,7 +43,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
     Columns that `row` lacks stay empty; floats are written so that they read back bit for bit.
     """
-    line = ",".join(_format(row.get(column)) for column in COLUMNS) + "\n"
+    line = ",".join(_format(column, row.get(column)) for column in COLUMNS) + "\n"
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
         header = "" if file.tell() else ",".join(COLUMNS) + "\n"
@@ -186,8 +186,8 @@ def _parse(column: str, field: str) -> float:
     return int(field) if column in INTEGER_COLUMNS else float(field)
 
 
-def _format(value: float | None) -> str:
-    if value is None:
+def _format(column: str, value: float | None) -> str:
+    if value is None or math.isnan(value):
         return ""
     # repr is the shortest text that reads back as the same float.
-    return str(value) if isinstance(value, int) else repr(float(value))
+    return str(int(value)) if column in INTEGER_COLUMNS else repr(float(value))

@@ -1,0 +1,65 @@
+"""What a sweep leaves at its end: a table on the terminal, comparison.csv and a figure."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from sgrl.analysis.figures import success_curves
+from sgrl.analysis.runs import load_curves, load_trials
+from sgrl.analysis.statistics import compare_methods
+
+
+def write_comparison(directory: str | Path, console: Console | None = None) -> pd.DataFrame:
+    """Compare the methods of a sweep: print the table, and write `comparison.csv` and
+    `figures/success_rate.png` into its folder.
+
+    Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
+    """
+    directory = Path(directory)
+    console = console or Console()
+    trials, curves = load_trials(directory), load_curves(directory)
+    comparison = compare_methods(trials)
+    comparison.to_csv(directory / "comparison.csv", index=False)
+    figure = success_curves(trials, curves, directory / "figures" / "success_rate.png")
+    console.print(comparison_table(comparison))
+    for trial in trials[trials["state"] == "failed"].itertuples():
+        line = f"failed: {trial.trial} at iteration {trial.iterations}, {trial.reason}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for path in (directory / "comparison.csv", figure):
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return comparison
+
+
+def comparison_table(comparison: pd.DataFrame) -> Table:
+    """The comparison for a terminal: mean ± SEM over completed trials."""
+    swept = comparison.attrs.get("swept", [])
+    table = Table(title="mean ± SEM over completed trials", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in [*swept, "trials", "final success rate", "AUC"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.to_dict("records"):
+        count = f"{row['trials']}" + (f" (+{row['failed']} failed)" if row["failed"] else "")
+        table.add_row(
+            row["method"],
+            *(
+                f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
+                for name in swept
+            ),
+            count,
+            _mean_and_sem(row["final_success_rate"], row["final_success_rate_sem"]),
+            _mean_and_sem(row["auc"], row["auc_sem"]),
+        )
+    return table
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mean_and_sem(mean: float, error: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")

@@ -1,0 +1,283 @@
+"""Where the trials of a sweep stand, on the terminal while they run and whenever asked."""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ray import tune
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from sgrl.tuning.experiment import Trial
+from sgrl.tuning.metrics import area_under_curve, final_success_rate, read_metrics
+from sgrl.tuning.trial import (
+    first_line,
+    read_status,
+    seconds_per_iteration,
+    write_status,
+    write_text,
+)
+
+
+@dataclass
+class Progress:
+    """Where one trial stands.
+
+    Attributes:
+        trial: which one.
+        state: pending, running, interrupted, completed or failed.
+        iteration: iterations trained.
+        success_rate: mean over the last five of them.
+        auc: area under the success rate so far (see `area_under_curve`).
+        seconds_per_iteration: of the last iterations.
+        reason: why it failed.
+    """
+
+    trial: Trial
+    state: str = "pending"
+    iteration: int = 0
+    success_rate: float = math.nan
+    auc: float = math.nan
+    seconds_per_iteration: float = math.nan
+    reason: str = ""
+
+    @property
+    def last_iteration(self) -> int:
+        return self.trial.config["stop"]["training_iteration"]
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.last_iteration - self.iteration) * self.seconds_per_iteration
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("completed", "failed")
+
+
+def read_progress(directory: Path, trial: Trial) -> Progress:
+    """Where the trial in `directory/<trial>` stands, from its files alone."""
+    status = read_status(directory / trial.name)
+    rows = read_metrics(directory / trial.name / "metrics.csv")
+    return Progress(
+        trial=trial,
+        state=status.get("state", "pending"),
+        iteration=len(rows),
+        success_rate=final_success_rate(rows),
+        auc=area_under_curve(rows),
+        seconds_per_iteration=seconds_per_iteration(rows),
+        reason=status.get("reason", ""),
+    )
+
+
+def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
+    """Write summary.csv: one row a trial."""
+    rows = [
+        {
+            "trial": row.trial.name,
+            "method": row.trial.method,
+            **row.trial.swept,
+            "seed": row.trial.seed,
+            "state": row.state,
+            "iterations": row.iteration,
+            "final_success_rate": row.success_rate,
+            "auc": row.auc,
+            "reason": row.reason,
+        }
+        for row in progress
+    ]
+    last = ["seed", "state", "iterations", "final_success_rate", "auc", "reason"]
+    frame = pd.DataFrame(rows)
+    frame = frame[[*frame.columns.drop(last), *last]]
+    write_text(directory / "summary.csv", frame.to_csv(index=False))
+
+
+class SweepView(tune.Callback):
+    """Follows the trials as Tune reports them: a table that fits the terminal, or, where stdout
+    is none, one line for every trial that ends.
+
+    Args:
+        directory: of the sweep.
+        trials: all of them by name, those already over included. Kept up to date.
+    """
+
+    def __init__(self, directory: Path, trials: dict[str, Progress]) -> None:
+        self.directory = directory
+        self.trials = trials
+        self.said: set[str] = set()
+        self.console = Console()
+        self.live: Live | None = None
+        self.next_refresh = 0.0
+
+    @contextlib.contextmanager
+    def shown_on(self, console: Console) -> Iterator[None]:
+        """Show the trials on `console` while they run."""
+        self.console = console
+        if not console.is_terminal:
+            yield
+            return
+        with Live(self, console=console, auto_refresh=False, redirect_stdout=False) as self.live:
+            yield
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterator[RenderableType]:
+        # Title, frame, header and caption take six lines; a table that is too high is cut off.
+        limit = max(3, console.height - 7)
+        yield trials_table(list(self.trials.values()), self.directory.name, limit)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.trials[trial.config["trial"]].state = "running"
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        row = self.trials[trial.config["trial"]]
+        row.iteration = result["iteration"]
+        row.success_rate = result["success_rate"]
+        row.seconds_per_iteration = result["seconds_per_iteration"]
+        for note in result["notes"]:
+            self._say(note)
+        if result["done"]:
+            self._end(row.trial)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        row = self.trials[trial.config["trial"]]
+        row.state = "pending"
+        self._say(f"{row.trial.name} is started again after {_error(trial)}")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        name = trial.config["trial"]
+        write_status(self.directory / name, {"state": "failed", "reason": _error(trial)})
+        self._end(self.trials[name].trial)
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        if self.live is not None and time.monotonic() >= self.next_refresh:
+            self.live.refresh()
+            self.next_refresh = time.monotonic() + 0.5
+
+    def __reduce__(self) -> tuple:
+        # Tune pickles its callbacks into a file that nothing reads; a console cannot be.
+        return tune.Callback, ()
+
+    def _end(self, trial: Trial) -> None:
+        row = self.trials[trial.name] = read_progress(self.directory, trial)
+        # Written each time: a sweep that is killed later has its table of what ended before.
+        write_summary(self.directory, self.trials.values())
+        if self.live is None or row.state == "failed":
+            over = sum(row.is_over for row in self.trials.values())
+            detail = row.reason or f"success rate {number(row.success_rate)}"
+            where = f"[{over}/{len(self.trials)}] {trial.name}"
+            self._say(f"{where} {row.state} at iteration {row.iteration}, {detail}")
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            print(line)  # into the log
+            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
+    """Method, swept values, seed, iteration, success rate and time left of each trial.
+
+    With a `limit`, running trials come first, then failed ones, then those that ended last.
+    """
+    order = ["running", "failed", "interrupted", "completed", "pending"]
+    shown = list(rows)
+    if limit is not None and len(shown) > limit:
+        shown = sorted(shown, key=lambda row: order.index(row.state))[:limit]
+    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in order]
+    caption = ", ".join(count for count in counts if not count.startswith("0 "))
+    left = sweep_seconds_left(rows)
+    if math.isfinite(left) and left > 0:
+        caption += f"; about {duration(left)} left"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
+    table.add_column("method", no_wrap=True, overflow="ellipsis")
+    for name in [*swept, "seed", "iteration", "success rate", "time left"]:
+        table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
+    for row in shown:
+        values = [str(row.trial.swept.get(name, "")) for name in swept]
+        running = row.state == "running"
+        time_left = duration(row.seconds_left) if running else row.state
+        table.add_row(
+            row.trial.method,
+            *values,
+            str(row.trial.seed),
+            f"{row.iteration}/{row.last_iteration}",
+            number(row.success_rate),
+            time_left,
+            style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
+        )
+    return table
+
+
+def sweep_seconds_left(rows: Sequence[Progress]) -> float:
+    """Time until the last trial ends, if waiting ones are as fast as those seen so far and as
+    many as now go on running side by side."""
+    seen = [row.seconds_per_iteration for row in rows if math.isfinite(row.seconds_per_iteration)]
+    running = [row for row in rows if row.state == "running"]
+    if not seen or not running:
+        return math.nan
+    typical = sum(seen) / len(seen)
+    work = 0.0
+    for row in rows:
+        if not row.is_over:
+            seconds = row.seconds_per_iteration
+            pace = seconds if math.isfinite(seconds) else typical
+            work += (row.last_iteration - row.iteration) * pace
+    return work / len(running)
+
+
+def duration(seconds: float) -> str:
+    """As in 42 s, 7 min or 3 h 5 min."""
+    if not math.isfinite(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float) -> str:
+    """Three decimals; empty where there is no value."""
+    return f"{value:.3f}" if math.isfinite(value) else ""
+
+
+def _error(trial: Any) -> str:
+    return first_line(trial.get_pickled_error() or trial.get_error())
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[Console]:
+    """Send all that this process and its libraries print to a log file.
+
+    Ray also writes from C++, so the file descriptors themselves are turned over. Yields a console
+    on the stdout there was before.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    stdout, stderr = os.dup(1), os.dup(2)
+    try:
+        direct = sys.stdout.fileno() == 1
+    except (OSError, ValueError):
+        direct = False
+    screen = os.fdopen(os.dup(1), "w") if direct else sys.stdout
+    with log.open("a", buffering=1) as file:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield Console(file=screen)
+        finally:
+            os.dup2(stdout, 1)
+            os.dup2(stderr, 2)
+            os.close(stdout)
+            os.close(stderr)
+            if direct:
+                screen.close()

@@ -1,0 +1,220 @@
+"""One trial: its folder, and the process that runs it.
+
+All that a trial has reached stands in `<sweep>/<trial>/`: `config.yaml`, `metrics.csv`,
+`checkpoints/` and `status.json`. Whatever was killed, a trial that is started again continues
+from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
+"""
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from ray import tune
+
+from sgrl.nn.policies import save_policy
+from sgrl.tuning.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
+from sgrl.tuning.experiment import build_algorithm_config
+from sgrl.tuning.metrics import (
+    Row,
+    append_row,
+    count_rows,
+    final_success_rate,
+    flush_metrics,
+    metrics_row,
+    read_metrics,
+    truncate_metrics,
+)
+
+LOCK_SECONDS = 60
+REPORT_SECONDS = 1.0
+
+
+class TrialRunner(tune.Trainable):
+    """Runs any RLlib Algorithm as the trial `config["trial"]` of the sweep in `config["sweep"]`.
+
+    The process is reused for one trial after the other. The algorithm is built in the first step,
+    not in setup, so that every failure is one of a step, which Tune retries.
+    """
+
+    algorithm: Any = None
+    lock: TextIO | None = None
+
+    def setup(self, config: dict) -> None:
+        self.directory = Path(config["sweep"]) / config["trial"]
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.last_iteration = 0
+
+    def reset_config(self, new_config: dict) -> bool:
+        self._release()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._release()
+
+    def step(self) -> dict:
+        """Train for about a second, or to the trial's end, and report where it stands."""
+        try:
+            if self.algorithm is None:
+                self._start()
+            self._train()
+        except FloatingPointError as error:
+            # Training again would only come to the same number.
+            self._finish("failed", first_line(error), diverged=True)
+        except BaseException:
+            self._release()
+            raise
+        return {
+            "iteration": len(self.rows),
+            "success_rate": final_success_rate(self.rows),
+            "seconds_per_iteration": seconds_per_iteration(self.rows),
+            "notes": self.notes,
+            "done": self.algorithm is None,
+        }
+
+    def _start(self) -> None:
+        self._acquire()
+        self.trial = read_yaml(self.directory / "config.yaml")
+        self.last_iteration = self.trial["stop"]["training_iteration"]
+        torch.set_num_threads(self.trial["num_threads"])
+        config = build_algorithm_config(self.trial)
+        # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
+        self.algorithm = config.algo_class(config=config, storage=self._storage)
+
+        metrics, checkpoints = self.directory / "metrics.csv", self.directory / "checkpoints"
+        checkpoint, problems = newest_valid_checkpoint(checkpoints, at_most=count_rows(metrics))
+        self.saved = int(checkpoint.name) if checkpoint else 0
+        if checkpoint:
+            self.algorithm.load_checkpoint(str(checkpoint))
+        truncate_metrics(metrics, self.saved)
+        discard_after(checkpoints, self.saved)
+        self.rows = read_metrics(metrics)
+        self.notes = [f"{problem}; going on from iteration {self.saved}" for problem in problems]
+        self._write_status("running")
+
+    def _train(self) -> None:
+        deadline = time.monotonic() + REPORT_SECONDS
+        while len(self.rows) < self.last_iteration:
+            iteration, start = len(self.rows) + 1, time.perf_counter()
+            result = self.algorithm.train()
+            row = metrics_row(result, iteration, time.perf_counter() - start)
+            # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
+            # no checkpoint followed are cut off on restart.
+            append_row(self.directory / "metrics.csv", row)
+            self.rows.append(row)
+            if iteration % self.trial["checkpoint"]["every"] == 0:
+                self._checkpoint()
+            if time.monotonic() >= deadline:
+                break
+        if len(self.rows) >= self.last_iteration:
+            self._checkpoint()
+            self._finish("completed")
+
+    def _checkpoint(self) -> None:
+        if self.saved == len(self.rows):
+            return
+        self.saved = len(self.rows)
+        flush_metrics(self.directory / "metrics.csv")
+        write_checkpoint(
+            self.directory / "checkpoints",
+            self.saved,
+            self._save,
+            keep=self.trial["checkpoint"]["keep"],
+        )
+
+    def _save(self, directory: Path) -> None:
+        self.algorithm.save_checkpoint(str(directory))
+        policy = getattr(self.algorithm, "policy", None)
+        if policy is None and self.algorithm.config.enable_rl_module_and_learner:
+            policy = getattr(self.algorithm.get_module(), "policy", None)
+        if policy is not None:
+            section = self.trial["config"]["environment"]
+            environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
+            save_policy(policy, directory, environment=environment, iteration=self.saved)
+
+    def _finish(self, state: str, reason: str = "", **more: Any) -> None:
+        self._write_status(state, reason=reason, **more)
+        self._release()
+
+    def _write_status(self, state: str, **more: Any) -> None:
+        write_status(self.directory, {"state": state, "notes": self.notes, **more})
+
+    def _acquire(self) -> None:
+        """Hold the trial's folder. A process that a killed sweep left behind may still write to
+        it for the seconds it takes Ray to end it."""
+        self.lock = lock_file(self.directory / ".lock", LOCK_SECONDS)
+        if self.lock is None:
+            raise TimeoutError(f"{self.directory} is in use by another process")
+
+    def _release(self) -> None:
+        algorithm, self.algorithm = self.algorithm, None
+        if algorithm is not None:
+            algorithm.stop()
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+
+def read_status(folder: Path) -> dict:
+    """A trial's status.json: its state (running, completed or failed), the reason of a failure,
+    whether it diverged, and notes on damaged checkpoints. Empty before its first start."""
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(folder: Path, status: dict) -> None:
+    """Replace a trial's status.json."""
+    write_text(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def seconds_per_iteration(rows: Sequence[Row]) -> float:
+    """Median over the last 20 iterations, NaN where there are none."""
+    seconds = sorted(row["iteration_seconds"] for row in rows[-20:])
+    return seconds[len(seconds) // 2] if seconds else math.nan
+
+
+def lock_file(path: Path, seconds: float) -> TextIO | None:
+    """Lock `path` for this process, waiting up to `seconds`; None where another one keeps it.
+
+    The lock ends with the file's closing or the process's death, however it dies.
+    """
+    file = path.open("w")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+            time.sleep(0.1)
+        else:
+            return file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says in one line; Ray wraps those of other processes in a traceback."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or ["no message"]
+    return f"{type(cause).__name__}: {lines[0]}"
