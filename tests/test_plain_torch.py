@@ -1,0 +1,67 @@
+"""The frozen baseline computes what sgrl computes, so that ratios of time mean something."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgrl.envs.registry import make_vector
+from sgrl.nn.policies import make_policy
+from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import plain_torch
+
+
+@torch.no_grad()
+def copy_sparse(plain: plain_torch.SparsePolicy, policy: torch.nn.Module) -> None:
+    neurons = policy.core.neurons
+    keys, matrices = neurons.keys_and_matrices()
+    plain.keys.copy_(keys)
+    plain.A.copy_(matrices)
+    plain.b.copy_(neurons.bias)
+    for name in ("keys", "A", "b"):
+        getattr(plain, f"actor_{name}").copy_(getattr(policy.actor, name))
+    plain.encoder.layers.load_state_dict(policy.encoder.state_dict())
+    plain.parents.copy_(policy.core.parents)
+
+
+@torch.no_grad()
+def copy_dense(plain: plain_torch.DensePolicy, policy: torch.nn.Module) -> None:
+    core = {name.removesuffix("_l0"): value for name, value in policy.core.state_dict().items()}
+    plain.cell.load_state_dict(core)
+    plain.actor.load_state_dict(policy.actor.state_dict())
+    plain.encoder.layers.load_state_dict(policy.encoder.state_dict())
+
+
+@pytest.mark.parametrize("name", plain_torch.POLICIES)
+def test_the_same_numbers(name: str) -> None:
+    env = make_vector("labyrinth_escape", 3, {"episode_length": 12})
+    settings = {}
+    if name.startswith("sparsenet"):
+        settings["propagation"] = "sgprop" if "sgprop" in name else "backprop"
+        settings["adaptive"] = name == "sparsenet_sgprop"
+    policy = make_policy(name.partition("_")[0], 56, 4, **settings)
+    plain = plain_torch.make_policy(name, 56, 4)
+    (copy_sparse if name.startswith("sparsenet") else copy_dense)(plain, policy)
+
+    optimizers = make_optimizers(policy, 1e-3, 1e-3)
+    plain_optimizers = plain_torch.make_optimizers(plain, 1e-3, 1e-3)
+    rollout = Rollout(env, policy, seed=0)
+    for _ in range(3):
+        batch = rollout.collect()
+        metrics = update(policy, optimizers, batch, UpdateSettings())
+        loss = plain_torch.update(
+            plain, plain_optimizers, batch.observations, batch.actions, batch.rewards, batch.mask
+        )
+        assert metrics["policy_loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+    if name.startswith("sparsenet"):
+        assert torch.allclose(plain.lam, policy.core.neurons.mixing_weight, atol=1e-3)
+
+
+def test_its_loop_runs() -> None:
+    rows = plain_torch.train("sparsenet_sgprop", num_envs=2, length=10)
+    first = next(rows)
+    assert set(first) == {"success_rate", "rollout_seconds", "update_seconds"}
