@@ -1,5 +1,6 @@
 """Environments by name, as experiment files write them."""
 
+import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     if not isinstance(env_config, Mapping | None):
         raise ValueError(f"{env}: env_config must hold keys and values, got {env_config!r}")
     entry = ENVIRONMENTS[env]
-    config = {**entry.defaults, "vectorized": True}
+    config = {**copy.deepcopy(entry.defaults), "vectorized": True}
     for key, value in (env_config or {}).items():
         if key not in config:
             raise ValueError(
