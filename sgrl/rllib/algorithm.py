@@ -182,7 +182,12 @@ class Reinforce(Algorithm):
         return ReinforceConfig()
 
     def setup(self, config: AlgorithmConfig) -> None:
-        """Build runners and learner."""
+        """Build runners and learner.
+
+        Raises:
+            ValueError: the Ray cluster has too few processors for them.
+        """
+        _check_resources(self.config)
         self._env_steps = 0
         self._row: dict[str, float] = {}
         super().setup(config)
@@ -269,6 +274,19 @@ class Reinforce(Algorithm):
             lambda runner: runner.set_state(rollouts[runner.worker_index]),
             local_env_runner=False,
         )
+
+
+def _check_resources(config: AlgorithmConfig) -> None:
+    # RLlib would wait in silence, without end, for actors that fit nowhere.
+    _, *actors = Reinforce.default_resource_request(config).bundles
+    present = ray.cluster_resources() if ray.is_initialized() else {}
+    for kind in ("CPU", "GPU"):
+        needed = sum(bundle.get(kind, 0) for bundle in actors)
+        if ray.is_initialized() and needed > present.get(kind, 0):
+            raise ValueError(
+                f"the runners and learners need {needed:g} {kind}, the Ray cluster has "
+                f"{present.get(kind, 0):g}: lower num_env_runners or num_learners"
+            )
 
 
 def _sample_on(

@@ -1,0 +1,21 @@
+"""Fixtures of all tests."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Bitwise comparisons hold for one thread count; Ray's actors have one thread too.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray instance for all tests that need one; its processors are only a count."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
