@@ -133,6 +133,7 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
             view = SweepView(directory, progress)
             with view.shown_on(console):
                 _run_trials(directory, experiment, todo, requests, view)
+        progress = {t.name: _read_stopped(directory, t) for t in experiment.trials}
         write_summary(directory, progress.values())
     if any(not row.is_over for row in progress.values()):
         raise KeyboardInterrupt
@@ -228,13 +229,18 @@ def status_table(directory: str | Path) -> Table:
     """A sweep's trials, one row each, from their folders alone. Raises SweepError."""
     directory = Path(directory).absolute()
     experiment = _load(directory)
-    rows = [read_progress(directory, trial) for trial in experiment.trials]
     lock = lock_file(directory / ".lock", seconds=0)
+    read = read_progress if lock is None else _read_stopped
     if lock is not None:
         lock.close()
-        for row in rows:
-            row.state = "interrupted" if row.state == "running" else row.state
-    return trials_table(rows, directory.name)
+    return trials_table([read(directory, trial) for trial in experiment.trials], directory.name)
+
+
+def _read_stopped(directory: Path, trial: Trial) -> Progress:
+    """Where a trial stands whose sweep is not running."""
+    row = read_progress(directory, trial)
+    row.state = "interrupted" if row.state == "running" else row.state
+    return row
 
 
 def _is_settled(directory: Path, progress: Progress) -> bool:
