@@ -4,7 +4,19 @@
 the room it lives in (`sgrl.nn`, `sgrl.envs`, `sgrl.reinforce`, `sgrl.rllib`, `sgrl.tuning`).
 """
 
-from sgrl.nn.policies import load_policy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgrl.nn.policies import Policy
 
 __all__ = ["load_policy"]
 __version__ = "0.1.0"
+
+
+def load_policy(path: str | Path) -> "Policy":
+    """Load the policy of a checkpoint; see `sgrl.nn.policies.load_policy`."""
+    # Imported here so that `import sgrl`, and with it `sgrl --help`, does not wait for torch.
+    from sgrl.nn import policies
+
+    return policies.load_policy(path)

@@ -207,7 +207,8 @@ def mixing_summary(mixing_weights: Tensor) -> Mapping[str, float]:
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """A module's parameters as (policy parameters, predictor parameters); together all of them."""
-    policy, predictor = [], []
+    policy: list[nn.Parameter] = []
+    predictor: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         is_predictor = name.rpartition(".")[2].startswith("predictor_")
         (predictor if is_predictor else policy).append(parameter)

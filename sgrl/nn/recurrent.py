@@ -247,6 +247,7 @@ class _BackwardRecord:
         self.mixed: dict[int, Tensor] = {}
         self.predictions: dict[int, Tensor] = {}
         self.substitutes: dict[int, Tensor] = {}
+        self.residuals: dict[int, Tensor] = {}
 
     def add(self, activation: Activation) -> None:
         self.activations.append(Activation(*(value.detach() for value in activation)))
@@ -265,11 +266,7 @@ class _BackwardRecord:
         residual = torch.where(valid, prediction - target, 0.0)
         self.gradients[t], self.mixed[t] = gradient, mixed
         self.predictions[t], self.substitutes[t] = prediction, substitute
-        self.loss = (
-            self.loss + residual.square().sum() / self.count
-            if t < self.length - 1
-            else (residual.square().sum() / self.count)
-        )
+        self.residuals[t] = residual
         if t == 0:
             self.finish()
         return mixed, 2 * residual / self.count
@@ -289,7 +286,7 @@ class _BackwardRecord:
 
         gradient, substitute = gather(self.gradients), gather(self.substitutes)
         rnn.statistics = {
-            "predictor_loss": self.loss,
+            "predictor_loss": gather(self.residuals).square().sum() / self.count,
             "true_grad_norm": gradient.norm(dim=-1).mean(),
             "mixed_grad_norm": gather(self.mixed).norm(dim=-1).mean(),
             "prediction_norm": gather(self.predictions).norm(dim=-1).mean(),
