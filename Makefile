@@ -1,0 +1,45 @@
+# Two commands to know: `make quickstart` and `make test`. Both install what they need in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
+# One thread per process: trials and tests run side by side, one on each core.
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: quickstart test check study bench clean
+
+quickstart: .venv/installed
+	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
+	else $(BIN)/sgrl sweep tune_configs/quickstart.yaml; fi
+
+test: .venv/installed-for-tests check
+	$(BIN)/python -m pytest
+
+check: .venv/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The studies behind the published figures: hours on two cores.
+study: .venv/installed-for-tests
+	$(BIN)/python -m pytest -m slow --override-ini addopts=-ra
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/backends.py
+	$(BIN)/python benchmarks/rllib_overhead.py
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "sgrl needs Python 3.11 or newer; say which with make PYTHON=..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing sgrl in .venv (the first time this takes some minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/installed-for-tests: .venv/installed
+	@$(PIP) -e ".[test]"
+	@touch $@
