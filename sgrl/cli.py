@@ -1,0 +1,111 @@
+"""The `sgrl` command: thin verbs over `sgrl.tuning`.
+
+Whatever a user can get wrong is one line on stderr and exit status 2. Ray and torch are imported
+inside the verbs, so that `sgrl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="Experiment file, as in tune_configs/.")]
+Results = Annotated[Path, typer.Option(help="Folder that holds the experiments' folders.")]
+Name = Annotated[str | None, typer.Option(help="Folder under results; the experiment's name.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
+Checkpoint = Annotated[Path, typer.Argument(help="As in results/NAME/TRIAL/checkpoints/000025.")]
+Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
+
+
+@contextmanager
+def _one_line_errors(*errors: type[Exception], resume: Path | None = None) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"sgrl: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        hint = f"; go on with: sgrl resume {resume}" if resume else ""
+        typer.echo(f"sgrl: interrupted{hint}", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def sweep(
+    config: Config,
+    results: Results = Path("results"),
+    name: Name = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run all trials of an experiment file into RESULTS/NAME."""
+    from sgrl.tuning.experiment import ExperimentError, load_experiment
+
+    with _one_line_errors(ExperimentError):
+        experiment = load_experiment(config, set_ or [], name)
+    if dry_run:
+        typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
+        for trial in experiment.trials:
+            typer.echo(f"  {trial.name}")
+        return
+
+    from sgrl.tuning.sweep import SweepError, run_sweep
+
+    with _one_line_errors(ExperimentError, SweepError, resume=results / experiment.name):
+        run_sweep(experiment, results)
+
+
+@app.command()
+def resume(directory: Experiment) -> None:
+    """Finish the trials of an interrupted sweep."""
+    from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.sweep import SweepError, resume_sweep
+
+    with _one_line_errors(ExperimentError, SweepError, resume=directory):
+        resume_sweep(directory)
+
+
+@app.command()
+def status(directory: Experiment) -> None:
+    """Show how far each trial of a sweep is."""
+    from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.sweep import SweepError, status_table
+
+    with _one_line_errors(ExperimentError, SweepError):
+        status_table(directory)
+
+
+@app.command()
+def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -> None:
+    """Run a checkpoint's policy on its environment."""
+    from sgrl.tuning.checkpoints import CheckpointError
+    from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
+
+    with _one_line_errors(CheckpointError):
+        for key, value in evaluate_checkpoint(checkpoint, episodes, seed).items():
+            typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def main() -> None:
+    """Entry point of the `sgrl` command."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    app()

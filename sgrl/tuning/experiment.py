@@ -1,0 +1,695 @@
+"""Experiment files: one YAML in, a validated list of trials out, before Ray is started.
+
+    name: labyrinth_escape               # also the name of the results folder
+    algorithm: Reinforce                 # or PPO, or any other algorithm RLlib has registered
+    config:                              # sections: AlgorithmConfig methods; keys: their arguments
+      environment: {env: labyrinth_escape, env_config: {maze_dims: [6, 6]}}
+      training: {lr: {grid: [5.0e-4, 1.0e-3]}}
+    methods:                             # the models compared side by side
+      gru: {model: {policy: gru}}
+      sparsenet: {model: {policy: sparsenet}, config: {training: {lr: 2.0e-3}}}
+    seeds: [0, 1, 2]
+    stop: {training_iteration: 300}
+    checkpoint: {every: 25, keep: 2}
+    max_failures: 2                      # restarts of a trial whose process died
+    num_threads: 1                       # torch threads of one trial
+    concurrency: auto                    # trials at a time: as many as fit, or a number
+
+`{grid: [...]}` anywhere under `config`, `stop` or a method's `model` and `config` sweeps that
+value. One trial is one method, one grid point and one seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import itertools
+import logging
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEFAULTS: dict[str, Any] = {
+    "algorithm": "Reinforce",
+    "config": {},
+    "seeds": [0],
+    "checkpoint": {"every": 25, "keep": 2},
+    "max_failures": 2,
+    "num_threads": 1,
+    "concurrency": "auto",
+}
+KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
+KEYS += ["max_failures", "num_threads", "concurrency"]
+
+# Bounds RLlib does not check before a trial's processes have started: (low, high, low allowed).
+BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
+    ("config", "training", "lr"): (0, math.inf, False),
+    ("config", "training", "predictor_lr"): (0, math.inf, True),
+    ("config", "training", "gamma"): (0, 1, True),
+    ("config", "training", "entropy_coeff"): (0, math.inf, True),
+    ("config", "training", "grad_clip"): (0, math.inf, False),
+    ("config", "env_runners", "num_envs_per_env_runner"): (1, math.inf, True),
+    ("config", "env_runners", "num_env_runners"): (0, math.inf, True),
+    ("config", "learners", "num_learners"): (0, math.inf, True),
+    ("config", "learners", "num_gpus_per_learner"): (0, math.inf, True),
+    ("stop", "training_iteration"): (1, math.inf, True),
+}
+
+# Names of swept values in trial names and in summary.csv, where the key itself is too long.
+SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
+
+
+class ExperimentError(ValueError):
+    """An experiment that cannot run: one line with the file, the key and what to do."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one grid point with one seed.
+
+    `swept` maps the short names of the swept values (as in `name`) to this trial's values.
+    `config` is plain YAML: algorithm, config (its sections), model, seed, method, stop,
+    checkpoint, num_threads and max_failures.
+    """
+
+    name: str
+    method: str
+    seed: int
+    swept: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A validated experiment. `resolved` is its YAML with every default, override and
+    backend written out; written to a file, it loads as the same experiment."""
+
+    name: str
+    path: Path
+    trials: list[Trial]
+    resolved: dict[str, Any]
+    checkpoint: dict[str, int]
+    max_failures: int
+    num_threads: int
+    concurrency: int | str
+
+
+class _Problem(Exception):
+    """What is wrong with one key; `load_experiment` adds where it stands."""
+
+    def __init__(self, key: str | Sequence[str], message: str) -> None:
+        self.key = key if isinstance(key, str) else ".".join(key)
+        self.message = message
+
+
+def load_experiment(
+    path: str | Path, overrides: Sequence[str] = (), name: str | None = None
+) -> Experiment:
+    """Read, override (`KEY=VALUE`, the value is YAML) and validate an experiment file.
+
+    An override of `config.*` also wins over what a method sets at the same key. `name` replaces
+    the experiment's own. Raises ExperimentError; Ray is imported but never started.
+    """
+    path = Path(path)
+    keys: list[str] = []
+    try:
+        raw = _read(path)
+        for override in overrides:
+            keys.append(override.partition("=")[0])
+            _override(raw, override)
+        if name is not None:
+            raw["name"] = name
+        return _experiment(path, raw)
+    except _Problem as problem:
+        place = str(path)
+        for key in keys:
+            if f"{problem.key}.".startswith(f"{key}."):
+                place = f"{path} with --set {key}"
+        where = f"{place}: {problem.key}" if problem.key else place
+        raise ExperimentError(f"{where}: {problem.message}") from None
+    except RecursionError:
+        raise ExperimentError(f"{path}: a YAML alias contains itself") from None
+
+
+def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
+    _check_keys((), raw, KEYS)
+    for key in ("name", "methods", "stop"):
+        if raw.get(key) is None:
+            raise _Problem(key, "missing")
+    given = {key: value for key, value in raw.items() if value is not None}
+    resolved: dict[str, Any] = copy.deepcopy({key: (DEFAULTS | given)[key] for key in KEYS})
+    check_name("name", resolved["name"])
+    for key in ("config", "methods", "stop", "checkpoint"):
+        _check_type(key, resolved[key], dict)
+    resolved["checkpoint"] = DEFAULTS["checkpoint"] | resolved["checkpoint"]
+    _check_keys(("checkpoint",), resolved["checkpoint"], DEFAULTS["checkpoint"])
+    for key in ("every", "keep"):
+        _check_whole(f"checkpoint.{key}", resolved["checkpoint"][key], 1)
+    _check_whole("max_failures", resolved["max_failures"], 0)
+    _check_whole("num_threads", resolved["num_threads"], 1)
+    if resolved["concurrency"] != "auto":
+        _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
+    _check_type("seeds", resolved["seeds"], list)
+    for seed in resolved["seeds"]:
+        _check_whole("seeds", seed, 0)
+    _check_values("seeds", resolved["seeds"])
+
+    if not resolved["methods"]:
+        raise _Problem("methods", "empty; name at least one method")
+    for method, entry in resolved["methods"].items():
+        check_name(f"methods.{method}", method)
+        _check_type(f"methods.{method}", entry, dict)
+        _check_keys(("methods", method), entry, ("model", "config"))
+        _resolve_backend(method, entry)
+
+    return Experiment(
+        name=resolved["name"],
+        path=path,
+        trials=_trials(resolved),
+        resolved=resolved,
+        checkpoint=resolved["checkpoint"],
+        max_failures=resolved["max_failures"],
+        num_threads=resolved["num_threads"],
+        concurrency=resolved["concurrency"],
+    )
+
+
+# Reading ------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given
+    twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key '{key.value}' is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str, key: str = "") -> Any:
+    try:
+        # _Loader is a SafeLoader.
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None or key else f"line {mark.line + 1}: "
+        raise _Problem(key, f"{line}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise _Problem(key, f"not YAML: {str(error).splitlines()[0]}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = [str(other) for other in path.parent.glob("*.yaml")]
+        hint = f"; did you mean {_nearest(str(path), found)}?" if found else ""
+        raise _Problem("", f"no such file{hint}") from None
+    except UnicodeDecodeError:
+        raise _Problem("", "not a text file") from None
+    except OSError as error:
+        raise _Problem("", f"cannot be read: {error.strerror}") from None
+    raw = _parse(text)
+    if raw is None:
+        raise _Problem("", "empty; tune_configs/quickstart.yaml is an example to start from")
+    if not isinstance(raw, dict):
+        raise _Problem("", "not an experiment: expected 'key: value' lines")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise _Problem("", f"--set {override}: expected KEY=VALUE, as in config.training.lr=1e-3")
+    value = _parse(text, key)
+    if value is None and text.strip() not in ("null", "~"):
+        raise _Problem(key, "no value given")
+    parent = raw
+    for depth, step in enumerate(path[:-1], 1):
+        if parent.get(step) is None:
+            parent[step] = {}
+        parent = parent[step]
+        if not isinstance(parent, dict) or "grid" in parent:
+            raise _Problem(key, f"{'.'.join(path[:depth])} holds no keys; set it as a whole")
+    parent[path[-1]] = value
+
+    if path[0] == "config" and isinstance(raw.get("methods"), dict):
+        for method, entry in raw["methods"].items():
+            _forget(entry, path, f"methods.{method}")
+
+
+def _forget(entry: Any, path: Sequence[str], where: str) -> None:
+    """Drop what a method sets at an overridden key."""
+    for depth, step in enumerate(path):
+        if not isinstance(entry, dict):
+            return
+        if "grid" in entry:
+            key = ".".join([where, *path[:depth]])
+            raise _Problem(path, f"{key} is a grid; set that key instead")
+        if depth == len(path) - 1:
+            entry.pop(step, None)
+        entry = entry.get(step)
+
+
+# Checks of single values ----------------------------------------------------------------------
+
+
+def check_name(key: str, name: Any) -> None:
+    """Names become folders, so only letters, digits and ``_ . + -``."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
+        rule = "start with a letter or digit and hold only letters, digits, '_', '.', '+', '-'"
+        raise _Problem(key, f"{name!r} is no safe name: it must {rule}")
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    lowered = {name.lower(): name for name in names}
+    return lowered[difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.0)[0]]
+
+
+def _check_known(key: str | Sequence[str], kind: str, name: Any, names: Iterable[str]) -> None:
+    names = list(names)
+    if not isinstance(name, str):
+        raise _Problem(key, f"expected the name of a {kind}, got {name!r}")
+    if name not in names:
+        raise _Problem(key, f"unknown {kind} {name!r}; did you mean {_nearest(name, names)!r}?")
+
+
+def _check_keys(
+    path: Sequence[str], mapping: Mapping[Any, Any], names: Iterable[str], kind: str = "key"
+) -> None:
+    names = list(names)
+    for key in mapping:
+        if not isinstance(key, str):
+            raise _Problem([*path, str(key)], "keys must be text; put it in quotes")
+        if key not in names:
+            raise _Problem([*path, key], f"unknown {kind}; did you mean {_nearest(key, names)!r}?")
+
+
+def _check_values(key: str | Sequence[str], values: list[Any]) -> None:
+    if not values:
+        raise _Problem(key, "empty list; give at least one value")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise _Problem(key, f"{value!r} is given twice")
+
+
+def _check_whole(key: str, value: Any, low: int, alternative: str = "") -> None:
+    if not _accepts(int, value):
+        raise _Problem(key, f"expected {alternative}a whole number, got {value!r}")
+    if value < low:
+        raise _Problem(key, f"must be at least {low}, got {value}")
+
+
+def _check_type(key: str | Sequence[str], value: Any, annotation: Any) -> None:
+    if not _accepts(annotation, value):
+        raise _Problem(key, f"expected {_in_words(annotation)}, got {value!r}")
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    """Whether a YAML value fits a type annotation (True where the annotation is no help)."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    kind = origin or annotation
+    if kind is types.NoneType:
+        return value is None
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (bool, str, dict):
+        return isinstance(value, kind)
+    if kind in (list, tuple, Sequence):
+        items = [argument for argument in arguments if argument is not Ellipsis]
+        if not isinstance(value, list):
+            return False
+        if kind is tuple and Ellipsis not in arguments:
+            return len(value) == len(items) and all(map(_accepts, items, value))
+        return not items or all(_accepts(items[0], item) for item in value)
+    # YAML holds no classes and no functions.
+    return kind not in (type, Callable)
+
+
+def _in_words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        words = [_in_words(a) for a in arguments if a is not types.NoneType]
+        return " or ".join(dict.fromkeys(words))
+    if origin is typing.Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    plain = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    plain |= {dict: "a mapping of keys to values", list: "a list", tuple: "a list"}
+    return plain.get(origin or annotation, "something a YAML file cannot hold")
+
+
+# Models ---------------------------------------------------------------------------------------
+
+
+def _resolve_backend(method: str, entry: dict[str, Any]) -> None:
+    """Write the backend that `auto` stands for into a method's model, so that a resumed sweep
+    computes with the one it was started with."""
+    from sgrl.nn.kernels import resolve_backend
+    from sgrl.nn.policies import POLICIES
+
+    key = f"methods.{method}.model"
+    model = entry.get("model")
+    if model is None:
+        raise _Problem(key, "missing, as in model: {policy: gru}")
+    _check_type(key, model, dict)
+    if "policy" not in model:
+        raise _Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
+    _check_known(f"{key}.policy", "policy", model["policy"], POLICIES)
+    settings = {field.name for field in dataclasses.fields(POLICIES[model["policy"]].Settings)}
+    if "backend" in settings and model.setdefault("backend", "auto") == "auto":
+        model["backend"] = resolve_backend("auto")
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    from sgrl.rllib.module import policy_arguments
+
+    try:
+        policy_arguments(model)
+    except (ValueError, TypeError) as error:
+        raise _Problem("model", _one_line(error)) from None
+
+
+# Trials ---------------------------------------------------------------------------------------
+
+
+def _trials(resolved: dict[str, Any]) -> list[Trial]:
+    merged = {
+        method: {
+            "config": _merge(resolved["config"], entry.get("config") or {}),
+            "model": entry["model"],
+            "stop": resolved["stop"],
+        }
+        for method, entry in resolved["methods"].items()
+    }
+    grids = {method: dict(_grids((), tree)) for method, tree in merged.items()}
+    for method, grid in grids.items():
+        for path, values in grid.items():
+            key = _place(resolved, method, ".".join(path))
+            _check_type([key, "grid"], values, list)
+            _check_values([key, "grid"], values)
+    short = _short_names(dict.fromkeys(path for grid in grids.values() for path in grid))
+
+    trials: list[Trial] = []
+    for method, grid in grids.items():
+        for values in itertools.product(*grid.values()):
+            point = copy.deepcopy(merged[method])
+            for path, value in zip(grid, values, strict=True):
+                _assign(point, path, copy.deepcopy(value))
+            try:
+                _check_point(resolved["algorithm"], point)
+            except _Problem as problem:
+                key = _place(resolved, method, problem.key)
+                raise _Problem(key, problem.message) from None
+            swept = {short[path]: value for path, value in zip(grid, values, strict=True)}
+            for seed in resolved["seeds"]:
+                labels = [f"{name}={_label(value)}" for name, value in swept.items()]
+                trials.append(
+                    Trial(
+                        name="_".join([method, *labels, f"seed={seed}"]),
+                        method=method,
+                        seed=seed,
+                        swept=swept,
+                        config={
+                            "algorithm": resolved["algorithm"],
+                            "method": method,
+                            "seed": seed,
+                            **copy.deepcopy(point),
+                            "checkpoint": resolved["checkpoint"],
+                            "num_threads": resolved["num_threads"],
+                            "max_failures": resolved["max_failures"],
+                        },
+                    )
+                )
+    names = [trial.name for trial in trials]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise _Problem("methods", f"two trials would share the folder {name!r}")
+        if len(name) > 200:
+            raise _Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")
+    return trials
+
+
+def _merge(base: Any, over: Any) -> Any:
+    mappings = isinstance(base, dict) and isinstance(over, dict)
+    if not mappings or "grid" in base or "grid" in over:
+        return copy.deepcopy(over)
+    merged = {key: _merge(base[key], over[key]) if key in over else base[key] for key in base}
+    return copy.deepcopy(merged | {key: over[key] for key in over if key not in base})
+
+
+def _grids(path: tuple[str, ...], tree: Any) -> Iterable[tuple[tuple[str, ...], Any]]:
+    if isinstance(tree, dict):
+        if "grid" in tree:
+            _check_keys(path, tree, ("grid",))
+            yield path, tree["grid"]
+        else:
+            for key, value in tree.items():
+                yield from _grids((*path, str(key)), value)
+
+
+def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for step in path[:-1]:
+        tree = tree[step]
+    tree[path[-1]] = value
+
+
+def _place(resolved: dict[str, Any], method: str, key: str) -> str:
+    """The key as it stands in the file: a method's own, or the experiment's."""
+    path = key.split(".")
+    if path[0] == "model":
+        return f"methods.{method}.{key}"
+    tree = resolved["methods"][method]
+    for step in path:
+        if not isinstance(tree, dict) or step not in tree:
+            return key
+        tree = tree[step]
+    return f"methods.{method}.{key}"
+
+
+def _short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The last step of each path, with as many steps before it as tell all paths apart."""
+    paths = list(paths)
+    depth = dict.fromkeys(paths, 1)
+    while True:
+        short = {
+            path: ".".join([*path[-depth[path] : -1], SHORT_NAMES.get(path[-1], path[-1])])
+            for path in paths
+        }
+        names = list(short.values())
+        clashing = [path for path in paths if names.count(short[path]) > 1]
+        if not clashing:
+            return short
+        for path in clashing:
+            depth[path] += 1
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{key}={_label(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "x".join(_label(item) for item in value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+=-]", "-", text)
+
+
+# The algorithm's configuration ----------------------------------------------------------------
+
+
+def algorithm_class(name: str) -> Any:
+    """The Algorithm subclass of that name: Reinforce or any algorithm RLlib has registered."""
+    from ray.rllib.algorithms.registry import ALGORITHMS
+
+    # RLlib greets every stock configuration with a warning about its new API stack.
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+
+    _check_known("algorithm", "algorithm", name, ["Reinforce", *ALGORITHMS])
+    if name == "Reinforce":
+        from sgrl.rllib.algorithm import Reinforce
+
+        return Reinforce
+    return ALGORITHMS[name]()[0]
+
+
+def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
+    """The AlgorithmConfig of one trial (`Trial.config`), with the policy's RLModule in place.
+
+    Algorithms other than Reinforce get a policy with a value head unless its settings say no.
+    """
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+    from sgrl.rllib import PolicyModule
+
+    algorithm, seed = trial_config["algorithm"], trial_config["seed"]
+    config = algorithm_class(algorithm).get_default_config()
+    for section, arguments in trial_config["config"].items():
+        getattr(config, section)(**arguments)
+    if algorithm == "Reinforce":
+        config.rl_module(model_config=dict(trial_config["model"]))
+    else:
+        config.rl_module(
+            rl_module_spec=RLModuleSpec(module_class=PolicyModule),
+            model_config={"value_head": True, "seed": seed, **trial_config["model"]},
+        )
+    return config.debugging(seed=seed)
+
+
+def required_resources(trial: Trial) -> dict[str, float]:
+    """What one trial holds while it runs, summed over its processes, as in
+    ``{"CPU": 1.0, "GPU": 0.0}`` (and any custom resource)."""
+    algorithm = algorithm_class(trial.config["algorithm"])
+    request = algorithm.default_resource_request(build_algorithm_config(trial.config))
+    total = {"CPU": 0.0, "GPU": 0.0}
+    for bundle in request.bundles:
+        for resource, amount in bundle.items():
+            total[resource] = total.get(resource, 0.0) + amount
+    return total
+
+
+def check_resources(experiment: Experiment, available: Mapping[str, float]) -> None:
+    """Raise ExperimentError if some trial alone asks for more than is available (which Ray
+    would answer by waiting for ever)."""
+    for trial in experiment.trials:
+        for resource, needed in required_resources(trial).items():
+            present = available.get(resource, 0.0)
+            if needed > present:
+                raise ExperimentError(
+                    f"{experiment.path}: trial {trial.name} needs {needed:g} {resource}s and this "
+                    f"machine has {present:g}; lower num_env_runners, num_learners or their "
+                    f"num_{resource.lower()}s_per_... under config.env_runners and config.learners"
+                )
+
+
+def _check_point(algorithm: str, point: dict[str, Any]) -> None:
+    """Validate one grid point of one method: {"config", "model", "stop"}."""
+    config_class = type(algorithm_class(algorithm).get_default_config())
+    _check_keys(("stop",), point["stop"], ("training_iteration",))
+    if "training_iteration" not in point["stop"]:
+        raise _Problem("stop.training_iteration", "missing")
+    _check_type("stop.training_iteration", point["stop"]["training_iteration"], int)
+    _check_model(point["model"])
+    _check_sections(config_class, point["config"])
+    for path, bounds in BOUNDS.items():
+        _check_bounds(path, point, *bounds)
+    _check_environment(algorithm, point["config"])
+    trial_config = {"algorithm": algorithm, "seed": 0, **point}
+    try:
+        build_algorithm_config(trial_config).validate()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise _Problem("config", _one_line(error)) from None
+
+
+def _sections(config_class: type) -> list[str]:
+    """Methods that return the configuration itself and take only optional arguments."""
+    names = []
+    for name, function in inspect.getmembers(config_class, inspect.isfunction):
+        parameters = inspect.signature(function).parameters.values()
+        if not name.startswith("_") and any(
+            type(parameter.default).__name__ == "_NotProvided" for parameter in parameters
+        ):
+            names.append(name)
+    return names
+
+
+def _section_arguments(config_class: type, section: str) -> dict[str, Any]:
+    """Keyword arguments and their annotations: a subclass's `training(**kwargs)` takes its
+    base's too. RLlib's retired arguments are the ones without annotation."""
+    arguments: dict[str, Any] = {}
+    for base in config_class.__mro__:
+        function = vars(base).get(section)
+        if function is None:
+            continue
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except NameError:
+            signature = inspect.signature(function)
+        for name, parameter in signature.parameters.items():
+            if parameter.annotation is not parameter.empty:
+                arguments.setdefault(name, parameter.annotation)
+    return {name: kind for name, kind in arguments.items() if name not in ("self", "kwargs")}
+
+
+def _check_sections(config_class: type, sections: dict[str, Any]) -> None:
+    _check_type("config", sections, dict)
+    _check_keys(("config",), sections, _sections(config_class), "section")
+    for section, given in sections.items():
+        _check_type(("config", section), given, dict)
+        arguments = _section_arguments(config_class, section)
+        _check_keys(("config", section), given, arguments)
+        if section == "rl_module":
+            raise _Problem("config.rl_module", "the model belongs under methods.<name>.model")
+        if section == "debugging" and "seed" in given:
+            raise _Problem("config.debugging.seed", "seeds belong under 'seeds'")
+        for key, value in given.items():
+            kind = arguments[key]
+            if key.startswith("num_cpus"):
+                # RLlib annotates these as whole numbers and takes fractions.
+                kind = float | str if "str" in str(kind) else float
+            _check_type(("config", section, key), value, kind)
+
+
+def _check_bounds(
+    path: tuple[str, ...], tree: Any, low: float, high: float, low_allowed: bool
+) -> None:
+    for step in path:
+        if not isinstance(tree, dict) or step not in tree:
+            return
+        tree = tree[step]
+    if not _accepts(float, tree):
+        return
+    if not math.isfinite(tree) or not (low <= tree <= high) or (tree == low and not low_allowed):
+        least = f"at least {low:g}" if low_allowed else f"greater than {low:g}"
+        most = "" if high == math.inf else f" and at most {high:g}"
+        raise _Problem(path, f"must be {least}{most}, got {tree}")
+
+
+def _check_environment(algorithm: str, sections: dict[str, Any]) -> None:
+    import gymnasium
+
+    from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+
+    section = sections.get("environment", {})
+    key = "config.environment.env"
+    if section.get("env") is None:
+        raise _Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}")
+    env = section["env"]
+    # Stock algorithms also run gymnasium's own environments.
+    others = [] if algorithm == "Reinforce" else list(gymnasium.registry)
+    _check_known(key, "environment", env, [*ENVIRONMENTS, *others])
+    if env in ENVIRONMENTS:
+        try:
+            validate_env_config(env, section.get("env_config") or {})
+        except ValueError as error:
+            raise _Problem("config.environment.env_config", _one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
