@@ -15,6 +15,7 @@ config gives the same numbers as `sgrl.reinforce.train`, and a restored algorith
 (for one CPU type, thread count and runner count).
 """
 
+import math
 from collections.abc import Collection
 from operator import itemgetter
 from typing import Any, Self
@@ -41,6 +42,19 @@ from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EpisodeRunner
 
 COMPONENT_REINFORCE = "reinforce"
+
+# Settings by name: type, least and greatest value.
+CHECKED_NUMBERS: dict[str, tuple[Any, float, float]] = {
+    "lr": (int | float, 0, math.inf),
+    "predictor_lr": (int | float, 0, math.inf),
+    "gamma": (int | float, 0, 1),
+    "entropy_coeff": (int | float, 0, math.inf),
+    "grad_clip": (int | float, 0, math.inf),
+    "seed": (int, 0, 2**31 - 1),
+    "num_envs_per_env_runner": (int, 1, math.inf),
+    "num_env_runners": (int, 0, math.inf),
+    "num_learners": (int, 0, math.inf),
+}
 
 
 class ReinforceConfig(AlgorithmConfig):
@@ -106,6 +120,12 @@ class ReinforceConfig(AlgorithmConfig):
     def build_learner_connector(self, *args: Any, **kwargs: Any) -> None:
         """Return no connector: the learner takes whole episode batches."""
 
+    def get_state(self) -> dict[str, Any]:
+        """Return all settings."""
+        # RLlib leaves out whatever equals its mark for deprecated settings, which is -1: a
+        # learning rate of -1 would quietly become the default.
+        return super().get_state() | {name: getattr(self, name) for name in CHECKED_NUMBERS}
+
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
         return super()._model_config_auto_includes | {"policy": "sparsenet", "seed": self.seed}
@@ -116,26 +136,18 @@ class ReinforceConfig(AlgorithmConfig):
         Raises:
             ValueError: one line that names the setting.
         """
-        for name in ("lr", "predictor_lr", "entropy_coeff"):
-            _check_number(name, getattr(self, name), 0)
-        _check_number("gamma", self.gamma, 0, 1)
-        if self.grad_clip is not None:
-            _check_number("grad_clip", self.grad_clip, 0)
+        for name, (kind, least, most) in CHECKED_NUMBERS.items():
+            value = getattr(self, name)
+            if name == "grad_clip" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                what = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
         if not isinstance(self.normalize_returns, bool):
             raise ValueError(
                 f"normalize_returns must be true or false, got {self.normalize_returns!r}"
             )
-        for name, least in (
-            ("seed", 0),
-            ("num_envs_per_env_runner", 1),
-            ("num_env_runners", 0),
-            ("num_learners", 0),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}, got {value!r}"
-                )
         if self.num_learners > 1:
             raise ValueError(
                 f"num_learners must be 0 or 1, got {self.num_learners}: several learners would "
@@ -156,12 +168,6 @@ class ReinforceConfig(AlgorithmConfig):
         ):
             log_once(note)
         super().validate()
-
-
-def _check_number(name: str, value: Any, least: float, most: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        limits = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
 
 
 class Reinforce(Algorithm):

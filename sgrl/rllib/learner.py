@@ -82,12 +82,23 @@ class ReinforceLearner(TorchLearner):
             self._weights_seq_no = 0
         super().set_state(state)
 
+    # RLlib's own versions of these two cast float64 to float32, and bring back the checkpoint's
+    # learning rates where the config's were changed.
+    def _get_optimizer_state(self) -> dict[str, Any]:
+        return {
+            name: {
+                "module_id": self._optimizer_name_to_module[name],
+                "moments": tree.map_structure(
+                    lambda moment: moment.cpu().numpy(), optimizer.state_dict()["state"]
+                ),
+            }
+            for name, optimizer in self._named_optimizers.items()
+        }
+
     def _set_optimizer_state(self, state: dict[str, Any]) -> None:
-        # RLlib's own version casts float64 to float32, and brings back the checkpoint's learning
-        # rates where the config's were changed.
         for name, saved in state.items():
             optimizer = self._named_optimizers[name]
-            moments = tree.map_structure(torch.tensor, saved["state"]["state"])
+            moments = tree.map_structure(torch.tensor, saved["moments"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 

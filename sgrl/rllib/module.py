@@ -107,12 +107,16 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         values = None if output.values is None else output.values.transpose(0, 1)
         return output.logits.transpose(0, 1), values, output.state
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Load arrays or tensors by name, in the policy's own precision."""
-        # RLlib's own version casts float64 to float32 on the way.
-        self.load_state_dict(
-            {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-        )
+    # RLlib's own versions of these two cast float64 to float32.
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+        """Return weights and buffers by name, in the policy's own precision."""
+        return {key: value.detach().cpu().numpy() for key, value in self.state_dict().items()}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Load what `get_state` returns."""
+        # A copy, since Ray's arrays are read-only.
+        arrays = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+        self.load_state_dict(arrays)
 
 
 def policy_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:

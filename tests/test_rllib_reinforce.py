@@ -1,0 +1,303 @@
+"""`Reinforce` on RLlib: the plain loop's numbers, determinism, exact restore, remote actors."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from sgrl.envs.registry import make_vector
+from sgrl.nn.policies import POLICIES, make_policy
+from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
+from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig
+from sgrl.rllib.runner import EVALUATION_SEED_OFFSET
+
+ENV_CONFIG = {"episode_length": 12}
+NUM_ENVS = 3
+SPARSE = {
+    "policy": "sparsenet",
+    "feature_size": 16,
+    "embedding_size": 16,
+    "num_neurons": 12,
+    "neuron_size": 3,
+    "num_parents": 3,
+    "num_slots": 2,
+    "num_input_neurons": 4,
+    "actor_slots": 2,
+}
+MODELS = {
+    **{
+        name: {"policy": name, "feature_size": 16, "embedding_size": 16, "hidden_size": 16}
+        for name in POLICIES
+        if name != "sparsenet"
+    },
+    "sgprop": SPARSE,
+    "backprop": {**SPARSE, "propagation": "backprop"},
+}
+
+
+def config(model: str = "sgprop", seed: int = 5, **extra: Any) -> ReinforceConfig:
+    return (
+        ReinforceConfig()
+        .environment("labyrinth_escape", env_config=ENV_CONFIG)
+        .env_runners(num_envs_per_env_runner=NUM_ENVS)
+        .rl_module(model_config={**MODELS[model], **extra})
+        .debugging(seed=seed)
+    )
+
+
+def rows(algorithm: Reinforce, iterations: int) -> list[dict[str, float]]:
+    return [algorithm.train()["sgrl"] for _ in range(iterations)]
+
+
+def learner_state(algorithm: Reinforce) -> dict[str, Any]:
+    """Weights, buffers and optimizers by flat name."""
+    state = {f"policy/{k}": v.clone() for k, v in algorithm.policy.state_dict().items()}
+    for name, optimizer in algorithm.learner_group._learner._named_optimizers.items():
+        for index, moments in optimizer.state_dict()["state"].items():
+            state |= {f"{name}/{index}/{k}": v.clone() for k, v in moments.items()}
+        state[f"{name}/groups"] = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    return state
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert actual[key].dtype == value.dtype, key
+            assert torch.equal(actual[key], value), key
+        else:
+            assert actual[key] == value, key
+
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_same_numbers_as_the_plain_loop(model: str) -> None:
+    algorithm = config(model).training(lr=1e-3, entropy_coeff=0.02, gamma=0.9).build_algo()
+    env = make_vector("labyrinth_escape", NUM_ENVS, ENV_CONFIG)
+    arguments = {key: value for key, value in MODELS[model].items() if key != "policy"}
+    policy = make_policy(
+        MODELS[model]["policy"], env.observation_size, env.num_actions, seed=5, **arguments
+    )
+    settings = UpdateSettings(gamma=0.9, entropy_coeff=0.02)
+    for expected in train(policy, env, 4, lr=1e-3, seed=5, settings=settings):
+        result = algorithm.train()
+        assert result["training_iteration"] == expected.pop("iteration")
+        assert result["sgrl"] == expected
+    assert expected["env_steps"] == 4 * NUM_ENVS * ENV_CONFIG["episode_length"]
+    for key, value in policy.state_dict().items():
+        assert torch.equal(algorithm.policy.state_dict()[key], value), key
+    algorithm.stop()
+
+
+def test_same_seed_same_numbers() -> None:
+    runs = []
+    for seed in (5, 5, 6):
+        algorithm = config(seed=seed).build_algo()
+        runs.append(rows(algorithm, 3))
+        algorithm.stop()
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_restored_from_any_checkpoint_continues_exactly(dtype: str, tmp_path: Path) -> None:
+    algorithm = config(dtype=dtype).build_algo()
+    results, states = [], []
+    for iteration in range(5):
+        algorithm.save_to_path(tmp_path / str(iteration))
+        states.append(learner_state(algorithm))
+        results.append(algorithm.train())
+    final = learner_state(algorithm)
+    assert final["policy/core.neurons.mixing_weight"].dtype == getattr(torch, dtype)
+    for iteration in (0, 2, 4):
+        # In a new algorithm, and in one that is further on.
+        restored = Reinforce.from_checkpoint(tmp_path / str(iteration))
+        algorithm.restore_from_path(tmp_path / str(iteration))
+        for other in (restored, algorithm):
+            assert_same(learner_state(other), states[iteration])
+            for expected in results[iteration:]:
+                result = other.train()
+                assert result["sgrl"] == expected["sgrl"]
+                for counter in ("training_iteration", "num_env_steps_sampled_lifetime"):
+                    assert result[counter] == expected[counter]
+                steps = "num_env_steps_trained_lifetime"
+                trained, expected_trained = (
+                    r["learners"]["__all_modules__"][steps] for r in (result, expected)
+                )
+                assert trained == expected_trained
+            assert_same(learner_state(other), final)
+        restored.stop()
+    algorithm.stop()
+
+
+def test_state_in_memory_is_a_copy() -> None:
+    algorithm = config().build_algo()
+    rows(algorithm, 1)
+    state = algorithm.get_state()
+    expected = rows(algorithm, 2)
+    algorithm.set_state(state)
+    assert rows(algorithm, 2) == expected
+    algorithm.stop()
+
+
+def test_a_changed_learning_rate_outlives_restore(tmp_path: Path) -> None:
+    algorithm = config().build_algo()
+    rows(algorithm, 1)
+    algorithm.save_to_path(tmp_path)
+    algorithm.stop()
+    changed = config().training(lr=7e-4, predictor_lr=3e-5).build_algo()
+    changed.restore_from_path(tmp_path)
+    for _ in range(2):
+        optimizers = changed.learner_group._learner._named_optimizers.values()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        assert [group["lr"] for group in groups] == [7e-4, 3e-5]
+        assert all(group["betas"] == (0.9, 0.999) for group in groups)
+        assert all(type(beta) is float for group in groups for beta in group["betas"])
+        changed.train()
+    changed.stop()
+
+
+def test_remote_runners(tmp_path: Path) -> None:
+    algorithm = config().env_runners(num_env_runners=2).build_algo()
+    batch = algorithm._sample()
+    # The environments are those of one big runner.
+    env = make_vector("labyrinth_escape", 2 * NUM_ENVS, ENV_CONFIG)
+    first = env.reset([5 + e for e in range(2 * NUM_ENVS)])
+    assert np.array_equal(batch.observations[0].numpy(), first)
+    assert not torch.equal(batch.actions[:, :NUM_ENVS], batch.actions[:, NUM_ENVS:])
+    rows(algorithm, 2)
+    algorithm.save_to_path(tmp_path)
+    results = [algorithm.train() for _ in range(2)]
+    assert results[-1]["sgrl"]["env_steps"] == 4 * 2 * NUM_ENVS * ENV_CONFIG["episode_length"]
+    algorithm.stop()
+
+    restored = Reinforce.from_checkpoint(tmp_path)
+    for expected in results:
+        result = restored.train()
+        assert result["sgrl"] == expected["sgrl"]
+        for counter in ("training_iteration", "num_env_steps_sampled_lifetime"):
+            assert result[counter] == expected[counter]
+    restored.stop()
+
+
+def test_remote_learner() -> None:
+    local = config().build_algo()
+    remote = config().learners(num_learners=1).build_algo()
+    assert rows(remote, 3) == rows(local, 3)
+    assert_same(remote.policy.state_dict(), local.policy.state_dict())
+    state = remote.get_state()
+    weights = state["learner_group"]["learner"]["rl_module"][DEFAULT_MODULE_ID]
+    weights["policy.actor.b"] = np.full_like(weights["policy.actor.b"], np.nan)
+    remote.set_state(state)
+    with pytest.raises(NonFiniteLoss):
+        remote.train()
+    remote.stop()
+    local.stop()
+
+
+def test_non_finite_loss_changes_nothing() -> None:
+    algorithm = config().build_algo()
+    rows(algorithm, 2)
+    with torch.no_grad():
+        algorithm.policy.actor.b[0, 0] = float("nan")
+    before = learner_state(algorithm)
+    with pytest.raises(NonFiniteLoss, match="nan"):
+        algorithm.train()
+    after = learner_state(algorithm)
+    assert torch.isnan(after.pop("policy/actor.b")[0, 0])
+    del before["policy/actor.b"]
+    assert_same(after, before)
+    algorithm.stop()
+
+
+def test_evaluation_neither_disturbs_training_nor_sees_its_mazes() -> None:
+    plain = config().build_algo()
+    expected = rows(plain, 4)
+    evaluated = (
+        config().evaluation(evaluation_interval=2, evaluation_duration=2 * NUM_ENVS).build_algo()
+    )
+    results = [evaluated.train() for _ in range(4)]
+    assert [result["sgrl"] for result in results] == expected
+    assert "evaluation" not in results[0]
+    metrics = results[-1]["evaluation"]["env_runners"]
+    assert metrics["num_episodes"] == 2 * NUM_ENVS
+    # The same mazes each time, also on the training runner of an algorithm without evaluation.
+    for algorithm in (evaluated, plain):
+        again = algorithm.evaluate()["env_runners"]
+        for name in ("success_rate", "episode_return_mean", "episode_len_mean"):
+            assert again[name] == metrics[name]
+    assert rows(plain, 2) == rows(evaluated, 2)
+
+    runner = plain.env_runner
+    first = runner.sample(num_episodes=1)[0].observations[0].numpy()
+    env = make_vector("labyrinth_escape", NUM_ENVS, ENV_CONFIG)
+    assert np.array_equal(first, env.reset([EVALUATION_SEED_OFFSET + 5 + e for e in range(3)]))
+    plain.stop()
+    evaluated.stop()
+
+
+def test_stock_ppo_trains_the_module() -> None:
+    algorithm = (
+        PPOConfig()
+        .environment("labyrinth_escape", env_config=ENV_CONFIG)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=2, batch_mode="complete_episodes")
+        .rl_module(
+            rl_module_spec=RLModuleSpec(module_class=PolicyModule),
+            model_config={**SPARSE, "value_head": True, "max_seq_len": 12},
+        )
+        .training(train_batch_size=24, minibatch_size=12, num_epochs=1)
+        .debugging(seed=0, log_level="ERROR")
+        .build_algo()
+    )
+    policy = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID].policy
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    algorithm.train()
+    after = policy.state_dict()
+    unchanged = {key for key in before if torch.equal(after[key], before[key])}
+    assert unchanged == {"core.parents"}
+    algorithm.stop()
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("training", {"lr": -1e-3}, "lr must be a number at least 0, got -0.001"),
+        ("training", {"lr": -1}, "lr must be a number at least 0, got -1"),
+        ("training", {"lr": "fast"}, "lr must be a number at least 0, got 'fast'"),
+        ("training", {"predictor_lr": -1.0}, "predictor_lr must be"),
+        ("training", {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
+        ("training", {"grad_clip": -0.5}, "grad_clip must be"),
+        ("training", {"entropy_coeff": float("nan")}, "entropy_coeff must be"),
+        ("training", {"normalize_returns": 1}, "normalize_returns must be true or false"),
+        ("learners", {"num_learners": 2}, "num_learners must be 0 or 1, got 2"),
+        ("env_runners", {"num_envs_per_env_runner": 0}, "`num_envs_per_env_runner`"),
+        ("environment", {"env": "labyrinth_escpe"}, "labyrinth_escape"),
+        ("environment", {"env_config": {"maze_dims": [7, 7]}}, "maze_dims"),
+        ("rl_module", {"model_config": {"policy": "grru"}}, "did you mean 'gru'"),
+        ("rl_module", {"model_config": {"hidden": 3}}, "no setting 'hidden'"),
+        ("rl_module", {"model_config": {"num_parents": 200}}, "num_parents"),
+        ("rl_module", {"model_config": {"dtype": "float16"}}, "dtype must be"),
+        ("debugging", {"seed": None}, "seed must be"),
+        ("fault_tolerance", {"restart_failed_env_runners": True}, "restart_failed_env_runners"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(
+    section: str, settings: dict[str, Any], message: str
+) -> None:
+    bad = ReinforceConfig().environment("labyrinth_escape")
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")) as error:
+        getattr(bad, section)(**settings).build_algo()
+    assert "\n" not in str(error.value)
+
+
+def test_more_runners_than_processors_are_refused() -> None:
+    with pytest.raises(ValueError, match="need 99 CPU, the Ray cluster has"):
+        config().env_runners(num_env_runners=99).build_algo()
