@@ -111,7 +111,8 @@ def test_rows_of_other_algorithms_come_from_rllibs_keys():
         },
     }
     row = metrics_row(result, 3, 0.25)
-    assert {key: row[key] for key in COLUMNS if key in row} == {
+    assert tuple(row) == COLUMNS
+    assert {key: value for key, value in row.items() if not math.isnan(value)} == {
         "iteration": 3,
         "env_steps": 400,
         "episode_return_mean": 0.5,

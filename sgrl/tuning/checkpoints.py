@@ -70,7 +70,7 @@ def read_manifest(checkpoint: Path) -> dict:
         named = int(checkpoint.name) if checkpoint.name.isdecimal() else manifest["iteration"]
         if not sizes_and_digests or named != manifest["iteration"]:
             raise ValueError
-    except FileNotFoundError:
+    except OSError:
         raise CheckpointError(f"{checkpoint} is no whole checkpoint: no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{checkpoint} is damaged: {MANIFEST} has been changed") from None

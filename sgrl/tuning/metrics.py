@@ -41,9 +41,9 @@ Row = dict[str, float]
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Append one iteration, with the header first where the file is new.
 
-    Columns that `row` lacks stay empty; floats are written so that they read back bit for bit.
+    NaN and columns that `row` lacks are left empty; floats read back bit for bit.
     """
-    line = ",".join(_format(column, row.get(column)) for column in COLUMNS) + "\n"
+    line = ",".join(_format(column, row.get(column, math.nan)) for column in COLUMNS) + "\n"
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
         header = "" if file.tell() else ",".join(COLUMNS) + "\n"
@@ -89,7 +89,7 @@ def flush_metrics(path: Path) -> None:
 
 
 def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
-    """One row from what RLlib's `Algorithm.train()` returned.
+    """One row, of all columns, from what RLlib's `Algorithm.train()` returned.
 
     `Reinforce` reports the columns themselves under `result["sgrl"]`; for every other algorithm
     they are taken from RLlib's own keys where it has them.
@@ -101,7 +101,8 @@ def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
     for loss in ("policy_loss", "total_loss"):
         if not math.isfinite(row.get(loss, 0.0)):
             raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
-    return {**row, "iteration": iteration, "iteration_seconds": seconds}
+    row |= {"iteration": iteration, "iteration_seconds": seconds}
+    return {column: row.get(column, math.nan) for column in COLUMNS}
 
 
 def final_success_rate(rows: Sequence[Row]) -> float:
@@ -186,8 +187,8 @@ def _parse(column: str, field: str) -> float:
     return int(field) if column in INTEGER_COLUMNS else float(field)
 
 
-def _format(column: str, value: float | None) -> str:
-    if value is None or math.isnan(value):
+def _format(column: str, value: float) -> str:
+    if math.isnan(value):
         return ""
     # repr is the shortest text that reads back as the same float.
     return str(int(value)) if column in INTEGER_COLUMNS else repr(float(value))

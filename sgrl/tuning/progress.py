@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ray import tune
+from ray import cloudpickle, tune
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -25,6 +25,8 @@ from sgrl.tuning.trial import (
     write_status,
     write_text,
 )
+
+LOG_FILE = "sweep.log"
 
 
 @dataclass
@@ -171,9 +173,10 @@ class SweepView(tune.Callback):
         write_summary(self.directory, self.trials.values())
         if self.live is None or row.state == "failed":
             over = sum(row.is_over for row in self.trials.values())
-            detail = row.reason or f"success rate {number(row.success_rate)}"
-            where = f"[{over}/{len(self.trials)}] {trial.name}"
-            self._say(f"{where} {row.state} at iteration {row.iteration}, {detail}")
+            line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"
+            rate = number(row.success_rate)
+            detail = row.reason or (f"success rate {rate}" if rate else "")
+            self._say(f"{line} at iteration {row.iteration}" + (f", {detail}" if detail else ""))
 
     def _say(self, line: str) -> None:
         if line not in self.said:
@@ -250,7 +253,10 @@ def number(value: float) -> str:
 
 
 def _error(trial: Any) -> str:
-    return first_line(trial.get_pickled_error() or trial.get_error())
+    # Tune's own `get_pickled_error` looks where the file will be once the sweep is over.
+    if trial.pickled_error_file is None:
+        return f"an error that {LOG_FILE} holds"
+    return first_line(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from sgrl.tuning.experiment import (
     load_experiment,
 )
 from sgrl.tuning.progress import (
+    LOG_FILE,
     Progress,
     SweepView,
     quiet,
@@ -44,7 +45,6 @@ from sgrl.tuning.progress import (
 from sgrl.tuning.trial import TrialRunner, lock_file, read_status, write_text
 
 EXPERIMENT_FILE = "experiment.yaml"
-LOG_FILE = "sweep.log"
 
 # Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
 ENVIRONMENT = {
