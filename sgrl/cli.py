@@ -22,7 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Config = Annotated[Path, typer.Argument(help="Experiment file, as in tune_configs/.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Experiment file, as in tune_configs/.")
+]
 Results = Annotated[Path, typer.Option(help="Folder that holds the experiments' folders.")]
 Name = Annotated[str | None, typer.Option(help="Folder under results; the experiment's name.")]
 Set = Annotated[
@@ -31,7 +33,10 @@ Set = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
 Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
-Checkpoint = Annotated[Path, typer.Argument(help="As in results/NAME/TRIAL/checkpoints/000025.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="As in results/NAME/TRIAL/checkpoints/000025."),
+]
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 
@@ -71,7 +76,8 @@ def sweep(
     from sgrl.tuning.sweep import SweepError, run_sweep
 
     with _one_line_errors(ExperimentError, SweepError, resume=results / experiment.name):
-        run_sweep(experiment, results)
+        directory = run_sweep(experiment, results)
+    _compare(directory)
 
 
 @app.command()
@@ -82,16 +88,31 @@ def resume(directory: Experiment) -> None:
 
     with _one_line_errors(ExperimentError, SweepError, resume=directory):
         resume_sweep(directory)
+    _compare(directory)
+
+
+def _compare(directory: Path) -> None:
+    """The table and the figure at a sweep's end; exit status 1 where a trial failed."""
+    from sgrl.analysis.report import write_comparison
+    from sgrl.analysis.runs import ResultsError
+    from sgrl.tuning.sweep import failed_trials
+
+    with _one_line_errors(ResultsError):
+        write_comparison(directory)
+    if failed_trials(directory):
+        raise typer.Exit(1)
 
 
 @app.command()
 def status(directory: Experiment) -> None:
     """Show how far each trial of a sweep is."""
+    from rich.console import Console
+
     from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError, status_table
 
     with _one_line_errors(ExperimentError, SweepError):
-        status_table(directory)
+        Console().print(status_table(directory))
 
 
 @app.command()

@@ -292,7 +292,7 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 def _check_known(key: str | Sequence[str], kind: str, name: Any, names: Iterable[str]) -> None:
     names = list(names)
     if not isinstance(name, str):
-        raise _Problem(key, f"expected the name of a {kind}, got {name!r}")
+        raise _Problem(key, f"expected the {kind}'s name, got {name!r}")
     if name not in names:
         raise _Problem(key, f"unknown {kind} {name!r}; did you mean {_nearest(name, names)!r}?")
 

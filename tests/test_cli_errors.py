@@ -1,0 +1,329 @@
+"""Bad input: one clear line on stderr, exit status 2, no traceback, and Ray never started."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sgrl.cli import app
+from sgrl.nn.policies import make_policy, save_policy
+from sgrl.tuning.checkpoints import write_checkpoint
+
+GOOD = """\
+name: good
+algorithm: Reinforce
+config:
+  environment:
+    env: labyrinth_escape
+    env_config: {maze_dims: [6, 6], episode_length: 20}
+  env_runners: {num_envs_per_env_runner: 2}
+  training: {lr: 1e-3}
+methods:
+  gru: {model: {policy: gru, hidden_size: 8}}
+  sparse: {model: {policy: sparsenet}, config: {training: {lr: 2e-3}}}
+seeds: [0]
+stop: {training_iteration: 1}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run `sgrl` in an empty folder that holds experiment.yaml, with `ray.init` out of reach."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", lambda *args, **kwargs: pytest.fail("Ray was started"))
+
+    def run(*arguments, text=GOOD):
+        Path("experiment.yaml").write_text(text)
+        return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+    return run
+
+
+def refused(result, *fragments):
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("sgrl: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_the_good_file_is_good(run):
+    result = run("sweep", "experiment.yaml", "--dry-run")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "good: 2 trials\n  gru_seed=0\n  sparse_seed=0\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "message"),
+    [
+        # Unknown keys and names, with the nearest valid one.
+        ("seeds:", "sedes:", "sedes:", "unknown key; did you mean 'seeds'?"),
+        ("training:", "trainning:", "config.trainning:", "did you mean 'training'?"),
+        ("{lr: 1e-3}", "{lrr: 1e-3}", "config.training.lrr:", "did you mean 'lr'?"),
+        ("{lr: 2e-3}", "{gama: 1}", "methods.sparse.config.training.gama:", "mean 'gamma'?"),
+        ("env:", "enf:", "config.environment.enf:", "did you mean 'env'?"),
+        ("maze_dims", "maze_dim", "config.environment.env_config:", "'maze_dims'"),
+        ("training_iteration", "iterations", "stop.iterations:", "'training_iteration'"),
+        ("hidden_size", "hiden_size", "methods.gru.model:", "did you mean 'hidden_size'?"),
+        ("model: {policy: gru", "modle: {policy: gru", "methods.gru.modle:", "mean 'model'?"),
+        ("policy: gru", "policy: grew", "methods.gru.model.policy:", "did you mean 'gru'?"),
+        ("escape", "escap", "config.environment.env:", "did you mean 'labyrinth_escape'?"),
+        ("Reinforce", "Reinforced", "algorithm:", "did you mean 'Reinforce'?"),
+        ("Reinforce", "ppo", "algorithm:", "did you mean 'PPO'?"),
+        ("{policy: sparsenet}", "{policy: sparsenet, backend: touch}", "model:", "'torch'"),
+        # Wrong types.
+        ("lr: 1e-3", "lr: fast", "config.training.lr:", "expected a number or a list, got 'fast'"),
+        ("lr: 1e-3", "lr: {grid: [1e-3, fast]}", "config.training.lr:", "got 'fast'"),
+        ("seeds: [0]", "seeds: 3", "seeds:", "expected a list, got 3"),
+        ("seeds: [0]", "seeds: [zero]", "seeds:", "expected a whole number, got 'zero'"),
+        ("iteration: 1", "iteration: many", "stop.training_iteration:", "a whole number"),
+        ("iteration: 1", "iteration: 1.5", "stop.training_iteration:", "a whole number"),
+        ("runner: 2", "runner: two", "num_envs_per_env_runner:", "a whole number, got 'two'"),
+        ("size: 8", "size: big", "methods.gru.model:", "hidden_size must be a whole number"),
+        ("{lr: 1e-3}", "1e-3", "config.training:", "expected a mapping"),
+        ("{model: {policy: gru, hidden_size: 8}}", "gru", "methods.gru:", "a mapping"),
+        (
+            "policy: gru",
+            "policy: {grid: [gru]}",
+            "methods.gru.model.policy:",
+            "expected the policy's name",
+        ),
+        ("name: good", "name: 7", "name:", "is no safe name"),
+        ("Reinforce", "[PPO]", "algorithm:", "expected the algorithm's name"),
+        ("env: labyrinth_escape", "env: 3", "config.environment.env:", "got 3"),
+        # Impossible values.
+        ("lr: 1e-3", "lr: -1e-3", "config.training.lr:", "greater than 0, got -0.001"),
+        ("lr: 2e-3", "lr: 0", "methods.sparse.config.training.lr:", "greater than 0, got 0"),
+        ("lr: 1e-3", "lr: .nan", "config.training.lr:", "must be greater than 0"),
+        ("lr: 1e-3", "lr: .inf", "config.training.lr:", "must be greater than 0"),
+        ("lr: 1e-3", "gamma: 1.5", "config.training.gamma:", "at most 1, got 1.5"),
+        ("iteration: 1", "iteration: 0", "stop.training_iteration:", "at least 1, got 0"),
+        ("runner: 2", "runner: 0", "num_envs_per_env_runner:", "at least 1, got 0"),
+        ("[6, 6]", "[7, 7]", "config.environment.env_config:", "maze_dims"),
+        ("length: 20", "length: 0", "config.environment.env_config:", "episode_length"),
+        (
+            "{policy: sparsenet}",
+            "{policy: sparsenet, num_neurons: 4, num_input_neurons: 2, num_parents: 5}",
+            "methods.sparse.model:",
+            "num_parents",
+        ),
+        ("seeds: [0]", "seeds: [-1]", "seeds:", "at least 0, got -1"),
+        ("seeds: [0]", "checkpoint: {every: 0}", "checkpoint.every:", "at least 1"),
+        ("seeds: [0]", "checkpoint: {often: 1}", "checkpoint.often:", "did you mean"),
+        ("seeds: [0]", "num_threads: 0", "num_threads:", "at least 1"),
+        ("seeds: [0]", "concurrency: all", "concurrency:", "expected auto or a whole number"),
+        # Names, doubles and holes.
+        ("name: good", "name: ../good", "name:", "is no safe name"),
+        ("  gru:", "  g/ru:", "methods.g/ru:", "is no safe name"),
+        ("  gru:", "  on:", "methods.True:", "is no safe name"),
+        ("seeds: [0]", "seeds: [1, 1]", "seeds:", "1 is given twice"),
+        ("seeds: [0]", "seeds: []", "seeds:", "empty list"),
+        ("lr: 1e-3", "lr: {grid: []}", "config.training.lr.grid:", "empty list"),
+        ("lr: 1e-3", "lr: {grid: [1, 1.0]}", "config.training.lr.grid:", "given twice"),
+        ("lr: 1e-3", "lr: {grid: 3}", "config.training.lr.grid:", "expected a list, got 3"),
+        ("lr: 1e-3", "lr: {grid: [1], gird: [2]}", "lr.gird:", "did you mean 'grid'?"),
+        ("name: good", "", "name:", "missing"),
+        ("stop: {training_iteration: 1}", "", "stop:", "missing"),
+        ("training_iteration: 1", "", "stop.training_iteration:", "missing"),
+        ("env: labyrinth_escape", "", "config.environment.env:", "missing"),
+        ("policy: gru, ", "", "methods.gru.model.policy:", "missing; one of gru"),
+        ("training: {lr: 1e-3}", "debugging: {seed: 1}", "config.debugging.seed:", "'seeds'"),
+        ("training: {lr: 1e-3}", "rl_module: {model_config: {}}", "config.rl_module:", "methods"),
+        ("training: {lr: 1e-3}", "learners: {num_learners: 2}", "config:", "num_learners"),
+        # Not YAML, or not an experiment.
+        ("lr: 1e-3", "lr: 1e-3, lr: 1e-4", "line 8:", "key 'lr' is given twice"),
+        ("lr: 1e-3", "lr: [", "line 8:", ""),
+        ("name: good", "name: 'good", "line 1", ""),
+        ("name: good", "\tname: good", "line 1:", ""),
+        ("stop: {", "stop: &a {b: *a, ", "contains itself", ""),
+    ],
+)
+def test_bad_experiment(run, old, new, key, message):
+    assert old in GOOD
+    result = run("sweep", "experiment.yaml", text=GOOD.replace(old, new, 1))
+    refused(result, "experiment.yaml", key, message)
+
+
+def test_no_methods(run):
+    text = GOOD[: GOOD.index("  gru:")].replace("methods:", "methods: {}") + "stop: {}"
+    refused(run("sweep", "experiment.yaml", text=text), "methods: empty")
+
+
+@pytest.mark.parametrize("text", ["", "\n# nothing\n", "---\n"])
+def test_empty_file(run, text):
+    refused(run("sweep", "experiment.yaml", text=text), "experiment.yaml: empty")
+
+
+@pytest.mark.parametrize("text", ["good", "- good", "3"])
+def test_no_mapping(run, text):
+    refused(run("sweep", "experiment.yaml", text=text), "experiment.yaml: not an experiment")
+
+
+def test_missing_file(run):
+    refused(run("sweep", "experment.yaml"), "no such file; did you mean experiment.yaml?")
+    refused(run("sweep", "nowhere/experiment.yaml"), "no such file")
+    refused(run("sweep", "."), "cannot be read")
+
+
+def test_binary_file(run, tmp_path):
+    (tmp_path / "policy.yaml").write_bytes(b"\xff\xfe\x00")
+    refused(run("sweep", "policy.yaml"), "policy.yaml: not a text file")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("config.training.lr", "expected KEY=VALUE"),
+        ("=1", "expected KEY=VALUE"),
+        ("config..lr=1", "expected KEY=VALUE"),
+        ("config.training.lr=", "config.training.lr: no value given"),
+        ("config.training.lr=fast", "--set config.training.lr: config.training.lr: expected a"),
+        ("config.training.lr=-1e-3", "greater than 0, got -0.001"),
+        ("config.training.lr=[", "--set config.training.lr"),
+        ("config.trainin.lr=1", "config.trainin: unknown section; did you mean 'training'?"),
+        ("config.training.lr.x=1", "config.training.lr holds no keys"),
+        ("methods.gur.model.policy=grr", "methods.gur.model.policy: unknown policy 'grr'"),
+        ("stop.training_iteration=0", "at least 1, got 0"),
+        ("algorithm=Reinforse", "did you mean 'Reinforce'?"),
+    ],
+)
+def test_bad_override(run, override, message):
+    refused(run("sweep", "experiment.yaml", "--set", override), "experiment.yaml", message)
+
+
+def test_override_inside_a_methods_grid(run):
+    text = GOOD.replace("{training: {lr: 2e-3}}", "{training: {grid: [{lr: 1}, {lr: 2}]}}")
+    result = run("sweep", "experiment.yaml", "--set", "config.training.lr=1e-3", text=text)
+    refused(result, "methods.sparse.config.training is a grid")
+
+
+def test_bad_name(run):
+    refused(run("sweep", "experiment.yaml", "--name", "a/b"), "'a/b' is no safe name")
+
+
+@pytest.mark.parametrize(
+    ("section", "resource"),
+    [
+        ("env_runners={num_env_runners: 4096}", "4097 CPUs"),
+        ("learners={num_gpus_per_learner: 4096}", "4096 GPUs"),
+    ],
+)
+def test_more_resources_than_the_machine_has(run, section, resource):
+    result = run("sweep", "experiment.yaml", "--set", f"config.{section}")
+    refused(result, "trial gru_seed=0 needs", resource, "this machine has")
+
+
+def test_results_folder_that_exists(run):
+    Path("results/good").mkdir(parents=True)
+    Path("results/good/experiment.yaml").write_text(GOOD)
+    refused(run("sweep", "experiment.yaml"), "sgrl resume results/good", "--name")
+
+
+def test_results_folder_of_something_else(run):
+    Path("results/good").mkdir(parents=True)
+    Path("results/good/notes.txt").write_text("mine")
+    refused(run("sweep", "experiment.yaml"), "results/good", "--name")
+
+
+@pytest.mark.parametrize("verb", ["resume", "status"])
+def test_results_folder_that_is_none(run, verb):
+    refused(run(verb, "nowhere"), "nowhere")
+    Path("empty").mkdir()
+    refused(run(verb, "empty"), "empty", "holds no sweep")
+    Path("edited").mkdir()
+    Path("edited/experiment.yaml").write_text(GOOD.replace("lr: 1e-3", "lr: -1"))
+    refused(run(verb, "edited"), "edited/experiment.yaml", "config.training.lr")
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two checkpoints of an untrained policy, without RLlib's files."""
+    policy = make_policy("gru", 56, 4, hidden_size=8)
+    environment = {"env": "labyrinth_escape", "env_config": {"episode_length": 10}}
+    for iteration in (5, 10):
+        write_checkpoint(
+            tmp_path / "checkpoints",
+            iteration,
+            lambda directory: save_policy(policy, directory, environment=environment),
+            keep=2,
+        )
+    return tmp_path / "checkpoints"
+
+
+def test_evaluate(run, checkpoints):
+    result = run("evaluate", checkpoints / "000010", "--episodes", 7)
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = dict(line.split(": ") for line in result.stdout.splitlines())
+    assert rows["episodes"] == "7"
+    assert 0 <= float(rows["success_rate"]) <= 1
+    assert result.stdout == run("evaluate", checkpoints / "000010", "--episodes", 7).stdout
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _edit(file):
+    file.write_bytes(b"\x00" + file.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("damage", [_truncate, _edit, Path.unlink])
+@pytest.mark.parametrize("name", ["policy.safetensors", "policy.json", "manifest.json"])
+def test_evaluate_a_damaged_checkpoint(run, checkpoints, damage, name):
+    damage(checkpoints / "000010" / name)
+    refused(run("evaluate", checkpoints / "000010"), str(checkpoints / "000005"))
+
+
+def test_evaluate_what_is_no_checkpoint(run, checkpoints):
+    refused(run("evaluate", "nowhere"), "nowhere")
+    refused(run("evaluate", checkpoints), "is no checkpoint")
+    refused(run("evaluate", "experiment.yaml"), "is no checkpoint")
+
+
+def test_interrupted_sweep_says_how_to_resume(run, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgrl.tuning.sweep.run_sweep", interrupted)
+    result = run("sweep", "experiment.yaml", "--name", "later")
+    assert result.exit_code == 130
+    assert result.stderr == "sgrl: interrupted; go on with: sgrl resume results/later\n"
+
+
+def _sgrl(folder, *arguments, code="from sgrl.cli import main; main()"):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    # RLlib logs and warns about PPO's configuration, all of which is to be kept quiet.
+    text = GOOD.replace("Reinforce", "PPO").replace("lr: 2e-3", "lr: -1")
+    (tmp_path / "experiment.yaml").write_text(text)
+    result = _sgrl(tmp_path, "sweep", "experiment.yaml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "sgrl: experiment.yaml: methods.sparse.config.training.lr: must be greater than 0, got -1\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
+
+
+def test_help_is_light_and_evaluate_needs_no_ray(tmp_path, checkpoints):
+    code = (
+        "import sys, sgrl.cli; assert not {'ray', 'torch', 'pandas'} & set(sys.modules);"
+        "sys.modules['ray'] = None; sgrl.cli.main()"
+    )
+    result = _sgrl(tmp_path, "evaluate", checkpoints / "000005", "--episodes", 1, code=code)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((checkpoints / "000005" / "policy.json").read_text())["policy"] == "gru"

@@ -1,0 +1,270 @@
+"""Experiment files: what a YAML resolves to, trial by trial."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sgrl.tuning.experiment import (
+    ExperimentError,
+    build_algorithm_config,
+    check_resources,
+    load_experiment,
+    required_resources,
+)
+
+CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
+METHODS = ["gru", "lstm", "sparsenet_backprop", "sparsenet_sgprop", "mlp"]
+PUBLISHED = ["labyrinth_escape", "labyrinth_explore"]
+
+SMALL = """
+name: small
+config:
+  environment:
+    env: labyrinth_escape
+    env_config: {maze_dims: [6, 6], episode_length: 20}
+  env_runners: {num_envs_per_env_runner: {grid: [2, 4]}}
+  training: {lr: {grid: [5e-4, 1e-3]}, gamma: 0.9}
+methods:
+  gru: {model: {policy: gru, hidden_size: 8}}
+  sparse:
+    model: {policy: sparsenet, num_neurons: {grid: [16, 32]}}
+    config: {training: {lr: 2e-3}, env_runners: {num_envs_per_env_runner: 3}}
+seeds: [3, 5]
+stop: {training_iteration: 10}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text=SMALL, *overrides, name=None):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text)
+        return load_experiment(path, overrides, name)
+
+    return load
+
+
+def by_name(experiment):
+    return {trial.name: trial for trial in experiment.trials}
+
+
+def test_one_trial_per_method_grid_point_and_seed(load):
+    experiment = load()
+    assert [trial.name for trial in experiment.trials] == [
+        "gru_envs=2_lr=0.0005_seed=3",
+        "gru_envs=2_lr=0.0005_seed=5",
+        "gru_envs=2_lr=0.001_seed=3",
+        "gru_envs=2_lr=0.001_seed=5",
+        "gru_envs=4_lr=0.0005_seed=3",
+        "gru_envs=4_lr=0.0005_seed=5",
+        "gru_envs=4_lr=0.001_seed=3",
+        "gru_envs=4_lr=0.001_seed=5",
+        "sparse_num_neurons=16_seed=3",
+        "sparse_num_neurons=16_seed=5",
+        "sparse_num_neurons=32_seed=3",
+        "sparse_num_neurons=32_seed=5",
+    ]
+    assert load().trials == experiment.trials
+
+
+def test_a_trial_is_fully_resolved(load):
+    trial = by_name(load())["sparse_num_neurons=32_seed=5"]
+    assert trial.swept == {"num_neurons": 32}
+    assert trial.config == {
+        "algorithm": "Reinforce",
+        "method": "sparse",
+        "seed": 5,
+        "config": {
+            "environment": {
+                "env": "labyrinth_escape",
+                "env_config": {"maze_dims": [6, 6], "episode_length": 20},
+            },
+            "env_runners": {"num_envs_per_env_runner": 3},
+            "training": {"lr": 2e-3, "gamma": 0.9},
+        },
+        "model": {"policy": "sparsenet", "num_neurons": 32, "backend": "torch"},
+        "stop": {"training_iteration": 10},
+        "checkpoint": {"every": 25, "keep": 2},
+        "num_threads": 1,
+        "max_failures": 2,
+    }
+
+
+def test_resolved_file_loads_as_the_same_experiment(load):
+    experiment = load(SMALL, "config.training.lr={grid: [1e-4, 1e-3]}")
+    again = load(yaml.safe_dump(experiment.resolved, sort_keys=False))
+    assert again.resolved == experiment.resolved
+    assert again.trials == experiment.trials
+    assert experiment.resolved["methods"]["sparse"]["model"]["backend"] == "torch"
+    assert experiment.resolved["num_threads"] == 1
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1.e-3", "0.001", "+1E-03", ".1e-2"])
+def test_numbers_however_written(load, text):
+    overridden = load(SMALL, f"config.training.lr={text}")
+    written = load(SMALL.replace("2e-3", text))
+    for experiment in (overridden, written):
+        trial = by_name(experiment)["sparse_num_neurons=16_seed=3"]
+        assert trial.config["config"]["training"]["lr"] == 1e-3
+
+
+def test_set_wins_over_what_a_method_sets(load):
+    experiment = load(SMALL, "config.training.lr=1e-4")
+    learning_rates = {trial.config["config"]["training"]["lr"] for trial in experiment.trials}
+    assert learning_rates == {1e-4}
+    # Only that key: the method keeps its other ones.
+    last = experiment.trials[-1].config["config"]
+    assert last["env_runners"] == {"num_envs_per_env_runner": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("config.training.lr=3e-4", ("config", "training", "lr"), 3e-4),
+        ("config.environment.env=labyrinth_explore", ("config", "environment", "env"), None),
+        ("config.environment.env_config.maze_dims=[8, 10]", None, [8, 10]),
+        ("stop.training_iteration=7", ("stop", "training_iteration"), 7),
+        ("checkpoint.every=5", ("checkpoint", "every"), 5),
+        ("methods.sparse.model.num_slots=2", ("model", "num_slots"), 2),
+        ("num_threads=2", ("num_threads",), 2),
+    ],
+)
+def test_set_any_key(load, override, path, value):
+    value = override.partition("=")[2] if value is None else value
+    path = path or ("config", "environment", "env_config", "maze_dims")
+    tree = load(SMALL, override).trials[-1].config
+    for step in path:
+        tree = tree[step]
+    assert tree == value
+
+
+def test_set_seeds_methods_and_name(load):
+    overrides = ["seeds=[7]", "methods={mlp: {model: {policy: mlp}}}", "config.training.lr=0.001"]
+    experiment = load(SMALL, *overrides, name="other")
+    assert experiment.name == experiment.resolved["name"] == "other"
+    assert [trial.name for trial in experiment.trials] == ["mlp_envs=2_seed=7", "mlp_envs=4_seed=7"]
+
+
+def test_grids_of_lists_mappings_and_stop(load):
+    experiment = load(
+        SMALL,
+        "config.environment.env_config={grid: [{maze_dims: [6, 8]}, {episode_length: 30}]}",
+        "stop.training_iteration={grid: [1, 2]}",
+        "methods={gru: {model: {policy: gru, value_head: {grid: [true, false]}}}}",
+        "config.training={}",
+        "config.env_runners={}",
+        "seeds=[0]",
+    )
+    assert len(experiment.trials) == 8
+    first, last = experiment.trials[0], experiment.trials[-1]
+    assert first.name == (
+        "gru_env_config=maze_dims=6x8_value_head=true_training_iteration=1_seed=0"
+    )
+    assert last.config["config"]["environment"]["env_config"] == {"episode_length": 30}
+    assert last.config["stop"] == {"training_iteration": 2}
+    assert last.config["model"] == {"policy": "gru", "value_head": False}
+
+
+def test_swept_keys_of_one_name_stay_apart(load):
+    experiment = load(
+        SMALL,
+        "algorithm=PPO",
+        "config.training={lr: 0.1, grad_clip: {grid: [1, 2]}}",
+        "config.learners={learner_config_dict: {grad_clip: {grid: [3]}}}",
+    )
+    swept = {"envs": 2, "training.grad_clip": 1, "learner_config_dict.grad_clip": 3}
+    assert experiment.trials[0].swept == swept
+
+
+def test_trial_configs_share_nothing(load):
+    trials = load().trials
+    trials[0].config["config"]["environment"]["env_config"]["maze_dims"].append(1)
+    assert trials[1].config["config"]["environment"]["env_config"]["maze_dims"] == [6, 6]
+
+
+def test_algorithm_config_of_reinforce(load):
+    config = build_algorithm_config(load().trials[-1].config)
+    assert type(config).__name__ == "ReinforceConfig"
+    assert (config.lr, config.gamma, config.predictor_lr) == (2e-3, 0.9, 1e-5)
+    assert (config.seed, config.num_envs_per_env_runner) == (5, 3)
+    assert (config.env, config.env_config["episode_length"]) == ("labyrinth_escape", 20)
+    assert config.model_config["policy"] == "sparsenet"
+    assert config.model_config["num_neurons"] == 32
+
+
+def test_algorithm_config_of_a_stock_algorithm(load):
+    experiment = load(SMALL, "algorithm=PPO", "config.training.lambda_=0.5")
+    config = build_algorithm_config(experiment.trials[-1].config)
+    assert type(config).__name__ == "PPOConfig"
+    assert (config.lr, config.lambda_, config.seed) == (2e-3, 0.5, 5)
+    assert config.rl_module_spec.module_class.__name__ == "PolicyModule"
+    assert config.model_config["policy"] == "sparsenet"
+    assert config.model_config["value_head"] is True
+
+
+def test_stock_algorithms_run_gymnasium_environments(load):
+    experiment = load(SMALL, "algorithm=PPO", "config.environment={env: CartPole-v1}")
+    assert build_algorithm_config(experiment.trials[0].config).env == "CartPole-v1"
+
+
+def test_required_resources(load):
+    assert required_resources(load().trials[0]) == {"CPU": 1, "GPU": 0}
+    overrides = [
+        "config.env_runners.num_env_runners=2",
+        "config.env_runners.num_cpus_per_env_runner=0.5",
+    ]
+    overrides += ["config.learners={num_learners: 1, num_gpus_per_learner: 0.25}"]
+    experiment = load(SMALL, *overrides)
+    # The main process and two halves; the learner takes its share of a GPU only.
+    assert required_resources(experiment.trials[0]) == {"CPU": 2, "GPU": 0.25}
+    check_resources(experiment, {"CPU": 2, "GPU": 1})
+    with pytest.raises(ExperimentError, match=r"needs 0\.25 GPUs and this machine has 0"):
+        check_resources(experiment, {"CPU": 2})
+
+
+def test_the_experiments_shipped():
+    assert {path.stem for path in CONFIGS} == {"quickstart", *PUBLISHED}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_experiment(path):
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem
+    assert list(experiment.resolved["methods"]) == METHODS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_key_is_commented(path):
+    """Each `key:` has a comment behind it."""
+    for line in path.read_text().splitlines():
+        if not re.match(r"\s*(#|$)", line):
+            assert re.search(r": .*\S  *# \S|: +# \S", line), line
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sweeps(name):
+    """The paper, Section H.4."""
+    experiment = load_experiment(next(path for path in CONFIGS if path.stem == name))
+    assert len(experiment.trials) == 5 * 5 * 2 * 6
+    points = {(*trial.swept.values(), trial.method, trial.seed) for trial in experiment.trials}
+    assert points == {
+        (envs, lr, method, seed)
+        for envs in (20, 40)
+        for lr in (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+        for method in METHODS
+        for seed in range(6)
+    }
+    for trial in experiment.trials:
+        environment = trial.config["config"]["environment"]
+        assert environment["env"] == name
+        assert environment["env_config"]["maze_dims"] == [6, 6]
+        length = {"labyrinth_escape": 80, "labyrinth_explore": 40}[name]
+        assert environment["env_config"]["episode_length"] == length
+        assert environment["env_config"].get("zero_reward_probability", 0.75) == 0.75
+        assert trial.config["stop"] == {"training_iteration": 300}
+        config = build_algorithm_config(trial.config) if trial.seed == 0 else None
+        if config:
+            published = (config.predictor_lr, config.gamma, config.entropy_coeff, config.grad_clip)
+            assert published == (1e-5, 0.95, 0.01, 0.5)
