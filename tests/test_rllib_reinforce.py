@@ -92,8 +92,8 @@ def test_same_numbers_as_the_plain_loop(model: str) -> None:
         assert result["training_iteration"] == expected.pop("iteration")
         assert result["sgrl"] == expected
     assert expected["env_steps"] == 4 * NUM_ENVS * ENV_CONFIG["episode_length"]
-    for key, value in policy.state_dict().items():
-        assert torch.equal(algorithm.policy.state_dict()[key], value), key
+    for actual in (algorithm.policy, algorithm.get_module().policy):
+        assert_same(actual.state_dict(), policy.state_dict())
     algorithm.stop()
 
 

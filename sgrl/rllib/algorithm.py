@@ -219,24 +219,24 @@ class Reinforce(Algorithm):
         return result
 
     def training_step(self) -> None:
-        """Run every environment once and update."""
+        """Run every environment once, update, and hand the local runner the new weights."""
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
             batch = self._sample()
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             measured = self._learn(batch)
+        if self.env_runner_group.num_remote_env_runners() == 0:
+            self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
         self._env_steps += batch.num_steps
         self._row = {"env_steps": self._env_steps, **batch.statistics(), **measured}
 
     def _sample(self) -> EpisodeBatch:
-        runners = self.env_runner_group
-        if runners.num_remote_env_runners() == 0:
-            samples = [_sample_on(self.env_runner, self._weights())]
+        if self.env_runner_group.num_remote_env_runners() == 0:
+            samples = [_sample_on(self.env_runner)]
         else:
-            # The weights travel with the request: RLlib's own weight synchronisation does not
-            # wait for the runners, and skips busy ones.
-            weights = ray.put(self._weights())
-            samples = runners.foreach_env_runner(
-                _sample_on, kwargs={"weights": weights}, local_env_runner=False
+            # Remote runners get the weights with the request: RLlib's own synchronisation does
+            # not wait for them, and skips busy ones.
+            samples = self.env_runner_group.foreach_env_runner(
+                _sample_on, kwargs={"weights": ray.put(self._weights())}, local_env_runner=False
             )
         _, batches, metrics = zip(*sorted(samples, key=itemgetter(0)), strict=True)
         self.metrics.aggregate(list(metrics), key=ENV_RUNNER_RESULTS)
@@ -285,10 +285,12 @@ class Reinforce(Algorithm):
 def _check_resources(config: AlgorithmConfig) -> None:
     # RLlib would wait in silence, without end, for actors that fit nowhere.
     _, *actors = Reinforce.default_resource_request(config).bundles
-    present = ray.cluster_resources() if ray.is_initialized() else {}
+    if not actors or not ray.is_initialized():
+        return
+    present = ray.cluster_resources()
     for kind in ("CPU", "GPU"):
         needed = sum(bundle.get(kind, 0) for bundle in actors)
-        if ray.is_initialized() and needed > present.get(kind, 0):
+        if needed > present.get(kind, 0):
             raise ValueError(
                 f"the runners and learners need {needed:g} {kind}, the Ray cluster has "
                 f"{present.get(kind, 0):g}: lower num_env_runners or num_learners"
@@ -296,8 +298,9 @@ def _check_resources(config: AlgorithmConfig) -> None:
 
 
 def _sample_on(
-    runner: EpisodeRunner, weights: dict[str, Any]
+    runner: EpisodeRunner, weights: dict[str, Any] | None = None
 ) -> tuple[int, EpisodeBatch, dict[str, Any]]:
-    runner.set_state({COMPONENT_RL_MODULE: weights})
+    if weights is not None:
+        runner.set_state({COMPONENT_RL_MODULE: weights})
     [batch] = runner.sample()
     return runner.worker_index, batch, runner.get_metrics()

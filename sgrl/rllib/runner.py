@@ -111,7 +111,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         num_timesteps: int | None = None,
         num_episodes: int | None = None,
         **kwargs: Any,
-    ) -> list["SampledBatch"]:
+    ) -> list[SampledBatch]:
         """Run episodes and log their statistics.
 
         Args:
@@ -131,7 +131,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         num_batches = math.ceil((num_episodes or 0) / self.env.num_envs)
         return [self._log(evaluation.collect()) for _ in range(num_batches)]
 
-    def _log(self, batch: EpisodeBatch) -> "SampledBatch":
+    def _log(self, batch: EpisodeBatch) -> SampledBatch:
         sampled = SampledBatch(**vars(batch.to("cpu")))
         statistics = sampled.statistics()
         for name, value in (
