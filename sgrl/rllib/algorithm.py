@@ -234,9 +234,12 @@ class Reinforce(Algorithm):
             samples = [_sample_on(self.env_runner)]
         else:
             # Remote runners get the weights with the request: RLlib's own synchronisation does
-            # not wait for them, and skips busy ones.
+            # not wait for them, and skips busy ones. A dead one must not be passed over.
             samples = self.env_runner_group.foreach_env_runner(
-                _sample_on, kwargs={"weights": ray.put(self._weights())}, local_env_runner=False
+                _sample_on,
+                kwargs={"weights": ray.put(self._weights())},
+                local_env_runner=False,
+                healthy_only=False,
             )
         _, batches, metrics = zip(*sorted(samples, key=itemgetter(0)), strict=True)
         self.metrics.aggregate(list(metrics), key=ENV_RUNNER_RESULTS)
