@@ -56,6 +56,8 @@ def make_experiment(path, methods=("sparsenet_sgprop", "gru"), **changes):
         "seeds": [0, 1],
         "stop": {"training_iteration": 5},
         "checkpoint": {"every": 2, "keep": 2},
+        "concurrency": 1,
+        "max_failures": 1,
         **changes,
     }
     path.write_text(yaml.safe_dump(experiment, sort_keys=False))
@@ -220,8 +222,12 @@ def test_a_killed_trial_process_is_replaced(tmp_path, ray_session, finished, cap
 
 
 def test_a_sweep_whose_driver_is_killed_loses_nothing(tmp_path, ray_session):
-    settings = {"stop": {"training_iteration": 150}, "checkpoint": {"every": 25, "keep": 2}}
-    experiment = make_experiment(tmp_path / "small.yaml", **settings)
+    experiment = make_experiment(
+        tmp_path / "small.yaml",
+        concurrency=2,
+        stop={"training_iteration": 150},
+        checkpoint={"every": 25, "keep": 2},
+    )
     code = (
         "import sys; from sgrl.tuning.experiment import load_experiment\n"
         "from sgrl.tuning.sweep import run_sweep\n"
@@ -327,7 +333,7 @@ def test_fractions_of_a_gpu_are_requested(tmp_path, monkeypatch):
 
 def test_ctrl_c_stops_the_trials_and_leaves_a_sweep_to_resume(tmp_path, ray_session):
     experiment = make_experiment(
-        tmp_path / "small.yaml", ("gru",), stop={"training_iteration": 100000}
+        tmp_path / "small.yaml", ("gru",), concurrency="auto", stop={"training_iteration": 100000}
     )
     metrics = tmp_path / "small" / "gru_seed=0" / "metrics.csv"
     handler = signal.getsignal(signal.SIGINT)

@@ -73,16 +73,16 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
             lines = _curves_of(curves, row, ["method", *swept])
             if lines.empty:
                 continue
-            label = row["method"]
-            if rates:
-                label += f" ({', '.join(f'{name} {row[name]:g}' for name in rates)})"
+            used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
+            label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
             _draw(axis, lines, f"{label}, n={lines.shape[1]}", styles[row["method"]])
         axis.set_title(", ".join(f"{n} = {v}" for n, v in zip(others, values, strict=True)))
         axis.set_xlabel("environment steps")
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="best")
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
         axis.set_ylabel("success rate")
     note = "mean over seeds, band: one SEM"

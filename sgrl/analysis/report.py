@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -36,19 +37,22 @@ def write_comparison(directory: str | Path, console: Console | None = None) -> p
 def comparison_table(comparison: pd.DataFrame) -> Table:
     """The comparison for a terminal: mean ± SEM over completed trials."""
     swept = comparison.attrs.get("swept", [])
-    table = Table(title="mean ± SEM over completed trials", title_justify="left")
+    counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
+    table = Table(
+        title="Last 5 batches and AUC, mean ± SEM over trials",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("method", no_wrap=True)
-    for name in [*swept, "trials", "final success rate", "AUC"]:
+    for name in [*swept, *counts, "success rate", "AUC"]:
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.to_dict("records"):
-        count = f"{row['trials']}" + (f" (+{row['failed']} failed)" if row["failed"] else "")
         table.add_row(
             row["method"],
-            *(
-                f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
-                for name in swept
-            ),
-            count,
+            *("" if pd.isna(row[name]) else _plain(row[name]) for name in swept),
+            *(str(row[name]) for name in counts),
             _mean_and_sem(row["final_success_rate"], row["final_success_rate_sem"]),
             _mean_and_sem(row["auc"], row["auc_sem"]),
         )

@@ -1,0 +1,180 @@
+"""Results folders as frames, the comparison of methods, and its figure."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from rich.console import Console
+
+from sgrl.analysis.figures import COLOURS, method_styles, success_curves
+from sgrl.analysis.report import write_comparison
+from sgrl.analysis.runs import ResultsError, load_curves, load_trials
+from sgrl.analysis.statistics import best_learning_rates, compare_methods
+from sgrl.tuning.metrics import append_row, area_under_curve, final_success_rate, read_metrics
+
+
+def write_results(directory, iterations=12):
+    """Two methods, one with two learning rates, three seeds, two numbers of environments."""
+    generator = np.random.default_rng(0)
+    directory.mkdir()
+    methods = {"sparsenet_sgprop": [0.001, 0.002], "mine": [None]}
+    (directory / "experiment.yaml").write_text(
+        yaml.safe_dump({"methods": methods}, sort_keys=False)
+    )
+    for method, rates in methods.items():
+        for rate in rates:
+            for envs in (20, 4):
+                for seed in range(3):
+                    swept = ({"lr": rate} if rate else {}) | {"envs": envs}
+                    name = "_".join([method, *(f"{k}={v}" for k, v in swept.items()), f"{seed}"])
+                    folder = directory / name
+                    folder.mkdir()
+                    config = {"name": name, "method": method, "seed": seed, "swept": swept}
+                    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+                    (folder / "status.json").write_text('{"state": "completed"}')
+                    for iteration in range(1, iterations + 1):
+                        rise = 1 - math.exp(-iteration * (rate or 0.0005) * 100)
+                        append_row(
+                            folder / "metrics.csv",
+                            {
+                                "iteration": iteration,
+                                "env_steps": iteration * envs * 10,
+                                "success_rate": 0.9 * rise + 0.1 * generator.random(),
+                            },
+                        )
+    return directory
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write_results(tmp_path / "results")
+
+
+def test_trials_and_curves(results):
+    trials, curves = load_trials(results), load_curves(results)
+    assert list(trials.columns) == [
+        "trial",
+        "method",
+        "lr",
+        "envs",
+        "seed",
+        "state",
+        "iterations",
+        "final_success_rate",
+        "auc",
+        "reason",
+    ]
+    assert trials.attrs["swept"] == curves.attrs["swept"] == ["lr", "envs"]
+    # The methods' order is the experiment's, the other values rise.
+    assert list(trials["method"]) == ["sparsenet_sgprop"] * 12 + ["mine"] * 6
+    assert list(trials["envs"][:3]) == [4, 4, 4]
+    assert list(trials["seed"][:3]) == [0, 1, 2]
+    assert len(curves) == 18 * 12
+    for row in trials.itertuples():
+        # The same numbers as summary.csv's, computed by the sweep.
+        metrics = read_metrics(results / row.trial / "metrics.csv")
+        assert row.final_success_rate == pytest.approx(final_success_rate(metrics), rel=1e-12)
+        assert row.auc == pytest.approx(area_under_curve(metrics), rel=1e-12)
+        curve = curves[curves["trial"] == row.trial]
+        assert list(curve["success_rate"]) == [row["success_rate"] for row in metrics]
+
+
+def test_unfinished_and_damaged_folders_are_read_as_far_as_they_go(results):
+    trials = load_trials(results)
+    torn, fresh, failed, empty = trials["trial"][:4]
+    metrics = results / torn / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes()[:-3])
+    (results / torn / "status.json").write_text('{"state": "runn')
+    (results / fresh / "metrics.csv").unlink()
+    (results / fresh / "status.json").unlink()
+    status = {"state": "failed", "reason": "NonFiniteLoss: the loss is nan"}
+    (results / failed / "status.json").write_text(json.dumps(status))
+    (results / empty / "metrics.csv").write_text("")
+    (results / "figures").mkdir()
+    (results / "notes").mkdir()
+    (results / "notes" / "config.yaml").write_text("- mine\n")
+
+    trials = load_trials(results).set_index("trial")
+    assert len(trials) == 18
+    assert trials.loc[torn, ["state", "iterations"]].tolist() == ["pending", 11]
+    assert trials.loc[fresh, ["state", "iterations"]].tolist() == ["pending", 0]
+    assert math.isnan(trials.loc[fresh, "final_success_rate"])
+    assert trials.loc[failed, ["state", "reason"]].tolist() == list(status.values())
+    assert math.isnan(trials.loc[empty, "auc"])
+    assert len(load_curves(results)) == 18 * 12 - 1 - 12 - 12
+
+    with pytest.raises(ResultsError, match="holds no results"):
+        load_trials(results / "figures")
+    with pytest.raises(ResultsError, match="holds no results"):
+        load_curves(results / "none")
+
+
+def test_comparison(results):
+    trials = load_trials(results)
+    lost = trials["trial"][0]
+    (results / lost / "status.json").write_text('{"state": "failed", "reason": "nan"}')
+    trials = load_trials(results)
+    comparison = compare_methods(trials)
+    assert list(comparison["method"]) == ["sparsenet_sgprop"] * 4 + ["mine"] * 2
+    assert list(comparison["trials"]) == [2, 3, 3, 3, 3, 3]
+    assert list(comparison["failed"]) == [1, 0, 0, 0, 0, 0]
+    for column in ("final_success_rate", "auc"):
+        first, second = trials[column][1:3]
+        assert comparison[column][0] == pytest.approx((first + second) / 2)
+        # Of two values, SEM is half their distance.
+        assert comparison[f"{column}_sem"][0] == pytest.approx(abs(first - second) / 2)
+
+    best = best_learning_rates(comparison)
+    assert list(best["lr"].dropna()) == [0.002, 0.002]
+    assert list(best["envs"]) == [4, 20, 4, 20]
+    assert list(best["method"]) == ["sparsenet_sgprop"] * 2 + ["mine"] * 2
+
+    equal = comparison.assign(auc=0.5)
+    equal.attrs = comparison.attrs
+    assert list(best_learning_rates(equal)["lr"].dropna()) == [0.001, 0.001]
+    one_seed = compare_methods(trials[trials["seed"] == 2])
+    assert one_seed["auc_sem"].isna().all()
+
+
+def test_report_files_and_table(results, capsys):
+    trials = load_trials(results)
+    failed = trials["trial"][4]
+    (results / failed / "status.json").write_text('{"state": "failed", "reason": "nan loss"}')
+    comparison = write_comparison(results, Console(width=80))
+    said = capsys.readouterr().out
+    assert f"failed: {failed} at iteration 12, nan loss" in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["method", "lr", "envs", "trials", "failed", "success", "rate", "AUC"] in lines
+    row = next(line for line in lines if line[:3] == ["sparsenet_sgprop", "0.001", "20"])
+    assert row[3:5] == ["2", "1"]
+    assert row[6] == row[9] == "±"
+    written = pd.read_csv(results / "comparison.csv")
+    pd.testing.assert_frame_equal(written, comparison, check_dtype=False)
+    assert (results / "figures" / "success_rate.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_method_has_one_colour_in_all_figures():
+    alone, together = method_styles(["gru"]), method_styles(["new", *COLOURS, "other"])
+    assert alone["gru"] == together["gru"]
+    assert len({style["color"] for style in together.values()}) == len(together)
+    assert len({style["marker"] for style in together.values()}) == len(together)
+
+
+def test_figure_without_any_results_yet(results, tmp_path):
+    for path in results.glob("*/metrics.csv"):
+        path.unlink()
+    path = success_curves(load_trials(results), load_curves(results), tmp_path / "empty.png")
+    assert path.is_file()
+
+
+def test_analysis_imports_without_ray():
+    code = (
+        "import sys, sgrl.analysis.report\n"
+        "assert not any(name.split('.')[0] == 'ray' for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
