@@ -16,6 +16,8 @@ def ray_session() -> Iterator[None]:
     """One Ray instance for all tests that need one; its processors are only a count."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
     yield
     ray.shutdown()
