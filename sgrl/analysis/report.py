@@ -25,6 +25,7 @@ def write_comparison(directory: str | Path, console: Console | None = None) -> p
     comparison = compare_methods(trials)
     comparison.to_csv(directory / "comparison.csv", index=False)
     figure = success_curves(trials, curves, directory / "figures" / "success_rate.png")
+    console.print("Success rate of the last 5 batches, and AUC: mean ± SEM over completed trials")
     console.print(comparison_table(comparison))
     for trial in trials[trials["state"] == "failed"].itertuples():
         line = f"failed: {trial.trial} at iteration {trial.iterations}, {trial.reason}"
@@ -39,8 +40,6 @@ def comparison_table(comparison: pd.DataFrame) -> Table:
     swept = comparison.attrs.get("swept", [])
     counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
     table = Table(
-        title="Last 5 batches and AUC, mean ± SEM over trials",
-        title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

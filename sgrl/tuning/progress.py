@@ -188,12 +188,15 @@ class SweepView(tune.Callback):
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
     """Method, swept values, seed, iteration, success rate and time left of each trial.
 
-    With a `limit`, running trials come first, then failed ones, then those that ended last.
+    Where they are more than `limit`, running trials come first, then failed ones, then the last
+    of the completed ones, then pending ones.
     """
     order = ["running", "failed", "interrupted", "completed", "pending"]
     shown = list(rows)
     if limit is not None and len(shown) > limit:
-        shown = sorted(shown, key=lambda row: order.index(row.state))[:limit]
+        groups = {state: [row for row in rows if row.state == state] for state in order}
+        groups["completed"].reverse()
+        shown = [row for state in order for row in groups[state]][:limit]
     counts = [f"{sum(row.state == state for row in rows)} {state}" for state in order]
     caption = ", ".join(count for count in counts if not count.startswith("0 "))
     left = sweep_seconds_left(rows)

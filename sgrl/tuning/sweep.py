@@ -191,8 +191,17 @@ def _start_ray() -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
-    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": count_cpus()}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        # "local": without an address, Ray would join any cluster it finds on the machine.
+        ray.init(
+            address="local",
+            num_cpus=count_cpus(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def _resource_requests(experiment: Experiment) -> dict[str, Any]:
