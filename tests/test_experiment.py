@@ -211,6 +211,7 @@ def test_stock_algorithms_run_gymnasium_environments(load):
 
 def test_required_resources(load):
     assert required_resources(load().trials[0]) == {"CPU": 1, "GPU": 0}
+    assert required_resources(load(SMALL, "num_threads=2").trials[0]) == {"CPU": 2, "GPU": 0}
     overrides = [
         "config.env_runners.num_env_runners=2",
         "config.env_runners.num_cpus_per_env_runner=0.5",

@@ -161,6 +161,8 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     _check_type("seeds", resolved["seeds"], list)
     for seed in resolved["seeds"]:
         _check_whole("seeds", seed, 0)
+        if seed >= 2**31:
+            raise _Problem("seeds", f"must be less than 2147483648, got {seed}")
     _check_values("seeds", resolved["seeds"])
 
     if not resolved["methods"]:
@@ -550,6 +552,8 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
 
     algorithm, seed = trial_config["algorithm"], trial_config["seed"]
     config = algorithm_class(algorithm).get_default_config()
+    # A trial holds as many CPUs as it computes with.
+    config.resources(num_cpus_for_main_process=trial_config["num_threads"])
     for section, arguments in trial_config["config"].items():
         getattr(config, section)(**arguments)
     if algorithm == "Reinforce":
@@ -600,7 +604,7 @@ def _check_point(algorithm: str, point: dict[str, Any]) -> None:
     for path, bounds in BOUNDS.items():
         _check_bounds(path, point, *bounds)
     _check_environment(algorithm, point["config"])
-    trial_config = {"algorithm": algorithm, "seed": 0, **point}
+    trial_config = {"algorithm": algorithm, "seed": 0, "num_threads": 1, **point}
     try:
         build_algorithm_config(trial_config).validate()
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
