@@ -10,7 +10,7 @@ import torch
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.policies import make_policy, save_policy
-from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.tuning.checkpoints import (
     MANIFEST,
     CheckpointError,
@@ -178,7 +178,7 @@ def test_evaluation_rolls_out_the_saved_policy(tmp_path):
         )
     found = evaluate(tmp_path / "000020", episodes=7, seed=5)
     vector = make_vector("labyrinth_escape", 7, ENV_CONFIG)
-    batch = Rollout(vector, policies[-1], seed=5).collect()
+    batch = Rollout(vector, policies[-1], seed=EVALUATION_SEED_OFFSET + 5).collect()
     assert found == {
         "episodes": 7,
         "success_rate": batch.success.float().mean().item(),

@@ -14,8 +14,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from sgrl.envs.registry import make_vector
 from sgrl.nn.policies import POLICIES, make_policy
 from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig
-from sgrl.rllib.runner import EVALUATION_SEED_OFFSET
 
 ENV_CONFIG = {"episode_length": 12}
 NUM_ENVS = 3

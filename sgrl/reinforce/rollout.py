@@ -12,6 +12,10 @@ from sgrl.envs.registry import VectorEnv
 from sgrl.nn.policies import Policy
 from sgrl.reinforce.batch import EpisodeBatch
 
+#: Added to a seed for evaluation: training never reaches these environments. Environment seeds
+#: lie in [0, 2**32); this is their upper half.
+EVALUATION_SEED_OFFSET = 2**31
+
 
 class Rollout:
     """Collects batches of whole episodes from a vector of environments.

@@ -27,11 +27,8 @@ from ray.rllib.utils.metrics import (
 from sgrl.envs.registry import make_vector
 from sgrl.envs.vector import VectorEnv
 from sgrl.reinforce.batch import EpisodeBatch
-from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.rllib.module import PolicyModule
-
-# Evaluation episodes are drawn from the upper half of the environments' seeds, [0, 2**32).
-EVALUATION_SEED_OFFSET = 2**31
 
 COMPONENT_ROLLOUT = "rollout"
 

@@ -17,7 +17,7 @@ import torch
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.policies import load_policy
-from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 
 MANIFEST = "manifest.json"
 EVALUATION_BATCH = 100
@@ -126,7 +126,8 @@ def discard_after(folder: Path, iteration: int) -> None:
 def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, float]:
     """Roll out a checkpoint's policy in the environment it was trained in, without Ray or pickle.
 
-    Episode i starts from environment seed `seed + i`; actions are sampled as in training.
+    Episode i starts from environment seed `2**31 + seed + i`, a maze that training never sees;
+    actions are sampled as in training.
     Returns episodes, success_rate, episode_return_mean,
     episode_length_mean (steps).
 
@@ -158,7 +159,8 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
     for start in range(0, episodes, EVALUATION_BATCH):
         size = min(EVALUATION_BATCH, episodes - start)
         vector = make_vector(environment["env"], size, environment["env_config"])
-        batch = Rollout(vector, policy, seed=seed + start).collect()
+        rollout = Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed + start)
+        batch = rollout.collect()
         successes.append(batch.success.float())
         returns.append((batch.rewards * batch.mask).sum(0))
         lengths.append(batch.lengths.float())
