@@ -311,6 +311,23 @@ def test_folders_that_cannot_be_used(copied, tmp_path, monkeypatch):
         resume_sweep(copied)
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("num_threads", lambda e: e.update(num_threads=2)),
+        ("model", lambda e: e["methods"]["sparsenet_sgprop"]["model"].update(backend="eager")),
+        ("config", lambda e: e["config"].update(training={"gamma": 0.9})),
+    ],
+)
+def test_a_resumed_sweep_computes_as_it_did(copied, key, change):
+    path = copied / "experiment.yaml"
+    experiment = yaml.safe_load(path.read_text())
+    change(experiment)
+    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
+    with pytest.raises(SweepError, match=rf"config.yaml says {key}: .*start another sweep"):
+        resume_sweep(copied)
+
+
 def test_more_than_there_is_is_refused_before_anything_starts(tmp_path):
     experiment = make_experiment(tmp_path / "small.yaml")
     experiment = load_experiment(

@@ -42,9 +42,11 @@ from sgrl.tuning.progress import (
     trials_table,
     write_summary,
 )
-from sgrl.tuning.trial import TrialRunner, lock_file, read_status, write_text
+from sgrl.tuning.trial import TrialRunner, lock_file, read_status, read_yaml, write_text
 
 EXPERIMENT_FILE = "experiment.yaml"
+# What a trial's numbers do not depend on may change from one start to the next.
+CHANGEABLE = {"stop", "checkpoint", "max_failures"}
 
 # Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
 ENVIRONMENT = {
@@ -117,10 +119,7 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
         raise SweepError(f"{display(directory)} is being run by another process")
     with lock, quiet(directory / LOG_FILE) as console:
         for trial in experiment.trials:
-            folder = directory / trial.name
-            folder.mkdir(exist_ok=True)
-            config = {"name": trial.name, "swept": trial.swept, **trial.config}
-            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
         for row in progress.values():
             if not _is_settled(directory, row):
@@ -138,6 +137,23 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
     if any(not row.is_over for row in progress.values()):
         raise KeyboardInterrupt
     return directory
+
+
+def _write_config(folder: Path, trial: Trial) -> None:
+    """Write a trial's config.yaml; refuses to change what its first iterations were trained with
+    (the resolved backend and the threads among it)."""
+    config = {"name": trial.name, "swept": trial.swept, **trial.config}
+    path = folder / "config.yaml"
+    if path.is_file():
+        before = read_yaml(path)
+        for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
+            if before.get(key) != config.get(key):
+                raise SweepError(
+                    f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
+                    f"{config.get(key)}: undo the change or start another sweep with --name"
+                )
+    folder.mkdir(exist_ok=True)
+    write_text(path, yaml.safe_dump(config, sort_keys=False))
 
 
 def _run_trials(
@@ -258,10 +274,10 @@ def _is_settled(directory: Path, progress: Progress) -> bool:
     folder = directory / progress.trial.name
     if progress.state == "failed":
         return read_status(folder).get("diverged", False)
-    if progress.state != "completed" or progress.iteration != progress.last_iteration:
+    if progress.state != "completed" or progress.iteration < progress.last_iteration:
         return False
     try:
-        verify(folder / "checkpoints" / f"{progress.last_iteration:06d}")
+        verify(folder / "checkpoints" / f"{progress.iteration:06d}")
     except CheckpointError:
         return False
     return True
