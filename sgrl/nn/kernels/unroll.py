@@ -8,6 +8,8 @@ The contribution of the external input comes before the loop, and predictions, a
 gradients and the sums behind the estimate of lambda after it, as one product per neuron over
 all T * B samples.
 
+The backward pass does the latter by chunks of time, each small enough for the cache.
+
 Letters: W neurons of size N, M slots, R = M + M*N rows of the stacked weights, L = P*N numbers
 read from parents, E external inputs, X input neurons, K = T * B samples.
 """
@@ -22,6 +24,9 @@ from sgrl.nn.mixing import optimal_mixing_weight, positive_projection, unit
 
 if TYPE_CHECKING:
     from sgrl.nn.recurrent import SparseRNN
+
+#: Samples (steps x batch) that a chunk of the backward pass holds.
+CHUNK_SAMPLES = 320
 
 
 def unroll(rnn: "SparseRNN", x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,88 +109,205 @@ class _Unroll(torch.autograd.Function):
         rnn, mask, states = ctx.rnn, ctx.mask, ctx.states
         x, weight_h, weight_x, attention, slots, *predictor = ctx.saved_tensors
         neurons, rule = rnn.neurons, rnn.rule
-        num_neurons, size, num_slots = neurons.num_neurons, neurons.neuron_size, neurons.num_slots
+        num_neurons, num_slots = neurons.num_neurons, neurons.num_slots
         length, batch, _ = x.shape
-        samples = length * batch
         rows, num_x = weight_h.shape[1], len(weight_x)
         parents = rnn.parents.flatten()
         sgprop = rnn.propagation == "sgprop"
 
-        # Every neuron's inputs at every step, [W, L, K] and [E, K].
-        before = states[:-1].permute(1, 2, 0, 3).reshape(num_neurons, -1)
-        read = before.index_select(0, parents).view(num_neurons, -1, samples)
-        external = x.permute(2, 0, 1).reshape(-1, samples)
-
-        if sgprop:
-            prediction = _predict(rnn, predictor, read, external, attention)  # [T, W, N, B]
-            valid = None if mask is None else mask.view(length, 1, 1, batch)
-            weight = ctx.schedule.view(length, num_neurons, 1, 1)
-            if rnn.mask_predictions and valid is not None:
-                weight = torch.where(valid, weight, 1.0).expand(-1, -1, 1, -1)
-            injected = (1 - weight) * prediction
-            substitute = torch.empty_like(prediction) if rule.positive_projection else prediction
-            received, mixed = torch.empty_like(prediction), torch.empty_like(prediction)
-
         scaled_t = _scale_keys(weight_h, num_slots, neurons.scale).transpose(1, 2)
+        scaled_x = _scale_keys(weight_x, num_slots, neurons.scale).flatten(0, 1)
         grad_output = grad_output.permute(0, 2, 3, 1)  # [T, W, N, B]
-        grad_rows = x.new_empty(length, num_neurons, rows, batch)
-        carried = x.new_zeros(num_neurons, size, batch)
-        for t in range(length - 1, -1, -1):
-            feedback = grad_output[t] + carried
-            if sgprop:
-                received[t] = feedback
-                if rule.positive_projection:
-                    substitute[t] = positive_projection(feedback, prediction[t], dim=1)
-                    torch.mul(1 - weight[t], substitute[t], out=injected[t])
-                feedback = torch.addcmul(injected[t], weight[t], feedback, out=mixed[t])
-            _row_gradients(grad_rows[t], feedback, attention[t], slots[t], states[t + 1])
-            grad_read = torch.bmm(scaled_t, grad_rows[t]).view(len(parents), -1)
-            carried = torch.zeros_like(carried)
-            carried.view(num_neurons, -1).index_add_(0, parents, grad_read)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        grads = [torch.zeros_like(p) for p in (weight_h, weight_x, neurons.bias)]
+        grad_predictor = [torch.zeros_like(p) for p in predictor if p is not None]
+        measured = _Measured(rnn, mask, length * batch) if sgprop else None
+        carried = x.new_zeros(num_neurons, neurons.neuron_size, batch)
 
-        grad_rows = grad_rows.permute(1, 2, 0, 3).reshape(num_neurons, rows, samples)
-        grads = _parameter_gradients(rnn, grad_rows, read, external)
-        grad_x = None
-        if ctx.needs_input_grad[2]:
-            scaled_x = _scale_keys(weight_x, num_slots, neurons.scale).flatten(0, 1)
-            grad_x = (scaled_x.t() @ grad_rows[:num_x].flatten(0, 1)).t().view(length, batch, -1)
-        grad_h0 = carried.permute(2, 0, 1) if ctx.needs_input_grad[3] else None
-        grad_predictor: tuple[Tensor | None, ...] = (None, None, None)
-        if sgprop:
-            target = mixed if rule.predictor_target == "mixed" else received
-            residual = prediction - target
-            if valid is not None:
-                residual = torch.where(valid, residual, 0.0)
-            valid_steps = mask.sum().clamp(min=1) if mask is not None else samples
-            count = valid_steps * num_neurons * size
-            grad_predictor = _predictor_gradients(
-                rnn, 2 * residual / count, attention, read, external
-            )
-            share = (
-                x.new_full((length, 1, batch), 1 / samples)
-                if valid is None
-                else (valid.squeeze(2).to(x.dtype) / valid_steps)
-            )
-
-            def mean_length(vectors: Tensor) -> Tensor:
-                return (length_of(vectors, dim=2).squeeze(2) * share).sum() / num_neurons
-
-            rnn.statistics = {
-                "predictor_loss": residual.square().sum() / count,
-                "true_grad_norm": mean_length(received),
-                "mixed_grad_norm": mean_length(mixed),
-                "prediction_norm": mean_length(prediction),
-            }
-            if rule.updates:
-                _update_mixing_weight(
-                    rnn, received, substitute, attention, slots, states, read, external, mask
+        # Chunk after chunk from the end, so that what is needed only for the sums over all
+        # samples stays small enough for the cache and never fills the memory.
+        chunk = max(1, CHUNK_SAMPLES // batch)
+        for stop in range(length, 0, -chunk):
+            steps = slice(max(0, stop - chunk), stop)
+            count = steps.stop - steps.start
+            a, y, h = attention[steps], slots[steps], states[1:][steps]
+            # Every neuron's inputs at these steps, [W, L, K] and [E, K].
+            before = states[steps].permute(1, 2, 0, 3).reshape(num_neurons, -1)
+            read = before.index_select(0, parents).view(num_neurons, -1, count * batch)
+            external = x[steps].permute(2, 0, 1).reshape(-1, count * batch)
+            grad_rows = x.new_empty(count, num_neurons, rows, batch)
+            if measured is not None:
+                mixture = _Mixture(
+                    rnn, predictor, read, external, a, ctx.schedule[steps], mask, steps
                 )
-        return (None, None, grad_x, grad_h0, *grads, *grad_predictor)
+            for t in range(count - 1, -1, -1):
+                feedback = grad_output[steps.start + t] + carried
+                if measured is not None:
+                    feedback = mixture.mix(t, feedback)
+                _row_gradients(grad_rows[t], feedback, a[t], y[t], h[t])
+                grad_read = torch.bmm(scaled_t, grad_rows[t]).view(len(parents), -1)
+                carried = torch.zeros_like(carried)
+                carried.view(num_neurons, -1).index_add_(0, parents, grad_read)
+            by_neuron = grad_rows.permute(1, 2, 0, 3).reshape(num_neurons, rows, -1)
+            _add(grads, _parameter_gradients(rnn, by_neuron, read, external))
+            if grad_x is not None:
+                grad_external = scaled_x.t() @ by_neuron[:num_x].flatten(0, 1)
+                grad_x[steps] = grad_external.t().view(count, batch, -1)
+            if measured is not None:
+                grad_prediction = measured.add(mixture)
+                _add(grad_predictor, _predictor_gradients(rnn, grad_prediction, a, read, external))
+                if rule.updates:
+                    measured.add_moments(mixture, a, y, h, read, external)
+        if measured is not None:
+            measured.finish()
+        grad_h0 = carried.permute(2, 0, 1) if ctx.needs_input_grad[3] else None
+        return (None, None, grad_x, grad_h0, *grads, *(grad_predictor or (None, None, None)))
 
 
-def _predict(
-    rnn: "SparseRNN", predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor
-) -> Tensor:
+def _add(totals: list[Tensor], parts: tuple[Tensor, ...]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
+
+
+class _Mixture:
+    """Predictions of a chunk of steps, and the gradients they are mixed into, [T, W, N, B]."""
+
+    def __init__(
+        self,
+        rnn: "SparseRNN",
+        predictor: list[Tensor],
+        read: Tensor,
+        external: Tensor,
+        attention: Tensor,
+        schedule: Tensor,
+        mask: Tensor | None,
+        steps: slice,
+    ) -> None:
+        self.projects = rnn.rule.positive_projection
+        self.valid = None if mask is None else mask[steps].view(len(schedule), 1, 1, -1)
+        self.prediction = _predict(predictor, read, external, attention)
+        self.weight = schedule.view(*schedule.shape, 1, 1)
+        if rnn.mask_predictions and self.valid is not None:
+            self.weight = torch.where(self.valid, self.weight, 1.0)
+        self.injected = (1 - self.weight) * self.prediction
+        self.substitute = torch.empty_like(self.prediction) if self.projects else self.prediction
+        self.received = torch.empty_like(self.prediction)
+        self.mixed = torch.empty_like(self.prediction)
+
+    def mix(self, t: int, gradient: Tensor) -> Tensor:
+        """Received gradient of step t of the chunk [W, N, B] -> the gradient to pass on."""
+        self.received[t] = gradient
+        if self.projects:
+            self.substitute[t] = positive_projection(gradient, self.prediction[t], dim=1)
+            torch.mul(1 - self.weight[t], self.substitute[t], out=self.injected[t])
+        return torch.addcmul(self.injected[t], self.weight[t], gradient, out=self.mixed[t])
+
+
+class _Measured:
+    """Sums over all valid samples of an unroll: statistics, and the moments behind lambda*.
+
+    The same sums as `mixing.estimate_mixing_weight`, as products over all samples of a chunk.
+    """
+
+    def __init__(self, rnn: "SparseRNN", mask: Tensor | None, samples: int) -> None:
+        neurons = rnn.neurons
+        self.rnn = rnn
+        self.num_valid = samples if mask is None else int(mask.sum())
+        self.terms = max(self.num_valid, 1) * neurons.num_neurons * neurons.neuron_size
+        zero = neurons.bias.new_zeros(())
+        names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+        self.statistics = {name: zero.clone() for name in names}
+        self.u_square = torch.zeros_like(neurons.mixing_weight)
+        self.wu = torch.zeros_like(neurons.mixing_weight)
+        parameters = (neurons.weight_h, neurons.weight_x, neurons.bias)
+        self.w_sum = [torch.zeros_like(p) for p in parameters]
+        self.u_sum = [torch.zeros_like(p) for p in parameters]
+
+    def add(self, mixture: _Mixture) -> Tensor:
+        """Add a chunk's statistics; returns the gradient of its predictions [T, W, N, B]."""
+        received = self.rnn.rule.predictor_target == "received"
+        residual = mixture.prediction - (mixture.received if received else mixture.mixed)
+        if mixture.valid is not None:
+            residual = torch.where(mixture.valid, residual, 0.0)
+        self.statistics["predictor_loss"] += residual.square().sum() / self.terms
+        share = 1 / (max(self.num_valid, 1) * self.rnn.num_neurons)
+        for name, vectors in (
+            ("true_grad_norm", mixture.received),
+            ("mixed_grad_norm", mixture.mixed),
+            ("prediction_norm", mixture.prediction),
+        ):
+            lengths = length_of(vectors, dim=2)
+            if mixture.valid is not None:
+                lengths = torch.where(mixture.valid, lengths, 0.0)
+            self.statistics[name] += lengths.sum() * share
+        return 2 * residual / self.terms
+
+    def add_moments(
+        self,
+        mixture: _Mixture,
+        attention: Tensor,
+        slots: Tensor,
+        output: Tensor,
+        read: Tensor,
+        external: Tensor,
+    ) -> None:
+        """Add a chunk's moments of w and u = s - w."""
+        neurons = self.rnn.neurons
+        num_slots, num_x = neurons.num_slots, neurons.num_input_neurons
+        gradient, synthetic = unit(mixture.received, dim=2), unit(mixture.substitute, dim=2)
+        difference = synthetic - gradient
+        if mixture.valid is not None:
+            gradient = torch.where(mixture.valid, gradient, 0.0)
+            difference = torch.where(mixture.valid, difference, 0.0)
+
+        def rows_of(feedback: Tensor) -> Tensor:
+            count, num_neurons, _, batch = feedback.shape
+            rows = feedback.new_empty(count, num_neurons, neurons.weight_h.shape[1], batch)
+            _row_gradients(rows, feedback, attention, slots, output)
+            return rows.permute(1, 2, 0, 3).reshape(num_neurons, rows.shape[2], -1)
+
+        rows_w, rows_u = rows_of(gradient), rows_of(difference)
+        x_square = read.square().sum(1)
+        x_square[:num_x] += external.square().sum(0)
+
+        def inner(rows: Tensor, other: Tensor) -> Tensor:
+            product = rows * other
+            slot_part = (1 + x_square) * product[:, num_slots:].sum(1)
+            key_part = neurons.scale**2 * x_square * product[:, :num_slots].sum(1)
+            return (slot_part + key_part).sum(1)
+
+        self.u_square += inner(rows_u, rows_u)
+        self.wu += inner(rows_w, rows_u)
+        _add(self.w_sum, _parameter_gradients(self.rnn, rows_w, read, external))
+        _add(self.u_sum, _parameter_gradients(self.rnn, rows_u, read, external))
+
+    def finish(self) -> None:
+        """Hand over the statistics and, if lambda is adaptive, move it towards its estimate."""
+        self.rnn.statistics = self.statistics
+        rule, previous = self.rnn.rule, self.rnn.neurons.mixing_weight
+        if not rule.updates:
+            return
+
+        def inner_of_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
+            total = torch.zeros_like(previous)
+            for a, b in zip(one, other, strict=True):
+                total[: len(a)] += (a * b).flatten(1).sum(1)
+            return total
+
+        count = max(self.num_valid, 1)
+        estimate = optimal_mixing_weight(
+            mean_u_square=self.u_square / count,
+            mean_wu=self.wu / count,
+            square_mean_u=inner_of_sums(self.u_sum, self.u_sum) / count**2,
+            mean_w_mean_u=inner_of_sums(self.w_sum, self.u_sum) / count**2,
+            num_samples=self.num_valid,
+            previous=previous,
+            eps=rule.eps,
+        )
+        previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+
+
+def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor) -> Tensor:
     """Predictions s of every neuron at every step, [T, W, N, B]."""
     predictor_h, predictor_x, predictor_bias = predictor
     num_neurons, num_slots, size = predictor_bias.shape
@@ -241,67 +363,3 @@ def _predictor_gradients(
     grad_h = torch.bmm(rows, read.transpose(1, 2))
     grad_x = (rows[:num_x].flatten(0, 1) @ external.t()).view(num_x, -1, len(external))
     return grad_h, grad_x, rows.sum(-1).view_as(neurons.predictor_bias)
-
-
-def _update_mixing_weight(
-    rnn: "SparseRNN",
-    received: Tensor,
-    substitute: Tensor,
-    attention: Tensor,
-    slots: Tensor,
-    states: Tensor,
-    read: Tensor,
-    external: Tensor,
-    mask: Tensor | None,
-) -> None:
-    """Estimate lambda* from all valid samples and move the mixing weight towards it.
-
-    The same sums as `mixing.estimate_mixing_weight`, as products over all samples.
-    """
-    neurons, rule = rnn.neurons, rnn.rule
-    num_neurons, num_slots = neurons.num_neurons, neurons.num_slots
-    num_x, samples = neurons.num_input_neurons, read.shape[2]
-    num_valid = samples if mask is None else int(mask.sum())
-    previous = neurons.mixing_weight
-    gradient, synthetic = unit(received, dim=2), unit(substitute, dim=2)
-    if mask is not None:
-        valid = mask.view(len(mask), 1, 1, -1).to(gradient.dtype)
-        gradient, synthetic = gradient * valid, synthetic * valid
-    difference = synthetic.sub_(gradient) if mask is not None else synthetic - gradient
-
-    def rows_of(feedback: Tensor) -> Tensor:
-        rows = feedback.new_empty(
-            len(feedback), num_neurons, neurons.weight_h.shape[1], feedback.shape[-1]
-        )
-        _row_gradients(rows, feedback, attention, slots, states[1:])
-        return rows.permute(1, 2, 0, 3).reshape(num_neurons, -1, samples)
-
-    rows_w, rows_u = rows_of(gradient), rows_of(difference)
-    x_square = read.square().sum(1)
-    x_square[:num_x] += external.square().sum(0)
-
-    def inner(rows: Tensor, other: Tensor) -> Tensor:
-        product = rows * other
-        slot_part = (1 + x_square) * product[:, num_slots:].sum(1)
-        key_part = neurons.scale**2 * x_square * product[:, :num_slots].sum(1)
-        return (slot_part + key_part).sum(1) / num_valid
-
-    w_bar = _parameter_gradients(rnn, rows_w, read, external)
-    u_bar = _parameter_gradients(rnn, rows_u, read, external)
-
-    def inner_of_means(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> Tensor:
-        total = previous.new_zeros(num_neurons)
-        for a, b in zip(one, other, strict=True):
-            total[: len(a)] += (a * b).flatten(1).sum(1)
-        return total / num_valid**2
-
-    estimate = optimal_mixing_weight(
-        mean_u_square=inner(rows_u, rows_u),
-        mean_wu=inner(rows_w, rows_u),
-        square_mean_u=inner_of_means(u_bar, u_bar),
-        mean_w_mean_u=inner_of_means(w_bar, u_bar),
-        num_samples=num_valid,
-        previous=previous,
-        eps=rule.eps,
-    )
-    previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
