@@ -155,11 +155,13 @@ class TrialRunner(tune.Trainable):
 
     def _release(self) -> None:
         algorithm, self.algorithm = self.algorithm, None
-        if algorithm is not None:
-            algorithm.stop()
-        if self.lock is not None:
-            self.lock.close()
-            self.lock = None
+        lock, self.lock = self.lock, None
+        try:
+            if algorithm is not None:
+                algorithm.stop()
+        finally:
+            if lock is not None:
+                lock.close()
 
 
 def read_status(folder: Path) -> dict:
