@@ -4,6 +4,8 @@ Synthetic-gradient propagation happens inside the network's own backward pass, s
 same code for every policy; predictors merely have an optimizer of their own.
 """
 
+import ctypes
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +17,11 @@ from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policies import Policy, mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import LossTerms, discounted_returns, normalize_returns, reinforce_loss
+
+#: Updates between two calls of `release_freed_memory`; at full size the heap grows by some 8 MB
+#: an update.
+TRIM_EVERY = 20
+_updates = itertools.count(1)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -126,9 +133,23 @@ def update(
         check_gradient(norms[name])
     for optimizer in optimizers.values():
         optimizer.step()
+    if next(_updates) % TRIM_EVERY == 0:
+        release_freed_memory()
     return {
         "policy_loss": terms.policy_loss.item(),
         "entropy": terms.entropy.item(),
         "grad_norm": norms["policy"].item(),
         **mixing_statistics(policy),
     }
+
+
+def release_freed_memory() -> None:
+    """Hand memory that was freed back to the system, where the C library can.
+
+    Before version 2.38 glibc often cannot use again what an aligned allocation, such as a
+    tensor's, has freed (its bug 14581), and a training process would grow for hours.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

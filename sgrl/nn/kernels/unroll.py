@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sgrl.nn.recurrent import SparseRNN
 
 #: Samples (steps x batch) that a chunk of the backward pass holds.
-CHUNK_SAMPLES = 320
+CHUNK_SAMPLES = 160
 
 
 def unroll(rnn: "SparseRNN", x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
