@@ -64,6 +64,16 @@ def test_the_seed_decides_everything(name: str) -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_seed_gives_backprop_and_sgprop_the_same_network() -> None:
+    sgprop, backprop = (
+        small("sparsenet", seed=3),
+        small("sparsenet", seed=3, propagation="backprop"),
+    )
+    state = sgprop.state_dict()
+    for key, value in backprop.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saved_and_loaded(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

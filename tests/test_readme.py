@@ -1,27 +1,98 @@
-"""Every Python example of the README runs, and every file it names exists."""
+"""Every example and command of the README runs, cut down where it would take long."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from sgrl.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = [line for line in TEXT.split("\n") if line.startswith(".venv/bin/sgrl ")]
+CONFIGS = sorted(path.name for path in (ROOT / "tune_configs").glob("*.yaml"))
+
+#: What a full experiment is cut down to.
+SMALL = {
+    "stop.training_iteration": "2",
+    "seeds": "[0]",
+    "concurrency": "1",
+    "config.training.lr": "1e-3",
+    "config.env_runners.num_envs_per_env_runner": "2",
+    "config.environment.env_config.episode_length": "6",
+}
+
+
+def cut_down(arguments: list[str]) -> list[str]:
+    return arguments + [word for item in SMALL.items() for word in ("--set", "=".join(item))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder with the experiments, and narrow enough lines."""
+    shutil.copytree(ROOT / "tune_configs", tmp_path / "tune_configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(arguments: list[str]) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def test_it_opens_with_the_two_commands() -> None:
     first = re.search(r"```\n(.*?)```", TEXT, flags=re.DOTALL)
     assert first is not None
     assert first.group(1).split("\n")[:2] == ["make quickstart", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in ("quickstart", "test"))
 
 
-@pytest.mark.parametrize("code", [code for code in EXAMPLES if "<trial>" not in code])
-def test_python_examples(code: str, ray_session: object) -> None:
-    code = code.replace("num_envs_per_env_runner=20", "num_envs_per_env_runner=2").replace(
-        '"labyrinth_escape", 20', '"labyrinth_escape", 2'
-    )
-    exec(compile(code, "README.md", "exec"), {})
+def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
+    """In the README's order: later ones use what earlier ones leave in results/."""
+    assert len(COMMANDS) >= 5
+    # `make quickstart` comes before all of them.
+    run(cut_down(["sweep", "tune_configs/quickstart.yaml"]))
+    checkpoints = folder / "results/quickstart/sparsenet_sgprop_seed=0/checkpoints"
+    (checkpoints / "000002").rename(checkpoints / "000120")
+    for command in COMMANDS:
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "evaluate":
+            shutil.copytree(checkpoints / "000120", checkpoints / "moved")
+            arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
+        run(cut_down(arguments) if arguments[0] == "sweep" else arguments)
+    assert PYTHON
+    for code in PYTHON:
+        small = code.replace("num_envs_per_env_runner=20", "num_envs_per_env_runner=2")
+        small = small.replace('"labyrinth_escape", 20', '"labyrinth_escape", 2')
+        exec(compile(small, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_experiments(config: str, folder: Path, ray_session: None) -> None:
+    """Every shipped experiment runs to its table and figure."""
+    output = run(cut_down(["sweep", f"tune_configs/{config}"]))
+    results = folder / "results" / Path(config).stem
+    for name in ("experiment.yaml", "summary.csv", "comparison.csv", "figures/success_rate.png"):
+        assert (results / name).is_file()
+    for method in ("gru", "lstm", "sparsenet_backprop", "sparsenet_sgprop", "mlp"):
+        assert method in output
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_commands_in_experiments(config: str, folder: Path) -> None:
+    """The commands at the head of each experiment are valid."""
+    text = (ROOT / "tune_configs" / config).read_text()
+    commands = re.findall(r"^#   (sgrl sweep .*)$", text, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,17 +4,14 @@ A trial is read from its own folder (`config.yaml`, `status.json`, `metrics.csv`
 or half written counts as not there yet.
 """
 
-import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
-FINAL_BATCHES = 5
+from sgrl.tuning.metrics import COLUMNS, area_under_curve, final_success_rate, read_metrics
 
 
 class ResultsError(ValueError):
@@ -61,7 +58,7 @@ def load_curves(directory: str | Path) -> pd.DataFrame:
     frames, swept = [], {}
     for folder, config in _trial_folders(Path(directory)):
         swept.update(dict.fromkeys(config["swept"]))
-        metrics = read_metrics(folder / "metrics.csv")
+        metrics = metrics_frame(folder / "metrics.csv")
         state = _read_status(folder).get("state", "pending")
         labels = _labels(config) | {"seed": config["seed"], "state": state}
         for position, (name, value) in enumerate(labels.items()):
@@ -74,31 +71,9 @@ def load_curves(directory: str | Path) -> pd.DataFrame:
     return curves
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
-    """A trial's metrics.csv; a torn last line is dropped, no file is an empty frame."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
-    whole = text[: text.rfind("\n") + 1]
-    if not whole:
-        return pd.DataFrame({"iteration": [], "env_steps": [], "success_rate": []})
-    return pd.read_csv(io.StringIO(whole), float_precision="round_trip")
-
-
-def final_success_rate(metrics: pd.DataFrame) -> float:
-    """Mean success rate over the last five batches, NaN where there are none."""
-    return float(metrics["success_rate"].tail(FINAL_BATCHES).mean())
-
-
-def area_under_curve(metrics: pd.DataFrame) -> float:
-    """Area under success rate against environment steps (trapezoid), divided by their span."""
-    if metrics.empty:
-        return math.nan
-    steps, success = metrics["env_steps"].to_numpy(), metrics["success_rate"].to_numpy()
-    if steps[-1] == steps[0]:
-        return float(success[-1])
-    return float(np.trapezoid(success, steps) / (steps[-1] - steps[0]))
+def metrics_frame(path: Path) -> pd.DataFrame:
+    """A trial's metrics.csv as a frame; no file is an empty one."""
+    return pd.DataFrame(read_metrics(path), columns=list(COLUMNS))
 
 
 def _trial_folders(directory: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -83,8 +83,9 @@ class SlotNeurons(nn.Module):
         self.has_predictor = predictor
 
         def normal(*shape: int, std: float) -> nn.Parameter:
-            values = torch.empty(shape, dtype=dtype)
-            return nn.Parameter(values.normal_(0.0, std, generator=generator))
+            values = torch.zeros(shape, dtype=dtype)
+            # Zeros draw nothing, so that with and without predictors a seed gives the same network.
+            return nn.Parameter(values.normal_(0.0, std, generator=generator) if std else values)
 
         rows, num_x = num_slots * (1 + neuron_size), self.num_input_neurons
         read = num_parents * neuron_size

@@ -1,0 +1,53 @@
+"""Learning: a shortened run in every test run, the published budget as a study of its own."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from sgrl.envs.registry import make_vector
+from sgrl.nn.policies import make_policy
+from sgrl.reinforce.loop import train
+from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.sweep import run_sweep
+
+ROOT = Path(__file__).parent.parent
+RANDOM_SUCCESS = 0.16
+
+
+def test_sgprop_learns_to_escape() -> None:
+    """The quickstart's sparse network: four times a random policy's success within 100 batches."""
+    quickstart = yaml.safe_load((ROOT / "tune_configs" / "quickstart.yaml").read_text())
+    model = dict(quickstart["methods"]["sparsenet_sgprop"]["model"])
+    env = make_vector("labyrinth_escape", 40, {})
+    policy = make_policy(model.pop("policy"), env.observation_size, env.num_actions, **model)
+    rates = [row["success_rate"] for row in train(policy, env, 100, lr=5e-3)]
+    assert sum(rates[:5]) / 5 < 0.3
+    assert sum(rates[-10:]) / 10 >= 4 * RANDOM_SUCCESS
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The published comparison on labyrinth_escape: seed, method, mean success rate at the end."""
+    experiment = load_experiment(ROOT / "tune_configs" / "labyrinth_comparison.yaml")
+    directory = run_sweep(experiment, tmp_path_factory.mktemp("study"))
+    rows = [
+        {
+            "method": trial.method,
+            "seed": trial.seed,
+            "success_rate": pd.read_csv(directory / trial.name / "metrics.csv")["success_rate"]
+            .tail(20)
+            .mean(),
+        }
+        for trial in experiment.trials
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.slow
+def test_published_budget(study: pd.DataFrame) -> None:
+    """Adaptive sgprop reaches 0.85 over the last 20 of 300 batches on at least three seeds."""
+    print(study.pivot_table(index="seed", columns="method", values="success_rate").round(3))
+    sgprop = study[study["method"] == "sparsenet_sgprop"]["success_rate"]
+    assert (sgprop >= 0.85).sum() >= 3
