@@ -15,20 +15,19 @@ from sgrl.nn.policies import SparseNetPolicy, make_policy
 
 RTOL, ATOL, ATOL_TRAINED = 1e-9, 1e-12, 1e-10
 
-#: Backends every golden case runs on.
-BACKENDS = ("eager", "torch")
-
-
-def golden_folder() -> Path:
-    """The folder named by SGRL_GOLDEN_DIR, or the project's copies."""
-    return Path(os.environ.get("SGRL_GOLDEN_DIR") or Path(__file__).parent / "golden")
+PROJECT_COPIES = Path(__file__).parent / "golden"
 
 
 def golden_files(pattern: str) -> list[Path]:
-    """Files of the golden folder; finding none is an error."""
-    files = sorted(golden_folder().glob(pattern))
+    """Files of the folder named by SGRL_GOLDEN_DIR, or of the project's copies if it is not set.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    folder = Path(os.environ.get("SGRL_GOLDEN_DIR") or PROJECT_COPIES)
+    files = sorted(folder.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"no {pattern} in {golden_folder()}")
+        raise FileNotFoundError(f"no {pattern} in {folder}")
     return files
 
 

@@ -12,7 +12,6 @@ import torch
 import tree
 from golden_cases import (
     ATOL_TRAINED,
-    BACKENDS,
     assert_close,
     golden_files,
     load_case,
@@ -22,6 +21,7 @@ from golden_cases import (
 )
 from ray.rllib.core import DEFAULT_MODULE_ID
 
+from sgrl.nn.kernels import BACKENDS
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.rllib import ReinforceConfig
 from sgrl.rllib.learner import learner_batch

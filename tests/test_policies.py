@@ -102,9 +102,12 @@ def test_unreadable_policies(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="holds no readable policy"):
         load_policy(tmp_path)
-    (tmp_path / "policy.json").write_text("{")
-    with pytest.raises(ValueError, match="holds no readable policy"):
-        load_policy(tmp_path)
+    description = json.loads((tmp_path / "policy.json").read_text())
+    edits = [{"settings": None}, {"dtype": "nn"}, {"num_actions": "4"}, {"format": 2}]
+    for text in ["{", "[]", *(json.dumps(description | edit) for edit in edits)]:
+        (tmp_path / "policy.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no readable policy"):
+            load_policy(tmp_path)
 
 
 def test_published_sizes_and_initial_values() -> None:

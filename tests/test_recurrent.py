@@ -73,7 +73,6 @@ def make_problem(problem: dict, dtype: torch.dtype) -> tuple[SparseRNN, tuple]:
     mask = None
     if problem["masked"]:
         mask = torch.rand(length, batch, generator=generator) < 0.7
-        mask[0, 0] = True
     return rnn, (x, h_0, mask, weights)
 
 
@@ -178,7 +177,7 @@ def test_a_sequence_can_be_cut(backend: str) -> None:
 
 def test_used_like_a_gru() -> None:
     """Any optimizer, deep copies, state dicts, and dtype changes work as for nn.GRU."""
-    rnn = SparseRNN(3, 6, 2, 2, 2, 2).double()
+    rnn = SparseRNN(3, 6, 2, 2, 2, 2, mixing_weight=1).double()
     optimizer = torch.optim.SGD(rnn.parameters(), lr=0.1)
     output, h_n = rnn(torch.randn(5, 4, 3, dtype=torch.float64))
     assert output.shape == (5, 4, 6, 2)
@@ -212,6 +211,12 @@ def test_wrong_shapes() -> None:
     rnn = SparseRNN(3, 6, 2, 2, 2, 2)
     with pytest.raises(ValueError, match="x must be"):
         rnn(torch.zeros(5, 4, 2))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        rnn(torch.zeros(5, 4, 3), mask=torch.ones(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        rnn(torch.zeros(5, 4, 3), mask=torch.ones(5, 4))
+    with pytest.raises(ValueError, match="at least one step"):
+        rnn(torch.zeros(0, 4, 3))
     with pytest.raises(ValueError, match="h_0 must be"):
         rnn(torch.zeros(5, 4, 3), torch.zeros(4, 6, 3))
 

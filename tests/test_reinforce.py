@@ -11,7 +11,7 @@ from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameter
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
-from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.reinforce.update import (
     NonFiniteLoss,
     UpdateSettings,
@@ -170,6 +170,37 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     with pytest.raises(NonFiniteLoss, match="smaller learning rate"):
         update(policy, optimizers, batch, UpdateSettings())
     assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    env = make_env()
+    policy = make_sparse(env, mixing_weight=0.5)
+    optimizers = make_optimizers(policy, lr=1e-2, predictor_lr=1e-3)
+    batch = Rollout(env, policy, seed=0).collect()
+    policy.encoder[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(policy.state_dict())
+    with pytest.raises(NonFiniteLoss, match="smaller learning rate"):
+        update(policy, optimizers, batch, UpdateSettings())
+    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 4096), (3, EVALUATION_SEED_OFFSET + 3)])
+def test_seeds_far_apart_draw_other_actions(one: int, other: int) -> None:
+    env = make_env()
+    policy = make_sparse(env)
+    with torch.no_grad():  # a uniform policy: actions tell the noise
+        policy.actor.A.zero_()
+    batches = [Rollout(env, policy, seed).collect() for seed in (one, other)]
+    assert not torch.equal(batches[0].actions, batches[1].actions)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["gru", "lstm", "mlp", "sparsenet"])
+def test_the_plain_loop_on_cuda(name: str) -> None:
+    env = make_env()
+    policy = make_policy(name, env.observation_size, env.num_actions).cuda()
+    rows = list(train(policy, env, 2))
+    assert all(row["grad_norm"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "mlp", "sparsenet"])

@@ -98,7 +98,7 @@ class SlotNeurons(nn.Module):
             self.predictor_x = normal(num_x, rows, external_size, std=predictor_std)
             self.predictor_bias = normal(num_neurons, num_slots, neuron_size, std=predictor_std)
         self.register_buffer(
-            "mixing_weight", torch.full((num_neurons,), mixing_weight, dtype=dtype)
+            "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
 
     def join_columns(self, weight_h: Tensor, weight_x: Tensor) -> Tensor:

@@ -502,7 +502,14 @@ def load_policy(path: str | Path) -> Policy:
             **description["settings"],
         )
         policy.load_state_dict(load_file(weights_file))
-    except (KeyError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"{directory} holds no readable policy: {line}") from error
     return policy

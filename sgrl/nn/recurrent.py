@@ -65,7 +65,8 @@ class SparseRNN(nn.Module):
             published method mixes there too.
         flatten: True gives output [T, B, W*N] and h_n [B, W*N], and takes such an h_0.
         backend: "auto", "eager" or "torch".
-        generator: source of connectivity and initial weights, a CPU generator.
+        generator: source of connectivity and initial weights, a CPU generator; None draws from
+            torch's global one.
 
     Raises:
         ValueError: a size or setting that is impossible.
@@ -199,10 +200,17 @@ class SparseRNN(nn.Module):
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).
 
         Raises:
-            ValueError: x or h_0 of another shape.
+            ValueError: x, h_0 or mask of another shape, a mask that is not bool, no step or no
+                sequence at all.
         """
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be [T, B, {self.input_size}], got {list(x.shape)}")
+        if 0 in x.shape[:2]:
+            raise ValueError(f"x must hold at least one step of one sequence, got {list(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
+            )
         state_shape = (x.shape[1], self.num_neurons, self.neuron_size)
         if h_0 is None:
             h_0 = x.new_zeros(state_shape)
@@ -284,12 +292,15 @@ class _BackwardRecord:
         def gather(steps: dict[int, Tensor]) -> Tensor:
             return torch.stack([steps[t] for t in range(self.length)])[valid]
 
+        def mean_length(vectors: Tensor) -> Tensor:
+            return vectors.norm(dim=-1).sum() / max(vectors[..., 0].numel(), 1)
+
         gradient, substitute = gather(self.gradients), gather(self.substitutes)
         rnn.statistics = {
             "predictor_loss": gather(self.residuals).square().sum() / self.count,
-            "true_grad_norm": gradient.norm(dim=-1).mean(),
-            "mixed_grad_norm": gather(self.mixed).norm(dim=-1).mean(),
-            "prediction_norm": gather(self.predictions).norm(dim=-1).mean(),
+            "true_grad_norm": mean_length(gradient),
+            "mixed_grad_norm": mean_length(gather(self.mixed)),
+            "prediction_norm": mean_length(gather(self.predictions)),
         }
         if not rnn.rule.updates:
             return
@@ -317,6 +328,7 @@ class _MixPrediction(torch.autograd.Function):
         return h.view_as(h)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (prediction,) = ctx.saved_tensors
         mixed, regression = ctx.record.mix(ctx.t, gradient, prediction)

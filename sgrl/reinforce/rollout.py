@@ -6,15 +6,17 @@ padded to the configured episode length.
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.policies import Policy
 from sgrl.reinforce.batch import EpisodeBatch
 
-#: Added to a seed for evaluation: training never reaches these environments. Environment seeds
-#: lie in [0, 2**32); this is their upper half.
+#: Added to a seed for evaluation: environments that training never reaches. Environment seeds lie
+#: in [0, 2**32), and a run's seed below `MAX_SEED` leaves it a thousand million of them.
 EVALUATION_SEED_OFFSET = 2**31
+MAX_SEED = 2**30
 
 
 class Rollout:
@@ -45,8 +47,10 @@ class Rollout:
         self.first_env = first_env
         self.total_envs = env.num_envs if total_envs is None else total_envs
         self.batches = 0
-        # Rollouts that share a seed must not draw the same actions.
-        self.generator = torch.Generator().manual_seed((seed << 20) + first_env)
+        # Hashed: torch's generator sees only 32 bits of its seed, and neither rollouts that share
+        # a seed nor the policy's initial weights may draw the same numbers.
+        mixed = np.random.SeedSequence([seed, first_env]).generate_state(1)
+        self.generator = torch.Generator().manual_seed(int(mixed[0]))
 
     def collect(self) -> EpisodeBatch:
         """Run every environment once to its end. The tensors are on the policy's device."""

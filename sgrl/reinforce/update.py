@@ -25,7 +25,7 @@ _updates = itertools.count(1)
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient is NaN or infinite; no parameter was changed by that step."""
+    """The loss or its gradient is NaN or infinite; nothing was changed by that step."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,6 @@ def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float | None) -
     return norm
 
 
-def check_gradient(norm: Tensor) -> None:
-    """Refuse a gradient whose norm is NaN or infinite.
-
-    Raises:
-        NonFiniteLoss: it is.
-    """
-    if not torch.isfinite(norm):
-        raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")
-
-
 def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) -> LossTerms:
     """Forward pass over the batch, padding included, and its loss.
 
@@ -120,17 +110,22 @@ def update(
         `mixing_statistics`.
 
     Raises:
-        NonFiniteLoss: before any parameter is changed.
+        NonFiniteLoss: the policy is left as it was.
     """
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     terms = batch_loss(policy, batch, settings)
+    buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
     terms.loss.backward()
     norms = {}
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norms[name] = clip_gradients((p.grad for p in parameters), settings.grad_clip)
-        check_gradient(norms[name])
+        if not torch.isfinite(norms[name]):
+            for buffer, before in buffers:  # the backward pass has moved the mixing weights
+                buffer.copy_(before)
+            norm = norms[name].item()
+            raise NonFiniteLoss(f"the gradient's norm is {norm}; try a smaller learning rate")
     for optimizer in optimizers.values():
         optimizer.step()
     if next(_updates) % TRIM_EVERY == 0:

@@ -37,6 +37,7 @@ from ray.util.debug import log_once
 from sgrl.envs.registry import validate_env_config
 from sgrl.nn.policies import Policy
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
+from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EpisodeRunner
@@ -50,7 +51,7 @@ CHECKED_NUMBERS: dict[str, tuple[Any, float, float]] = {
     "gamma": (int | float, 0, 1),
     "entropy_coeff": (int | float, 0, math.inf),
     "grad_clip": (int | float, 0, math.inf),
-    "seed": (int, 0, 2**31 - 1),
+    "seed": (int, 0, MAX_SEED - 1),
     "num_envs_per_env_runner": (int, 1, math.inf),
     "num_env_runners": (int, 0, math.inf),
     "num_learners": (int, 0, math.inf),
@@ -140,7 +141,12 @@ class ReinforceConfig(AlgorithmConfig):
             value = getattr(self, name)
             if name == "grad_clip" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, kind)
+                or not least <= value <= most
+                or value == math.inf
+            ):
                 limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 what = "a whole number" if kind is int else "a number"
                 raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
@@ -148,6 +154,16 @@ class ReinforceConfig(AlgorithmConfig):
             raise ValueError(
                 f"normalize_returns must be true or false, got {self.normalize_returns!r}"
             )
+        for name, only in (
+            ("grad_clip_by", "global_norm"),
+            ("num_epochs", 1),
+            ("minibatch_size", None),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name} must stay {only!r}, got {getattr(self, name)!r}: an update takes the "
+                    "whole batch once, clipped by global norm"
+                )
         if self.num_learners > 1:
             raise ValueError(
                 f"num_learners must be 0 or 1, got {self.num_learners}: several learners would "
@@ -273,12 +289,22 @@ class Reinforce(Algorithm):
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set whatever `state` holds of what `get_state` returns."""
+        """Set whatever `state` holds of what `get_state` returns.
+
+        Raises:
+            ValueError: it was saved with another number of remote runners.
+        """
         super().set_state(state)
         if COMPONENT_REINFORCE not in state:
             return
         self._env_steps = state[COMPONENT_REINFORCE]["env_steps"]
         rollouts = state[COMPONENT_REINFORCE]["rollouts"]
+        present = self.env_runner_group.num_remote_env_runners()
+        if len(rollouts) != present:
+            raise ValueError(
+                f"the checkpoint was written with {len(rollouts)} remote runners, there are "
+                f"{present}: set num_env_runners to {len(rollouts)} to continue it"
+            )
         self.env_runner_group.foreach_env_runner(
             lambda runner: runner.set_state(rollouts[runner.worker_index]),
             local_env_runner=False,

@@ -130,6 +130,11 @@ def policy_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError('model_config names no policy: add e.g. "policy": "sparsenet"')
     name, seed = settings.pop("policy"), settings.pop("seed", 0)
     dtype = settings.pop("dtype", "float32")
+    for key, value in (("policy", name), ("dtype", dtype)):
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a name, got {value!r}")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     policy_settings(name, settings)

@@ -4,7 +4,6 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -122,11 +121,13 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             raise ValueError("the local runner has no environments: set evaluation_interval")
         if num_timesteps is None and num_episodes is None:
             return [self._log(self.rollout.collect())]
-        if num_timesteps is not None:
-            num_episodes = math.ceil(num_timesteps / self.env.episode_length)
         evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET)
-        num_batches = math.ceil((num_episodes or 0) / self.env.num_envs)
-        return [self._log(evaluation.collect()) for _ in range(num_batches)]
+        batches: list[SampledBatch] = []
+        while sum(batch.env_steps() for batch in batches) < (num_timesteps or 0) or len(
+            batches
+        ) * self.env.num_envs < (num_episodes or 0):
+            batches.append(self._log(evaluation.collect()))
+        return batches
 
     def _log(self, batch: EpisodeBatch) -> SampledBatch:
         sampled = SampledBatch(**vars(batch.to("cpu")))

@@ -38,6 +38,8 @@ from typing import Any
 
 import yaml
 
+from sgrl.reinforce.rollout import MAX_SEED
+
 DEFAULTS: dict[str, Any] = {
     "algorithm": "Reinforce",
     "config": {},
@@ -161,8 +163,8 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     _check_type("seeds", resolved["seeds"], list)
     for seed in resolved["seeds"]:
         _check_whole("seeds", seed, 0)
-        if seed >= 2**31:
-            raise _Problem("seeds", f"must be less than 2147483648, got {seed}")
+        if seed >= MAX_SEED:
+            raise _Problem("seeds", f"must be less than {MAX_SEED}, got {seed}")
     _check_values("seeds", resolved["seeds"])
 
     if not resolved["methods"]:

@@ -98,16 +98,14 @@ class _Unroll(torch.autograd.Function):
         states, attention, slots = _forward(rnn, x, h_0, weight_h, weight_x, bias)
         ctx.rnn, ctx.mask = rnn, mask
         ctx.schedule = rnn.schedule(len(x)) if rnn.propagation == "sgprop" else None
-        # The states are both kept and returned (as a view), so not through save_for_backward.
-        ctx.states = states
-        ctx.save_for_backward(x, weight_h, weight_x, attention, slots, *predictor)
+        ctx.save_for_backward(x, weight_h, weight_x, states, attention, slots, *predictor)
         return states[1:].permute(0, 3, 1, 2).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        rnn, mask, states = ctx.rnn, ctx.mask, ctx.states
-        x, weight_h, weight_x, attention, slots, *predictor = ctx.saved_tensors
+        rnn, mask = ctx.rnn, ctx.mask
+        x, weight_h, weight_x, states, attention, slots, *predictor = ctx.saved_tensors
         neurons, rule = rnn.neurons, rnn.rule
         num_neurons, num_slots = neurons.num_neurons, neurons.num_slots
         length, batch, _ = x.shape
