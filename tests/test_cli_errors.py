@@ -115,7 +115,7 @@ def test_the_good_file_is_good(run):
             "num_parents",
         ),
         ("seeds: [0]", "seeds: [-1]", "seeds:", "at least 0, got -1"),
-        ("seeds: [0]", "seeds: [2147483648]", "seeds:", "less than 2147483648"),
+        ("seeds: [0]", "seeds: [1073741824]", "seeds:", "less than 1073741824"),
         ("seeds: [0]", "checkpoint: {every: 0}", "checkpoint.every:", "at least 1"),
         ("seeds: [0]", "checkpoint: {often: 1}", "checkpoint.often:", "did you mean"),
         ("seeds: [0]", "num_threads: 0", "num_threads:", "at least 1"),
