@@ -23,7 +23,7 @@ check: .venv/installed-for-tests
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests
-	$(BIN)/python -m pytest -m slow --override-ini addopts=-ra
+	$(BIN)/python -m pytest -m slow -s
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/backends.py
@@ -35,7 +35,7 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "sgrl needs Python 3.11 or newer; say which with make PYTHON=..."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@echo "Installing sgrl in .venv (the first time this takes some minutes)"
 	@$(PIP) -e .
 	@touch $@

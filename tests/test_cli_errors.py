@@ -218,7 +218,7 @@ def test_bad_name(run):
 )
 def test_more_resources_than_the_machine_has(run, section, resource):
     result = run("sweep", "experiment.yaml", "--set", f"config.{section}")
-    refused(result, "trial gru_seed=0 needs", resource, "this machine has")
+    refused(result, "trial gru_seed=0 needs", resource, "there are")
 
 
 def test_results_folder_that_exists(run):

@@ -1,15 +1,17 @@
 """Experiment files: what a YAML resolves to, trial by trial."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 
+from sgrl.nn.policies import POLICIES
 from sgrl.tuning.experiment import (
     ExperimentError,
     build_algorithm_config,
     check_resources,
+    dump_yaml,
     load_experiment,
     required_resources,
 )
@@ -82,9 +84,25 @@ def test_a_trial_is_fully_resolved(load):
                 "env_config": {"maze_dims": [6, 6], "episode_length": 20},
             },
             "env_runners": {"num_envs_per_env_runner": 3},
-            "training": {"lr": 2e-3, "gamma": 0.9},
+            "training": {
+                "lr": 2e-3,
+                "gamma": 0.9,
+                "predictor_lr": 1e-5,
+                "entropy_coeff": 0.01,
+                "grad_clip": 0.5,
+                "normalize_returns": True,
+            },
         },
-        "model": {"policy": "sparsenet", "num_neurons": 32, "backend": "torch"},
+        "model": {
+            "policy": "sparsenet",
+            **{
+                name: value
+                for name, value in dataclasses.asdict(POLICIES["sparsenet"].Settings()).items()
+                if name != "value_head"
+            },
+            "num_neurons": 32,
+            "backend": "torch",
+        },
         "stop": {"training_iteration": 10},
         "checkpoint": {"every": 25, "keep": 2},
         "num_threads": 1,
@@ -94,11 +112,23 @@ def test_a_trial_is_fully_resolved(load):
 
 def test_resolved_file_loads_as_the_same_experiment(load):
     experiment = load(SMALL, "config.training.lr={grid: [1e-4, 1e-3]}")
-    again = load(yaml.safe_dump(experiment.resolved, sort_keys=False))
+    again = load(dump_yaml(experiment.resolved))
     assert again.resolved == experiment.resolved
     assert again.trials == experiment.trials
     assert experiment.resolved["methods"]["sparse"]["model"]["backend"] == "torch"
     assert experiment.resolved["num_threads"] == 1
+
+
+def test_names_that_look_like_numbers_can_be_resumed(load):
+    experiment = load(SMALL, "name='1e3'")
+    assert experiment.name == "1e3"
+    assert load(dump_yaml(experiment.resolved)).resolved == experiment.resolved
+
+
+def test_no_trial_holds_an_automatic_backend(load):
+    experiment = load(SMALL, "methods.sparse.model.backend={grid: [auto, eager]}")
+    backends = {trial.config["model"].get("backend") for trial in experiment.trials}
+    assert backends - {None} == {"torch", "eager"}
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1.e-3", "0.001", "+1E-03", ".1e-2"])
@@ -164,7 +194,7 @@ def test_grids_of_lists_mappings_and_stop(load):
     )
     assert last.config["config"]["environment"]["env_config"] == {"episode_length": 30}
     assert last.config["stop"] == {"training_iteration": 2}
-    assert last.config["model"] == {"policy": "gru", "value_head": False}
+    assert last.config["model"]["value_head"] is False
 
 
 def test_swept_keys_of_one_name_stay_apart(load):
@@ -221,7 +251,7 @@ def test_required_resources(load):
     # The main process and two halves; the learner takes its share of a GPU only.
     assert required_resources(experiment.trials[0]) == {"CPU": 2, "GPU": 0.25}
     check_resources(experiment, {"CPU": 2, "GPU": 1})
-    with pytest.raises(ExperimentError, match=r"needs 0\.25 GPUs and this machine has 0"):
+    with pytest.raises(ExperimentError, match=r"needs 0\.25 GPUs and there are 0"):
         check_resources(experiment, {"CPU": 2})
 
 

@@ -97,13 +97,16 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
 
 
 def _curves_of(curves: pd.DataFrame, row: pd.Series, keys: list[str]) -> pd.DataFrame:
-    """Success rate of one method and point: index env_steps, one column a trial."""
+    """Success rate of one method and point: index mean env_steps, one column a trial."""
     if curves.empty:
         return pd.DataFrame()
     same = curves["state"] != "failed"
     for key in keys:
         same &= (curves[key] == row[key]) | (curves[key].isna() & pd.isna(row[key]))
-    wide = curves[same].pivot_table(index="env_steps", columns="trial", values="success_rate")
+    wide = curves[same].pivot_table(index="iteration", columns="trial", values="success_rate")
+    # Seeds of an algorithm that samples whole episodes differ a little in their steps.
+    steps = curves[same].groupby("iteration")["env_steps"].mean()
+    wide.index = steps.reindex(wide.index)
     return wide.dropna()
 
 

@@ -1,13 +1,12 @@
 """Comparisons of methods over seeds."""
 
-import math
-
+import numpy as np
 import pandas as pd
 
 
 def sem(values: pd.Series) -> float:
-    """Standard error of the mean; NaN for fewer than two values."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    """Standard error of the mean; NaN for fewer than two values; NaN values do not count."""
+    return float(values.std(ddof=1) / np.sqrt(values.count()))
 
 
 def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:

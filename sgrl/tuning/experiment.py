@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "num_threads": 1,
     "concurrency": "auto",
 }
+TRAINING = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip", "normalize_returns")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
 KEYS += ["max_failures", "num_threads", "concurrency"]
 
@@ -173,7 +174,8 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
         check_name(f"methods.{method}", method)
         _check_type(f"methods.{method}", entry, dict)
         _check_keys(("methods", method), entry, ("model", "config"))
-        _resolve_backend(method, entry)
+        _resolve_model(method, entry)
+    _resolve_training(resolved)
 
     return Experiment(
         name=resolved["name"],
@@ -187,7 +189,7 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     )
 
 
-# Reading ------------------------------------------------------------------------------------
+# Reading and writing ------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -205,11 +207,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the words which `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """YAML that `load_experiment` reads back as the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def _parse(text: str, key: str = "") -> Any:
@@ -374,9 +386,9 @@ def _in_words(annotation: Any) -> str:
 # Models ---------------------------------------------------------------------------------------
 
 
-def _resolve_backend(method: str, entry: dict[str, Any]) -> None:
-    """Write the backend that `auto` stands for into a method's model, so that a resumed sweep
-    computes with the one it was started with."""
+def _resolve_model(method: str, entry: dict[str, Any]) -> None:
+    """Write into a method's model what it leaves to defaults, and the backend that `auto` stands
+    for: a resumed sweep computes with what it was started with."""
     from sgrl.nn.kernels import resolve_backend
     from sgrl.nn.policies import POLICIES
 
@@ -388,9 +400,25 @@ def _resolve_backend(method: str, entry: dict[str, Any]) -> None:
     if "policy" not in model:
         raise _Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
     _check_known(f"{key}.policy", "policy", model["policy"], POLICIES)
-    settings = {field.name for field in dataclasses.fields(POLICIES[model["policy"]].Settings)}
-    if "backend" in settings and model.setdefault("backend", "auto") == "auto":
+    for field in dataclasses.fields(POLICIES[model["policy"]].Settings):
+        if field.name != "value_head":  # its default depends on the algorithm
+            model.setdefault(field.name, field.default)
+    backend = model.get("backend")
+    if backend == "auto":
         model["backend"] = resolve_backend("auto")
+    elif isinstance(backend, dict) and isinstance(backend.get("grid"), list):
+        backend["grid"] = [resolve_backend(b) if b == "auto" else b for b in backend["grid"]]
+
+
+def _resolve_training(resolved: dict[str, Any]) -> None:
+    """Write into config.training what the experiment leaves to Reinforce's defaults."""
+    training = resolved["config"].setdefault("training", {})
+    if resolved["algorithm"] != "Reinforce" or not isinstance(training, dict):
+        return
+    defaults = algorithm_class("Reinforce").get_default_config()
+    if "grid" not in training:
+        for name in TRAINING:
+            training.setdefault(name, getattr(defaults, name))
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -588,8 +616,8 @@ def check_resources(experiment: Experiment, available: Mapping[str, float]) -> N
             present = available.get(resource, 0.0)
             if needed > present:
                 raise ExperimentError(
-                    f"{experiment.path}: trial {trial.name} needs {needed:g} {resource}s and this "
-                    f"machine has {present:g}; lower num_env_runners, num_learners or their "
+                    f"{experiment.path}: trial {trial.name} needs {needed:g} {resource}s and there "
+                    f"are {present:g}; lower num_threads, or num_env_runners, num_learners or "
                     f"num_{resource.lower()}s_per_... under config.env_runners and config.learners"
                 )
 

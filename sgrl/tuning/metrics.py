@@ -106,8 +106,8 @@ def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
 
 
 def final_success_rate(rows: Sequence[Row]) -> float:
-    """Mean success rate over the last five batches; NaN where there are none."""
-    last = [row["success_rate"] for row in rows[-FINAL_ROWS:]]
+    """Mean success rate over the last five batches that report one; NaN where there are none."""
+    last = [row["success_rate"] for row in _reporting(rows)[-FINAL_ROWS:]]
     return sum(last) / len(last) if last else math.nan
 
 
@@ -116,6 +116,7 @@ def area_under_curve(rows: Sequence[Row]) -> float:
 
     It lies in [0, 1]; a single row counts as its own success rate, none as NaN.
     """
+    rows = _reporting(rows)
     if not rows:
         return math.nan
     span = rows[-1]["env_steps"] - rows[0]["env_steps"]
@@ -128,6 +129,11 @@ def area_under_curve(rows: Sequence[Row]) -> float:
         for before, after in itertools.pairwise(rows)
     )
     return area / span
+
+
+def _reporting(rows: Sequence[Row]) -> Sequence[Row]:
+    # Stock algorithms report no success before the first episode has ended.
+    return [row for row in rows if not math.isnan(row["success_rate"])]
 
 
 def _rllib_columns(result: Mapping) -> Row:

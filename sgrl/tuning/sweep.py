@@ -20,7 +20,6 @@ from typing import Any
 
 import ray
 import torch
-import yaml
 from ray import tune
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from sgrl.tuning.experiment import (
     algorithm_class,
     build_algorithm_config,
     check_resources,
+    dump_yaml,
     load_experiment,
 )
 from sgrl.tuning.progress import (
@@ -42,7 +42,15 @@ from sgrl.tuning.progress import (
     trials_table,
     write_summary,
 )
-from sgrl.tuning.trial import TrialRunner, lock_file, read_status, read_yaml, write_text
+from sgrl.tuning.trial import (
+    TrialRunner,
+    first_line,
+    lock_file,
+    read_status,
+    read_yaml,
+    write_status,
+    write_text,
+)
 
 EXPERIMENT_FILE = "experiment.yaml"
 # What a trial's numbers do not depend on may change from one start to the next.
@@ -78,8 +86,11 @@ def run_sweep(
             f"{display(directory)} already exists: {how}--name NAME starts another sweep"
         )
     requests = _resource_requests(experiment)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / EXPERIMENT_FILE, yaml.safe_dump(experiment.resolved, sort_keys=False))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"{display(directory)} cannot be made: {error.strerror}") from None
+    write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
     return _run(directory, experiment, requests)
 
 
@@ -108,7 +119,7 @@ def is_sweep(directory: Path) -> bool:
 
 def _load(directory: Path) -> Experiment:
     if not is_sweep(directory):
-        what = "holds no sweep" if directory.is_dir() else "does not exist"
+        what = "holds no sweep" if directory.exists() else "does not exist"
         raise SweepError(f"{display(directory)} {what}: give a folder such as results/quickstart")
     return load_experiment(directory / EXPERIMENT_FILE)
 
@@ -124,6 +135,7 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
         for row in progress.values():
             if not _is_settled(directory, row):
                 row.state = "pending"
+                write_status(directory / row.trial.name, {"state": "pending"})
         todo = [row.trial for row in progress.values() if row.state == "pending"]
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
         head = f"{len(progress)} trials{over}; results in {display(directory)}"
@@ -153,7 +165,7 @@ def _write_config(folder: Path, trial: Trial) -> None:
                     f"{config.get(key)}: undo the change or start another sweep with --name"
                 )
     folder.mkdir(exist_ok=True)
-    write_text(path, yaml.safe_dump(config, sort_keys=False))
+    write_text(path, dump_yaml(config))
 
 
 def _run_trials(
@@ -207,8 +219,16 @@ def _start_ray() -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        print(f"joining the Ray cluster that RAY_ADDRESS names: {address}")
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            raise SweepError(
+                f"no Ray cluster at RAY_ADDRESS={address} ({first_line(error)}): start one, or "
+                "unset RAY_ADDRESS"
+            ) from None
     else:
         # "local": without an address, Ray would join any cluster it finds on the machine.
         ray.init(

@@ -90,6 +90,11 @@ class TrialRunner(tune.Trainable):
 
         metrics, checkpoints = self.directory / "metrics.csv", self.directory / "checkpoints"
         checkpoint, problems = newest_valid_checkpoint(checkpoints, at_most=count_rows(metrics))
+        if checkpoint is None and newest_valid_checkpoint(checkpoints)[0] is not None:
+            raise ValueError(
+                f"{metrics} lacks the rows that led to the checkpoints beside it: restore it, or "
+                "remove the checkpoints to start the trial again"
+            )
         self.saved = int(checkpoint.name) if checkpoint else 0
         if checkpoint:
             self.algorithm.load_checkpoint(str(checkpoint))
