@@ -59,11 +59,11 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
     # `make quickstart` comes before all of them.
     run(cut_down(["sweep", "tune_configs/quickstart.yaml"]))
     checkpoints = folder / "results/quickstart/sparsenet_sgprop_seed=0/checkpoints"
-    (checkpoints / "000002").rename(checkpoints / "000120")
+    (checkpoints / "000002").rename(checkpoints / "000100")
     for command in COMMANDS:
         arguments = shlex.split(command)[1:]
         if arguments[0] == "evaluate":
-            shutil.copytree(checkpoints / "000120", checkpoints / "moved")
+            shutil.copytree(checkpoints / "000100", checkpoints / "moved")
             arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
         run(cut_down(arguments) if arguments[0] == "sweep" else arguments)
     assert PYTHON
