@@ -1,0 +1,203 @@
+"""The "native" backend of SparseRNN: the whole unroll in compiled code, on the CPU.
+
+The C++ is in `slot_neurons.cpp`, `compiler.py` builds it, this file hands it torch's memory. It
+runs in one thread and holds no lock of Python's meanwhile.
+"""
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sgrl.nn.kernels.compiler import load_library
+from sgrl.nn.mixing import optimal_mixing_weight
+
+if TYPE_CHECKING:
+    from sgrl.nn.recurrent import SparseRNN
+
+_REALS = {torch.float32: "float", torch.float64: "double"}
+_Pointer = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of slot_neurons.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("neurons", "size", "parents", "slots")),
+        *((name, ctypes.c_int64) for name in ("external", "inputs")),
+        ("scale", ctypes.c_double),
+        *((name, _Pointer) for name in ("parent", "weight_h", "weight_x", "bias")),
+        *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
+    ]
+
+
+class _Mixing(ctypes.Structure):
+    """`Mixing` of slot_neurons.cpp."""
+
+    _fields_ = [
+        ("mixing_weight", _Pointer),
+        ("schedule_beta", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("positive_projection", "target_received")),
+        *((name, ctypes.c_int32) for name in ("mask_predictions", "moments")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    """`Gradients` of slot_neurons.cpp."""
+
+    _fields_ = [
+        *((name, _Pointer) for name in ("weight_h", "weight_x", "bias")),
+        *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
+        ("statistics", ctypes.c_double * 4),
+        ("moments", _Pointer),
+    ]
+
+
+def load(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled core for tensors of this type, or None."""
+    if dtype not in _REALS:
+        return None
+    core = load_library(_REALS[dtype])
+    if core is not None and core.sgrl_workspace.argtypes is None:
+        size, flag = ctypes.c_int64, ctypes.c_int32
+        core.sgrl_workspace.argtypes = [_Pointer, size, size, flag]
+        core.sgrl_workspace.restype = size
+        core.sgrl_forward.argtypes = [_Pointer, size, size, flag, size, size, *[_Pointer] * 4]
+        core.sgrl_forward.restype = None
+        core.sgrl_backward.argtypes = [_Pointer, size, size, *[_Pointer] * 8]
+        core.sgrl_backward.restype = None
+    return core
+
+
+def can_run(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled core takes these: on the CPU, of one type, and it compiles here."""
+    on_cpu = x.device.type == "cpu" and weight.device.type == "cpu"
+    return on_cpu and x.dtype == weight.dtype and load(x.dtype) is not None
+
+
+def unroll(rnn: "SparseRNN", x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
+    """The unroll of SparseRNN: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
+    neurons = rnn.neurons
+    parameters: list[Tensor | None] = [neurons.weight_h, neurons.weight_x, neurons.bias]
+    if rnn.propagation == "sgprop":
+        parameters += [neurons.predictor_h, neurons.predictor_x, neurons.predictor_bias]
+    inputs = (x, h_0, *parameters)
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)):
+        return _forward(rnn, x.contiguous(), h_0.contiguous(), parameters, keep=False)[0]
+    return _Unroll.apply(rnn, mask, *inputs)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _layer(rnn: "SparseRNN", parameters: list[Tensor]) -> _Layer:
+    """The layer; its tensors must be contiguous and live as long as it is used."""
+    neurons = rnn.neurons
+    return _Layer(
+        neurons.num_neurons,
+        neurons.neuron_size,
+        rnn.parents.shape[1],
+        neurons.num_slots,
+        neurons.external_size,
+        neurons.num_input_neurons,
+        neurons.scale,
+        rnn.parents.data_ptr(),
+        *map(_pointer, parameters),
+    )
+
+
+def _forward(
+    rnn: "SparseRNN", x: Tensor, h_0: Tensor, parameters: list[Tensor], keep: bool
+) -> tuple[Tensor, Tensor]:
+    """-> output [T, B, W, N], and the block of memory that holds the record of the forward."""
+    core = load(x.dtype)
+    assert core is not None
+    length, batch, _ = x.shape
+    parameters = [parameter.detach().contiguous() for parameter in parameters]
+    layer = _layer(rnn, parameters)
+    block = x.new_empty(core.sgrl_workspace(ctypes.byref(layer), length, batch, keep))
+    output = x.new_empty(length, batch, rnn.num_neurons, rnn.neuron_size)
+    core.sgrl_forward(
+        ctypes.byref(layer),
+        *(length, batch, keep, 0, length),
+        *map(_pointer, (x, h_0, output, block)),
+    )
+    return output, block
+
+
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rnn: "SparseRNN", mask: Tensor | None, x: Tensor, h_0: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        x = x.contiguous()
+        output, ctx.block = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
+        ctx.rnn, ctx.mask = rnn, mask
+        # As it is now: a backward pass in between may move it.
+        ctx.mixing_weight = rnn.neurons.mixing_weight.clone()
+        ctx.save_for_backward(x, *parameters)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        rnn, rule, block = ctx.rnn, ctx.rnn.rule, ctx.block
+        x, *parameters = ctx.saved_tensors
+        core = load(x.dtype)
+        assert core is not None
+        length, batch, _ = x.shape
+        sgprop = rnn.propagation == "sgprop"
+        mask = None if ctx.mask is None else ctx.mask.contiguous()
+        parameters = [parameter.detach().contiguous() for parameter in parameters]
+        grad_output = grad_output.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        grad_h0 = None
+        if ctx.needs_input_grad[3]:
+            grad_h0 = x.new_empty(batch, rnn.num_neurons, rnn.neuron_size)
+        grads = [torch.empty_like(parameter) for parameter in parameters]
+        pointers = [grad.data_ptr() for grad in grads] + [None] * (6 - len(grads))
+        moments = torch.zeros(4, rnn.num_neurons, dtype=torch.float64)
+        results = _Gradients(*pointers, moments=moments.data_ptr())
+        mixing = None
+        if sgprop:
+            mixing = ctypes.byref(
+                _Mixing(
+                    ctx.mixing_weight.data_ptr(),
+                    rnn.schedule_beta,
+                    rule.positive_projection,
+                    rule.predictor_target == "received",
+                    rnn.mask_predictions,
+                    rule.updates,
+                )
+            )
+        core.sgrl_backward(
+            ctypes.byref(_layer(rnn, parameters)),
+            *(length, batch, x.data_ptr(), _pointer(mask), mixing, grad_output.data_ptr()),
+            *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results), block.data_ptr()),
+        )
+        if sgprop:
+            names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+            measured = x.new_tensor(list(results.statistics))
+            rnn.statistics = dict(zip(names, measured.unbind(), strict=True))
+            if rule.updates:
+                num_valid = length * batch if mask is None else int(mask.sum())
+                _update_mixing_weight(rnn, moments, num_valid)
+        return (None, None, grad_x, grad_h0, *grads)
+
+
+def _update_mixing_weight(rnn: "SparseRNN", moments: Tensor, num_valid: int) -> None:
+    """Move lambda towards its estimate; moments as in `Gradients` of slot_neurons.cpp."""
+    rule, previous = rnn.rule, rnn.neurons.mixing_weight
+    count = max(num_valid, 1)
+    estimate = optimal_mixing_weight(
+        mean_u_square=moments[0] / count,
+        mean_wu=moments[1] / count,
+        square_mean_u=moments[2] / count**2,
+        mean_w_mean_u=moments[3] / count**2,
+        num_samples=num_valid,
+        previous=previous.double(),
+        eps=rule.eps,
+    )
+    previous.copy_(rule.momentum * previous.double() + (1 - rule.momentum) * estimate)
