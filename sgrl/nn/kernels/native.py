@@ -108,23 +108,45 @@ def _layer(rnn: "SparseRNN", parameters: list[Tensor]) -> _Layer:
     )
 
 
+#: The block of memory that the last finished backward pass used, for the next forward pass: getting
+#: tens of megabytes afresh from the system takes as long as a forward pass itself.
+_spare: list[Tensor] = []
+
+
+class _Record:
+    """Memory that holds what a forward pass leaves for its backward; not initialised."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        try:
+            self.memory = _spare.pop()
+        except IndexError:
+            self.memory = torch.empty(0)
+        if self.memory.dtype != dtype or self.memory.numel() != size:
+            self.memory = torch.empty(size, dtype=dtype)
+
+    def __del__(self) -> None:
+        _spare[:] = [self.memory]
+
+
 def _forward(
     rnn: "SparseRNN", x: Tensor, h_0: Tensor, parameters: list[Tensor], keep: bool
-) -> tuple[Tensor, Tensor]:
-    """-> output [T, B, W, N], and the block of memory that holds the record of the forward."""
+) -> tuple[Tensor, _Record | None]:
+    """-> output [T, B, W, N], and if to be kept what a backward pass needs."""
     core = load(x.dtype)
     assert core is not None
     length, batch, _ = x.shape
     parameters = [parameter.detach().contiguous() for parameter in parameters]
     layer = _layer(rnn, parameters)
-    block = x.new_empty(core.sgrl_workspace(ctypes.byref(layer), length, batch, keep))
+    size = core.sgrl_workspace(ctypes.byref(layer), length, batch, keep)
+    record = _Record(size, x.dtype) if keep else None
+    memory = x.new_empty(size) if record is None else record.memory
     output = x.new_empty(length, batch, rnn.num_neurons, rnn.neuron_size)
     core.sgrl_forward(
         ctypes.byref(layer),
         *(length, batch, keep, 0, length),
-        *map(_pointer, (x, h_0, output, block)),
+        *map(_pointer, (x, h_0, output, memory)),
     )
-    return output, block
+    return output, record
 
 
 class _Unroll(torch.autograd.Function):
@@ -133,7 +155,7 @@ class _Unroll(torch.autograd.Function):
         ctx: Any, rnn: "SparseRNN", mask: Tensor | None, x: Tensor, h_0: Tensor, *parameters: Tensor
     ) -> Tensor:
         x = x.contiguous()
-        output, ctx.block = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
+        output, ctx.record = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
         ctx.rnn, ctx.mask = rnn, mask
         # As it is now: a backward pass in between may move it.
         ctx.mixing_weight = rnn.neurons.mixing_weight.clone()
@@ -143,7 +165,7 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        rnn, rule, block = ctx.rnn, ctx.rnn.rule, ctx.block
+        rnn, rule = ctx.rnn, ctx.rnn.rule
         x, *parameters = ctx.saved_tensors
         core = load(x.dtype)
         assert core is not None
@@ -175,7 +197,7 @@ class _Unroll(torch.autograd.Function):
         core.sgrl_backward(
             ctypes.byref(_layer(rnn, parameters)),
             *(length, batch, x.data_ptr(), _pointer(mask), mixing, grad_output.data_ptr()),
-            *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results), block.data_ptr()),
+            *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results), ctx.record.memory.data_ptr()),
         )
         if sgprop:
             names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
