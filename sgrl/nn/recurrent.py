@@ -179,6 +179,13 @@ class SparseRNN(nn.Module):
             return native.unroll
         return unroll
 
+    def recorder(self, length: int, batch_size: int, keep: bool) -> native.Recorder | None:
+        """For an unroll of T steps taken step by step; None where the backend has no such thing."""
+        weight = self.neurons.weight_h
+        if self.backend != "native" or not native.can_run(weight, weight):
+            return None
+        return native.Recorder(self, length, batch_size, keep)
+
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
 
@@ -196,7 +203,11 @@ class SparseRNN(nn.Module):
         return temporal_schedule(weights, self.parents, length, self.schedule_beta)
 
     def forward(
-        self, x: Tensor, h_0: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        h_0: Tensor | None = None,
+        mask: Tensor | None = None,
+        recorder: native.Recorder | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Unroll over time.
 
@@ -205,6 +216,8 @@ class SparseRNN(nn.Module):
             h_0: state before the first step [B, W, N]; zeros if None.
             mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
                 loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
+            recorder: from `recorder`, has run the first steps of the same x from the zero state
+                with the same parameters; they are not run again. The caller sees to "same".
 
         Returns:
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).
@@ -227,7 +240,10 @@ class SparseRNN(nn.Module):
         elif h_0.shape[0] != x.shape[1] or h_0[0].numel() != state_shape[1] * state_shape[2]:
             raise ValueError(f"h_0 must be {list(state_shape)}, got {list(h_0.shape)}")
         h_0 = h_0.reshape(state_shape)
-        output = self._unroll(x)(self, x, h_0, mask)
+        if recorder is not None:
+            output = native.unroll(self, x, h_0, mask, recorder)
+        else:
+            output = self._unroll(x)(self, x, h_0, mask)
         if self.flatten:
             output = output.flatten(2)
         return output, output[-1]

@@ -31,6 +31,7 @@ class Rollout:
         seed: of the environments and of the actions.
         first_env: index of this rollout's first environment among all.
         total_envs: number of environments over all rollouts (default: B).
+        keep: for an update of this very policy: batches carry what it need not compute again.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Rollout:
         seed: int,
         first_env: int = 0,
         total_envs: int | None = None,
+        keep: bool = False,
     ) -> None:
         self.env = env
         self.policy = policy
         self.seed = seed
         self.first_env = first_env
         self.total_envs = env.num_envs if total_envs is None else total_envs
+        self.keep = keep
         self.batches = 0
         # Hashed: torch's generator sees only 32 bits of its seed, and neither rollouts that share
         # a seed nor the policy's initial weights may draw the same numbers.
@@ -69,13 +72,12 @@ class Rollout:
         success = torch.zeros(num_envs, dtype=torch.bool)
         running = torch.ones(num_envs, dtype=torch.bool)
         current = torch.from_numpy(env.reset(self._reset_seeds()))
+        acting = policy.acting(length, num_envs, self.keep)
         with torch.inference_mode():
-            state = policy.initial_state(num_envs)
             for t in range(length):
                 observations[t] = current
-                output = policy.step(current.to(parameter), state)
-                state = output.state
-                actions[t] = (output.logits - noise[t]).argmax(-1)
+                logits = acting.step(current.to(parameter))
+                actions[t] = (logits - noise[t]).argmax(-1)
                 step = env.step(actions[t].numpy())
                 current, reward, terminated, truncated = map(torch.from_numpy, step)
                 rewards[t], mask[t] = reward, running
@@ -85,7 +87,9 @@ class Rollout:
                     break
         self.batches += 1
         batch = EpisodeBatch(observations, actions, rewards, mask, success, mask.sum(0))
-        return batch.to(parameter.device)
+        batch = batch.to(parameter.device)
+        batch.acted = acting if self.keep else None
+        return batch
 
     def _reset_seeds(self) -> list[int]:
         first = self.seed + self.first_env + self.batches * self.total_envs

@@ -213,6 +213,17 @@ class Reinforce(Algorithm):
         self._env_steps = 0
         self._row: dict[str, float] = {}
         super().setup(config)
+        if self._is_all_local:
+            self.env_runner.share_module(self.learner_group._learner.module[DEFAULT_MODULE_ID])
+
+    @property
+    def _is_all_local(self) -> bool:
+        """Whether one process on one device samples and learns."""
+        return (
+            self.learner_group.is_local
+            and self.env_runner_group.num_remote_env_runners() == 0
+            and self.learner_group._learner._device == self.env_runner.device
+        )
 
     @property
     def policy(self) -> Policy:
@@ -240,7 +251,7 @@ class Reinforce(Algorithm):
             batch = self._sample()
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             measured = self._learn(batch)
-        if self.env_runner_group.num_remote_env_runners() == 0:
+        if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
             self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
         self._env_steps += batch.num_steps
         self._row = {"env_steps": self._env_steps, **batch.statistics(), **measured}
@@ -264,6 +275,7 @@ class Reinforce(Algorithm):
     def _learn(self, batch: EpisodeBatch) -> dict[str, float]:
         rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID)
         if self.learner_group.is_local:
+            self.learner_group._learner.acted = batch.acted
             results = self.learner_group.update(batch=rllib_batch)
         else:
             # By reference: RLlib splits other batches along their first axis.

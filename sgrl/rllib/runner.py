@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
@@ -85,7 +86,13 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             self.config, self.config.num_gpus_per_env_runner if self.worker_index else 0
         )
         spec = self.config.get_rl_module_spec(spaces=self.spaces, inference_only=False)
+        self.device = torch.device(device)
         self.module = spec.build().to(device)
+
+    def share_module(self, module: PolicyModule) -> None:
+        """Act with the learner's own module: no weights to copy, no forward pass to repeat."""
+        self.module = module
+        self.rollout.policy, self.rollout.keep = module.policy, True
 
     def _make_rollout(self, seed: int) -> Rollout:
         num_envs = self.config.num_envs_per_env_runner

@@ -76,16 +76,30 @@ def can_run(x: Tensor, weight: Tensor) -> bool:
     return on_cpu and x.dtype == weight.dtype and load(x.dtype) is not None
 
 
-def unroll(rnn: "SparseRNN", x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
-    """The unroll of SparseRNN: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
+def unroll(
+    rnn: "SparseRNN",
+    x: Tensor,
+    h_0: Tensor,
+    mask: Tensor | None,
+    recorder: "Recorder | None" = None,
+) -> Tensor:
+    """The unroll of SparseRNN: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N].
+
+    With a recorder its steps are not run again, only those it has not taken.
+    """
+    parameters = _parameters(rnn)
+    inputs = (x, h_0, *parameters)
+    if not (torch.is_grad_enabled() and any(v.requires_grad for v in inputs)):
+        return _forward(rnn, x.contiguous(), h_0.contiguous(), parameters, keep=False)[0]
+    return _Unroll.apply(rnn, mask, recorder, *inputs)
+
+
+def _parameters(rnn: "SparseRNN") -> list[Tensor]:
     neurons = rnn.neurons
-    parameters: list[Tensor | None] = [neurons.weight_h, neurons.weight_x, neurons.bias]
+    parameters: list[Tensor] = [neurons.weight_h, neurons.weight_x, neurons.bias]
     if rnn.propagation == "sgprop":
         parameters += [neurons.predictor_h, neurons.predictor_x, neurons.predictor_bias]
-    inputs = (x, h_0, *parameters)
-    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)):
-        return _forward(rnn, x.contiguous(), h_0.contiguous(), parameters, keep=False)[0]
-    return _Unroll.apply(rnn, mask, *inputs)
+    return parameters
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -149,13 +163,76 @@ def _forward(
     return output, record
 
 
+class Recorder:
+    """An unroll from the zero state, taken step by step.
+
+    With `keep` it leaves what the backward pass needs, and `SparseRNN` can go on from it instead
+    of running the steps again. The parameters must stay as they are meanwhile.
+
+    Args:
+        rnn: on the CPU.
+        length: T, the most steps it may take.
+        batch_size: B.
+        keep: False needs little memory and is only for acting.
+    """
+
+    def __init__(self, rnn: "SparseRNN", length: int, batch_size: int, keep: bool) -> None:
+        weight = rnn.neurons.weight_h
+        core = load(weight.dtype)
+        assert core is not None
+        self.length, self.keep, self.steps = length, keep, 0
+        self._step = core.sgrl_forward
+        # Held here, since the layer knows only their addresses.
+        self._parameters = [p.detach().contiguous() for p in (*_parameters(rnn), rnn.parents)]
+        self._layer = _layer(rnn, self._parameters[:-1])
+        layer = ctypes.byref(self._layer)
+        size = core.sgrl_workspace(layer, length, batch_size, keep)
+        self.record = _Record(size, weight.dtype) if keep else None
+        self._memory = weight.new_empty(size) if self.record is None else self.record.memory
+        rows = length if keep else 1
+        self.x = weight.new_empty(rows, batch_size, rnn.input_size)
+        self.output = weight.new_empty(rows, batch_size, rnn.num_neurons, rnn.neuron_size)
+        self._x, self._output = self.x.unbind(), self.output.unbind()
+        self._arguments = (layer, length, batch_size, keep)
+
+    def step(self, x: Tensor) -> Tensor:
+        """The next step: x [B, E] -> states [B, W, N], overwritten later unless kept."""
+        slot = self.steps if self.keep else 0
+        self._x[slot].copy_(x)
+        self._run(self._x[slot], self._output[slot], self.steps + 1)
+        return self._output[slot]
+
+    def finish(self, x: Tensor) -> None:
+        """The steps not yet taken, of x [T, B, E]."""
+        if self.steps < self.length:
+            self.x[self.steps :].copy_(x[self.steps :])
+            self._run(self.x[self.steps :], self.output[self.steps :], self.length)
+
+    def _run(self, x: Tensor, output: Tensor, stop: int) -> None:
+        memory = self._memory.data_ptr()
+        self._step(
+            *self._arguments, self.steps, stop, x.data_ptr(), None, output.data_ptr(), memory
+        )
+        self.steps = stop
+
+
 class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rnn: "SparseRNN", mask: Tensor | None, x: Tensor, h_0: Tensor, *parameters: Tensor
+        ctx: Any,
+        rnn: "SparseRNN",
+        mask: Tensor | None,
+        recorder: Recorder | None,
+        x: Tensor,
+        h_0: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        x = x.contiguous()
-        output, ctx.record = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
+        if recorder is None:
+            x = x.contiguous()
+            output, ctx.record = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
+        else:
+            recorder.finish(x)
+            x, output, ctx.record = recorder.x, recorder.output.view_as(recorder.output), recorder.record
         ctx.rnn, ctx.mask = rnn, mask
         # As it is now: a backward pass in between may move it.
         ctx.mixing_weight = rnn.neurons.mixing_weight.clone()
@@ -174,9 +251,9 @@ class _Unroll(torch.autograd.Function):
         mask = None if ctx.mask is None else ctx.mask.contiguous()
         parameters = [parameter.detach().contiguous() for parameter in parameters]
         grad_output = grad_output.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[3] else None
         grad_h0 = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             grad_h0 = x.new_empty(batch, rnn.num_neurons, rnn.neuron_size)
         grads = [torch.empty_like(parameter) for parameter in parameters]
         pointers = [grad.data_ptr() for grad in grads] + [None] * (6 - len(grads))
@@ -206,7 +283,7 @@ class _Unroll(torch.autograd.Function):
             if rule.updates:
                 num_valid = length * batch if mask is None else int(mask.sum())
                 _update_mixing_weight(rnn, moments, num_valid)
-        return (None, None, grad_x, grad_h0, *grads)
+        return (None, None, None, grad_x, grad_h0, *grads)
 
 
 def _update_mixing_weight(rnn: "SparseRNN", moments: Tensor, num_valid: int) -> None:
