@@ -181,15 +181,17 @@ void pack(real* to, const real* from, Index rows, Index depth, Index row_step, I
   });
 }
 
-// One tile: out[r] (+)= sum over d of a[d][r] * b[d], S rows, C vectors from `column` on.
+// One tile: out[r] = bias[r] + sum over d of a[d][r] * b[d], S rows, C vectors from `column` on;
+// without bias it is added to what out holds.
 template <int S, int C>
 void multiply_tile(Index depth, const real* a, const real* const* b, Index column,
-                   real* const* out, bool add) {
+                   real* const* out, const real* bias) {
   vec total[S][C];
 #pragma GCC unroll 16
   for (int r = 0; r < S; ++r)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) total[r][c] = add ? load(out[r] + column + c * V) : vec{};
+    for (int c = 0; c < C; ++c)
+      total[r][c] = bias ? splat(bias[r]) : load(out[r] + column + c * V);
   for (Index d = 0; d < depth; ++d, a += S) {
     vec row[C];
 #pragma GCC unroll 2
@@ -207,7 +209,8 @@ void multiply_tile(Index depth, const real* a, const real* const* b, Index colum
     for (int c = 0; c < C; ++c) store(out[r] + column + c * V, total[r][c]);
 }
 
-using MultiplyTile = void (*)(Index, const real*, const real* const*, Index, real* const*, bool);
+using MultiplyTile = void (*)(Index, const real*, const real* const*, Index, real* const*,
+                              const real*);
 
 template <int C, int... S>
 constexpr MultiplyTile choose_multiply(Index size, std::integer_sequence<int, S...>) {
@@ -215,18 +218,20 @@ constexpr MultiplyTile choose_multiply(Index size, std::integer_sequence<int, S.
   return table[size - 1];
 }
 
-// out[rows][columns] (+)= packed matrix [rows][depth] times b[depth][columns]; b and out are lists
-// of rows, whole vectors of which are read and written.
+// out[rows][columns] = bias + packed matrix [rows][depth] times b[depth][columns], or added to out
+// if bias is null. b and out are lists of rows, whole vectors of which are read and written: the
+// last columns first, since only they spill into the next row.
 void multiply(Index rows, Index depth, const real* packed, const real* const* b, Index columns,
-              real* const* out, bool add) {
+              real* const* out, const real* bias) {
   constexpr auto sizes = std::make_integer_sequence<int, tile_rows>{};
-  const Index count = vectors(columns);
-  for (Index c = 0; c < count; c += 2)
-    for_tiles(rows, tile_rows, [&](Index first, Index size) {
-      const MultiplyTile tile =
-          c + 1 < count ? choose_multiply<2>(size, sizes) : choose_multiply<1>(size, sizes);
-      tile(depth, packed + first * depth, b, c * V, out + first, add);
+  for (Index stop = vectors(columns), first; stop > 0; stop = first) {
+    first = stop % 2 ? stop - 1 : stop - 2;
+    for_tiles(rows, tile_rows, [&](Index row, Index size) {
+      const MultiplyTile run =
+          first + 2 == stop ? choose_multiply<2>(size, sizes) : choose_multiply<1>(size, sizes);
+      run(depth, packed + row * depth, b, first * V, out + row, bias ? bias + row : nullptr);
     });
+  }
 }
 
 // One tile: out[r][c] += sum over samples of a[r] * b[c].
@@ -341,7 +346,8 @@ struct Shape {
 constexpr Index chunk_samples = single ? 800 : 400;
 
 struct Workspace {
-  real *forward_weights, *external, *scores;   // packed; [E][lanes]; [R][lanes]
+  real *forward_weights, *forward_bias;        // packed; [W][R], 0 for the keys
+  real *external, *scores;                     // [E][lanes]; [M][lanes]
   real *states, *attention, *slots;            // by step: [T + 1][W * N], [T][W][M], [T][W][M * N]
   // Backward only.
   real *backward_weights, *external_weights, *predictor_weights;
@@ -374,8 +380,9 @@ struct Workspace {
     chunk = (s.T + (s.T + chunk - 1) / chunk - 1) / ((s.T + chunk - 1) / chunk);
     panel = row_length(chunk * s.B);
     forward_weights = take(s.packed(s.W, s.R));
+    forward_bias = take(s.W * s.R);
     external = take(s.E * s.lanes);
-    scores = take(s.R * s.lanes);
+    scores = take(s.M * s.lanes);
     states = take((keep ? s.T + 1 : 2) * s.state_step());
     attention = take(steps_kept * s.W * s.M * s.B);
     slots = take(steps_kept * s.W * s.M * s.N * s.B);
@@ -414,20 +421,24 @@ using Rows = std::vector<const real*>;
 // ------------------------------------------------------------------------------------- forward
 
 void pack_forward(const Layer& layer, const Shape& s, Workspace& w) {
+  const Index MN = s.M * s.N;
   for (Index j = 0; j < s.W; ++j) {
     real* to = w.forward_weights + s.packed(j, s.R);
     const Index depth = s.depth(j);
     pack(to, layer.weight_h + j * s.R * s.L, s.R, s.L, s.L, 1, depth);
     if (j < s.X) pack(to, layer.weight_x + j * s.R * s.E, s.R, s.E, s.E, 1, depth, s.L);
+    real* bias = w.forward_bias + j * s.R;
+    std::fill(bias, bias + s.M, real(0));
+    std::copy(layer.bias + j * MN, layer.bias + (j + 1) * MN, bias + s.M);
   }
 }
 
-// Scores and pre-activations of one neuron [R][lanes], overwritten -> rows of B: its attention [M],
-// slots [M * N] and output [N].
-void activate(const Shape& s, real scale, real* scores, const real* bias, real* attention,
-              real* slots, real* output) {
-  real* pre = scores + s.M * s.lanes;
-  // The last column first: only it spills into the next row, whose own columns come later.
+// One neuron's scores [M][lanes] (overwritten) and pre-activations (in `slots`) -> its attention
+// [M][B], slots [M * N][B] and output [N][B].
+void activate(const Shape& s, real scale, real* scores, real* attention, real* slots,
+              real* output) {
+  // Elementwise, so the rows may as well be one long one, without lanes that nobody looks at.
+  for (Index i = 0; i < s.M * s.N * s.B; i += V) store(slots + i, tanh(load(slots + i)));
   for (Index column = s.lanes - V; column >= 0; column -= V) {
     vec largest = load(scores + column) * scale;
     for (Index m = 1; m < s.M; ++m) {
@@ -447,38 +458,54 @@ void activate(const Shape& s, real scale, real* scores, const real* bias, real* 
       store(scores + m * s.lanes + column, weight);
       store(attention + m * s.B + column, weight);
     }
-    for (Index i = 0; i < s.M * s.N; ++i) {
-      const vec slot = tanh(load(pre + i * s.lanes + column) + bias[i]);
-      store(pre + i * s.lanes + column, slot);
-      store(slots + i * s.B + column, slot);
-    }
     for (Index n = 0; n < s.N; ++n) {
       vec sum = {};
       for (Index m = 0; m < s.M; ++m)
-        sum += load(scores + m * s.lanes + column) * load(pre + (m * s.N + n) * s.lanes + column);
+        sum += load(scores + m * s.lanes + column) * load(slots + (m * s.N + n) * s.B + column);
       store(output + n * s.B + column, sum);
     }
   }
 }
 
-// One step of all neurons: states before [W * N][B] and inputs [B][E] -> states after, attention
-// [W][M][B], slots [W][M * N][B].
-void step_forward(const Layer& layer, const Shape& s, Workspace& w, const real* x,
-                  const real* before, real* after, real* attention, real* slots) {
-  if (s.X) transpose(w.external, s.lanes, x, s.E, s.B, s.E);
+// Step t of all neurons, from the states before it and the inputs in w.external.
+void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
+  const bool keep = w.steps_kept == s.T;  // otherwise states alternate between two places
+  const real* before = w.states + (keep ? t : t % 2) * s.state_step();
+  real* after = w.states + (keep ? t + 1 : (t + 1) % 2) * s.state_step();
   Rows read(s.L + s.E);
-  std::vector<real*> scores(s.R);
+  std::vector<real*> rows(s.R);
   for (Index e = 0; e < s.E; ++e) read[s.L + e] = w.external + e * s.lanes;
-  for (Index r = 0; r < s.R; ++r) scores[r] = w.scores + r * s.lanes;
+  for (Index m = 0; m < s.M; ++m) rows[m] = w.scores + m * s.lanes;
   for (Index j = 0; j < s.W; ++j) {
+    const Index at = (keep ? t : 0) * s.W + j;
+    real* slots = w.slots + at * s.M * s.N * s.B;
+    for (Index i = 0; i < s.M * s.N; ++i) rows[s.M + i] = slots + i * s.B;
     for (Index p = 0; p < s.P; ++p)
       for (Index n = 0; n < s.N; ++n)
         read[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.B;
-    multiply(s.R, s.depth(j), w.forward_weights + s.packed(j, s.R), read.data(), s.B,
-             scores.data(), false);
-    activate(s, real(layer.scale), w.scores, layer.bias + j * s.M * s.N,
-             attention + j * s.M * s.B, slots + j * s.M * s.N * s.B, after + j * s.N * s.B);
+    multiply(s.R, s.depth(j), w.forward_weights + s.packed(j, s.R), read.data(), s.B, rows.data(),
+             w.forward_bias + j * s.R);
+    activate(s, real(layer.scale), w.scores, w.attention + at * s.M * s.B, slots,
+             after + j * s.N * s.B);
   }
+}
+
+// h_0 [B][W * N] (null: zeros) becomes the state before step 0.
+void start_forward(const Layer& layer, const Shape& s, Workspace& w, const real* h_0) {
+  const Index WN = s.W * s.N;
+  pack_forward(layer, s, w);
+  std::fill(w.states, w.states + s.state_step(), real(0));
+  if (h_0)
+    for (Index r = 0; r < WN; ++r)
+      for (Index b = 0; b < s.B; ++b) w.states[r * s.B + b] = h_0[b * WN + r];
+}
+
+// to[b][r] = states after step t.
+void write_states(const Shape& s, const Workspace& w, Index t, real* to) {
+  const Index WN = s.W * s.N;
+  const real* after = w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step();
+  for (Index b = 0; b < s.B; ++b)
+    for (Index r = 0; r < WN; ++r) to[b * WN + r] = after[r * s.B + b];
 }
 
 // ------------------------------------------------------------------------------------ backward
@@ -619,16 +646,15 @@ void predict(const Layer& layer, const Shape& s, Workspace& w) {
     for_chunks(s, w, [&](Chunk c) {
       shifted = inputs;
       for (const real*& row : shifted) row += c.offset;
-      multiply(MN, depth, packed, shifted.data(), c.samples, guesses.data(), false);
+      multiply(MN, depth, packed, shifted.data(), c.samples, guesses.data(),
+               layer.predictor_bias + j * MN);
       gather_steps(w.panel_attention, w.panel, w.attention + (c.first * s.W + j) * s.M * s.B,
                    s.W * s.M * s.B, s.M, c.steps, s.B);
       for (Index k = 0; k < c.samples; k += V)
         for (Index n = 0; n < s.N; ++n) {
           vec sum = {};
           for (Index m = 0; m < s.M; ++m)
-            sum += load(w.panel_attention + m * w.panel + k) *
-                   (load(guesses[m * s.N + n] + k) +
-                    layer.predictor_bias[(j * s.M + m) * s.N + n]);
+            sum += load(w.panel_attention + m * w.panel + k) * load(guesses[m * s.N + n] + k);
           store(w.panel_prediction + n * w.panel + k, sum);
         }
       for (Index t = 0; t < c.steps; ++t)
@@ -688,7 +714,8 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
       for (Index p = 0; p < s.P; ++p)
         for (Index n = 0; n < s.N; ++n)
           to[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.lanes;
-      multiply(s.L, s.R, w.backward_weights + j * s.R * s.L, rows.data(), s.B, to.data(), true);
+      multiply(s.L, s.R, w.backward_weights + j * s.R * s.L, rows.data(), s.B, to.data(),
+             nullptr);
     }
   }
   if (grad_h0)
@@ -826,7 +853,7 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
         if (c.first == 0)
           pack(w.external_weights, layer.weight_x + j * s.R * s.E, s.E, s.R, 1, s.E);
         multiply(s.E, s.R, w.external_weights, rows.data(), c.samples, inputs_gradient.data(),
-                 true);
+                 nullptr);
       }
     });
 
@@ -881,23 +908,11 @@ void sgrl_forward(const Layer* layer, Index steps, Index batch, std::int32_t kee
                   Index stop, const real* x, const real* h_0, real* out, real* block) {
   const Shape s(*layer, steps, batch);
   Workspace w(s, keep, block);
-  const Index WN = s.W * s.N;
-  if (first == 0) {
-    pack_forward(*layer, s, w);
-    std::fill(w.states, w.states + s.state_step(), real(0));
-    if (h_0)
-      for (Index r = 0; r < WN; ++r)
-        for (Index b = 0; b < s.B; ++b) w.states[r * s.B + b] = h_0[b * WN + r];
-  }
+  if (first == 0) start_forward(*layer, s, w, h_0);
   for (Index t = first; t < stop; ++t) {
-    const Index now = keep ? t : t % 2, next = keep ? t + 1 : (t + 1) % 2, kept = keep ? t : 0;
-    const real* after = w.states + next * s.state_step();
-    step_forward(*layer, s, w, x + (t - first) * s.B * s.E, w.states + now * s.state_step(),
-                 w.states + next * s.state_step(), w.attention + kept * s.W * s.M * s.B,
-                 w.slots + kept * s.W * s.M * s.N * s.B);
-    real* to = out + (t - first) * s.B * WN;
-    for (Index b = 0; b < s.B; ++b)
-      for (Index r = 0; r < WN; ++r) to[b * WN + r] = after[r * s.B + b];
+    if (s.X) transpose(w.external, s.lanes, x + (t - first) * s.B * s.E, s.E, s.B, s.E);
+    step_forward(*layer, s, w, t);
+    write_states(s, w, t, out + (t - first) * s.B * s.W * s.N);
   }
 }
 
