@@ -421,27 +421,31 @@ class SparseNetPolicy(Policy):
         return features, {"h": h}
 
     def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
-        recorder = self.core.recorder(length, batch_size, keep)
-        if recorder is None:
-            return super().acting(length, batch_size, keep)
-        return _SparseNetActing(self, recorder)
+        if self.core.runs_native(self.core.neurons.weight_h):
+            return _SparseNetActing(self, length, batch_size, keep)
+        return super().acting(length, batch_size, keep)
 
 
 class _SparseNetActing(Acting):
-    """Steps of the compiled core, and the record that they leave for the backward pass."""
+    """Whole steps in compiled code, which leave a record for the core's backward pass."""
 
-    def __init__(self, policy: SparseNetPolicy, recorder: Recorder) -> None:
+    def __init__(
+        self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool
+    ) -> None:
         self.policy: SparseNetPolicy = policy
-        self.recorder = recorder
         self.versions = _versions(policy)
-        self.stacked = policy.actor.stack().detach()
-        self.seen: list[Tensor] = []
+        encoder, actor = policy.encoder, policy.actor
+        self.recorder = Recorder(
+            policy.core,
+            (encoder[0], encoder[2]),
+            (actor.stack(), actor.b),
+            length,
+            batch_size,
+            keep,
+        )
 
     def step(self, observations: Tensor) -> Tensor:
-        if self.recorder.keep:
-            self.seen.append(observations.clone())
-        h = self.recorder.step(self.policy.encoder(observations))
-        return self.policy.actor(h.flatten(1), self.stacked)
+        return self.recorder.act(observations)
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
         recorder = self.recorder
@@ -450,7 +454,9 @@ class _SparseNetActing(Acting):
             and policy is self.policy
             and len(observations) == recorder.length
             and _versions(policy) == self.versions
-            and torch.equal(observations[: recorder.steps], torch.stack(self.seen))
+            and torch.equal(
+                observations[: recorder.steps], recorder.observations[: recorder.steps]
+            )
         )
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:

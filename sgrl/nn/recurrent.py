@@ -171,20 +171,15 @@ class SparseRNN(nn.Module):
                 raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
         resolve_backend(settings["backend"])
 
+    def runs_native(self, x: Tensor) -> bool:
+        """Whether compiled code would unroll over x."""
+        return self.backend == "native" and native.can_run(x, self.neurons.weight_h)
+
     def _unroll(self, x: Tensor) -> Callable[..., Tensor]:
         """The unroll of this module's backend; that of "torch" where "native" cannot run."""
         if self.backend == "eager":
             return eager_unroll
-        if self.backend == "native" and native.can_run(x, self.neurons.weight_h):
-            return native.unroll
-        return unroll
-
-    def recorder(self, length: int, batch_size: int, keep: bool) -> native.Recorder | None:
-        """For an unroll of T steps taken step by step; None where the backend has no such thing."""
-        weight = self.neurons.weight_h
-        if self.backend != "native" or not native.can_run(weight, weight):
-            return None
-        return native.Recorder(self, length, batch_size, keep)
+        return native.unroll if self.runs_native(x) else unroll
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
@@ -216,8 +211,8 @@ class SparseRNN(nn.Module):
             h_0: state before the first step [B, W, N]; zeros if None.
             mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
                 loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
-            recorder: from `recorder`, has run the first steps of the same x from the zero state
-                with the same parameters; they are not run again. The caller sees to "same".
+            recorder: has run the first steps of the same x from the zero state with the same
+                parameters; they are not run again. The caller sees to "same".
 
         Returns:
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).

@@ -8,7 +8,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgrl.nn.kernels.compiler import load_library
 from sgrl.nn.mixing import optimal_mixing_weight
@@ -29,6 +29,16 @@ class _Layer(ctypes.Structure):
         ("scale", ctypes.c_double),
         *((name, _Pointer) for name in ("parent", "weight_h", "weight_x", "bias")),
         *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
+    ]
+
+
+class _Policy(ctypes.Structure):
+    """`Policy` of slot_neurons.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("observation", "features", "actions", "slots")),
+        *((name, _Pointer) for name in ("weight_1", "bias_1", "weight_2", "bias_2")),
+        *((name, _Pointer) for name in ("actor", "actor_bias")),
     ]
 
 
@@ -65,6 +75,10 @@ def load(dtype: torch.dtype) -> ctypes.CDLL | None:
         core.sgrl_workspace.restype = size
         core.sgrl_forward.argtypes = [_Pointer, size, size, flag, size, size, *[_Pointer] * 4]
         core.sgrl_forward.restype = None
+        core.sgrl_policy_workspace.argtypes = [_Pointer, _Pointer, size]
+        core.sgrl_policy_workspace.restype = size
+        core.sgrl_act.argtypes = [_Pointer, _Pointer, size, size, flag, size, *[_Pointer] * 6]
+        core.sgrl_act.restype = None
         core.sgrl_backward.argtypes = [_Pointer, size, size, *[_Pointer] * 8]
         core.sgrl_backward.restype = None
     return core
@@ -164,56 +178,89 @@ def _forward(
 
 
 class Recorder:
-    """An unroll from the zero state, taken step by step.
+    """A SparseNet policy's steps through episodes of T steps, from the zero state on.
 
-    With `keep` it leaves what the backward pass needs, and `SparseRNN` can go on from it instead
-    of running the steps again. The parameters must stay as they are meanwhile.
+    With `keep` it leaves what the core's backward pass needs, and `SparseRNN` can go on from it
+    instead of running the steps again. The parameters must stay as they are meanwhile.
 
     Args:
-        rnn: on the CPU.
+        rnn: the core, on the CPU.
+        encoder: the two linear layers.
+        actor: stacked keys and matrices, and the bias (see `SlotActor`).
         length: T, the most steps it may take.
         batch_size: B.
         keep: False needs little memory and is only for acting.
     """
 
-    def __init__(self, rnn: "SparseRNN", length: int, batch_size: int, keep: bool) -> None:
+    def __init__(
+        self,
+        rnn: "SparseRNN",
+        encoder: tuple[nn.Linear, nn.Linear],
+        actor: tuple[Tensor, Tensor],
+        length: int,
+        batch_size: int,
+        keep: bool,
+    ) -> None:
         weight = rnn.neurons.weight_h
         core = load(weight.dtype)
         assert core is not None
         self.length, self.keep, self.steps = length, keep, 0
-        self._step = core.sgrl_forward
-        # Held here, since the layer knows only their addresses.
-        self._parameters = [p.detach().contiguous() for p in (*_parameters(rnn), rnn.parents)]
-        self._layer = _layer(rnn, self._parameters[:-1])
-        layer = ctypes.byref(self._layer)
-        size = core.sgrl_workspace(layer, length, batch_size, keep)
+        self._core = core
+        # Held here, since the structures know only their addresses.
+        layer = [p.detach().contiguous() for p in _parameters(rnn)]
+        around = [p.detach().contiguous() for e in encoder for p in (e.weight, e.bias)]
+        around += [p.detach().contiguous() for p in actor]
+        self._held = (rnn.parents, layer, around)
+        first, bias = encoder[0], actor[1]
+        self._layer = ctypes.pointer(_layer(rnn, layer))
+        self._policy = ctypes.pointer(
+            _Policy(first.in_features, first.out_features, *bias.shape, *map(_pointer, around))
+        )
+        self._sizes = (length, batch_size, keep)
+        size = core.sgrl_workspace(self._layer, length, batch_size, keep)
         self.record = _Record(size, weight.dtype) if keep else None
         self._memory = weight.new_empty(size) if self.record is None else self.record.memory
+        self._policy_memory = weight.new_empty(
+            core.sgrl_policy_workspace(self._policy, self._layer, batch_size)
+        )
+        # Steps that are not kept are all written to the same place.
         rows = length if keep else 1
+        self.observations = weight.new_empty(rows, batch_size, first.in_features)
         self.x = weight.new_empty(rows, batch_size, rnn.input_size)
         self.output = weight.new_empty(rows, batch_size, rnn.num_neurons, rnn.neuron_size)
-        self._x, self._output = self.x.unbind(), self.output.unbind()
-        self._arguments = (layer, length, batch_size, keep)
+        self._logits = weight.new_empty(batch_size, len(bias))
+        self._rows = [
+            tuple(int(buffer.data_ptr() + t * buffer[0].nbytes) for t in range(rows))
+            for buffer in (self.observations, self.x, self.output)
+        ]
 
-    def step(self, x: Tensor) -> Tensor:
-        """The next step: x [B, E] -> states [B, W, N], overwritten later unless kept."""
-        slot = self.steps if self.keep else 0
-        self._x[slot].copy_(x)
-        self._run(self._x[slot], self._output[slot], self.steps + 1)
-        return self._output[slot]
+    def act(self, observations: Tensor) -> Tensor:
+        """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
+        row = self.steps if self.keep else 0
+        self.observations[row].copy_(observations)
+        self._core.sgrl_act(
+            self._policy,
+            self._layer,
+            *self._sizes,
+            self.steps,
+            *(pointers[row] for pointers in self._rows),
+            self._logits.data_ptr(),
+            self._memory.data_ptr(),
+            self._policy_memory.data_ptr(),
+        )
+        self.steps += 1
+        return self._logits
 
     def finish(self, x: Tensor) -> None:
-        """The steps not yet taken, of x [T, B, E]."""
+        """The core's steps not yet taken, of x [T, B, E]."""
         if self.steps < self.length:
             self.x[self.steps :].copy_(x[self.steps :])
-            self._run(self.x[self.steps :], self.output[self.steps :], self.length)
-
-    def _run(self, x: Tensor, output: Tensor, stop: int) -> None:
-        memory = self._memory.data_ptr()
-        self._step(
-            *self._arguments, self.steps, stop, x.data_ptr(), None, output.data_ptr(), memory
-        )
-        self.steps = stop
+            pointers = [pointers[self.steps] for pointers in self._rows[1:]]
+            self._core.sgrl_forward(
+                *(self._layer, *self._sizes, self.steps, self.length),
+                *(pointers[0], None, pointers[1], self._memory.data_ptr()),
+            )
+            self.steps = self.length
 
 
 class _Unroll(torch.autograd.Function):

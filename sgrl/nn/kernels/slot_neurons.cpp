@@ -113,6 +113,11 @@ inline vec tanh(vec x) {
   return reinterpret_cast<vec>(reinterpret_cast<ivec>(-m * inverse) ^ sign);
 }
 
+inline vec square_root(vec x) {
+  for (int i = 0; i < V; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
 // Sums over lanes, many vectors at a time: `fold` adds the halves of every block of 2 * H lanes,
 // keeping those of a in the lower and those of b in the upper H lanes.
 #if defined(__clang__)
@@ -321,6 +326,12 @@ struct Layer {
   const real *predictor_h, *predictor_x, *predictor_bias;
 };
 
+// What `SparseNetPolicy` has around the layer; shapes as in policies.py, `actor` as `stack` gives.
+struct Policy {
+  Index observation, features, actions, slots;  // F, D, A, S
+  const real *weight_1, *bias_1, *weight_2, *bias_2, *actor, *actor_bias;
+};
+
 struct Mixing {
   const real* mixing_weight;  // lambda [W]
   double schedule_beta;
@@ -508,6 +519,95 @@ void write_states(const Shape& s, const Workspace& w, Index t, real* to) {
     for (Index r = 0; r < WN; ++r) to[b * WN + r] = after[r * s.B + b];
 }
 
+// -------------------------------------------------------------------------------------- acting
+
+// Memory of the parts of a policy around the layer.
+struct PolicyWorkspace {
+  real *weights_1, *weights_2, *actor;            // packed
+  real *observations, *features, *zeros, *products;  // [F], [D], 2 A S rows of [lanes]
+  Index total;
+
+  PolicyWorkspace(const Policy& p, const Shape& s, real* base) {
+    real* next = base;
+    const auto take = [&](Index count) {
+      real* begin = next;
+      next += count + 2 * V;
+      return begin;
+    };
+    weights_1 = take(p.features * p.observation);
+    weights_2 = take(s.E * p.features);
+    actor = take(2 * p.actions * p.slots * s.W * s.N);
+    observations = take(p.observation * s.lanes);
+    features = take(p.features * s.lanes);
+    zeros = take(2 * p.actions * p.slots);
+    products = take(2 * p.actions * p.slots * s.lanes);
+    total = next - base;
+  }
+};
+
+// Rows of a matrix [count][length] one after the other.
+void list_rows(std::vector<real*>& rows, real* first, Index count, Index length) {
+  rows.resize(count);
+  for (Index r = 0; r < count; ++r) rows[r] = first + r * length;
+}
+
+// Linear, layer norm, linear, leaky ReLU: observations [B][F] -> w.external [E][lanes].
+void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace& q,
+            const real* observations) {
+  std::vector<real*> rows, features, out;
+  list_rows(rows, q.observations, p.observation, s.lanes);
+  list_rows(features, q.features, p.features, s.lanes);
+  list_rows(out, w.external, s.E, s.lanes);
+  transpose(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
+  multiply(p.features, p.observation, q.weights_1, rows.data(), s.B, features.data(), p.bias_1);
+  for (Index b = 0; b < s.B; b += V) {
+    vec mean = {}, variance = {};
+    for (const real* feature : features) mean += load(feature + b);
+    mean /= real(p.features);
+    for (const real* feature : features) {
+      const vec difference = load(feature + b) - mean;
+      variance += difference * difference;
+    }
+    const vec scale = 1 / square_root(variance / real(p.features) + real(1e-5));
+    for (real* feature : features) store(feature + b, (load(feature + b) - mean) * scale);
+  }
+  multiply(s.E, p.features, q.weights_2, features.data(), s.B, out.data(), p.bias_2);
+  for (real* row : out)
+    for (Index b = 0; b < s.B; b += V) {
+      const vec value = load(row + b);
+      store(row + b, value < 0 ? value * real(0.01) : value);
+    }
+}
+
+// Logits [B][A] from the states after step t.
+void choose(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace& q, Index t,
+            real* logits) {
+  const Index WN = s.W * s.N, AS = p.actions * p.slots;
+  std::vector<real*> states, products;
+  list_rows(states, w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step(), WN,
+            s.B);
+  list_rows(products, q.products, 2 * AS, s.lanes);
+  multiply(2 * AS, WN, q.actor, states.data(), s.B, products.data(), q.zeros);
+  for (Index a = 0; a < p.actions; ++a)
+    for (Index b = 0; b < s.B; b += V) {
+      const real* scores = q.products + a * p.slots * s.lanes + b;
+      const real* values = scores + AS * s.lanes;
+      vec largest = load(scores), total = {}, sum = {};
+      for (Index m = 1; m < p.slots; ++m) {
+        const vec score = load(scores + m * s.lanes);
+        largest = score > largest ? score : largest;
+      }
+      for (Index m = 0; m < p.slots; ++m) {
+        const vec weight = exp_of_negative(load(scores + m * s.lanes) - largest);
+        total += weight;
+        sum += weight * (load(values + m * s.lanes) + p.actor_bias[a * p.slots + m]);
+      }
+      const vec logit = sum / total;
+      for (Index lane = 0; lane < std::min<Index>(V, s.B - b); ++lane)
+        logits[(b + lane) * p.actions + a] = logit[lane];
+    }
+}
+
 // ------------------------------------------------------------------------------------ backward
 
 // Gradients of a neuron's scores (before their scale) and pre-activations, rows [R][out_length],
@@ -532,11 +632,6 @@ inline void row_gradients(const Shape& s, real scale, real* out, Index out_lengt
     }
     store(out + m * out_length + column, scale * weight * (value - mean));
   }
-}
-
-inline vec square_root(vec x) {
-  for (int i = 0; i < V; ++i) x[i] = std::sqrt(x[i]);
-  return x;
 }
 
 inline vec at_least(vec x, real least) { return x < least ? splat(least) : x; }
@@ -914,6 +1009,35 @@ void sgrl_forward(const Layer* layer, Index steps, Index batch, std::int32_t kee
     step_forward(*layer, s, w, t);
     write_states(s, w, t, out + (t - first) * s.B * s.W * s.N);
   }
+}
+
+Index sgrl_policy_workspace(const Policy* policy, const Layer* layer, Index batch) {
+  return PolicyWorkspace(*policy, Shape(*layer, 1, batch), nullptr).total;
+}
+
+// Step `t` of an unroll from the zero state, the policy's other parts with it: observations [B][F]
+// -> x [B][E], states [B][W * N], logits [B][A].
+void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch,
+              std::int32_t keep, Index t, const real* observations, real* x, real* states,
+              real* logits, real* block, real* policy_block) {
+  const Shape s(*layer, steps, batch);
+  const Policy& p = *policy;
+  Workspace w(s, keep, block);
+  PolicyWorkspace q(p, s, policy_block);
+  if (t == 0) {
+    const Index D = p.features, WN = s.W * s.N, rows = 2 * p.actions * p.slots;
+    start_forward(*layer, s, w, nullptr);
+    pack(q.weights_1, p.weight_1, D, p.observation, p.observation, 1);
+    pack(q.weights_2, p.weight_2, s.E, D, D, 1);
+    pack(q.actor, p.actor, rows, WN, WN, 1);
+    std::fill(q.zeros, q.zeros + rows, real(0));
+  }
+  encode(p, s, w, q, observations);
+  for (Index b = 0; b < s.B; ++b)
+    for (Index e = 0; e < s.E; ++e) x[b * s.E + e] = w.external[e * s.lanes + b];
+  step_forward(*layer, s, w, t);
+  write_states(s, w, t, states);
+  choose(p, s, w, q, t, logits);
 }
 
 // Backward of a whole unroll whose forward kept its record in `block`. x [T][B][E] as then; mask
