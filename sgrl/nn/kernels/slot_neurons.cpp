@@ -302,13 +302,11 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
 // after each.
 void gather_steps(real* to, Index to_length, const real* from, Index step_length, Index rows,
                   Index steps, Index batch) {
-  for (Index r = 0; r < rows; ++r) {
-    real* row = to + r * to_length;
-    for (Index t = 0; t < steps; ++t)
+  for (Index t = 0; t < steps; ++t)
+    for (Index r = 0; r < rows; ++r)
       for (Index b = 0; b < batch; b += V)
-        store(row + t * batch + b, load(from + t * step_length + r * batch + b));
-    store(row + steps * batch, vec{});
-  }
+        store(to + r * to_length + t * batch + b, load(from + t * step_length + r * batch + b));
+  for (Index r = 0; r < rows; ++r) store(to + r * to_length + steps * batch, vec{});
 }
 
 // ---------------------------------------------------------------------------------- the layer
