@@ -118,33 +118,48 @@ inline vec square_root(vec x) {
   return x;
 }
 
-// Sums over lanes, many vectors at a time: `fold` adds the halves of every block of 2 * H lanes,
-// keeping those of a in the lower and those of b in the upper H lanes.
+// Two vectors as blocks of 2 * H lanes: `lower` takes the lower halves of a's blocks and of b's,
+// `upper` the upper halves; a's stay or move to the lower, b's to the upper halves of the result.
 #if defined(__clang__)
-template <int H, int... I>
-inline vec fold(vec a, vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I & H ? V + I : I)...) +
-         __builtin_shufflevector(a, b, (I & H ? V + I - H : I + H)...);
-}
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-template <int H, int... I>
-inline vec fold(vec a, vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shuffle(a, b, ivec{(I & H ? V + I : I)...}) +
-         __builtin_shuffle(a, b, ivec{(I & H ? V + I - H : I + H)...});
-}
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
 #endif
+template <int H, int... I>
+inline vec lower(vec a, vec b, std::integer_sequence<int, I...>) {
+  return SHUFFLE(a, b, (I & H ? V + I - H : I)...);
+}
+template <int H, int... I>
+inline vec upper(vec a, vec b, std::integer_sequence<int, I...>) {
+  return SHUFFLE(a, b, (I & H ? V + I : I + H)...);
+}
+using Lanes = std::make_integer_sequence<int, V>;
 
 // Lane i of the result is the sum over lanes of values[i], for V vectors.
 template <int H = V / 2>
 inline vec sum_lanes(const vec* values) {
-  // values[0..] fill the lanes whose bit H is 0, the others those whose bit H is 1.
-  constexpr auto lanes = std::make_integer_sequence<int, V>{};
   if constexpr (H == 0) {
     return values[0];
   } else {
-    vec folded[H];
-    for (int i = 0; i < H; ++i) folded[i] = fold<H>(values[i], values[i + H], lanes);
-    return sum_lanes<H / 2>(folded);
+    vec half[H];
+    for (int i = 0; i < H; ++i)
+      half[i] = lower<H>(values[i], values[i + H], Lanes{}) +
+                upper<H>(values[i], values[i + H], Lanes{});
+    return sum_lanes<H / 2>(half);
+  }
+}
+
+// Swap rows and columns of V vectors.
+template <int H = V / 2>
+inline void transpose_block(vec* values) {
+  if constexpr (H > 0) {
+    for (int i = 0; i < V; ++i)
+      if (!(i & H)) {
+        const vec a = values[i], b = values[i + H];
+        values[i] = lower<H>(a, b, Lanes{});
+        values[i + H] = upper<H>(a, b, Lanes{});
+      }
+    transpose_block<H / 2>(values);
   }
 }
 
@@ -288,13 +303,35 @@ void dot(Index rows, Index columns, Index samples, const real* a, Index a_length
 
 // ---------------------------------------------------------------------------- moving numbers
 
-// to[c][r] = from[r][c] for r < rows, c < columns; one vector of zeros follows each row.
+// to[c][r] = from[r][c] for r < rows, c < columns. Only these are read; with `pad` zeros follow in
+// each row of `to` up to a whole vector, without it nothing else is written.
+template <bool pad>
 void transpose(real* to, Index to_length, const real* from, Index from_length, Index rows,
                Index columns) {
-  for (Index c = 0; c < columns; ++c) {
-    real* row = to + c * to_length;
-    for (Index r = 0; r < rows; ++r) row[r] = from[r * from_length + c];
-    store(row + rows, vec{});
+  vec block[V];
+  for (Index c = 0; c < columns; c += V) {
+    const Index width = std::min<Index>(V, columns - c);
+    for (Index r = 0; r < rows; r += V) {
+      const Index height = std::min<Index>(V, rows - r);
+      for (Index i = 0; i < V; ++i) {
+        block[i] = vec{};
+        const real* row = from + (r + i) * from_length + c;
+        if (i < height) {
+          if (width == V)
+            block[i] = load(row);
+          else
+            for (Index lane = 0; lane < width; ++lane) block[i][lane] = row[lane];
+        }
+      }
+      transpose_block(block);
+      for (Index i = 0; i < width; ++i) {
+        real* row = to + (c + i) * to_length + r;
+        if (pad || height == V)
+          store(row, block[i]);
+        else
+          for (Index lane = 0; lane < height; ++lane) row[lane] = block[i][lane];
+      }
+    }
   }
 }
 
@@ -505,16 +542,14 @@ void start_forward(const Layer& layer, const Shape& s, Workspace& w, const real*
   pack_forward(layer, s, w);
   std::fill(w.states, w.states + s.state_step(), real(0));
   if (h_0)
-    for (Index r = 0; r < WN; ++r)
-      for (Index b = 0; b < s.B; ++b) w.states[r * s.B + b] = h_0[b * WN + r];
+    transpose<false>(w.states, s.B, h_0, WN, s.B, WN);
 }
 
 // to[b][r] = states after step t.
 void write_states(const Shape& s, const Workspace& w, Index t, real* to) {
   const Index WN = s.W * s.N;
   const real* after = w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step();
-  for (Index b = 0; b < s.B; ++b)
-    for (Index r = 0; r < WN; ++r) to[b * WN + r] = after[r * s.B + b];
+  transpose<false>(to, WN, after, s.B, WN, s.B);
 }
 
 // -------------------------------------------------------------------------------------- acting
@@ -556,7 +591,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(rows, q.observations, p.observation, s.lanes);
   list_rows(features, q.features, p.features, s.lanes);
   list_rows(out, w.external, s.E, s.lanes);
-  transpose(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
+  transpose<true>(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
   multiply(p.features, p.observation, q.weights_1, rows.data(), s.B, features.data(), p.bias_1);
   for (Index b = 0; b < s.B; b += V) {
     vec mean = {}, variance = {};
@@ -688,12 +723,14 @@ void arrange_samples(const Shape& s, Workspace& w, const real* x,
     }
   std::fill(w.input_squares, w.input_squares + w.row, real(0));
   if (s.X) {
-    transpose(w.inputs_by_neuron, w.row, x, s.E, K, s.E);
-    for (Index e = 0; e < s.E; ++e)
+    transpose<true>(w.inputs_by_neuron, w.row, x, s.E, K, s.E);
+    for (Index e = 0; e < s.E; ++e) {
+      store(w.inputs_by_neuron + e * w.row + vectors(K) * V, vec{});
       for (Index k = 0; k < K; k += V) {
         const vec input = load(w.inputs_by_neuron + e * w.row + k);
         store(w.input_squares + k, load(w.input_squares + k) + input * input);
       }
+    }
     std::fill(w.inputs_gradient, w.inputs_gradient + s.E * w.row, real(0));
   }
   std::fill(w.ones, w.ones + w.row, real(1));
@@ -771,10 +808,10 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
   std::vector<real> mixed(s.N * s.lanes), valid(s.lanes);
   for (Index r = 0; r < s.R; ++r) rows[r] = w.step_rows + r * s.lanes;
   real *now = w.carried[0], *before = w.carried[1];
-  transpose(now, s.lanes, grad_output + (s.T - 1) * s.B * WN, WN, s.B, WN);
+  transpose<true>(now, s.lanes, grad_output + (s.T - 1) * s.B * WN, WN, s.B, WN);
   for (Index t = s.T - 1; t >= 0; --t, std::swap(now, before)) {
     if (t)
-      transpose(before, s.lanes, grad_output + (t - 1) * s.B * WN, WN, s.B, WN);
+      transpose<true>(before, s.lanes, grad_output + (t - 1) * s.B * WN, WN, s.B, WN);
     else
       std::fill(before, before + WN * s.lanes, real(0));
     for (Index b = 0; b < s.B; ++b) valid[b] = !mask || mask[t * s.B + b];
@@ -811,9 +848,7 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
              nullptr);
     }
   }
-  if (grad_h0)
-    for (Index b = 0; b < s.B; ++b)
-      for (Index r = 0; r < WN; ++r) grad_h0[b * WN + r] = now[r * s.lanes + b];
+  if (grad_h0) transpose<false>(grad_h0, WN, now, s.lanes, WN, s.B);
 }
 
 // Gradients of the parameters; statistics are means, moments sums over all valid samples.
@@ -1003,7 +1038,7 @@ void sgrl_forward(const Layer* layer, Index steps, Index batch, std::int32_t kee
   Workspace w(s, keep, block);
   if (first == 0) start_forward(*layer, s, w, h_0);
   for (Index t = first; t < stop; ++t) {
-    if (s.X) transpose(w.external, s.lanes, x + (t - first) * s.B * s.E, s.E, s.B, s.E);
+    if (s.X) transpose<true>(w.external, s.lanes, x + (t - first) * s.B * s.E, s.E, s.B, s.E);
     step_forward(*layer, s, w, t);
     write_states(s, w, t, out + (t - first) * s.B * s.W * s.N);
   }
@@ -1031,8 +1066,7 @@ void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch
     std::fill(q.zeros, q.zeros + rows, real(0));
   }
   encode(p, s, w, q, observations);
-  for (Index b = 0; b < s.B; ++b)
-    for (Index e = 0; e < s.E; ++e) x[b * s.E + e] = w.external[e * s.lanes + b];
+  transpose<false>(x, s.E, w.external, s.lanes, s.E, s.B);
   step_forward(*layer, s, w, t);
   write_states(s, w, t, states);
   choose(p, s, w, q, t, logits);
@@ -1053,11 +1087,7 @@ void sgrl_backward(const Layer* layer, Index steps, Index batch, const real* x,
   }
   carry_back(*layer, s, w, mixing, mask, grad_output, grad_h0);
   sum_samples(*layer, s, w, mixing, grad_x, *out);
-  if (grad_x) {
-    const Index K = steps * batch;
-    for (Index k = 0; k < K; ++k)
-      for (Index e = 0; e < s.E; ++e) grad_x[k * s.E + e] = w.inputs_gradient[e * w.row + k];
-  }
+  if (grad_x) transpose<false>(grad_x, s.E, w.inputs_gradient, w.row, s.E, steps * batch);
 }
 
 }  // extern "C"
