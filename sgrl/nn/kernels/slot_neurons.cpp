@@ -339,10 +339,12 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
 // after each.
 void gather_steps(real* to, Index to_length, const real* from, Index step_length, Index rows,
                   Index steps, Index batch) {
-  for (Index t = 0; t < steps; ++t)
-    for (Index r = 0; r < rows; ++r)
-      for (Index b = 0; b < batch; b += V)
-        store(to + r * to_length + t * batch + b, load(from + t * step_length + r * batch + b));
+  // Few rows at a time, since each lies in a page of its own.
+  for (Index first = 0; first < rows; first += 36)
+    for (Index t = 0; t < steps; ++t)
+      for (Index r = first; r < std::min<Index>(rows, first + 36); ++r)
+        for (Index b = 0; b < batch; b += V)
+          store(to + r * to_length + t * batch + b, load(from + t * step_length + r * batch + b));
   for (Index r = 0; r < rows; ++r) store(to + r * to_length + steps * batch, vec{});
 }
 
