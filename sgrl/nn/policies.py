@@ -199,7 +199,7 @@ class Acting:
         return output.logits
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
-        """Whether `continue_core` gives what this policy's core would for observations [T, B, F]."""
+        """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
         return False
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -429,9 +429,7 @@ class SparseNetPolicy(Policy):
 class _SparseNetActing(Acting):
     """Whole steps in compiled code, which leave a record for the core's backward pass."""
 
-    def __init__(
-        self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool
-    ) -> None:
+    def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
         self.policy: SparseNetPolicy = policy
         self.versions = _versions(policy)
         encoder, actor = policy.encoder, policy.actor
@@ -454,9 +452,7 @@ class _SparseNetActing(Acting):
             and policy is self.policy
             and len(observations) == recorder.length
             and _versions(policy) == self.versions
-            and torch.equal(
-                observations[: recorder.steps], recorder.observations[: recorder.steps]
-            )
+            and torch.equal(observations[: recorder.steps], recorder.observations[: recorder.steps])
         )
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:

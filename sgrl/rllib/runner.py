@@ -91,6 +91,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
 
     def share_module(self, module: PolicyModule) -> None:
         """Act with the learner's own module: no weights to copy, no forward pass to repeat."""
+        assert self.rollout is not None
         self.module = module
         self.rollout.policy, self.rollout.keep = module.policy, True
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("slot_neurons.cpp")
 # No -ffast-math: it would change the rounding mode of the whole process, and hide NaN.
-FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast")
-FLAGS += ("-fPIC", "-shared")
+FLAGS = (
+    *("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-fPIC", "-shared"),
+)
 COMPILERS = ("c++", "g++", "clang++")
 
 

@@ -279,7 +279,8 @@ class _Unroll(torch.autograd.Function):
             output, ctx.record = _forward(rnn, x, h_0.contiguous(), list(parameters), keep=True)
         else:
             recorder.finish(x)
-            x, output, ctx.record = recorder.x, recorder.output.view_as(recorder.output), recorder.record
+            x, ctx.record = recorder.x, recorder.record
+            output = recorder.output.view_as(recorder.output)
         ctx.rnn, ctx.mask = rnn, mask
         # As it is now: a backward pass in between may move it.
         ctx.mixing_weight = rnn.neurons.mixing_weight.clone()
@@ -321,7 +322,8 @@ class _Unroll(torch.autograd.Function):
         core.sgrl_backward(
             ctypes.byref(_layer(rnn, parameters)),
             *(length, batch, x.data_ptr(), _pointer(mask), mixing, grad_output.data_ptr()),
-            *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results), ctx.record.memory.data_ptr()),
+            *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results)),
+            ctx.record.memory.data_ptr(),
         )
         if sgprop:
             names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
