@@ -4,7 +4,7 @@ A library is kept in a cache folder (SGRL_CACHE_DIR, else XDG_CACHE_HOME/sgrl, e
 under a name that holds a hash of all it depends on: the source, the flags, the compiler and the
 processor. So nodes with different processors can share the folder, and a change of any of these
 compiles anew. It appears there by an atomic rename: processes that compile the same at the same
-moment merely do it twice.
+moment merely do it twice. SGRL_CXXFLAGS holds further flags for the compiler.
 """
 
 import ctypes
@@ -47,7 +47,8 @@ def load_library(real: str) -> ctypes.CDLL | None:
 
 
 def _load(real: str) -> ctypes.CDLL:
-    command = [*_compiler(), *FLAGS, f"-DREAL={real}"]
+    extra = os.environ.get("SGRL_CXXFLAGS", "").split()
+    command = [*_compiler(), *FLAGS, *extra, f"-DREAL={real}"]
     name = f"slot_neurons-{real}-{_fingerprint(command)}.so"
     folder = cache_folder()
     kept = folder / name

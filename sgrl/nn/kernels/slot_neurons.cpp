@@ -25,6 +25,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #ifndef REAL
 #define REAL float
 #endif
@@ -390,6 +394,28 @@ struct Shape {
   Index state_step() const { return W * N * B + V; }
 };
 
+// Cuts arrays from a block of memory, each with slack for whole vectors at its end; without a
+// block it only counts. Under the address sanitizer a closed gap follows each.
+struct Cutter {
+  real *begin, *next;
+
+  explicit Cutter(real* block) : begin(block), next(block) {}
+
+  real* operator()(Index count) {
+    real* array = next;
+    next += (count + 2 * V - 1) / V * V + V;
+#if defined(__SANITIZE_ADDRESS__)
+    if (begin) {
+      __asan_unpoison_memory_region(array, (next - array + 2 * V) * sizeof(real));
+      __asan_poison_memory_region(next, 2 * V * sizeof(real));
+    }
+    next += 2 * V;
+#endif
+    return array;
+  }
+  Index total() const { return next - begin; }
+};
+
 // Samples that the products over all samples take at a time: their rows fit a core's own cache.
 constexpr Index chunk_samples = single ? 800 : 400;
 
@@ -411,14 +437,8 @@ struct Workspace {
   Index steps_kept, row, states_row, panel, chunk;
   Index total;
 
-  // With base = null it only counts.
-  Workspace(const Shape& s, bool keep, real* base) {
-    real* next = base;
-    const auto take = [&](Index count) {
-      real* begin = next;
-      next += (count + 2 * V - 1) / V * V + V;
-      return begin;
-    };
+  Workspace(const Shape& s, bool keep, real* block) {
+    Cutter take(block);
     steps_kept = keep ? s.T : 1;
     const Index K = s.T * s.B;
     row = row_length(K);
@@ -460,7 +480,7 @@ struct Workspace {
       panel_weight = take(panel);
       sums = take((3 * s.R + s.M * s.N) * (s.L + s.E + 1));
     }
-    total = next - base;
+    total = take.total();
   }
 };
 
@@ -562,13 +582,8 @@ struct PolicyWorkspace {
   real *observations, *features, *zeros, *products;  // [F], [D], 2 A S rows of [lanes]
   Index total;
 
-  PolicyWorkspace(const Policy& p, const Shape& s, real* base) {
-    real* next = base;
-    const auto take = [&](Index count) {
-      real* begin = next;
-      next += count + 2 * V;
-      return begin;
-    };
+  PolicyWorkspace(const Policy& p, const Shape& s, real* block) {
+    Cutter take(block);
     weights_1 = take(p.features * p.observation);
     weights_2 = take(s.E * p.features);
     actor = take(2 * p.actions * p.slots * s.W * s.N);
@@ -576,7 +591,7 @@ struct PolicyWorkspace {
     features = take(p.features * s.lanes);
     zeros = take(2 * p.actions * p.slots);
     products = take(2 * p.actions * p.slots * s.lanes);
-    total = next - base;
+    total = take.total();
   }
 };
 
