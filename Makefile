@@ -28,7 +28,7 @@ study: .venv/installed-for-tests
 # The compiled core under the address sanitizer, which also watches the gaps between its arrays.
 asan: .venv/installed-for-tests
 	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-	SGRL_CXXFLAGS="-fsanitize=address -g" $(BIN)/python -m pytest -q -p no:cacheprovider \
+	SGRL_CXXFLAGS="-fsanitize=address -g" $(BIN)/python -m pytest -q -s -p no:cacheprovider \
 	tests/test_golden_recurrent.py tests/test_native.py -k "native and not fallback and not compiling"
 
 bench: .venv/installed
