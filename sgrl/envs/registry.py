@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
-from sgrl.envs.mnist import fetch
+from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
 from sgrl.envs.vector import PythonVectorEnv, VectorEnv
 
@@ -45,7 +45,7 @@ class EnvEntry:
     vector: Callable[..., VectorEnv]
     check: Callable[[Mapping[str, Any]], None]
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[Mapping[str, Any]], object] | None = None
+    prepare: Callable[[Mapping[str, Any], Report], object] | None = None
 
 
 def _is_int(value: Any) -> bool:
@@ -116,7 +116,7 @@ ENVIRONMENTS: dict[str, EnvEntry] = {
         vector=VectorMNISTBandit,
         check=_check_bandit,
         evaluation={"split": "test", "p_flip": 0.0},
-        prepare=lambda config: fetch(config["data_dir"]),
+        prepare=lambda config, report: fetch(config["data_dir"], report),
     ),
 }
 
@@ -169,15 +169,20 @@ def evaluation_config(env: str, env_config: Mapping[str, Any] | None = None) -> 
     return {**(env_config or {}), **ENVIRONMENTS[env].evaluation}
 
 
-def prepare(env: str, env_config: Mapping[str, Any] | None = None) -> None:
+def prepare(env: str, env_config: Mapping[str, Any] | None, report: Report) -> None:
     """Fetch what an environment needs, once, before many processes build it.
+
+    Args:
+        env: a name in `ENVIRONMENTS`.
+        env_config: its settings.
+        report: told of progress; see `sgrl.envs.mnist`.
 
     Raises:
         DataError: it cannot be had.
     """
     entry = ENVIRONMENTS[env]
     if entry.prepare is not None:
-        entry.prepare(validate_env_config(env, env_config))
+        entry.prepare(validate_env_config(env, env_config), report)
 
 
 def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.Env:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env import INPUT_ENV_SINGLE_SPACES, INPUT_ENV_SPACES
@@ -23,13 +24,15 @@ from ray.rllib.utils.metrics import (
     NUM_EPISODES,
 )
 
-from sgrl.envs.registry import make_vector
+from sgrl.envs.registry import evaluation_config, make_vector
 from sgrl.envs.vector import VectorEnv
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.rllib.module import PolicyModule
 
 COMPONENT_ROLLOUT = "rollout"
+#: Mean reward an episode, of an evaluation.
+EVALUATION_REWARD = "evaluation_reward"
 
 
 class SampledBatch(EpisodeBatch):
@@ -68,9 +71,10 @@ class EpisodeRunner(EnvRunner, Checkpointable):
 
     def make_env(self) -> None:
         """Make the environments, `config.num_envs_per_env_runner` of them."""
-        self.env = make_vector(
-            self.config.env, self.config.num_envs_per_env_runner, self.config.env_config
-        )
+        settings = self.config.env_config
+        if self.config.in_evaluation:
+            settings = evaluation_config(self.config.env, settings)
+        self.env = make_vector(self.config.env, self.config.num_envs_per_env_runner, settings)
         observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
         spaces = (observations, gym.spaces.Discrete(self.env.num_actions))
         self.spaces = {
@@ -127,6 +131,8 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             batches
         ) * self.env.num_envs < (num_episodes or 0):
             batches.append(self._log(evaluation.collect()))
+        rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
+        self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")
         return batches
 
     def _log(self, batch: EpisodeBatch) -> SampledBatch:

@@ -49,7 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "num_threads": 1,
     "concurrency": "auto",
 }
-TRAINING = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip", "normalize_returns")
+TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
+TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
 KEYS += ["max_failures", "num_threads", "concurrency"]
 
