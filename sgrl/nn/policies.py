@@ -593,6 +593,20 @@ class SparseMLPPolicy(Policy):
     ) -> tuple[Tensor, State]:
         return self.core(embeddings), {}
 
+    def forward(
+        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> PolicyOutput:
+        if mask is None or bool(mask.all()):
+            return super().forward(observations)
+        # Masked steps are passed over: their logits and values are zeros.
+        valid = super().forward(observations[mask].unsqueeze(0))
+        logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
+        logits[mask] = valid.logits[0]
+        values = valid.values
+        if values is not None:
+            values = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return PolicyOutput(logits, values, {})
+
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy

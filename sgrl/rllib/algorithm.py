@@ -271,8 +271,10 @@ class Reinforce(Algorithm):
         """Train for one iteration."""
         result = super().step()
         result["sgrl"] = self._row
-        evaluated = result.get(EVALUATION_RESULTS, {}).get(ENV_RUNNER_RESULTS, {})
-        if EVALUATION_REWARD in evaluated:
+        interval = self.config.evaluation_interval
+        # In between, RLlib repeats the last evaluation's results.
+        if interval and (self.iteration + 1) % interval == 0:
+            evaluated = result[EVALUATION_RESULTS][ENV_RUNNER_RESULTS]
             self._row["eval_reward"] = float(evaluated[EVALUATION_REWARD])
         return result
 
