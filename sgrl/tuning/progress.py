@@ -273,13 +273,9 @@ def _error(trial: Any) -> str:
 def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on stderr for what is fetched; yields a function that is told what, how many bytes so
     far and of how many. Nothing is shown until it is called."""
-    bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, Any] = {}
 
     def report(what: str, so_far: int, total: int | None) -> None:
