@@ -7,9 +7,13 @@ through `sgrl.reinforce.update` and, in float64 too, through the Learner of RLli
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+import tree
 from golden_cases import ATOL_TRAINED, Case, assert_close, golden_files, load_case
+from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
 from sgrl.nn.kernels import BACKENDS
@@ -18,6 +22,8 @@ from sgrl.nn.policies import SparseMLPPolicy, make_policy, policy_parameters, pr
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import reinforce_loss
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+from sgrl.rllib import ReinforceConfig
+from sgrl.rllib.learner import learner_batch
 
 CASES = [
     pytest.param(file, backend, id=f"{file.stem}-{backend}")
@@ -27,6 +33,7 @@ CASES = [
 SETTINGS = UpdateSettings(
     entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True
 )
+UNLIKE_LABYRINTHS = ("entropy_coeff", "grad_clip", "normalize_returns", "two_phase")
 
 
 def policy_settings(case: Case, backend: str, propagation: str = "sgprop") -> dict[str, Any]:
@@ -179,3 +186,37 @@ def check_trained(policy: SparseMLPPolicy, case: Case) -> None:
     for name, parameter in parameters.items():
         assert_close(parameter.detach(), trained[name], atol=ATOL_TRAINED, what=name)
     assert_close(mixing_weights(policy), case["trained_lambda"], atol=ATOL_TRAINED)
+
+
+@pytest.mark.parametrize(("file", "backend"), CASES)
+def test_golden_training_through_the_learner(file: Path, backend: str) -> None:
+    case = load_case(file)
+    config = (
+        ReinforceConfig()
+        .training(
+            lr=case.config["policy_lr"],
+            predictor_lr=case.config["sg_lr"],
+            **{name: getattr(SETTINGS, name) for name in UNLIKE_LABYRINTHS},
+        )
+        .rl_module(
+            model_config={
+                "policy": "sparse_mlp",
+                "dtype": "float64",
+                **policy_settings(case, backend),
+            }
+        )
+    )
+    spaces = (
+        gym.spaces.Box(-np.inf, np.inf, (case.config["input_dim"],)),
+        gym.spaces.Discrete(case.config["num_actions"]),
+    )
+    learner = config.build_learner(spaces={DEFAULT_MODULE_ID: spaces})
+    policy = learner.module[DEFAULT_MODULE_ID].policy
+    load_parameters(policy, case)
+    for episodes in training_batches(case):
+        batch = learner_batch(episodes, DEFAULT_MODULE_ID)
+        # As arrays, which RLlib converts to tensors (of float32, were it not overridden).
+        for columns in batch.policy_batches.values():
+            columns.update(tree.map_structure(torch.Tensor.numpy, dict(columns)))
+        learner.update(batch=batch)
+    check_trained(policy, case)
