@@ -55,7 +55,7 @@ class UpdateSettings:
 def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:
     """Adam (betas 0.9 and 0.999, eps 1e-8) for "policy" and, where there are any, "predictor"."""
     groups = zip(("policy", "predictor"), split_parameters(policy), (lr, predictor_lr), strict=True)
-    return {name: Adam(params, lr=rate) for name, params, rate in groups if params}
+    return {name: Adam(params, lr=rate, fused=True) for name, params, rate in groups if params}
 
 
 def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float | None) -> Tensor:
@@ -160,6 +160,10 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Clip the gradients of an optimizer's parameters; returns their norm before."""
+    for parameter in _parameters(optimizer):
+        # Fused Adam takes the elements of others in the wrong order, silently (torch 2.13, CPU).
+        if parameter.grad is not None and not parameter.grad.is_contiguous():
+            parameter.grad = parameter.grad.contiguous()
     norm = clip_gradients((p.grad for p in _parameters(optimizer)), max_norm)
     if not torch.isfinite(norm):
         raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")

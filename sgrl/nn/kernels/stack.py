@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgrl.nn.kernels.unroll import row_gradients, scale_keys
 from sgrl.nn.mixing import length, optimal_mixing_weight, unit
 from sgrl.nn.neuron import SlotNeurons
 
@@ -28,8 +27,8 @@ class _Layer(NamedTuple):
     """What the backward pass needs of one layer."""
 
     read: Tensor  # inputs of every neuron [W, I, B]
-    attention: Tensor  # [W, M, B]
-    slots: Tensor  # [W, M, N, B]
+    attention: Tensor  # a [W, M, B]
+    slots: Tensor  # y [W, M, N, B]
     output: Tensor  # [W, N, B], before the residual
 
 
@@ -60,10 +59,10 @@ def _forward(mlp: "SparseMLP", x: Tensor, parameters: list[Tensor]) -> tuple[Ten
             read = h.index_select(0, mlp.pixels.flatten())
         else:
             sources = mlp.parents[index - 1].flatten()
-            read = h.reshape(num_neurons, -1).index_select(0, sources)
+            read = h.view(num_neurons, -1).index_select(0, sources)
         read = read.view(num_neurons, -1, batch)
-        rows = torch.bmm(scale_keys(weight, neurons.num_slots, neurons.scale), read)
-        attention = torch.softmax(rows[:, : neurons.num_slots], dim=1)
+        rows = torch.bmm(weight, read)
+        attention = torch.softmax(rows[:, : neurons.num_slots] * neurons.scale, dim=1)
         slots = torch.add(rows[:, neurons.num_slots :], bias.view(num_neurons, -1, 1)).tanh_()
         slots = slots.view(num_neurons, neurons.num_slots, -1, batch)
         output = (attention.unsqueeze(2) * slots).sum(1)
@@ -78,6 +77,7 @@ class _Stack(torch.autograd.Function):
         weights = list(parameters[: 2 * len(mlp.layers)])
         h, layers = _forward(mlp, x, weights)
         ctx.mlp, ctx.num_inputs = mlp, 1 + len(parameters)
+        ctx.slopes = [None] * len(layers)
         # The predictors are not saved: the policy step mixes in what they predict after their own
         # step, which changes them in place.
         ctx.save_for_backward(x, *weights[::2], *(value for layer in layers for value in layer))
@@ -98,52 +98,79 @@ class _Stack(torch.autograd.Function):
         for index in range(depth - 1, -1, -1):
             neurons: SlotNeurons = mlp.layers[index]
             layer = _Layer(*values[4 * index : 4 * index + 4])
-            slope = 1 - torch.tanh(layer.output).square_() if mlp.is_residual(index) else None
+            residual = mlp.is_residual(index)
+            if ctx.slopes[index] is None:  # kept: two-phase updates go back twice
+                ctx.slopes[index] = _Slopes(layer, residual)
+            slopes = ctx.slopes[index]
             mixed = gradient
             if mlp.propagation == "sgprop":
                 prediction = _predict(neurons, layer)
                 weight = neurons.mixing_weight.view(-1, 1, 1)
-                mixed = torch.addcmul((1 - weight) * prediction, weight, gradient)
+                mixed = torch.lerp(prediction, gradient, weight)
                 measured = _norms(gradient, mixed, prediction, depth)
                 if for_predictor:
                     target = mixed if mlp.rule.predictor_target == "mixed" else gradient
-                    residual = prediction - target
-                    measured["predictor_loss"] = residual.square().mean()
+                    error = prediction - target
+                    measured["predictor_loss"] = error.square().mean()
                     place = 2 * (depth + index)
                     grads[place : place + 2] = _predictor_gradients(
-                        neurons, layer, residual.mul_(2 / residual.numel())
+                        neurons, layer, error.mul_(2 / error.numel())
                     )
                 for name, value in measured.items():
                     sums[name] = sums[name] + value if name in sums else value
                 if mlp.rule.updates:
-                    _update_mixing_weight(neurons, layer, gradient, prediction, slope, mlp)
-            rows = _rows(layer, mixed if slope is None else mixed * slope)
+                    _update_mixing_weight(mlp, neurons, layer, slopes, gradient, prediction)
+            rows = _row_gradients(layer, slopes, slopes.of_residual(mixed), neurons.scale)
             if for_policy:
                 grads[2 * index : 2 * index + 2] = _parameter_gradients(neurons, layer, rows)
             if index or ctx.needs_input_grad[1]:
-                scaled = scale_keys(weights[index], neurons.num_slots, neurons.scale)
-                grad_read = torch.bmm(scaled.transpose(1, 2), rows)
+                grad_read = torch.bmm(weights[index].transpose(1, 2), rows)
                 if index:
                     sources = mlp.parents[index - 1].flatten()
-                    gradient = mixed.clone() if slope is not None else torch.zeros_like(mixed)
+                    gradient = mixed.clone() if residual else torch.zeros_like(mixed)
                     gradient.view(mlp.num_neurons, -1).index_add_(
                         0, sources, grad_read.view(len(sources), -1)
                     )
                 else:
-                    grad_x = torch.zeros_like(x.t()).index_add_(
-                        0, mlp.pixels.flatten(), grad_read.flatten(0, 1)
-                    )
+                    grad_x = x.new_zeros(x.shape[1], len(x))
+                    grad_x.index_add_(0, mlp.pixels.flatten(), grad_read.flatten(0, 1))
                     grad_x = grad_x.t()
         if sums:
             mlp.statistics = {**mlp.statistics, **sums}
         return (None, grad_x, *grads)
 
 
-def _rows(layer: _Layer, feedback: Tensor) -> Tensor:
-    """Gradients of the scores and pre-activations [W, R, B] from that of the output [W, N, B]."""
+class _Slopes:
+    """Derivatives of a layer, the same in every backward pass over one forward."""
+
+    def __init__(self, layer: _Layer, residual: bool) -> None:
+        #: a (1 - y^2) [W, M, N, B]: of the output by the pre-activations.
+        self.slots = torch.addcmul(layer.slots.new_ones(()), layer.slots, layer.slots, value=-1)
+        self.slots *= layer.attention.unsqueeze(2)
+        #: 1 - tanh^2 [W, N, B]: of a residual layer's state by its output.
+        self.residual = 1 - torch.tanh(layer.output).square_() if residual else None
+        #: Sum over slots of the squared slopes [W, N, B], once needed.
+        self.squares: Tensor | None = None
+
+    def of_residual(self, feedback: Tensor) -> Tensor:
+        """Gradient of the output from that of the layer's state, both [W, N, B]."""
+        return feedback if self.residual is None else feedback * self.residual
+
+
+def _score_gradients(layer: _Layer, feedback: Tensor) -> Tensor:
+    """Gradients of the scores [W, M, B] from that of the output [W, N, B]."""
+    value = (feedback.unsqueeze(1) * layer.slots).sum(2)  # v_m = <g, y_m>
+    value -= (feedback * layer.output).sum(1, keepdim=True)  # sum_k a_k v_k = <g, output>
+    return value.mul_(layer.attention)
+
+
+def _row_gradients(layer: _Layer, slopes: _Slopes, feedback: Tensor, scale: float) -> Tensor:
+    """Gradients of the keys' and matrices' products with the inputs [W, R, B]."""
     num_neurons, num_slots, size, batch = layer.slots.shape
     rows = feedback.new_empty(num_neurons, num_slots * (1 + size), batch)
-    row_gradients(rows, feedback, layer.attention, layer.slots, layer.output)
+    torch.mul(_score_gradients(layer, feedback), scale, out=rows[:, :num_slots])
+    of_slots = rows[:, num_slots:].unflatten(1, (num_slots, size))
+    torch.mul(slopes.slots, feedback.unsqueeze(1), out=of_slots)
     return rows
 
 
@@ -151,16 +178,15 @@ def _parameter_gradients(
     neurons: SlotNeurons, layer: _Layer, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight_h and bias, summed over the batch."""
-    grad_weight = torch.bmm(rows, layer.read.transpose(1, 2))
-    grad_weight[:, : neurons.num_slots] *= neurons.scale
-    return grad_weight, rows[:, neurons.num_slots :].sum(-1).view_as(neurons.bias)
+    grad_bias = rows[:, neurons.num_slots :].sum(-1).view_as(neurons.bias)
+    return torch.bmm(rows, layer.read.transpose(1, 2)), grad_bias
 
 
 def _predict(neurons: SlotNeurons, layer: _Layer) -> Tensor:
     """Predictions s [W, N, B]."""
-    bias = neurons.predictor_bias.detach().view(neurons.num_neurons, -1, 1)
-    guesses = torch.baddbmm(bias, neurons.predictor_h.detach(), layer.read)
-    return (guesses.view_as(layer.slots) * layer.attention.unsqueeze(2)).sum(1)
+    guesses = torch.bmm(neurons.predictor_h.detach(), layer.read)
+    guesses += neurons.predictor_bias.detach().view(neurons.num_neurons, -1, 1)
+    return guesses.view_as(layer.slots).mul_(layer.attention.unsqueeze(2)).sum(1)
 
 
 def _predictor_gradients(
@@ -181,37 +207,43 @@ def _norms(gradient: Tensor, mixed: Tensor, prediction: Tensor, depth: int) -> d
 
 
 def _update_mixing_weight(
+    mlp: "SparseMLP",
     neurons: SlotNeurons,
     layer: _Layer,
+    slopes: _Slopes,
     gradient: Tensor,
     prediction: Tensor,
-    slope: Tensor | None,
-    mlp: "SparseMLP",
 ) -> None:
     """Move lambda towards its estimate: `mixing.estimate_mixing_weight`, batch innermost."""
-    if slope is not None:
-        gradient, prediction = gradient * slope, prediction * slope
-    gradient = unit(gradient, dim=1)
-    rows_w, rows_u = _rows(layer, gradient), _rows(layer, unit(prediction, dim=1) - gradient)
-    batch, x_square = gradient.shape[-1], layer.read.square().sum(1)
+    w = unit(slopes.of_residual(gradient), dim=1)
+    u = unit(slopes.of_residual(prediction), dim=1) - w
+    rows_w = _row_gradients(layer, slopes, w, neurons.scale)
+    rows_u = _row_gradients(layer, slopes, u, neurons.scale)
+    batch, num_slots = w.shape[-1], neurons.num_slots
+    if slopes.squares is None:
+        slopes.squares = slopes.slots.square().sum(1)
+    x_square = layer.read.square().sum(1)
 
-    def inner(rows: Tensor, other: Tensor) -> Tensor:
-        product = rows * other
-        slot_part = (1 + x_square) * product[:, neurons.num_slots :].sum(1)
-        key_part = neurons.scale**2 * x_square * product[:, : neurons.num_slots].sum(1)
+    def inner(feedback: Tensor, rows: Tensor) -> Tensor:
+        # <t, t'> summed over slots first: both are slopes times feedback.
+        slot_part = (1 + x_square) * (slopes.squares * feedback * u).sum(1)
+        key_part = x_square * (rows[:, :num_slots] * rows_u[:, :num_slots]).sum(1)
         return (slot_part + key_part).mean(1)
 
-    def mean(rows: Tensor) -> Tensor:
-        weight, bias = _parameter_gradients(neurons, layer, rows)
-        return torch.cat([weight.flatten(1), bias.flatten(1)], dim=1) / batch
+    means_w = _parameter_gradients(neurons, layer, rows_w)
+    means_u = _parameter_gradients(neurons, layer, rows_u)
 
-    w_bar, u_bar = mean(rows_w), mean(rows_u)
+    def inner_of_means(means: tuple[Tensor, Tensor]) -> Tensor:
+        parts = zip(means, means_u, strict=True)
+        total = sum(torch.linalg.vecdot(a.flatten(1), b.flatten(1)) for a, b in parts)
+        return total / batch**2
+
     previous, rule = neurons.mixing_weight, mlp.rule
     estimate = optimal_mixing_weight(
-        mean_u_square=inner(rows_u, rows_u),
-        mean_wu=inner(rows_w, rows_u),
-        square_mean_u=u_bar.square().sum(1),
-        mean_w_mean_u=(w_bar * u_bar).sum(1),
+        mean_u_square=inner(u, rows_u),
+        mean_wu=inner(w, rows_w),
+        square_mean_u=inner_of_means(means_u),
+        mean_w_mean_u=inner_of_means(means_w),
         num_samples=batch,
         previous=previous,
         eps=rule.eps,

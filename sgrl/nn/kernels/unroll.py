@@ -53,7 +53,7 @@ def _forward(
     num_neurons, size, num_slots = neurons.num_neurons, neurons.neuron_size, neurons.num_slots
     length, batch, _ = x.shape
     parents = rnn.parents.flatten()
-    scaled_h = scale_keys(weight_h, num_slots, neurons.scale)
+    scaled_h = _scale_keys(weight_h, num_slots, neurons.scale)
     num_x, rows = weight_x.shape[:2]
     external = torch.matmul(weight_x.flatten(0, 1), x.transpose(1, 2)).view(
         length, num_x, rows, batch
@@ -75,7 +75,7 @@ def _forward(
     return states, attention, slots
 
 
-def scale_keys(weight: Tensor, num_slots: int, scale: float) -> Tensor:
+def _scale_keys(weight: Tensor, num_slots: int, scale: float) -> Tensor:
     """Stacked weights [W, R, L] with the rows of the keys multiplied by the scale."""
     weight = weight.detach().clone()
     weight[:, :num_slots] *= scale
@@ -113,8 +113,8 @@ class _Unroll(torch.autograd.Function):
         parents = rnn.parents.flatten()
         sgprop = rnn.propagation == "sgprop"
 
-        scaled_t = scale_keys(weight_h, num_slots, neurons.scale).transpose(1, 2)
-        scaled_x = scale_keys(weight_x, num_slots, neurons.scale).flatten(0, 1)
+        scaled_t = _scale_keys(weight_h, num_slots, neurons.scale).transpose(1, 2)
+        scaled_x = _scale_keys(weight_x, num_slots, neurons.scale).flatten(0, 1)
         grad_output = grad_output.permute(0, 2, 3, 1)  # [T, W, N, B]
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
         grads = [torch.zeros_like(p) for p in (weight_h, weight_x, neurons.bias)]
@@ -142,7 +142,7 @@ class _Unroll(torch.autograd.Function):
                 feedback = grad_output[steps.start + t] + carried
                 if measured is not None:
                     feedback = mixture.mix(t, feedback)
-                row_gradients(grad_rows[t], feedback, a[t], y[t], h[t])
+                _row_gradients(grad_rows[t], feedback, a[t], y[t], h[t])
                 grad_read = torch.bmm(scaled_t, grad_rows[t]).view(len(parents), -1)
                 carried = torch.zeros_like(carried)
                 carried.view(num_neurons, -1).index_add_(0, parents, grad_read)
@@ -261,7 +261,7 @@ class _Measured:
         def rows_of(feedback: Tensor) -> Tensor:
             count, num_neurons, _, batch = feedback.shape
             rows = feedback.new_empty(count, num_neurons, neurons.weight_h.shape[1], batch)
-            row_gradients(rows, feedback, attention, slots, output)
+            _row_gradients(rows, feedback, attention, slots, output)
             return rows.permute(1, 2, 0, 3).reshape(num_neurons, rows.shape[2], -1)
 
         rows_w, rows_u = rows_of(gradient), rows_of(difference)
@@ -319,7 +319,7 @@ def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention:
     return (guesses * weights).sum(1).permute(2, 0, 1, 3).contiguous()
 
 
-def row_gradients(
+def _row_gradients(
     out: Tensor, feedback: Tensor, attention: Tensor, slots: Tensor, output: Tensor
 ) -> None:
     """Gradients of the scores and pre-activations, [..., W, M + M*N, B], into `out`.
