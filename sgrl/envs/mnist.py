@@ -22,6 +22,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -234,10 +235,17 @@ def _is_complete(folder: Path) -> bool:
 
 def _is_valid(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, _md5).hexdigest() == FILES[path.name]
+        seen = path.stat()
+        return _sum_of(path, seen.st_size, seen.st_mtime_ns) == FILES[path.name]
     except OSError:
         return False
+
+
+@lru_cache
+def _sum_of(path: Path, size: int, modified: int) -> str:
+    """MD5 of a file, computed once a process for each state of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _md5).hexdigest()
 
 
 def _md5() -> Any:
