@@ -33,7 +33,8 @@ class EnvEntry:
         defaults: every key its env_config may hold, with the default. All are keyword arguments
             of `single` and `vector`, so a key is declared here and nowhere else.
         single: builds one gymnasium environment.
-        vector: builds the vectorised environment; its first argument is num_envs.
+        vector: the `VectorEnv` class of the vectorised environment; its first argument is
+            num_envs.
         check: raises ValueError (one line, naming the key) on an impossible value.
         evaluation: settings in which evaluation differs from training.
         prepare: fetches what the environment needs, once, before many processes build it; raises
@@ -42,7 +43,7 @@ class EnvEntry:
 
     defaults: Mapping[str, Any]
     single: Callable[..., gym.Env]
-    vector: Callable[..., VectorEnv]
+    vector: Any
     check: Callable[[Mapping[str, Any]], None]
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Mapping[str, Any], Report], object] | None = None
@@ -205,7 +206,7 @@ def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = 
     config = validate_env_config(env, env_config)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    vector: Any = ENVIRONMENTS[env].vector
+    vector = ENVIRONMENTS[env].vector
     if config.pop("vectorized"):
         return vector(num_envs, **config)
     singles = [make_single(env, config) for _ in range(num_envs)]

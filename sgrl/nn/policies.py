@@ -64,6 +64,9 @@ class PolicySettings:
             if name.endswith("_size") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    def check_observations(self, observation_size: int) -> None:
+        """Raise ValueError where observations of this length cannot be read."""
+
 
 def _article(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
@@ -481,8 +484,12 @@ class SparseMLPSettings(PolicySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Any input will do here: `check_observations` knows the real one.
         read = self.num_parents * self.neuron_size
         SparseMLP.check_settings(input_size=max(read, 1), **self.core_settings())
+
+    def check_observations(self, observation_size: int) -> None:
+        SparseMLP.check_settings(input_size=observation_size, **self.core_settings())
 
     def core_settings(self) -> dict[str, Any]:
         """The settings that `SparseMLP` takes, with its names."""
