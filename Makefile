@@ -36,6 +36,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/speedup.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/rllib_overhead.py
+	$(BIN)/python benchmarks/mnist.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -40,6 +40,11 @@ Checkpoint = Annotated[
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the files; SGRL_DATA_DIR, or one under the user's cache."),
+]
+
 
 @contextmanager
 def _one_line_errors(*errors: type[Exception], resume: Path | None = None) -> Iterator[None]:
@@ -118,10 +123,11 @@ def status(directory: Experiment) -> None:
 @app.command()
 def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -> None:
     """Run a checkpoint's policy on its environment."""
+    from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
 
-    with _one_line_errors(CheckpointError):
+    with _one_line_errors(CheckpointError, DataError):
         for key, value in evaluate_checkpoint(checkpoint, episodes, seed).items():
             typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
 
@@ -138,6 +144,21 @@ def bench(
     with _one_line_errors(OSError):
         for line in run_bench(num_envs, rounds, json):
             typer.echo(line)
+
+
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def mnist(data_dir: DataDir = None) -> None:
+    """Fetch MNIST, checked, and say where it is."""
+    from sgrl.envs.mnist import DataError, fetch
+    from sgrl.tuning.progress import progress_bar
+
+    with _one_line_errors(DataError), progress_bar() as report:
+        folder = fetch(data_dir, report)
+    typer.echo(f"MNIST: {folder}")
 
 
 def main() -> None:

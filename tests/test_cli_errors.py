@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sgrl.cli import app
+from sgrl.envs import mnist
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.tuning.checkpoints import write_checkpoint
 
@@ -114,6 +115,15 @@ def test_the_good_file_is_good(run):
             "methods.sparse.model:",
             "num_parents",
         ),
+        (
+            "{policy: sparsenet}",
+            "{policy: sparse_mlp, num_neurons: 9, neuron_size: 12}",
+            "methods.sparse.model:",
+            "num_parents * neuron_size (60) must be at most input_size (56)",
+        ),
+        ("lr: 1e-3", "two_phase: true", "config:", "two_phase must be false"),
+        ("lr: 1e-3", "total_updates: 9", "config:", "belong together: set both or none"),
+        ("lr: 1e-3", "total_updates: none", "config.training.total_updates:", "a whole number"),
         ("seeds: [0]", "seeds: [-1]", "seeds:", "at least 0, got -1"),
         ("seeds: [0]", "seeds: [1073741824]", "seeds:", "less than 1073741824"),
         ("seeds: [0]", "checkpoint: {every: 0}", "checkpoint.every:", "at least 1"),
@@ -231,6 +241,20 @@ def test_results_folder_of_something_else(run):
     Path("results/good").mkdir(parents=True)
     Path("results/good/notes.txt").write_text("mine")
     refused(run("sweep", "experiment.yaml"), "results/good", "--name")
+
+
+def test_no_mnist_to_be_had(run, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise mnist._Refused("no network")
+
+    monkeypatch.setattr(mnist, "MIRRORS", ())
+    monkeypatch.setattr(mnist, "_from_package", refuse)
+    text = GOOD.replace("labyrinth_escape", "mnist_bandit").replace(
+        "maze_dims: [6, 6], episode_length: 20", f"data_dir: {tmp_path / 'data'}"
+    )
+    result = run("sweep", "experiment.yaml", text=text)
+    refused(result, "MNIST is nowhere to be had", "no network", "SGRL_DATA_DIR")
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("verb", ["resume", "status"])

@@ -91,6 +91,9 @@ def test_a_trial_is_fully_resolved(load):
                 "entropy_coeff": 0.01,
                 "grad_clip": 0.5,
                 "normalize_returns": True,
+                "two_phase": False,
+                "total_updates": None,
+                "total_iterations": None,
             },
         },
         "model": {
@@ -260,6 +263,8 @@ def test_the_experiments_shipped():
         "quickstart",
         "labyrinth_comparison",
         *PUBLISHED,
+        "mnist_quickstart",
+        *PUBLISHED_ON_MNIST,
     }
 
 
@@ -267,7 +272,8 @@ def test_the_experiments_shipped():
 def test_shipped_experiment(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
-    assert set(experiment.resolved["methods"]) == set(METHODS)
+    if "mnist" not in path.stem:
+        assert set(experiment.resolved["methods"]) == set(METHODS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -303,3 +309,72 @@ def test_published_sweeps(name):
         if config:
             published = (config.predictor_lr, config.gamma, config.entropy_coeff, config.grad_clip)
             assert published == (1e-5, 0.95, 0.01, 0.5)
+
+
+RATES = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2]
+DENSE_RATES = [5e-6, 1e-5, 2e-5, 5e-5, 1e-4]
+BASE_RATES = {
+    "sparse_sgprop": 5e-3,
+    "sparse_sgprop_fixed": 5e-3,
+    "sparse_backprop": 1e-3,
+    "dense": 2e-5,
+}
+SPARSE_METHODS = list(BASE_RATES)[:3]
+
+#: The paper, Section H.3: what is swept, and over which values for each method.
+PUBLISHED_ON_MNIST = {
+    "mnist_bandit": (None, {key: [None] for key in BASE_RATES}),
+    "mnist_learning_rate": (
+        ("config", "training", "lr"),
+        {**dict.fromkeys(SPARSE_METHODS, RATES), "dense": DENSE_RATES},
+    ),
+    "mnist_reward_noise": (
+        ("config", "environment", "env_config", "p_flip"),
+        {key: [0.0, 0.1, 0.2, 0.3, 0.4] for key in BASE_RATES},
+    ),
+    "mnist_parents": (
+        ("model", "num_parents"),
+        {key: [2, 5, 8, 11, 14] for key in SPARSE_METHODS},
+    ),
+    "mnist_fixed_mixing": (
+        ("model", "mixing_weight"),
+        {"sparse_sgprop": [0.9], "sparse_sgprop_fixed": [0.0, 0.5, 0.9, 1.0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ON_MNIST)
+def test_published_sweeps_on_mnist(name):
+    """The paper, Section H.3."""
+    experiment = load_experiment(next(path for path in CONFIGS if path.stem == name))
+    key, values = PUBLISHED_ON_MNIST[name]
+
+    def swept(trial):
+        value = trial.config if key else None
+        for step in key or ():
+            value = value[step]
+        return value
+
+    points = [(trial.method, swept(trial), trial.seed) for trial in experiment.trials]
+    expected = [(m, v, seed) for m in values for v in values[m] for seed in range(6)]
+    assert sorted(points, key=str) == sorted(expected, key=str)
+    for trial in experiment.trials:
+        assert trial.config["stop"] == {"training_iteration": 20}
+        config = build_algorithm_config(trial.config)
+        assert (config.env, config.num_envs_per_env_runner) == ("mnist_bandit", 64)
+        assert config.env_config["classes"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+        assert (config.total_updates, config.total_iterations) == (1500, 20)
+        assert (config.two_phase, config.normalize_returns) == (True, False)
+        assert (config.entropy_coeff, config.grad_clip, config.predictor_lr) == (0, None, 5e-3)
+        assert (config.evaluation_interval, config.evaluation_duration) == (1, 4000)
+        if name != "mnist_learning_rate":
+            assert config.lr == BASE_RATES[trial.method]
+        if name != "mnist_reward_noise":
+            assert config.env_config["p_flip"] == 0.4
+        model = trial.config["model"]
+        assert model["policy"] == ("dense" if trial.method == "dense" else "sparse_mlp")
+        if trial.method == "sparse_backprop":
+            assert model["propagation"] == "backprop"
+        if trial.method == "sparse_sgprop_fixed":
+            assert not model["adaptive"]
+            assert name == "mnist_fixed_mixing" or model["mixing_weight"] == 0.9

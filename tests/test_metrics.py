@@ -8,11 +8,10 @@ import pytest
 from sgrl.tuning.metrics import (
     COLUMNS,
     append_row,
-    area_under_curve,
     count_rows,
-    final_success_rate,
     metrics_row,
     read_metrics,
+    score,
     truncate_metrics,
 )
 
@@ -71,7 +70,7 @@ def test_truncation_keeps_the_first_rows_untouched(tmp_path):
     with pytest.raises(ValueError, match="4 whole rows"):
         truncate_metrics(path, 5)
     truncate_metrics(path, 0)
-    assert path.read_bytes() == lines[0]
+    assert not path.exists()
 
 
 def test_gaps_repeats_and_other_headers_are_not_read(tmp_path):
@@ -90,11 +89,36 @@ def test_gaps_repeats_and_other_headers_are_not_read(tmp_path):
 def test_summary_numbers():
     steps = [(0, 0.2), (10, 0.4), (40, 1.0), (50, 0.0), (60, 0.5), (70, 0.6)]
     rows = [{"env_steps": step, "success_rate": rate} for step, rate in steps]
-    assert final_success_rate(rows) == pytest.approx((0.4 + 1.0 + 0.0 + 0.5 + 0.6) / 5)
-    assert area_under_curve(rows) == pytest.approx((3 + 21 + 5 + 2.5 + 5.5) / 70)
-    assert area_under_curve(rows[:1]) == 0.2
-    assert math.isnan(final_success_rate([]))
-    assert math.isnan(area_under_curve([]))
+    assert score(rows).measure == "success_rate"
+    assert score(rows).final == pytest.approx((0.4 + 1.0 + 0.0 + 0.5 + 0.6) / 5)
+    assert score(rows).auc == pytest.approx((3 + 21 + 5 + 2.5 + 5.5) / 70)
+    assert score(rows[:1]).auc == 0.2
+    assert math.isnan(score([]).final)
+    assert math.isnan(score([]).auc)
+
+
+def test_trials_that_evaluate_are_judged_by_that():
+    rows = [
+        {"env_steps": 10 * i, "success_rate": 0.5, "eval_reward": value}
+        for i, value in enumerate([0.1, math.nan, 0.3])
+    ]
+    assert score(rows) == ("eval_reward", 0.3, pytest.approx(0.2))
+
+
+def test_columns_of_layers(tmp_path):
+    path = tmp_path / "metrics.csv"
+    reported = {"env_steps": 1, "layer1_mixing_weight_mean": 0.2, "layer0_mixing_weight_max": 0.3}
+    reported["layer0_mixing_weight_mean"] = 0.1
+    for iteration in (1, 2):
+        append_row(path, metrics_row({"sgrl": reported}, iteration, 0.5))
+    header = path.read_text().splitlines()[0].split(",")
+    layers = [f"layer{name}" for name in ("0_mixing_weight_mean", "0_mixing_weight_max")]
+    layers.append("layer1_mixing_weight_mean")
+    assert header == [*COLUMNS[:-1], *layers, COLUMNS[-1]]
+    assert [read_metrics(path)[1][name] for name in layers] == [0.1, 0.3, 0.2]
+    truncate_metrics(path, 1)
+    assert count_rows(path) == 1
+    assert path.read_text().splitlines()[0].split(",") == header
 
 
 def test_rows_of_other_algorithms_come_from_rllibs_keys():

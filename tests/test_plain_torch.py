@@ -12,6 +12,7 @@ from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import plain_mnist
 import plain_torch
 
 
@@ -65,3 +66,42 @@ def test_its_loop_runs() -> None:
     rows = plain_torch.train("sparsenet_sgprop", num_envs=2, length=10)
     first = next(rows)
     assert set(first) == {"success_rate", "rollout_seconds", "update_seconds"}
+
+
+@torch.no_grad()
+def copy_feed_forward(plain: plain_mnist.SparseMLP, policy: torch.nn.Module) -> None:
+    for layer, neurons in zip(plain.layers, policy.core.layers, strict=True):
+        keys, matrices = neurons.keys_and_matrices()
+        layer.keys.copy_(keys)
+        layer.A.copy_(matrices)
+        layer.b.copy_(neurons.bias)
+        layer.predictor_A.copy_(neurons.predictor_h.view_as(layer.predictor_A))
+        layer.predictor_b.copy_(neurons.predictor_bias)
+    plain.action_keys.copy_(policy.actor.keys)
+    plain.action_predictor_A.copy_(policy.actor.predictor_A)
+    plain.action_predictor_b.copy_(policy.actor.predictor_bias)
+    plain.pixels.copy_(policy.core.pixels)
+    plain.parents.copy_(policy.core.parents)
+
+
+def test_the_same_numbers_on_the_bandit() -> None:
+    sizes = {"num_layers": 3, "num_neurons": 12, "neuron_size": 4, "num_parents": 3, "num_slots": 2}
+    policy = make_policy("sparse_mlp", 784, 9, **sizes)
+    plain = plain_mnist.SparseMLP(layers=3, neurons=12, size=4, parents=3, slots=2)
+    copy_feed_forward(plain, policy)
+    optimizers = make_optimizers(policy, 5e-3, 5e-3)
+    plain_optimizers = plain_mnist.make_optimizers(plain, 5e-3, 5e-3)
+    rollout = Rollout(make_vector("mnist_bandit", 16), policy, seed=0)
+    settings = UpdateSettings(
+        entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True
+    )
+    for _ in range(4):
+        batch = rollout.collect()
+        metrics = update(policy, optimizers, batch, settings)
+        one_step = (batch.observations[0], batch.actions[0], batch.rewards[0])
+        loss = plain_mnist.update(plain, plain_optimizers, *one_step)
+        assert metrics["policy_loss"] == pytest.approx(loss, rel=1e-4)
+    for layer, neurons in zip(plain.layers, policy.core.layers, strict=True):
+        torch.testing.assert_close(layer.lam, neurons.mixing_weight, rtol=1e-3, atol=1e-4)
+    reward = plain_mnist.evaluate(plain, *one_step[:2])
+    assert 0 <= reward <= 1

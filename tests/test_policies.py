@@ -23,7 +23,10 @@ SMALL = {
     "lstm": {"hidden_size": 8},
     "mlp": {"hidden_size": 8},
     "sparsenet": {"num_neurons": 8, "num_parents": 3, "num_input_neurons": 4},
+    "dense": {"hidden_size": 8},
+    "sparse_mlp": {"num_neurons": 8, "neuron_size": 2, "num_parents": 2},
 }
+SPARSE = ("sparsenet", "sparse_mlp")
 
 
 def small(name: str, **settings: object) -> torch.nn.Module:
@@ -64,10 +67,11 @@ def test_the_seed_decides_everything(name: str) -> None:
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_seed_gives_backprop_and_sgprop_the_same_network() -> None:
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_seed_gives_backprop_and_sgprop_the_same_network(name: str) -> None:
     sgprop, backprop = (
-        small("sparsenet", seed=3),
-        small("sparsenet", seed=3, propagation="backprop"),
+        small(name, seed=3),
+        small(name, seed=3, propagation="backprop"),
     )
     state = sgprop.state_dict()
     for key, value in backprop.state_dict().items():
@@ -143,12 +147,52 @@ def test_published_sizes_and_initial_values() -> None:
     )
 
 
+def test_published_sizes_of_the_bandits_policies() -> None:
+    """2,818,000 policy parameters with nine actions; the dense network within 4,000 of it."""
+    sparse, dense = make_policy("sparse_mlp", 784, 9), make_policy("dense", 784, 9)
+    count = sum(p.numel() for p in policy_parameters(sparse))
+    assert count == 2_818_000
+    assert abs(sum(p.numel() for p in dense.parameters()) - count) <= 4_000
+    expected = {"keys": 50, "predictor_A": 2000, "predictor_bias": 2000}
+    for name, inputs in expected.items():
+        assert getattr(sparse.actor, name).std().item() == pytest.approx(inputs**-0.5, rel=0.2)
+    for neurons in sparse.core.layers:
+        assert (neurons.mixing_weight == 0.9).all()
+        for name in ("weight_h", "bias", "predictor_h", "predictor_bias"):
+            assert getattr(neurons, name).std().item() == pytest.approx(50**-0.5, rel=0.05)
+    assert sparse.core.pixels.shape == (200, 50)
+    assert all(len(set(row.tolist())) == 50 for row in sparse.core.pixels)
+    assert sparse.core.parents.shape == (4, 200, 5)
+    assert [layer.in_features for layer in dense.core[::2]] == [784, 745, 745, 745, 745]
+    for layer in (*dense.core[::2], dense.actor):
+        spread = (2 / (layer.in_features + layer.out_features)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_feed_forward_policies_pass_over_masked_steps() -> None:
+    """A batch with padding trains as the same samples without it."""
+    observations, mask = torch.randn(4, 3, 5), torch.rand(4, 3) < 0.6
+    policies = [small("sparse_mlp", value_head=True) for _ in range(2)]
+    padded = policies[0](observations, mask=mask)
+    plain = policies[1](observations[mask].unsqueeze(0))
+    assert torch.equal(padded.logits[mask], plain.logits[0])
+    assert torch.equal(padded.values[mask], plain.values[0])
+    assert not padded.logits[~mask].any()
+    for output in (padded, plain):
+        (output.logits.square().sum() + output.values.sum()).backward()
+    for one, other in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    weights = [policy.core.layers[2].mixing_weight for policy in policies]
+    assert torch.equal(*weights)
+
+
 def test_parameters_are_split() -> None:
     policy = small("sparsenet")
     split = policy_parameters(policy) + predictor_parameters(policy)
     assert {id(p) for p in split} == {id(p) for p in policy.parameters()}
     assert len(predictor_parameters(policy)) == 3
-    for name in ("gru", "lstm", "mlp"):
+    for name in ("gru", "lstm", "mlp", "dense"):
         assert predictor_parameters(small(name)) == []
         assert mixing_statistics(small(name)) == {}
     assert predictor_parameters(small("sparsenet", propagation="backprop")) == []

@@ -1,6 +1,7 @@
 """`Reinforce` on RLlib: the plain loop's numbers, determinism, exact restore, remote actors."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import POLICIES, make_policy
+from sgrl.nn.policies import make_policy
 from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig
@@ -33,11 +34,27 @@ SPARSE = {
 MODELS = {
     **{
         name: {"policy": name, "feature_size": 16, "embedding_size": 16, "hidden_size": 16}
-        for name in POLICIES
-        if name != "sparsenet"
+        for name in ("gru", "lstm", "mlp")
     },
     "sgprop": SPARSE,
     "backprop": {**SPARSE, "propagation": "backprop"},
+    "dense": {"policy": "dense", "num_layers": 2, "hidden_size": 16},
+    "feed-forward": {
+        "policy": "sparse_mlp",
+        "num_layers": 3,
+        "num_neurons": 8,
+        "neuron_size": 3,
+        "num_parents": 3,
+        "num_slots": 2,
+    },
+}
+BANDIT = {
+    "lr": 5e-3,
+    "predictor_lr": 5e-3,
+    "entropy_coeff": 0.0,
+    "grad_clip": None,
+    "normalize_returns": False,
+    "two_phase": True,
 }
 
 
@@ -138,6 +155,60 @@ def test_restored_from_any_checkpoint_continues_exactly(dtype: str, tmp_path: Pa
     algorithm.stop()
 
 
+def bandit(seed: int = 5, **training: Any) -> ReinforceConfig:
+    return (
+        ReinforceConfig()
+        .environment("mnist_bandit")
+        .env_runners(num_envs_per_env_runner=16)
+        .rl_module(model_config=MODELS["feed-forward"])
+        .training(**BANDIT, **training)
+        .debugging(seed=seed)
+    )
+
+
+def test_bandit_iterations_end_at_evaluation_points(tmp_path: Path) -> None:
+    """Updates spread over iterations, each with an evaluation; restored from between, exactly."""
+    config = bandit(total_updates=10, total_iterations=4).evaluation(
+        evaluation_interval=1,
+        evaluation_duration=100,
+        evaluation_config={"num_envs_per_env_runner": 50},
+    )
+    algorithm = config.build_algo()
+    results = rows(algorithm, 2)
+    assert [row["env_steps"] for row in results] == [16, 4 * 16]
+    algorithm.save_to_path(tmp_path)
+    results += rows(algorithm, 3)
+    # Beyond the planned end the spacing stays.
+    assert [row["env_steps"] / 16 for row in results] == [1, 4, 7, 10, 13]
+    assert all(0 <= row["eval_reward"] <= 1 for row in results)
+    final = learner_state(algorithm)
+    algorithm.stop()
+    restored = Reinforce.from_checkpoint(tmp_path)
+    assert rows(restored, 3) == results[2:]
+    assert_same(learner_state(restored), final)
+    other = bandit(seed=6, total_updates=10, total_iterations=4).build_algo()
+    assert rows(other, 1)[0]["policy_loss"] != results[0]["policy_loss"]
+    # Without runners of its own, an evaluation still sees test images and unflipped rewards.
+    metrics = other.evaluate()["env_runners"]
+    assert metrics["success_rate"] == metrics["episode_return_mean"]
+    other.stop()
+    restored.stop()
+
+    env = make_vector("mnist_bandit", 16)
+    arguments = {k: v for k, v in MODELS["feed-forward"].items() if k != "policy"}
+    policy = make_policy("sparse_mlp", 784, 9, seed=5, **arguments)
+    settings = UpdateSettings(
+        entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True
+    )
+    plain = list(train(policy, env, 13, lr=5e-3, predictor_lr=5e-3, seed=5, settings=settings))
+    for name in ("policy_loss", "predictor_loss", "grad_norm", "success_rate"):
+        mean = sum(row[name] for row in plain[4:7]) / 3
+        assert results[2][name] == pytest.approx(mean, rel=1e-12)
+    assert results[-1]["layer2_mixing_weight_p25"] == plain[-1]["layer2_mixing_weight_p25"]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(final[f"policy/{name}"], value), name
+
+
 def test_state_in_memory_is_a_copy() -> None:
     algorithm = config().build_algo()
     rows(algorithm, 1)
@@ -230,16 +301,20 @@ def test_evaluation_neither_disturbs_training_nor_sees_its_mazes() -> None:
         config().evaluation(evaluation_interval=2, evaluation_duration=2 * NUM_ENVS).build_algo()
     )
     results = [evaluated.train() for _ in range(4)]
+    metrics = results[-1]["evaluation"]["env_runners"]
+    rewards = [result["sgrl"].pop("eval_reward", None) for result in results]
+    assert rewards == [None, rewards[1], None, pytest.approx(metrics["episode_return_mean"])]
     assert [result["sgrl"] for result in results] == expected
     assert "evaluation" not in results[0]
-    metrics = results[-1]["evaluation"]["env_runners"]
     assert metrics["num_episodes"] == 2 * NUM_ENVS
     # The same mazes each time, also on the training runner of an algorithm without evaluation.
     for algorithm in (evaluated, plain):
         again = algorithm.evaluate()["env_runners"]
         for name in ("success_rate", "episode_return_mean", "episode_len_mean"):
             assert again[name] == metrics[name]
-    assert rows(plain, 2) == rows(evaluated, 2)
+    assert rows(plain, 2) == [
+        {k: v for k, v in row.items() if k != "eval_reward"} for row in rows(evaluated, 2)
+    ]
 
     runner = plain.env_runner
     first = runner.sample(num_episodes=1)[0].observations[0].numpy()
@@ -282,6 +357,14 @@ def test_stock_ppo_trains_the_module() -> None:
         ("training", {"grad_clip": -0.5}, "grad_clip must be"),
         ("training", {"entropy_coeff": float("nan")}, "entropy_coeff must be"),
         ("training", {"normalize_returns": 1}, "normalize_returns must be true or false"),
+        ("training", {"two_phase": 1}, "two_phase must be true or false"),
+        ("training", {"two_phase": True}, "two_phase must be false for the policy 'sparsenet'"),
+        ("training", {"total_updates": 9}, "total_updates and total_iterations belong together"),
+        (
+            "training",
+            {"total_updates": 9, "total_iterations": 10},
+            "total_iterations must be from 2 to total_updates (9), got 10",
+        ),
         ("learners", {"num_learners": 2}, "num_learners must be 0 or 1, got 2"),
         ("env_runners", {"num_envs_per_env_runner": 0}, "`num_envs_per_env_runner`"),
         ("environment", {"env": "labyrinth_escpe"}, "labyrinth_escape"),
@@ -298,7 +381,7 @@ def test_bad_settings_are_refused_in_one_line(
     section: str, settings: dict[str, Any], message: str
 ) -> None:
     bad = ReinforceConfig().environment("labyrinth_escape")
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         getattr(bad, section)(**settings).build_algo()
     assert "\n" not in str(error.value)
 

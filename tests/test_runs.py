@@ -11,11 +11,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sgrl.analysis.figures import COLOURS, method_styles, success_curves
+from sgrl.analysis.figures import COLOURS, learning_curves, method_styles
 from sgrl.analysis.report import write_comparison
 from sgrl.analysis.runs import ResultsError, load_curves, load_trials
 from sgrl.analysis.statistics import best_learning_rates, compare_methods
-from sgrl.tuning.metrics import append_row, area_under_curve, final_success_rate, read_metrics
+from sgrl.tuning.metrics import append_row, read_metrics, score
 
 
 def write_results(directory, iterations=12):
@@ -78,8 +78,10 @@ def test_trials_and_curves(results):
     for row in trials.itertuples():
         # The same numbers as summary.csv's, computed by the sweep.
         metrics = read_metrics(results / row.trial / "metrics.csv")
-        assert row.final_success_rate == pytest.approx(final_success_rate(metrics), rel=1e-12)
-        assert row.auc == pytest.approx(area_under_curve(metrics), rel=1e-12)
+        measure, final, auc = score(metrics)
+        assert measure == "success_rate"
+        assert row.final_success_rate == pytest.approx(final, rel=1e-12)
+        assert row.auc == pytest.approx(auc, rel=1e-12)
         curve = curves[curves["trial"] == row.trial]
         assert list(curve["success_rate"]) == [row["success_rate"] for row in metrics]
 
@@ -168,7 +170,7 @@ def test_a_method_has_one_colour_in_all_figures():
 def test_figure_without_any_results_yet(results, tmp_path):
     for path in results.glob("*/metrics.csv"):
         path.unlink()
-    path = success_curves(load_trials(results), load_curves(results), tmp_path / "empty.png")
+    path = learning_curves(load_trials(results), load_curves(results), tmp_path / "empty.png")
     assert path.is_file()
 
 

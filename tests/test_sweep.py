@@ -52,7 +52,7 @@ def make_experiment(path, methods=("sparsenet_sgprop", "gru"), **changes):
             "environment": environment,
             "env_runners": {"num_envs_per_env_runner": 4},
         },
-        "methods": {name: METHODS[name] for name in methods},
+        "methods": methods if isinstance(methods, dict) else {n: METHODS[n] for n in methods},
         "seeds": [0, 1],
         "stop": {"training_iteration": 5},
         "checkpoint": {"every": 2, "keep": 2},
@@ -291,6 +291,51 @@ def test_any_rllib_algorithm_is_a_trial(tmp_path, ray_session):
         assert metrics[["policy_loss", "entropy"]].notna().all(axis=None)
         newest, _ = newest_valid_checkpoint(directory / trial / "checkpoints")
         assert (newest / "policy.safetensors").is_file()
+
+
+def test_a_sweep_of_bandits_resumes_exactly(tmp_path, ray_session):
+    model = {"policy": "sparse_mlp", "num_layers": 2, **SPARSE}
+    training = {
+        "entropy_coeff": 0.0,
+        "grad_clip": None,
+        "normalize_returns": False,
+        "two_phase": True,
+        "total_updates": 13,
+        "total_iterations": 4,
+    }
+    experiment = make_experiment(
+        tmp_path / "bandit.yaml",
+        config={
+            "environment": {"env": "mnist_bandit", "env_config": {"classes": [0, 1, 7]}},
+            "env_runners": {"num_envs_per_env_runner": 8},
+            "training": training,
+            "evaluation": {
+                "evaluation_interval": 1,
+                "evaluation_duration": 60,
+                "evaluation_config": {"num_envs_per_env_runner": 60},
+            },
+        },
+        methods={"sparse": {"model": model}},
+        stop={"training_iteration": 4},
+        checkpoint={"every": 1, "keep": 3},
+    )
+    directory = run_sweep(experiment, tmp_path, "bandit")
+    table = summary(directory)
+    assert set(table["state"]) == {"completed"}
+    assert ((table["final_eval_reward"] >= 0) & (table["final_eval_reward"] <= 1)).all()
+    metrics = pd.read_csv(directory / "sparse_seed=0" / "metrics.csv")
+    assert list(metrics["env_steps"]) == [8, 40, 72, 104]
+    assert metrics["eval_reward"].notna().all()
+    assert metrics["layer1_mixing_weight_median"].notna().all()
+    assert (directory / "sparse_seed=0" / "checkpoints" / "000004" / "policy.json").is_file()
+
+    before = metrics_without_times(directory)
+    assert before["sparse_seed=0"] != before["sparse_seed=1"]
+    for name in ("000003", "000004"):
+        (directory / "sparse_seed=0" / "checkpoints" / name / "policy.json").unlink()
+    shutil.rmtree(directory / "sparse_seed=1")
+    resume_sweep(directory)
+    assert metrics_without_times(directory) == before
 
 
 def test_folders_that_cannot_be_used(copied, tmp_path, monkeypatch):

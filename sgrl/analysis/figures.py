@@ -12,7 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from sgrl.analysis.statistics import best_learning_rates, compare_methods, learning_rate_columns
+from sgrl.analysis.statistics import (
+    best_learning_rates,
+    compare_methods,
+    learning_rate_columns,
+    measure_of,
+)
+from sgrl.tuning.metrics import MEASURE_NAMES
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey print.
 COLOURS = {
@@ -40,8 +46,9 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Path:
-    """Success rate against environment steps: mean over seeds, with a band of one SEM.
+def learning_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Path:
+    """Success rate, or test reward, against environment steps: mean over seeds, with a band of
+    one SEM.
 
     One panel for each combination of swept values other than learning rates; of several learning
     rates each method shows the one with the highest mean AUC. Failed trials are left out, and a
@@ -55,7 +62,7 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
     Returns:
         `path`.
     """
-    swept = trials.attrs.get("swept", [])
+    swept, measure = trials.attrs.get("swept", []), measure_of(trials)
     rates = learning_rate_columns(swept)
     shown = best_learning_rates(compare_methods(trials))
     others = [name for name in swept if name not in rates]
@@ -70,7 +77,7 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
         axis.set_axis_off()
     for axis, (values, panel) in zip(axes.flat, panels, strict=False):
         for _, row in panel.iterrows():
-            lines = _curves_of(curves, row, ["method", *swept])
+            lines = _curves_of(curves, measure, row, ["method", *swept])
             if lines.empty:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
@@ -84,7 +91,7 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
         if axis.lines:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
-        axis.set_ylabel("success rate")
+        axis.set_ylabel(MEASURE_NAMES[measure])
     note = "mean over seeds, band: one SEM"
     if rates:
         note += "; each method at its learning rate with the highest mean AUC"
@@ -96,14 +103,14 @@ def success_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Pa
     return path
 
 
-def _curves_of(curves: pd.DataFrame, row: pd.Series, keys: list[str]) -> pd.DataFrame:
-    """Success rate of one method and point: index mean env_steps, one column a trial."""
+def _curves_of(curves: pd.DataFrame, measure: str, row: pd.Series, keys: list[str]) -> pd.DataFrame:
+    """The measure of one method and point: index mean env_steps, one column a trial."""
     if curves.empty:
         return pd.DataFrame()
     same = curves["state"] != "failed"
     for key in keys:
         same &= (curves[key] == row[key]) | (curves[key].isna() & pd.isna(row[key]))
-    wide = curves[same].pivot_table(index="iteration", columns="trial", values="success_rate")
+    wide = curves[same].pivot_table(index="iteration", columns="trial", values=measure)
     # Seeds of an algorithm that samples whole episodes differ a little in their steps.
     steps = curves[same].groupby("iteration")["env_steps"].mean()
     wide.index = steps.reindex(wide.index)

@@ -8,14 +8,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import success_curves
+from sgrl.analysis.figures import learning_curves
 from sgrl.analysis.runs import load_curves, load_trials
-from sgrl.analysis.statistics import compare_methods
+from sgrl.analysis.statistics import compare_methods, measure_of
+from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
 def write_comparison(directory: str | Path, console: Console | None = None) -> pd.DataFrame:
     """Compare the methods of a sweep: print the table, and write `comparison.csv` and
-    `figures/success_rate.png` into its folder.
+    `figures/success_rate.png` (or `figures/eval_reward.png`) into its folder.
 
     Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
     """
@@ -24,8 +25,13 @@ def write_comparison(directory: str | Path, console: Console | None = None) -> p
     trials, curves = load_trials(directory), load_curves(directory)
     comparison = compare_methods(trials)
     comparison.to_csv(directory / "comparison.csv", index=False)
-    figure = success_curves(trials, curves, directory / "figures" / "success_rate.png")
-    console.print("Success rate of the last 5 batches, and AUC: mean ± SEM over completed trials")
+    measure = measure_of(trials)
+    figure = learning_curves(trials, curves, directory / "figures" / f"{measure}.png")
+    last = {"success_rate": f"the last {MEASURES['success_rate']} batches"}
+    console.print(
+        f"{MEASURE_NAMES[measure].capitalize()} of {last.get(measure, 'the last evaluation')}, and "
+        "AUC: mean ± SEM over completed trials"
+    )
     console.print(comparison_table(comparison))
     for trial in trials[trials["state"] == "failed"].itertuples():
         line = f"failed: {trial.trial} at iteration {trial.iterations}, {trial.reason}"
@@ -45,14 +51,15 @@ def comparison_table(comparison: pd.DataFrame) -> Table:
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for name in [*swept, *counts, "success rate", "AUC"]:
+    measure = measure_of(comparison)
+    for name in [*swept, *counts, MEASURE_NAMES[measure], "AUC"]:
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.to_dict("records"):
         table.add_row(
             row["method"],
             *("" if pd.isna(row[name]) else _plain(row[name]) for name in swept),
             *(str(row[name]) for name in counts),
-            _mean_and_sem(row["final_success_rate"], row["final_success_rate_sem"]),
+            _mean_and_sem(row[f"final_{measure}"], row[f"final_{measure}_sem"]),
             _mean_and_sem(row["auc"], row["auc_sem"]),
         )
     return table

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from sgrl.tuning.metrics import COLUMNS, area_under_curve, final_success_rate, read_metrics
+from sgrl.tuning.metrics import COLUMNS, read_metrics, score
 
 
 class ResultsError(ValueError):
@@ -22,30 +22,36 @@ def load_trials(directory: str | Path) -> pd.DataFrame:
     """One row a trial, in the experiment's order.
 
     Columns: trial, method, one for each swept value, seed, state (pending, running, completed,
-    failed), iterations, final_success_rate (mean over the last five batches), auc (area under
-    success rate against environment steps, trapezoid, divided by their span), reason (of a
-    failure). `attrs["swept"]` lists the swept columns.
+    failed), iterations, final_success_rate (mean over the last five batches) or, where trials
+    evaluate, final_eval_reward (of the last evaluation), auc (area under that measure against
+    environment steps, trapezoid, divided by their span), reason (of a failure). `attrs["swept"]`
+    lists the swept columns, `attrs["measure"]` is "success_rate" or "eval_reward".
 
     Raises ResultsError where the folder holds no trial.
     """
-    rows, swept = [], {}
+    rows, swept, measures = [], {}, set()
     for folder, config in _trial_folders(Path(directory)):
         status, metrics = _read_status(folder), read_metrics(folder / "metrics.csv")
         swept.update(dict.fromkeys(config["swept"]))
+        measure, final, auc = score(metrics)
+        measures.add(measure)
         rows.append(
             _labels(config)
             | {
                 "seed": config["seed"],
                 "state": status.get("state", "pending"),
                 "iterations": len(metrics),
-                "final_success_rate": final_success_rate(metrics),
-                "auc": area_under_curve(metrics),
+                "final": final,
+                "auc": auc,
                 "reason": status.get("reason", ""),
             }
         )
-    columns = ["seed", "state", "iterations", "final_success_rate", "auc", "reason"]
+    columns = ["seed", "state", "iterations", "final", "auc", "reason"]
     trials = pd.DataFrame(rows)[["trial", "method", *swept, *columns]]
     trials.attrs["swept"] = list(swept)
+    measure = "eval_reward" if "eval_reward" in measures else "success_rate"
+    trials.attrs["measure"] = measure
+    trials = trials.rename(columns={"final": f"final_{measure}"})
     return trials
 
 
@@ -73,7 +79,8 @@ def load_curves(directory: str | Path) -> pd.DataFrame:
 
 def metrics_frame(path: Path) -> pd.DataFrame:
     """A trial's metrics.csv as a frame; no file is an empty one."""
-    return pd.DataFrame(read_metrics(path), columns=list(COLUMNS))
+    rows = read_metrics(path)
+    return pd.DataFrame(rows, columns=list(rows[0]) if rows else list(COLUMNS))
 
 
 def _trial_folders(directory: Path) -> list[tuple[Path, dict[str, Any]]]:

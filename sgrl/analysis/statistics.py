@@ -18,8 +18,9 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a method and swept point, in the order of `trials`: method, the swept columns,
         trials (completed ones, over which the means are), failed, final_success_rate,
-        final_success_rate_sem, auc, auc_sem.
+        final_success_rate_sem, auc, auc_sem (final_eval_reward where trials are judged by that).
     """
+    final = f"final_{measure_of(trials)}"
     swept = trials.attrs.get("swept", [])
     rows = []
     for key, group in trials.groupby(["method", *swept], sort=False, dropna=False):
@@ -27,13 +28,18 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(["method", *swept], key, strict=True))
         row["trials"] = len(completed)
         row["failed"] = int((group["state"] == "failed").sum())
-        for measure in ("final_success_rate", "auc"):
+        for measure in (final, "auc"):
             row[measure] = completed[measure].mean()
             row[f"{measure}_sem"] = sem(completed[measure])
         rows.append(row)
     comparison = pd.DataFrame(rows)
-    comparison.attrs["swept"] = swept
+    comparison.attrs = {"swept": swept, "measure": measure_of(trials)}
     return comparison
+
+
+def measure_of(frame: pd.DataFrame) -> str:
+    """What the trials of a frame are judged by: "success_rate" or "eval_reward"."""
+    return frame.attrs.get("measure", "success_rate")
 
 
 def best_learning_rates(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -53,7 +59,7 @@ def best_learning_rates(comparison: pd.DataFrame) -> pd.DataFrame:
     others = ["method", *(name for name in swept if name not in rates)]
     ranked = comparison.sort_values(["auc", *rates], ascending=[False, *(True for _ in rates)])
     best = ranked.groupby(others, sort=False, dropna=False).head(1).sort_index()
-    best.attrs["swept"] = swept
+    best.attrs = comparison.attrs
     return best
 
 

@@ -3,20 +3,24 @@
 import copy
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
 
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
+from sgrl.envs.mnist import Report, fetch
+from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
 from sgrl.envs.vector import PythonVectorEnv, VectorEnv
 
 __all__ = [
     "ENVIRONMENTS",
     "EnvEntry",
     "VectorEnv",
+    "evaluation_config",
     "make_single",
     "make_vector",
+    "prepare",
     "validate_env_config",
 ]
 
@@ -29,14 +33,20 @@ class EnvEntry:
         defaults: every key its env_config may hold, with the default. All are keyword arguments
             of `single` and `vector`, so a key is declared here and nowhere else.
         single: builds one gymnasium environment.
-        vector: builds the vectorised environment; its first argument is num_envs.
+        vector: the `VectorEnv` class of the vectorised environment; its first argument is
+            num_envs.
         check: raises ValueError (one line, naming the key) on an impossible value.
+        evaluation: settings in which evaluation differs from training.
+        prepare: fetches what the environment needs, once, before many processes build it; raises
+            an error whose message is one line.
     """
 
     defaults: Mapping[str, Any]
     single: Callable[..., gym.Env]
-    vector: Callable[..., VectorEnv]
+    vector: Any
     check: Callable[[Mapping[str, Any]], None]
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Mapping[str, Any], Report], object] | None = None
 
 
 def _is_int(value: Any) -> bool:
@@ -66,6 +76,23 @@ def _check_labyrinth(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_bandit(config: Mapping[str, Any]) -> None:
+    classes, p_flip = config["classes"], config["p_flip"]
+    if (
+        not isinstance(classes, list | tuple)
+        or not all(_is_int(digit) and 0 <= digit <= 9 for digit in classes)
+        or len(set(classes)) != len(classes)
+        or len(classes) < 2
+    ):
+        raise ValueError(f"classes must be at least two different digits, got {classes!r}")
+    if isinstance(p_flip, bool) or not isinstance(p_flip, int | float) or not 0 <= p_flip <= 1:
+        raise ValueError(f"p_flip must be a number from 0 to 1, got {p_flip!r}")
+    if config["split"] not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {config['split']!r}")
+    if not isinstance(config["data_dir"], str | None):
+        raise ValueError(f"data_dir must be a folder's name, got {config['data_dir']!r}")
+
+
 ENVIRONMENTS: dict[str, EnvEntry] = {
     "labyrinth_escape": EnvEntry(
         defaults={"maze_dims": [6, 6], "episode_length": 80},
@@ -78,6 +105,19 @@ ENVIRONMENTS: dict[str, EnvEntry] = {
         single=make_explore,
         vector=VectorExplore,
         check=_check_labyrinth,
+    ),
+    "mnist_bandit": EnvEntry(
+        defaults={
+            "classes": list(PUBLISHED_CLASSES),
+            "p_flip": 0.4,
+            "split": "train",
+            "data_dir": None,
+        },
+        single=MNISTBanditEnv,
+        vector=VectorMNISTBandit,
+        check=_check_bandit,
+        evaluation={"split": "test", "p_flip": 0.0},
+        prepare=lambda config, report: fetch(config["data_dir"], report),
     ),
 }
 
@@ -125,6 +165,27 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     return config
 
 
+def evaluation_config(env: str, env_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings under which a policy trained with `env_config` is evaluated."""
+    return {**(env_config or {}), **ENVIRONMENTS[env].evaluation}
+
+
+def prepare(env: str, env_config: Mapping[str, Any] | None, report: Report) -> None:
+    """Fetch what an environment needs, once, before many processes build it.
+
+    Args:
+        env: a name in `ENVIRONMENTS`.
+        env_config: its settings.
+        report: told of progress; see `sgrl.envs.mnist`.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    entry = ENVIRONMENTS[env]
+    if entry.prepare is not None:
+        entry.prepare(validate_env_config(env, env_config), report)
+
+
 def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.Env:
     """One gymnasium environment with flat observations, its random state kept to itself.
 
@@ -145,7 +206,10 @@ def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = 
     config = validate_env_config(env, env_config)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    vector = ENVIRONMENTS[env].vector
     if config.pop("vectorized"):
-        return ENVIRONMENTS[env].vector(num_envs, **config)
+        return vector(num_envs, **config)
     singles = [make_single(env, config) for _ in range(num_envs)]
-    return PythonVectorEnv(singles, config["episode_length"])
+    # Without that setting an environment's episodes have one step.
+    length = config.get("episode_length", 1)
+    return PythonVectorEnv(singles, length, vector.seed_spacing)

@@ -23,19 +23,23 @@ class VectorEnv(ABC):
         episode_length: configured length T; every episode ends within T steps.
         observation_size: F, length of a flat observation.
         num_actions: number of discrete actions.
+        seed_spacing: distance between the environment seeds of neighbouring run seeds. The
+            published labyrinths have 1: run s + 1 starts with all but the first maze of run s.
     """
 
     num_envs: int
     episode_length: int
     observation_size: int
     num_actions: int
+    seed_spacing: int = 1
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Observations:
         """Start one episode in every environment.
 
         Args:
-            seeds: B integers in [0, 2**32), environment e's episode is a function of seeds[e].
+            seeds: B integers in [0, seed_spacing * 2**32), environment e's episode is a function
+                of seeds[e].
 
         Returns:
             First observations, float32 [B, F].
@@ -68,12 +72,15 @@ class PythonVectorEnv(VectorEnv):
     """Gymnasium environments with flat Box observations stepped one by one.
 
     Args:
-        envs: B environments of one kind.
+        envs: B environments of one kind. One that terminates without success says so with
+            "success" in its info.
         episode_length: their configured length T.
+        seed_spacing: see `VectorEnv`.
     """
 
-    def __init__(self, envs: Sequence[gym.Env], episode_length: int) -> None:
+    def __init__(self, envs: Sequence[gym.Env], episode_length: int, seed_spacing: int = 1) -> None:
         self.envs = list(envs)
+        self.seed_spacing = seed_spacing
         self.num_envs = len(self.envs)
         self.episode_length = episode_length
         self.observation_size = self.envs[0].observation_space.shape[0]
@@ -93,8 +100,10 @@ class PythonVectorEnv(VectorEnv):
         terminated = np.zeros(self.num_envs, bool)
         truncated = np.zeros(self.num_envs, bool)
         for e in np.flatnonzero(~self._finished):
-            self._observations[e], rewards[e], terminated[e], truncated[e], _ = self.envs[e].step(
+            self._observations[e], rewards[e], ended, truncated[e], info = self.envs[e].step(
                 int(actions[e])
             )
+            terminated[e] = ended and info.get("success", True)
+            truncated[e] |= ended and not terminated[e]
         self._finished |= terminated | truncated
         return self._observations.copy(), rewards, terminated, truncated

@@ -7,9 +7,10 @@ Here are the mixture, its schedule over time in BPTT (`temporal_schedule`), and 
 the best lambda from one batch (`estimate_mixing_weight`). Source: the paper, Sections 4 and H.2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class MixingRule:
         eps: the estimate is used only where its denominator exceeds this.
         positive_projection: mix max(<g, s>, 0) s / |s|^2 instead of s.
         predictor_target: what the predictor regresses on: the "mixed" gradient or the "received".
+        phase: what a backward pass is for (see `backward_phase`).
     """
 
     adaptive: bool = True
@@ -41,11 +43,51 @@ class MixingRule:
     eps: float = 1e-12
     positive_projection: bool = False
     predictor_target: Literal["mixed", "received"] = "mixed"
+    phase: Literal["joint", "predictor", "policy"] = "joint"
 
     @property
     def updates(self) -> bool:
         """Whether a backward pass changes lambda."""
-        return self.adaptive and self.update_enabled
+        return self.adaptive and self.update_enabled and self.phase != "predictor"
+
+
+@contextmanager
+def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> Iterator[None]:
+    """Backward passes inside serve one half of the two-phase update (paper, Section H.3).
+
+    "predictor": only the predictors' gradients are made, and lambda is left alone; "policy": all
+    others are made, and lambda is updated. Outside, one backward pass does both ("joint").
+
+    Args:
+        module: all layers inside it that mix predictions are concerned.
+        phase: of the two.
+    """
+    rules = [m.rule for m in module.modules() if isinstance(getattr(m, "rule", None), MixingRule)]
+    try:
+        for rule in rules:
+            rule.phase = phase
+        yield
+    finally:
+        for rule in rules:
+            rule.phase = "joint"
+
+
+def check_mixing(settings: Mapping[str, Any]) -> None:
+    """Check the settings that a layer passes on to its rule.
+
+    Raises:
+        ValueError: one line that names the setting.
+    """
+    for name, choices in (
+        ("propagation", ("backprop", "sgprop")),
+        ("predictor_target", ("mixed", "received")),
+    ):
+        if settings[name] not in choices:
+            known = " or ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{name} must be {known}, got {settings[name]!r}")
+    for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
+        if name in settings and not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
 
 
 def temporal_schedule(mixing_weight: Tensor, parents: Tensor, length: int, beta: float) -> Tensor:

@@ -48,11 +48,14 @@ class SlotNeurons(nn.Module):
         predictor_std: standard deviation of the predictor's initial weights and biases.
         mixing_weight: initial lambda of every neuron, in [0, 1].
         generator: source of the initial weights, a CPU generator.
+        predictor_generator: source of the predictor's, so that with and without predictors a seed
+            gives the same network.
 
     Shapes:
         weight_h [W, M + M*N, P*N], weight_x [num_input_neurons, M + M*N, E], bias [W, M, N],
         predictor_h [W, M*N, P*N], predictor_x [num_input_neurons, M*N, E],
-        predictor_bias [W, M, N], mixing_weight [W] (a persistent buffer).
+        predictor_bias [W, M, N], mixing_weight [W] (a persistent buffer). Without external input
+        there is neither weight_x nor predictor_x.
     """
 
     mixing_weight: Tensor
@@ -69,6 +72,7 @@ class SlotNeurons(nn.Module):
         predictor_std: float = 0.0,
         mixing_weight: float = 1.0,
         generator: torch.Generator | None = None,
+        predictor_generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -82,27 +86,41 @@ class SlotNeurons(nn.Module):
         self.scale = 1 / math.sqrt(self.input_size)
         self.has_predictor = predictor
 
-        def normal(*shape: int, std: float) -> nn.Parameter:
-            values = torch.zeros(shape, dtype=dtype)
-            # Zeros draw nothing, so that with and without predictors a seed gives the same network.
-            return nn.Parameter(values.normal_(0.0, std, generator=generator) if std else values)
-
         rows, num_x = num_slots * (1 + neuron_size), self.num_input_neurons
         read = num_parents * neuron_size
-        self.weight_h = normal(num_neurons, rows, read, std=self.scale)
-        self.weight_x = normal(num_x, rows, external_size, std=self.scale)
-        self.bias = normal(num_neurons, num_slots, neuron_size, std=self.scale)
+        shapes: dict[str, tuple[int, ...]] = {"weight_h": (num_neurons, rows, read)}
+        if num_x:
+            shapes["weight_x"] = (num_x, rows, external_size)
+        shapes["bias"] = (num_neurons, num_slots, neuron_size)
+        self._add_normal(shapes, self.scale, generator, dtype)
         if predictor:
             rows = num_slots * neuron_size
-            self.predictor_h = normal(num_neurons, rows, read, std=predictor_std)
-            self.predictor_x = normal(num_x, rows, external_size, std=predictor_std)
-            self.predictor_bias = normal(num_neurons, num_slots, neuron_size, std=predictor_std)
+            shapes = {"predictor_h": (num_neurons, rows, read)}
+            if num_x:
+                shapes["predictor_x"] = (num_x, rows, external_size)
+            shapes["predictor_bias"] = (num_neurons, num_slots, neuron_size)
+            self._add_normal(shapes, predictor_std, predictor_generator, dtype)
         self.register_buffer(
             "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
 
-    def join_columns(self, weight_h: Tensor, weight_x: Tensor) -> Tensor:
+    def _add_normal(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        std: float,
+        generator: torch.Generator | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        for name, shape in shapes.items():
+            values = torch.zeros(shape, dtype=dtype)
+            # Zeros draw nothing.
+            values = values.normal_(0.0, std, generator=generator) if std else values
+            setattr(self, name, nn.Parameter(values))
+
+    def join_columns(self, weight_h: Tensor, weight_x: Tensor | None) -> Tensor:
         """Weights over all I inputs [W, R, I]: zeros where a neuron has no external input."""
+        if weight_x is None:
+            return weight_h
         missing = weight_x.new_zeros(
             self.num_neurons - self.num_input_neurons, weight_h.shape[1], self.external_size
         )
@@ -110,14 +128,14 @@ class SlotNeurons(nn.Module):
 
     def keys_and_matrices(self) -> tuple[Tensor, Tensor]:
         """Keys [W, M, I] and matrices A [W, M, N, I], differentiable views of the parameters."""
-        weight = self.join_columns(self.weight_h, self.weight_x)
+        weight = self.join_columns(self.weight_h, getattr(self, "weight_x", None))
         keys, matrices = weight.split([self.num_slots, weight.shape[1] - self.num_slots], dim=1)
         return keys, matrices.unflatten(1, (self.num_slots, self.neuron_size))
 
     def read(self, states: Tensor, parents: Tensor, external: Tensor | None) -> Tensor:
         """Neuron inputs x [K, W, I] from states [K, S, N], parents [W, P], external [K, E]."""
         read = states[:, parents].flatten(2)
-        if external is None or not self.external_size:
+        if external is None or not self.num_input_neurons:
             return read
         given = external.unsqueeze(1).expand(-1, self.num_input_neurons, -1)
         padding = (0, 0, 0, self.num_neurons - self.num_input_neurons)
@@ -135,7 +153,24 @@ class SlotNeurons(nn.Module):
     def predict(self, activation: Activation) -> Tensor:
         """Synthetic gradient s [K, W, N]; only the predictor's parameters are differentiable."""
         inputs, attention = activation.inputs.detach(), activation.attention.detach()
-        matrices = self.join_columns(self.predictor_h, self.predictor_x)
+        matrices = self.join_columns(self.predictor_h, getattr(self, "predictor_x", None))
         matrices = matrices.unflatten(1, (self.num_slots, self.neuron_size))
         guesses = torch.einsum("kwi,wmni->kwmn", inputs, matrices) + self.predictor_bias
         return torch.einsum("kwm,kwmn->kwn", attention, guesses)
+
+
+#: Added to the seed of a network's weights for that of its predictors.
+_PREDICTOR_SEED_OFFSET = 0x5EED
+
+
+def predictor_generator(generator: torch.Generator | None, part: int = 0) -> torch.Generator | None:
+    """Source of the predictors' initial weights beside that of all others.
+
+    Args:
+        generator: source of the network's other weights; None (torch's global one) gives None.
+        part: of the network; each has a stream of its own.
+    """
+    if generator is None:
+        return None
+    seed = generator.initial_seed() + _PREDICTOR_SEED_OFFSET * 2**16 + part
+    return torch.Generator().manual_seed(seed % 2**32)

@@ -22,8 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels.native import Recorder
-from sgrl.nn.mixing import mixing_summary, split_parameters
+from sgrl.nn.mixing import MixingRule, mixing_summary, split_parameters
+from sgrl.nn.neuron import predictor_generator
 from sgrl.nn.recurrent import SparseRNN
 
 State = dict[str, Tensor]
@@ -44,13 +46,9 @@ class PolicySettings:
     """Settings every policy has.
 
     Attributes:
-        feature_size: length of the encoder's first layer.
-        embedding_size: length of the encoder's output, the core's input.
         value_head: whether the policy also estimates the value of its state.
     """
 
-    feature_size: int = 128
-    embedding_size: int = 128
     value_head: bool = False
 
     def __post_init__(self) -> None:
@@ -67,14 +65,30 @@ class PolicySettings:
             if name.endswith("_size") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    def check_observations(self, observation_size: int) -> None:
+        """Raise ValueError where observations of this length cannot be read."""
+
 
 def _article(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     return names[kind]
 
 
+@dataclass(frozen=True)
+class EncoderSettings(PolicySettings):
+    """Settings of the policies with the published encoder.
+
+    Attributes:
+        feature_size: length of the encoder's first layer.
+        embedding_size: length of the encoder's output, the core's input.
+    """
+
+    feature_size: int = 128
+    embedding_size: int = 128
+
+
 class Policy(nn.Module):
-    """Base of all policies: encoder, core (the subclass's), actor, optional value head.
+    """Base of all policies: encoder, core and actor (the subclass's), optional value head.
 
     Args:
         observation_size: F, length of a flat observation.
@@ -86,6 +100,8 @@ class Policy(nn.Module):
 
     name: ClassVar[str]
     Settings: ClassVar[type[PolicySettings]]
+    #: Whether the backward pass can be run twice, for the two-phase update.
+    two_phase: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -104,15 +120,14 @@ class Policy(nn.Module):
         self.observation_size = observation_size
         self.num_actions = num_actions
         self.settings = settings
-        self.encoder = nn.Sequential(
-            _linear(observation_size, settings.feature_size, generator, dtype),
-            nn.LayerNorm(settings.feature_size, eps=1e-5, elementwise_affine=False),
-            _linear(settings.feature_size, settings.embedding_size, generator, dtype),
-            nn.LeakyReLU(0.01),
-        )
+        self.encoder = self._build_encoder(generator, dtype)
         core_size = self._build_core(generator, dtype)
         self.actor = self._build_actor(core_size, generator, dtype)
         self.value_head = _linear(core_size, 1, generator, dtype) if settings.value_head else None
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        """Make the module between observations [..., F] and the core; none unless overridden."""
+        return nn.Identity()
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         """Make the core's modules and return the length of its output."""
@@ -121,16 +136,8 @@ class Policy(nn.Module):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        logits = nn.utils.skip_init(nn.Linear, 128, self.num_actions, dtype=dtype)
-        nn.init.normal_(logits.weight, std=0.01, generator=generator)
-        nn.init.zeros_(logits.bias)
-        return nn.Sequential(
-            _linear(core_size, 128, generator, dtype),
-            nn.LeakyReLU(0.01),
-            _linear(128, 128, generator, dtype),
-            nn.LeakyReLU(0.01),
-            logits,
-        )
+        """Make the module between the core's output [..., core size] and logits [..., A]."""
+        raise NotImplementedError(f"{type(self).__name__} must build its actor")
 
     def initial_state(self, batch_size: int) -> State:
         """State before the first step: tensors [B, ...] by name, zeros; empty if no memory."""
@@ -217,9 +224,38 @@ def _linear(
     return layer
 
 
+class EncodedPolicy(Policy):
+    """Base of the labyrinths' policies: the published encoder, and a dense actor."""
+
+    settings: EncoderSettings
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        features, embedding = self.settings.feature_size, self.settings.embedding_size
+        return nn.Sequential(
+            _linear(self.observation_size, features, generator, dtype),
+            nn.LayerNorm(features, eps=1e-5, elementwise_affine=False),
+            _linear(features, embedding, generator, dtype),
+            nn.LeakyReLU(0.01),
+        )
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        logits = nn.utils.skip_init(nn.Linear, 128, self.num_actions, dtype=dtype)
+        nn.init.normal_(logits.weight, std=0.01, generator=generator)
+        nn.init.zeros_(logits.bias)
+        return nn.Sequential(
+            _linear(core_size, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            _linear(128, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            logits,
+        )
+
+
 @dataclass(frozen=True)
-class RecurrentSettings(PolicySettings):
-    """Settings of the dense policies.
+class RecurrentSettings(EncoderSettings):
+    """Settings of the labyrinths' dense policies.
 
     Attributes:
         hidden_size: length of the core's output (and, with memory, of its state).
@@ -249,7 +285,7 @@ def _dense_rnn(
     return rnn
 
 
-class GRUPolicy(Policy):
+class GRUPolicy(EncodedPolicy):
     """Dense recurrent baseline: one layer of gated recurrent units."""
 
     name = "gru"
@@ -271,7 +307,7 @@ class GRUPolicy(Policy):
         return features, {"h": h[0]}
 
 
-class LSTMPolicy(Policy):
+class LSTMPolicy(EncodedPolicy):
     """Dense recurrent baseline: one layer of long short-term memory."""
 
     name = "lstm"
@@ -295,7 +331,7 @@ class LSTMPolicy(Policy):
         return features, {"h": h[0], "c": c[0]}
 
 
-class MLPPolicy(Policy):
+class MLPPolicy(EncodedPolicy):
     """Baseline without memory: the core is a linear layer and tanh.
 
     POPGym's mazes can be solved without memory, so a comparison without it misleads.
@@ -319,8 +355,8 @@ class MLPPolicy(Policy):
 
 
 @dataclass(frozen=True)
-class SparseNetSettings(PolicySettings):
-    """Settings of the sparse policy; see `SparseRNN` for what they do.
+class SparseNetSettings(EncoderSettings):
+    """Settings of the recurrent sparse policy; see `SparseRNN` for what they do.
 
     Attributes:
         actor_slots: slots per action of the actor.
@@ -393,10 +429,11 @@ class SlotActor(nn.Module):
         return (scores.softmax(dim=-1) * (values + self.b)).sum(-1)
 
 
-class SparseNetPolicy(Policy):
+class SparseNetPolicy(EncodedPolicy):
     """Recurrent SparseNet, trained by backpropagation or synthetic-gradient propagation."""
 
     name = "sparsenet"
+    two_phase = False
     Settings = SparseNetSettings
     settings: SparseNetSettings
 
@@ -465,8 +502,224 @@ def _versions(policy: Policy) -> list[tuple[int, int]]:
     return [(p.data_ptr(), p._version) for p in policy.parameters()]
 
 
+@dataclass(frozen=True)
+class DenseSettings(PolicySettings):
+    """Settings of the dense feed-forward policy.
+
+    Attributes:
+        num_layers: hidden layers.
+        hidden_size: units of each.
+    """
+
+    num_layers: int = 5
+    hidden_size: int = 745
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
+
+
+class DensePolicy(Policy):
+    """Dense feed-forward baseline of the bandit: tanh layers (paper, Section H.3)."""
+
+    name = "dense"
+    Settings = DenseSettings
+    settings: DenseSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size, layers = self.observation_size, []
+        for _ in range(self.settings.num_layers):
+            layers += [_xavier(size, self.settings.hidden_size, generator, dtype), nn.Tanh()]
+            size = self.settings.hidden_size
+        self.core = nn.Sequential(*layers)
+        return size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return _xavier(core_size, self.num_actions, generator, dtype)
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+
+def _xavier(
+    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
+) -> nn.Linear:
+    """Linear layer with Xavier-normal weights and zero biases."""
+    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
+    nn.init.xavier_normal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@dataclass(frozen=True)
+class SparseMLPSettings(PolicySettings):
+    """Settings of the feed-forward sparse policy; see `SparseMLP` for what they do."""
+
+    num_layers: int = 5
+    num_neurons: int = 200
+    neuron_size: int = 10
+    num_parents: int = 5
+    num_slots: int = 5
+    residual: bool = True
+    propagation: Literal["sgprop", "backprop"] = "sgprop"
+    mixing_weight: float = 0.9
+    adaptive: bool = True
+    mixing_momentum: float = 0.9
+    predictor_target: Literal["received", "mixed"] = "received"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Any input will do here: `check_observations` knows the real one.
+        read = self.num_parents * self.neuron_size
+        SparseMLP.check_settings(input_size=max(read, 1), **self.core_settings())
+
+    def check_observations(self, observation_size: int) -> None:
+        SparseMLP.check_settings(input_size=observation_size, **self.core_settings())
+
+    def core_settings(self) -> dict[str, Any]:
+        """The settings that `SparseMLP` takes, with its names."""
+        settings = dataclasses.asdict(self)
+        del settings["value_head"]
+        return settings
+
+
+class ActionHead(nn.Module):
+    """Each action's logit from one key over the flat state, and a predictor of their gradient.
+
+    logits_a = <h, key_a> / sqrt(H). The prediction of d loss / d logits is
+    sum_a softmax(logits)_a (predictor_A[a]^T h + predictor_bias[a]); it is trained, on the
+    received gradient, and not mixed.
+
+    Shapes: keys [A, H], predictor_A [A, H, A], predictor_bias [A, A]; h [..., H] -> [..., A].
+    Source: the paper, Section H.3.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_actions: int,
+        key_std: float,
+        predictor: bool,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scale = 1 / math.sqrt(input_size)
+        self.keys = nn.Parameter(torch.empty(num_actions, input_size, dtype=dtype))
+        nn.init.normal_(self.keys, std=key_std, generator=generator)
+        self.has_predictor = predictor
+        if predictor:
+            source = predictor_generator(generator, part=1)
+            shape = (num_actions, input_size, num_actions)
+            self.predictor_A = nn.Parameter(torch.empty(shape, dtype=dtype))
+            self.predictor_bias = nn.Parameter(torch.empty(shape[::2], dtype=dtype))
+            for parameter in (self.predictor_A, self.predictor_bias):
+                nn.init.normal_(parameter, std=self.scale, generator=source)
+        self.rule = MixingRule(adaptive=False, predictor_target="received")
+        #: predictor_loss of the last backward pass, mean over samples and actions.
+        self.statistics: dict[str, Tensor] = {}
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits = nn.functional.linear(h, self.keys) * self.scale
+        if self.has_predictor and torch.is_grad_enabled():
+            logits = _PredictGradient.apply(
+                logits, h.detach(), self, self.predictor_A, self.predictor_bias
+            )
+        return logits
+
+
+class _PredictGradient(torch.autograd.Function):
+    """Identity; the gradient it returns for the predictor is that of the predictor's loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, h: Tensor, head: ActionHead, *predictor: Tensor
+    ) -> Tensor:
+        ctx.head = head
+        ctx.save_for_backward(logits.flatten(0, -2), h.flatten(0, -2))
+        return logits.view_as(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        head: ActionHead = ctx.head
+        if head.rule.phase == "policy":
+            return gradient, None, None, None, None
+        logits, h = ctx.saved_tensors
+        routing = logits.softmax(-1)
+        guesses = torch.einsum("bh,ahk->bak", h, head.predictor_A) + head.predictor_bias
+        prediction = torch.einsum("ba,bak->bk", routing, guesses)
+        residual = prediction - gradient.flatten(0, -2)
+        head.statistics = {"predictor_loss": residual.square().mean()}
+        regression = 2 * residual / residual.numel()
+        routed = torch.einsum("ba,bk->bak", routing, regression)
+        return gradient, None, None, torch.einsum("bh,bak->ahk", h, routed), routed.sum(0)
+
+
+class SparseMLPPolicy(Policy):
+    """Feed-forward SparseNet, trained by backpropagation or synthetic-gradient propagation."""
+
+    name = "sparse_mlp"
+    Settings = SparseMLPSettings
+    settings: SparseMLPSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        self.core = SparseMLP(
+            self.observation_size,
+            **self.settings.core_settings(),
+            flatten=True,
+            generator=generator,
+            dtype=dtype,
+        )
+        return self.settings.num_neurons * self.settings.neuron_size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        key_std = (self.settings.num_parents * self.settings.neuron_size) ** -0.5
+        predictor = self.settings.propagation == "sgprop"
+        return ActionHead(core_size, self.num_actions, key_std, predictor, generator, dtype)
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+    def forward(
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        acted: Acting | None = None,
+    ) -> PolicyOutput:
+        if mask is None or bool(mask.all()):
+            return super().forward(observations)
+        # Masked steps are passed over: their logits and values are zeros.
+        valid = super().forward(observations[mask].unsqueeze(0))
+        logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
+        logits[mask] = valid.logits[0]
+        values = valid.values
+        if values is not None:
+            values = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return PolicyOutput(logits, values, {})
+
+
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (GRUPolicy, LSTMPolicy, MLPPolicy, SparseNetPolicy)
+    policy.name: policy
+    for policy in (
+        GRUPolicy,
+        LSTMPolicy,
+        MLPPolicy,
+        SparseNetPolicy,
+        DensePolicy,
+        SparseMLPPolicy,
+    )
 }
 
 
@@ -534,13 +787,23 @@ def mixing_statistics(policy: nn.Module) -> dict[str, float]:
     """What sgprop measured in the last backward pass, and the spread of the mixing weights.
 
     Keys: predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm, mixing_weight_mean,
-    _min, _p25, _median, _p75, _max. Empty where nothing uses sgprop.
+    _min, _p25, _median, _p75, _max; of a feed-forward network also each layer's spread, under
+    `layer{l}_mixing_weight_*`. Empty where nothing uses sgprop.
     """
-    for module in policy.modules():
-        if isinstance(module, SparseRNN) and module.propagation == "sgprop":
-            measured = {name: float(value) for name, value in module.statistics.items()}
-            return {**measured, **mixing_summary(module.neurons.mixing_weight)}
-    return {}
+    core: Any = getattr(policy, "core", None)
+    if getattr(core, "propagation", None) != "sgprop":
+        return {}
+    measured = {name: float(value) for name, value in core.statistics.items()}
+    if isinstance(core, SparseRNN):
+        return {**measured, **mixing_summary(core.neurons.mixing_weight)}
+    head = policy.actor.statistics.get("predictor_loss", 0.0)
+    measured["predictor_loss"] = measured.get("predictor_loss", 0.0) + float(head)
+    weights = [neurons.mixing_weight for neurons in core.layers]
+    measured |= mixing_summary(torch.cat(weights))
+    for layer, values in enumerate(weights):
+        summary = mixing_summary(values)
+        measured |= {f"layer{layer}_{name}": value for name, value in summary.items()}
+    return measured
 
 
 def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:

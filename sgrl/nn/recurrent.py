@@ -29,6 +29,7 @@ from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (
     MixingRule,
+    check_mixing,
     estimate_mixing_weight,
     positive_projection,
     temporal_schedule,
@@ -43,7 +44,6 @@ _SIZES = (
     "num_slots",
     "num_input_neurons",
 )
-_CHOICES = {"propagation": ("backprop", "sgprop"), "predictor_target": ("mixed", "received")}
 
 
 class SparseRNN(nn.Module):
@@ -162,13 +162,7 @@ class SparseRNN(nn.Module):
                 raise ValueError(
                     f"{name} ({settings[name]}) must be at most num_neurons ({num_neurons})"
                 )
-        for name, choices in _CHOICES.items():
-            if settings[name] not in choices:
-                known = " or ".join(repr(choice) for choice in choices)
-                raise ValueError(f"{name} must be {known}, got {settings[name]!r}")
-        for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
-            if not 0 <= settings[name] <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
+        check_mixing(settings)
         resolve_backend(settings["backend"])
 
     def runs_native(self, x: Tensor) -> bool:

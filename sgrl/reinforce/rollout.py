@@ -22,8 +22,9 @@ MAX_SEED = 2**30
 class Rollout:
     """Collects batches of whole episodes from a vector of environments.
 
-    Environment e of batch k is reset with seed + first_env + e + k * total_envs, so several
-    rollouts that share `total_envs` see together what one big rollout would see.
+    Environment e of batch k is reset with seed * env.seed_spacing + first_env + e +
+    k * total_envs, so several rollouts that share `total_envs` see together what one big rollout
+    would see.
 
     Args:
         env: the environments, B of them.
@@ -91,7 +92,8 @@ class Rollout:
         return batch
 
     def _reset_seeds(self) -> list[int]:
-        first = self.seed + self.first_env + self.batches * self.total_envs
+        first = self.seed * self.env.seed_spacing
+        first += self.first_env + self.batches * self.total_envs
         return [first + e for e in range(self.env.num_envs)]
 
     def get_state(self) -> dict[str, Any]:

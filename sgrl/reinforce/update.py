@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from sgrl.nn.mixing import split_parameters
+from sgrl.nn.mixing import backward_phase, split_parameters
 from sgrl.nn.policies import Policy, mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import LossTerms, discounted_returns, normalize_returns, reinforce_loss
@@ -25,7 +25,10 @@ _updates = itertools.count(1)
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient is NaN or infinite; nothing was changed by that step."""
+    """The loss or its gradient is NaN or infinite; nothing was changed by that step.
+
+    (In the two-phase step the predictors may have taken theirs.)
+    """
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,16 @@ class UpdateSettings:
         entropy_coeff: weight of the entropy bonus.
         grad_clip: greatest global norm, of each parameter group; None leaves gradients alone.
         normalize_returns: whether returns are normalised over the batch's valid steps.
+        two_phase: first the predictors take their step, then the policy, whose backward pass over
+            the same forward mixes in what they predict now (paper, Section H.3). Otherwise one
+            backward pass serves both (H.4). Without predictors there is no difference.
     """
 
     gamma: float = 0.95
     entropy_coeff: float = 0.01
     grad_clip: float | None = 0.5
     normalize_returns: bool = True
+    two_phase: bool = False
 
 
 def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:
@@ -117,30 +124,51 @@ def update(
     terms = batch_loss(policy, batch, settings)
     batch.acted = None
     buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
-    terms.loss.backward()
-    norms = {}
-    for name, optimizer in optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            # Fused Adam goes wrong without a word where a gradient is not contiguous.
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.contiguous()
-        norms[name] = clip_gradients((p.grad for p in parameters), settings.grad_clip)
-        if not torch.isfinite(norms[name]):
-            for buffer, before in buffers:  # the backward pass has moved the mixing weights
-                buffer.copy_(before)
-            norm = norms[name].item()
-            raise NonFiniteLoss(f"the gradient's norm is {norm}; try a smaller learning rate")
-    for optimizer in optimizers.values():
-        optimizer.step()
+    try:
+        if settings.two_phase and "predictor" in optimizers:
+            with backward_phase(policy, "predictor"):
+                inputs = _parameters(optimizers["predictor"])
+                torch.autograd.backward(terms.loss, inputs=inputs, retain_graph=True)
+            _clip(optimizers["predictor"], settings.grad_clip)
+            optimizers["predictor"].step()
+            with backward_phase(policy, "policy"):
+                torch.autograd.backward(terms.loss, inputs=_parameters(optimizers["policy"]))
+            grad_norm = _clip(optimizers["policy"], settings.grad_clip)
+            optimizers["policy"].step()
+        else:
+            terms.loss.backward()
+            norms = {name: _clip(o, settings.grad_clip) for name, o in optimizers.items()}
+            grad_norm = norms["policy"]
+            for optimizer in optimizers.values():
+                optimizer.step()
+    except NonFiniteLoss:
+        for buffer, before in buffers:  # the backward pass has moved the mixing weights
+            buffer.copy_(before)
+        raise
     if next(_updates) % TRIM_EVERY == 0:
         release_freed_memory()
     return {
         "policy_loss": terms.policy_loss.item(),
         "entropy": terms.entropy.item(),
-        "grad_norm": norms["policy"].item(),
+        "grad_norm": grad_norm.item(),
         **mixing_statistics(policy),
     }
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
+    """Clip the gradients of an optimizer's parameters; returns their norm before."""
+    for parameter in _parameters(optimizer):
+        # Fused Adam takes the elements of others in the wrong order, silently (torch 2.13, CPU).
+        if parameter.grad is not None and not parameter.grad.is_contiguous():
+            parameter.grad = parameter.grad.contiguous()
+    norm = clip_gradients((p.grad for p in _parameters(optimizer)), max_norm)
+    if not torch.isfinite(norm):
+        raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")
+    return norm
 
 
 def release_freed_memory() -> None:

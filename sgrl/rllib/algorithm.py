@@ -15,6 +15,7 @@ config gives the same numbers as `sgrl.reinforce.train`, and a restored algorith
 (for one CPU type, thread count and runner count).
 """
 
+import itertools
 import math
 from collections.abc import Collection
 from operator import itemgetter
@@ -28,6 +29,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
+    EVALUATION_RESULTS,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
     TIMERS,
@@ -35,12 +37,12 @@ from ray.rllib.utils.metrics import (
 from ray.util.debug import log_once
 
 from sgrl.envs.registry import validate_env_config
-from sgrl.nn.policies import Policy
+from sgrl.nn.policies import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
-from sgrl.rllib.runner import COMPONENT_ROLLOUT, EpisodeRunner
+from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
 
 COMPONENT_REINFORCE = "reinforce"
 
@@ -55,7 +57,11 @@ CHECKED_NUMBERS: dict[str, tuple[Any, float, float]] = {
     "num_envs_per_env_runner": (int, 1, math.inf),
     "num_env_runners": (int, 0, math.inf),
     "num_learners": (int, 0, math.inf),
+    "total_updates": (int, 1, math.inf),
+    "total_iterations": (int, 1, math.inf),
 }
+# Of these, the ones that may be None.
+OPTIONAL = {"grad_clip", "total_updates", "total_iterations"}
 
 
 class ReinforceConfig(AlgorithmConfig):
@@ -70,6 +76,9 @@ class ReinforceConfig(AlgorithmConfig):
         self.entropy_coeff = 0.01
         self.grad_clip = 0.5
         self.normalize_returns = True
+        self.two_phase = False
+        self.total_updates: int | None = None
+        self.total_iterations: int | None = None
         self.num_env_runners = 0
         self.num_envs_per_env_runner = 20
         self.env_runner_cls = EpisodeRunner
@@ -89,6 +98,9 @@ class ReinforceConfig(AlgorithmConfig):
         predictor_lr: float = NotProvided,
         entropy_coeff: float = NotProvided,
         normalize_returns: bool = NotProvided,
+        two_phase: bool = NotProvided,
+        total_updates: int | None = NotProvided,
+        total_iterations: int | None = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Set the training settings.
@@ -97,6 +109,12 @@ class ReinforceConfig(AlgorithmConfig):
             predictor_lr: learning rate of the predictors of synthetic gradients, default 1e-5.
             entropy_coeff: weight of the entropy bonus, default 0.01.
             normalize_returns: whether returns are normalised over the batch, default True.
+            two_phase: whether the predictors take their step before the policy's backward pass,
+                default False (see `sgrl.reinforce.UpdateSettings`).
+            total_updates: with `total_iterations`, the updates of the whole run, spread evenly:
+                iteration i ends after update int(linspace(1, total_updates, total_iterations))[i].
+                Default None: every iteration is one update.
+            total_iterations: iterations over which `total_updates` are spread, default None.
             **kwargs: RLlib's own; of these `lr` (default 2e-3, of all other parameters), `gamma`
                 (0.95) and `grad_clip` (0.5, the global norm of each of the two groups; None
                 switches it off) matter.
@@ -108,6 +126,12 @@ class ReinforceConfig(AlgorithmConfig):
             self.entropy_coeff = entropy_coeff
         if normalize_returns is not NotProvided:
             self.normalize_returns = normalize_returns
+        if two_phase is not NotProvided:
+            self.two_phase = two_phase
+        if total_updates is not NotProvided:
+            self.total_updates = total_updates
+        if total_iterations is not NotProvided:
+            self.total_iterations = total_iterations
         return self
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
@@ -139,7 +163,7 @@ class ReinforceConfig(AlgorithmConfig):
         """
         for name, (kind, least, most) in CHECKED_NUMBERS.items():
             value = getattr(self, name)
-            if name == "grad_clip" and value is None:
+            if name in OPTIONAL and value is None:
                 continue
             if (
                 isinstance(value, bool)
@@ -150,9 +174,18 @@ class ReinforceConfig(AlgorithmConfig):
                 limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 what = "a whole number" if kind is int else "a number"
                 raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
-        if not isinstance(self.normalize_returns, bool):
+        for name in ("normalize_returns", "two_phase"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        updates, iterations = self.total_updates, self.total_iterations
+        if updates is None or iterations is None:
+            if updates is not iterations:
+                raise ValueError(
+                    "total_updates and total_iterations belong together: set both or none"
+                )
+        elif not 2 <= iterations <= updates:
             raise ValueError(
-                f"normalize_returns must be true or false, got {self.normalize_returns!r}"
+                f"total_iterations must be from 2 to total_updates ({updates}), got {iterations}"
             )
         for name, only in (
             ("grad_clip_by", "global_norm"),
@@ -176,7 +209,9 @@ class ReinforceConfig(AlgorithmConfig):
             )
         validate_env_config(self.env, self.env_config)
         if self._rl_module_spec is None:
-            policy_arguments(self.model_config)
+            policy = policy_arguments(self.model_config)["name"]
+            if self.two_phase and not POLICIES[policy].two_phase:
+                raise ValueError(f"two_phase must be false for the policy {policy!r}")
         # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
         for note in (
             f"{self.algo_class.__name__}_on_new_api_stack",
@@ -187,15 +222,18 @@ class ReinforceConfig(AlgorithmConfig):
 
 
 class Reinforce(Algorithm):
-    """Full-episode REINFORCE: one iteration is one episode in every environment and one update.
+    """Full-episode REINFORCE: an update takes one episode of every environment, an iteration is
+    one update, or as many as `total_updates` spreads over `total_iterations`.
 
     `train()` returns RLlib's result dict; under "sgrl" it holds the metrics of the iteration as
     flat floats: env_steps (batches x environments x T), success_rate, episode_return_mean,
     episode_length_mean, policy_loss, entropy, grad_norm (of the policy's gradients, before
-    clipping) and under sgprop predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm and
-    mixing_weight_{mean,min,p25,median,p75,max}.
+    clipping), under sgprop predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm and
+    mixing_weight_{mean,min,p25,median,p75,max} (feed-forward: of each layer too), and where the
+    iteration ended with an evaluation eval_reward (its mean reward an episode). Over several
+    updates they are means; env_steps and the mixing weights are those after the last.
 
-    Source: the paper, Section H.4.
+    Source: the paper, Sections H.3 and H.4.
     """
 
     @classmethod
@@ -210,6 +248,7 @@ class Reinforce(Algorithm):
             ValueError: the Ray cluster has too few processors for them.
         """
         _check_resources(self.config)
+        self._updates = 0
         self._env_steps = 0
         self._row: dict[str, float] = {}
         super().setup(config)
@@ -243,18 +282,38 @@ class Reinforce(Algorithm):
         """Train for one iteration."""
         result = super().step()
         result["sgrl"] = self._row
+        interval = self.config.evaluation_interval
+        # In between, RLlib repeats the last evaluation's results.
+        if interval and (self.iteration + 1) % interval == 0:
+            evaluated = result[EVALUATION_RESULTS][ENV_RUNNER_RESULTS]
+            self._row["eval_reward"] = float(evaluated[EVALUATION_REWARD])
         return result
 
     def training_step(self) -> None:
-        """Run every environment once, update, and hand the local runner the new weights."""
-        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            batch = self._sample()
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            measured = self._learn(batch)
-        if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
-            self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
-        self._env_steps += batch.num_steps
-        self._row = {"env_steps": self._env_steps, **batch.statistics(), **measured}
+        """Run every environment once, update, and hand the local runner the new weights; as often
+        as the iteration has updates."""
+        rows = []
+        end = self._last_update_of_iteration()
+        while self._updates < end:
+            with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+                batch = self._sample()
+            self._updates += 1
+            with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+                measured = self._learn(batch, ends_iteration=self._updates == end)
+            if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
+                self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
+            self._env_steps += batch.num_steps
+            rows.append({"env_steps": self._env_steps, **batch.statistics(), **measured})
+        self._row = _mean_row(rows)
+
+    def _last_update_of_iteration(self) -> int:
+        """How many updates there will have been when the current iteration ends."""
+        updates, iterations = self.config.total_updates, self.config.total_iterations
+        if updates is None:
+            return self._updates + 1
+        spacing = (updates - 1) / (iterations - 1)
+        ends = (int(1 + i * spacing) for i in itertools.count())
+        return next(end for end in ends if end > self._updates)
 
     def _sample(self) -> EpisodeBatch:
         if self.env_runner_group.num_remote_env_runners() == 0:
@@ -272,7 +331,10 @@ class Reinforce(Algorithm):
         self.metrics.aggregate(list(metrics), key=ENV_RUNNER_RESULTS)
         return concatenate(batches)
 
-    def _learn(self, batch: EpisodeBatch) -> dict[str, float]:
+    def _learn(self, batch: EpisodeBatch, ends_iteration: bool) -> dict[str, float]:
+        if self.learner_group.is_local and not ends_iteration:
+            # RLlib's bookkeeping around an update costs as much as a small one.
+            return self.learner_group._learner.update_policy(batch)
         rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID)
         if self.learner_group.is_local:
             self.learner_group._learner.acted = batch.acted
@@ -297,7 +359,11 @@ class Reinforce(Algorithm):
                 lambda runner: (runner.worker_index, runner.get_state(COMPONENT_ROLLOUT)),
                 local_env_runner=False,
             )
-            state[COMPONENT_REINFORCE] = {"env_steps": self._env_steps, "rollouts": dict(rollouts)}
+            state[COMPONENT_REINFORCE] = {
+                "updates": self._updates,
+                "env_steps": self._env_steps,
+                "rollouts": dict(rollouts),
+            }
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -309,6 +375,7 @@ class Reinforce(Algorithm):
         super().set_state(state)
         if COMPONENT_REINFORCE not in state:
             return
+        self._updates = state[COMPONENT_REINFORCE]["updates"]
         self._env_steps = state[COMPONENT_REINFORCE]["env_steps"]
         rollouts = state[COMPONENT_REINFORCE]["rollouts"]
         present = self.env_runner_group.num_remote_env_runners()
@@ -321,6 +388,15 @@ class Reinforce(Algorithm):
             lambda runner: runner.set_state(rollouts[runner.worker_index]),
             local_env_runner=False,
         )
+
+
+def _mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over an iteration's updates; counts and mixing weights are the last ones."""
+    row = dict(rows[-1])
+    for name in row if len(rows) > 1 else ():
+        if name != "env_steps" and "mixing_weight" not in name:
+            row[name] = math.fsum(other[name] for other in rows) / len(rows)
+    return row
 
 
 def _check_resources(config: AlgorithmConfig) -> None:

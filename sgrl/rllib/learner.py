@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import tree
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.core import COMPONENT_RL_MODULE
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
@@ -45,21 +45,28 @@ class ReinforceLearner(TorchLearner):
         losses = {}
         acted, self.acted = self.acted, None
         for module_id, columns in batch.items():
-            config = self.config.get_config_for_module(module_id)
-            metrics = update(
-                self.module[module_id].policy,
-                dict(self.get_optimizers_for_module(module_id)),
-                EpisodeBatch(**columns, acted=acted),
-                UpdateSettings(
-                    gamma=config.gamma,
-                    entropy_coeff=config.entropy_coeff,
-                    grad_clip=config.grad_clip,
-                    normalize_returns=config.normalize_returns,
-                ),
-            )
+            metrics = self.update_policy(EpisodeBatch(**columns, acted=acted), module_id)
             self.metrics.log_dict(metrics, key=(module_id, "sgrl"), reduce="item")
             losses[module_id] = metrics["policy_loss"]
         return {}, losses, {}
+
+    def update_policy(
+        self, batch: EpisodeBatch, module_id: str = DEFAULT_MODULE_ID
+    ) -> dict[str, float]:
+        """Update without RLlib's bookkeeping; returns what `sgrl.reinforce.update` measures."""
+        config = self.config.get_config_for_module(module_id)
+        return update(
+            self.module[module_id].policy,
+            dict(self.get_optimizers_for_module(module_id)),
+            batch.to(self._device),
+            UpdateSettings(
+                gamma=config.gamma,
+                entropy_coeff=config.entropy_coeff,
+                grad_clip=config.grad_clip,
+                normalize_returns=config.normalize_returns,
+                two_phase=config.two_phase,
+            ),
+        )
 
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
         """Not used: `sgrl.reinforce.update` computes the loss."""

@@ -24,13 +24,15 @@ from ray.rllib.utils.metrics import (
     NUM_EPISODES,
 )
 
-from sgrl.envs.registry import make_vector
+from sgrl.envs.registry import evaluation_config, make_vector
 from sgrl.envs.vector import VectorEnv
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.rllib.module import PolicyModule
 
 COMPONENT_ROLLOUT = "rollout"
+#: Mean reward an episode, of an evaluation.
+EVALUATION_REWARD = "evaluation_reward"
 
 
 class SampledBatch(EpisodeBatch):
@@ -69,9 +71,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
 
     def make_env(self) -> None:
         """Make the environments, `config.num_envs_per_env_runner` of them."""
-        self.env = make_vector(
-            self.config.env, self.config.num_envs_per_env_runner, self.config.env_config
-        )
+        self.env = self._make_vector(evaluating=self.config.in_evaluation)
         observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
         spaces = (observations, gym.spaces.Discrete(self.env.num_actions))
         self.spaces = {
@@ -79,6 +79,12 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             INPUT_ENV_SPACES: spaces,
             INPUT_ENV_SINGLE_SPACES: spaces,
         }
+
+    def _make_vector(self, evaluating: bool) -> VectorEnv:
+        settings = self.config.env_config
+        if evaluating:
+            settings = evaluation_config(self.config.env, settings)
+        return make_vector(self.config.env, self.config.num_envs_per_env_runner, settings)
 
     def make_module(self) -> None:
         """Make the module that chooses the actions."""
@@ -95,10 +101,12 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         self.module = module
         self.rollout.policy, self.rollout.keep = module.policy, True
 
-    def _make_rollout(self, seed: int) -> Rollout:
+    def _make_rollout(self, seed: int, evaluating: bool = False) -> Rollout:
         num_envs = self.config.num_envs_per_env_runner
+        # The training runner stands in where no runner is there to evaluate.
+        stands_in = evaluating and not self.config.in_evaluation
         return Rollout(
-            self.env,
+            self._make_vector(evaluating=True) if stands_in else self.env,
             self.module.policy,
             seed,
             first_env=max(self.worker_index - 1, 0) * num_envs,
@@ -129,12 +137,14 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             raise ValueError("the local runner has no environments: set evaluation_interval")
         if num_timesteps is None and num_episodes is None:
             return [self._log(self.rollout.collect())]
-        evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET)
+        evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET, evaluating=True)
         batches: list[SampledBatch] = []
         while sum(batch.env_steps() for batch in batches) < (num_timesteps or 0) or len(
             batches
-        ) * self.env.num_envs < (num_episodes or 0):
+        ) * evaluation.env.num_envs < (num_episodes or 0):
             batches.append(self._log(evaluation.collect()))
+        rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
+        self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")
         return batches
 
     def _log(self, batch: EpisodeBatch) -> SampledBatch:

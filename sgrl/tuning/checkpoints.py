@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sgrl.envs.registry import make_vector
+from sgrl.envs.registry import evaluation_config, make_vector
 from sgrl.nn.policies import load_policy
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 
@@ -126,10 +126,11 @@ def discard_after(folder: Path, iteration: int) -> None:
 def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, float]:
     """Roll out a checkpoint's policy in the environment it was trained in, without Ray or pickle.
 
-    Episode i starts from environment seed `2**31 + seed + i`, a maze that training never sees;
-    actions are sampled as in training.
-    Returns episodes, success_rate, episode_return_mean,
-    episode_length_mean (steps).
+    Episodes start from environment seeds that training never uses, in a labyrinth episode i from
+    `2**31 + seed + i`; the bandit shows test images and flips no reward. Actions are sampled as in
+    training.
+
+    Returns episodes, success_rate, episode_return_mean, episode_length_mean (steps).
 
     Raises CheckpointError where the checkpoint is damaged or holds no policy; the message names
     the newest whole checkpoint beside it. Raises ValueError for fewer than one episode.
@@ -158,7 +159,8 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
     successes, returns, lengths = [], [], []
     for start in range(0, episodes, EVALUATION_BATCH):
         size = min(EVALUATION_BATCH, episodes - start)
-        vector = make_vector(environment["env"], size, environment["env_config"])
+        settings = evaluation_config(environment["env"], environment["env_config"])
+        vector = make_vector(environment["env"], size, settings)
         rollout = Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed + start)
         batch = rollout.collect()
         successes.append(batch.success.float())

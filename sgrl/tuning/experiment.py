@@ -49,7 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "num_threads": 1,
     "concurrency": "auto",
 }
-TRAINING = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip", "normalize_returns")
+TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
+TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
 KEYS += ["max_failures", "num_threads", "concurrency"]
 
@@ -634,6 +635,7 @@ def _check_point(algorithm: str, point: dict[str, Any]) -> None:
     for path, bounds in BOUNDS.items():
         _check_bounds(path, point, *bounds)
     _check_environment(algorithm, point["config"])
+    _check_observations(point)
     trial_config = {"algorithm": algorithm, "seed": 0, "num_threads": 1, **point}
     try:
         build_algorithm_config(trial_config).validate()
@@ -723,6 +725,25 @@ def _check_environment(algorithm: str, sections: dict[str, Any]) -> None:
             validate_env_config(env, section.get("env_config") or {})
         except ValueError as error:
             raise _Problem("config.environment.env_config", _one_line(error)) from None
+
+
+def _check_observations(point: dict[str, Any]) -> None:
+    """Whether the policy can read what the environment shows."""
+    from sgrl.envs.registry import ENVIRONMENTS
+    from sgrl.nn.policies import policy_settings
+    from sgrl.rllib.module import policy_arguments
+
+    entry = ENVIRONMENTS.get(point["config"]["environment"]["env"])
+    if entry is None:
+        return
+    arguments = policy_arguments(point["model"])
+    settings = {key: arguments[key] for key in arguments if key not in ("name", "seed", "dtype")}
+    try:
+        policy_settings(arguments["name"], settings).check_observations(
+            entry.vector.observation_size
+        )
+    except ValueError as error:
+        raise _Problem("model", _one_line(error)) from None
 
 
 def _one_line(error: Exception) -> str:

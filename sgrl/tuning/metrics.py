@@ -1,6 +1,7 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
-A row is appended in one write and the file is cut back to the iteration of the checkpoint that a
+Feed-forward networks under sgprop add columns for each layer, before the last one. A row is
+appended in one write and the file is cut back to the iteration of the checkpoint that a
 trial continues from, so it holds no gap and no duplicate whatever was killed.
 """
 
@@ -9,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 COLUMNS = (
     "iteration",
@@ -33,9 +35,22 @@ COLUMNS = (
     "iteration_seconds",
 )
 INTEGER_COLUMNS = ("iteration", "env_steps")
-FINAL_ROWS = 5
+#: What a trial is judged by, the first one it reports: the mean of its last so many values.
+MEASURES = {"eval_reward": 1, "success_rate": 5}
+#: The measures in words.
+MEASURE_NAMES = {"eval_reward": "test reward", "success_rate": "success rate"}
 
 Row = dict[str, float]
+
+
+def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
+    """The columns of the file that holds `row`: `COLUMNS`, and those of its layers."""
+    layers = tuple(name for name in row if _is_of_layer(name))
+    return (*COLUMNS[:-1], *layers, COLUMNS[-1])
+
+
+def _is_of_layer(column: str) -> bool:
+    return column.startswith("layer")
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
@@ -43,10 +58,11 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
     NaN and columns that `row` lacks are left empty; floats read back bit for bit.
     """
-    line = ",".join(_format(column, row.get(column, math.nan)) for column in COLUMNS) + "\n"
+    columns = columns_of(row)
+    line = ",".join(_format(column, row.get(column, math.nan)) for column in columns) + "\n"
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
-        header = "" if file.tell() else ",".join(COLUMNS) + "\n"
+        header = "" if file.tell() else ",".join(columns) + "\n"
         file.write((header + line).encode())
 
 
@@ -55,28 +71,32 @@ def read_metrics(path: Path) -> list[Row]:
 
     Empty fields read as NaN. A file that does not exist has no rows.
     """
+    columns, lines = _whole_lines(path)
     return [
-        {column: _parse(column, field) for column, field in zip(COLUMNS, fields, strict=True)}
-        for fields in (line.split(",") for line in _whole_lines(path))
+        {column: _parse(column, field) for column, field in zip(columns, fields, strict=True)}
+        for fields in (line.split(",") for line in lines)
     ]
 
 
 def count_rows(path: Path) -> int:
     """The number of iterations that `read_metrics` would return."""
-    return len(_whole_lines(path))
+    return len(_whole_lines(path)[1])
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Keep the header and the rows of iterations 1 to `iteration`, atomically.
+    """Keep the header and the rows of iterations 1 to `iteration`, atomically; no rows, no file.
 
     Raises ValueError where the file holds fewer whole rows than that.
     """
-    lines = _whole_lines(path)
+    columns, lines = _whole_lines(path)
     if len(lines) < iteration:
         raise ValueError(f"{path} holds {len(lines)} whole rows, fewer than {iteration}")
+    if iteration == 0:
+        path.unlink(missing_ok=True)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in [",".join(COLUMNS), *lines[:iteration]])
+        file.writelines(line + "\n" for line in [",".join(columns), *lines[:iteration]])
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -102,38 +122,52 @@ def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
         if not math.isfinite(row.get(loss, 0.0)):
             raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
     row |= {"iteration": iteration, "iteration_seconds": seconds}
-    return {column: row.get(column, math.nan) for column in COLUMNS}
+    layers = {name: row[name] for name in sorted(filter(_is_of_layer, row), key=_layer_order)}
+    return {column: row.get(column, math.nan) for column in COLUMNS} | layers
 
 
-def final_success_rate(rows: Sequence[Row]) -> float:
-    """Mean success rate over the last five batches that report one; NaN where there are none."""
-    last = [row["success_rate"] for row in _reporting(rows)[-FINAL_ROWS:]]
-    return sum(last) / len(last) if last else math.nan
+def _layer_order(column: str) -> tuple[int, int]:
+    layer, _, name = column.partition("_")
+    return int(layer.removeprefix("layer")), COLUMNS.index(name)
 
 
-def area_under_curve(rows: Sequence[Row]) -> float:
-    """Area under success rate against environment steps (trapezoid), divided by their span.
+class Score(NamedTuple):
+    """How well a trial does: by which measure, its final value and the area under its curve."""
 
-    It lies in [0, 1]; a single row counts as its own success rate, none as NaN.
+    measure: str
+    final: float
+    auc: float
+
+
+def score(rows: Sequence[Row]) -> Score:
+    """Judge a trial by its test reward if it evaluates, else by its success rate.
+
+    final: the last test reward, or the mean success rate over the last five batches. auc: the
+    area under the measure against environment steps (trapezoid), divided by their span; a single
+    row counts as its own. Both NaN where no row reports the measure.
     """
-    rows = _reporting(rows)
-    if not rows:
-        return math.nan
-    span = rows[-1]["env_steps"] - rows[0]["env_steps"]
+    for measure, count in MEASURES.items():
+        # Stock algorithms report no success before the first episode has ended.
+        points = [
+            (row["env_steps"], row[measure])
+            for row in rows
+            if not math.isnan(row.get(measure, math.nan))
+        ]
+        if points:
+            last = [value for _, value in points[-count:]]
+            return Score(measure, sum(last) / len(last), _area_under(points))
+    return Score("success_rate", math.nan, math.nan)
+
+
+def _area_under(points: Sequence[tuple[float, float]]) -> float:
+    span = points[-1][0] - points[0][0]
     if span == 0:
-        return rows[-1]["success_rate"]
+        return points[-1][1]
     area = sum(
-        (after["env_steps"] - before["env_steps"])
-        * (after["success_rate"] + before["success_rate"])
-        / 2
-        for before, after in itertools.pairwise(rows)
+        (later - earlier) * (before + after) / 2
+        for (earlier, before), (later, after) in itertools.pairwise(points)
     )
     return area / span
-
-
-def _reporting(rows: Sequence[Row]) -> Sequence[Row]:
-    # Stock algorithms report no success before the first episode has ended.
-    return [row for row in rows if not math.isnan(row["success_rate"])]
 
 
 def _rllib_columns(result: Mapping) -> Row:
@@ -159,28 +193,29 @@ def _rllib_columns(result: Mapping) -> Row:
     return {column: float(value) for column, value in found.items() if value is not None}
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of iterations 1, 2, ..., without header, torn or out-of-order ones."""
+def _whole_lines(path: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The columns, and the lines of iterations 1, 2, ..., without torn or out-of-order ones."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return []
+        return COLUMNS, []
     header, *lines = text.split("\n")[:-1] or [""]
-    if header != ",".join(COLUMNS):
-        return []
+    columns = tuple(header.split(","))
+    if columns != columns_of(dict.fromkeys(columns, 0.0)):
+        return COLUMNS, []
     whole: list[str] = []
     for line in lines:
-        if not _is_row(line.split(","), len(whole) + 1):
+        if not _is_row(columns, line.split(","), len(whole) + 1):
             break
         whole.append(line)
-    return whole
+    return columns, whole
 
 
-def _is_row(fields: list[str], iteration: int) -> bool:
-    if len(fields) != len(COLUMNS) or fields[0] != str(iteration):
+def _is_row(columns: Sequence[str], fields: list[str], iteration: int) -> bool:
+    if len(fields) != len(columns) or fields[0] != str(iteration):
         return False
     try:
-        for column, field in zip(COLUMNS, fields, strict=True):
+        for column, field in zip(columns, fields, strict=True):
             _parse(column, field)
     except ValueError:
         return False

@@ -5,8 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import pandas as pd
 from ray import cloudpickle, tune
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from sgrl.tuning.experiment import Trial
-from sgrl.tuning.metrics import area_under_curve, final_success_rate, read_metrics
+from sgrl.tuning.metrics import MEASURE_NAMES, Score, read_metrics, score
 from sgrl.tuning.trial import (
     first_line,
     read_status,
@@ -37,8 +39,7 @@ class Progress:
         trial: which one.
         state: pending, running, interrupted, completed or failed.
         iteration: iterations trained.
-        success_rate: mean over the last five of them.
-        auc: area under the success rate so far (see `area_under_curve`).
+        score: how well it does so far.
         seconds_per_iteration: of the last iterations.
         reason: why it failed.
     """
@@ -46,8 +47,7 @@ class Progress:
     trial: Trial
     state: str = "pending"
     iteration: int = 0
-    success_rate: float = math.nan
-    auc: float = math.nan
+    score: Score = field(default_factory=lambda: score([]))
     seconds_per_iteration: float = math.nan
     reason: str = ""
 
@@ -72,15 +72,22 @@ def read_progress(directory: Path, trial: Trial) -> Progress:
         trial=trial,
         state=status.get("state", "pending"),
         iteration=len(rows),
-        success_rate=final_success_rate(rows),
-        auc=area_under_curve(rows),
+        score=score(rows),
         seconds_per_iteration=seconds_per_iteration(rows),
         reason=status.get("reason", ""),
     )
 
 
+def measure_of(progress: Iterable[Progress]) -> str:
+    """What a sweep's trials are judged by: the test reward if one evaluates."""
+    measures = {row.score.measure for row in progress}
+    return "eval_reward" if "eval_reward" in measures else "success_rate"
+
+
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     """Write summary.csv: one row a trial."""
+    progress = list(progress)
+    final = f"final_{measure_of(progress)}"
     rows = [
         {
             "trial": row.trial.name,
@@ -89,13 +96,13 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
             "seed": row.trial.seed,
             "state": row.state,
             "iterations": row.iteration,
-            "final_success_rate": row.success_rate,
-            "auc": row.auc,
+            final: row.score.final,
+            "auc": row.score.auc,
             "reason": row.reason,
         }
         for row in progress
     ]
-    last = ["seed", "state", "iterations", "final_success_rate", "auc", "reason"]
+    last = ["seed", "state", "iterations", final, "auc", "reason"]
     frame = pd.DataFrame(rows)
     frame = frame[[*frame.columns.drop(last), *last]]
     write_text(directory / "summary.csv", frame.to_csv(index=False))
@@ -141,7 +148,7 @@ class SweepView(tune.Callback):
     ) -> None:
         row = self.trials[trial.config["trial"]]
         row.iteration = result["iteration"]
-        row.success_rate = result["success_rate"]
+        row.score = Score(*result["score"])
         row.seconds_per_iteration = result["seconds_per_iteration"]
         for note in result["notes"]:
             self._say(note)
@@ -174,8 +181,8 @@ class SweepView(tune.Callback):
         if self.live is None or row.state == "failed":
             over = sum(row.is_over for row in self.trials.values())
             line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"
-            rate = number(row.success_rate)
-            detail = row.reason or (f"success rate {rate}" if rate else "")
+            final = number(row.score.final)
+            detail = row.reason or (f"{MEASURE_NAMES[row.score.measure]} {final}" if final else "")
             self._say(f"{line} at iteration {row.iteration}" + (f", {detail}" if detail else ""))
 
     def _say(self, line: str) -> None:
@@ -186,7 +193,7 @@ class SweepView(tune.Callback):
 
 
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
-    """Method, swept values, seed, iteration, success rate and time left of each trial.
+    """Method, swept values, seed, iteration, score and time left of each trial.
 
     Where they are more than `limit`, running trials come first, then failed ones, then the last
     of the completed ones, then pending ones.
@@ -205,7 +212,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
     table.add_column("method", no_wrap=True, overflow="ellipsis")
-    for name in [*swept, "seed", "iteration", "success rate", "time left"]:
+    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure_of(rows)], "time left"]:
         table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for row in shown:
         values = [str(row.trial.swept.get(name, "")) for name in swept]
@@ -216,7 +223,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             *values,
             str(row.trial.seed),
             f"{row.iteration}/{row.last_iteration}",
-            number(row.success_rate),
+            number(row.score.final),
             time_left,
             style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
         )
@@ -260,6 +267,27 @@ def _error(trial: Any) -> str:
     if trial.pickled_error_file is None:
         return f"an error that {LOG_FILE} holds"
     return first_line(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr for what is fetched; yields a function that is told what, how many bytes so
+    far and of how many. Nothing is shown until it is called."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict[str, Any] = {}
+
+    def report(what: str, so_far: int, total: int | None) -> None:
+        if what not in tasks:
+            bars.start()
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=so_far)
+
+    try:
+        yield report
+    finally:
+        bars.stop()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ import torch
 from ray import tune
 from rich.table import Table
 
+from sgrl.envs.mnist import DataError
+from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.tuning.checkpoints import CheckpointError, verify
 from sgrl.tuning.experiment import (
     Experiment,
@@ -37,6 +39,7 @@ from sgrl.tuning.progress import (
     LOG_FILE,
     Progress,
     SweepView,
+    progress_bar,
     quiet,
     read_progress,
     trials_table,
@@ -86,6 +89,7 @@ def run_sweep(
             f"{display(directory)} already exists: {how}--name NAME starts another sweep"
         )
     requests = _resource_requests(experiment)
+    _prepare_environments(experiment)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +106,9 @@ def resume_sweep(directory: str | Path) -> Path:
     """
     directory = Path(directory).absolute()
     experiment = _load(directory)
-    return _run(directory, experiment, _resource_requests(experiment))
+    requests = _resource_requests(experiment)
+    _prepare_environments(experiment)
+    return _run(directory, experiment, requests)
 
 
 def failed_trials(directory: str | Path) -> list[str]:
@@ -122,6 +128,21 @@ def _load(directory: Path) -> Experiment:
         what = "holds no sweep" if directory.exists() else "does not exist"
         raise SweepError(f"{display(directory)} {what}: give a folder such as results/quickstart")
     return load_experiment(directory / EXPERIMENT_FILE)
+
+
+def _prepare_environments(experiment: Experiment) -> None:
+    """Fetch what the trials' environments need, so that no trial has to."""
+    sections = {
+        dump_yaml(section): section
+        for section in (trial.config["config"]["environment"] for trial in experiment.trials)
+    }
+    for section in sections.values():
+        if section["env"] in ENVIRONMENTS:
+            try:
+                with progress_bar() as report:
+                    prepare(section["env"], section.get("env_config"), report)
+            except DataError as error:
+                raise SweepError(str(error)) from None
 
 
 def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> Path:

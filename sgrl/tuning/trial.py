@@ -24,10 +24,10 @@ from sgrl.tuning.metrics import (
     Row,
     append_row,
     count_rows,
-    final_success_rate,
     flush_metrics,
     metrics_row,
     read_metrics,
+    score,
     truncate_metrics,
 )
 
@@ -73,7 +73,7 @@ class TrialRunner(tune.Trainable):
             raise
         return {
             "iteration": len(self.rows),
-            "success_rate": final_success_rate(self.rows),
+            "score": score(self.rows),
             "seconds_per_iteration": seconds_per_iteration(self.rows),
             "notes": self.notes,
             "done": self.algorithm is None,

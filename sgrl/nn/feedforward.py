@@ -1,0 +1,278 @@
+"""SparseMLP: feed-forward layers of slot neurons, used like an `nn.Sequential`.
+
+    mlp = SparseMLP(input_size=784)
+    output = mlp(x)                       # x [B, 784] -> output [B, W, N]
+
+Each neuron of the first layer reads P * N random numbers of the input; each neuron of a later
+layer reads P neurons of the layer below. Those layers are residual: h_l = tanh(neuron(h_{l-1})) +
+h_{l-1}, or, with `residual=False`, plain: h_l = neuron(h_{l-1}).
+
+Under `propagation="sgprop"` the backward pass mixes each neuron's prediction of its incoming
+gradient into the gradient it uses and passes on, returns the predictor's regression gradient as
+the gradient of the predictor's parameters, and, if adaptive, updates the mixing weights. The
+predictions are made in the backward pass, from the predictors as they are then: that is what the
+two-phase update needs (`sgrl.nn.mixing.backward_phase`, `sgrl.reinforce.update`), which goes back
+twice over one forward pass.
+
+Backends: "eager" is the plain loop over layers below, the oracle for all others; "torch" is one
+autograd function with a hand-written backward (`kernels/stack.py`); "auto" takes the fastest.
+None supports a second derivative.
+
+Source: the paper, Sections 4, H.2 and H.3.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.connectivity import random_connectivity
+from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels.stack import stack
+from sgrl.nn.mixing import MixingRule, check_mixing, estimate_mixing_weight, length
+from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
+
+_SIZES = ("input_size", "num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
+
+
+class SparseMLP(nn.Module):
+    """Feed-forward SparseNet.
+
+    Args:
+        input_size: numbers in one input.
+        num_layers: L.
+        num_neurons: W, neurons of a layer.
+        neuron_size: N, dimension of a neuron's state.
+        num_parents: P, neurons each neuron reads; in the first layer P * N numbers of the input.
+        num_slots: M, slots of a neuron.
+        residual: whether all layers but the first are residual.
+        propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
+        mixing_weight: initial lambda, in [0, 1].
+        adaptive: whether lambda follows its estimate from each batch.
+        mixing_momentum: momentum of that update.
+        predictor_target: gradient the predictor regresses on, "received" or "mixed".
+        flatten: True gives output [B, W*N].
+        backend: "auto", "eager" or "torch".
+        generator: source of connectivity and initial weights, a CPU generator; None draws from
+            torch's global one.
+
+    Raises:
+        ValueError: a size or setting that is impossible.
+    """
+
+    pixels: Tensor
+    parents: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        num_layers: int = 5,
+        num_neurons: int = 200,
+        neuron_size: int = 10,
+        num_parents: int = 5,
+        num_slots: int = 5,
+        *,
+        residual: bool = True,
+        propagation: Literal["backprop", "sgprop"] = "sgprop",
+        mixing_weight: float = 0.9,
+        adaptive: bool = True,
+        mixing_momentum: float = 0.9,
+        predictor_target: Literal["received", "mixed"] = "received",
+        flatten: bool = False,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.check_settings(
+            input_size=input_size,
+            num_layers=num_layers,
+            num_neurons=num_neurons,
+            neuron_size=neuron_size,
+            num_parents=num_parents,
+            num_slots=num_slots,
+            propagation=propagation,
+            mixing_weight=mixing_weight,
+            mixing_momentum=mixing_momentum,
+            predictor_target=predictor_target,
+            backend=backend,
+        )
+        self.backend = resolve_backend(backend)
+        self.input_size = input_size
+        self.num_neurons = num_neurons
+        self.neuron_size = neuron_size
+        self.residual = residual
+        self.propagation = propagation
+        self.flatten = flatten
+        self.rule = MixingRule(
+            adaptive=adaptive,
+            momentum=mixing_momentum,
+            eps=1e-6,
+            predictor_target=predictor_target,
+        )
+        read = num_parents * neuron_size
+        self.register_buffer(
+            "pixels", random_connectivity(num_neurons, input_size, read, generator)
+        )
+        parents = [
+            random_connectivity(num_neurons, num_neurons, num_parents, generator)
+            for _ in range(num_layers - 1)
+        ]
+        none = torch.empty(0, num_neurons, num_parents, dtype=torch.int64)
+        self.register_buffer("parents", torch.stack(parents) if parents else none)
+        of_predictors = predictor_generator(generator)
+        self.layers = nn.ModuleList(
+            SlotNeurons(
+                num_neurons,
+                neuron_size,
+                num_parents,
+                num_slots,
+                predictor=propagation == "sgprop",
+                predictor_std=read**-0.5,
+                mixing_weight=mixing_weight,
+                generator=generator,
+                predictor_generator=of_predictors,
+                dtype=dtype,
+            )
+            for _ in range(num_layers)
+        )
+        #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
+        #: neurons and dimensions, summed over layers), and true_grad_norm, mixed_grad_norm,
+        #: prediction_norm (mean length, per layer, neuron and sample, of g, of the mixed gradient
+        #: and of s).
+        self.statistics: dict[str, Tensor] = {}
+
+    @staticmethod
+    def check_settings(**settings: Any) -> None:
+        """Check arguments of the constructor.
+
+        Raises:
+            ValueError: one line that names the argument.
+        """
+        for name in _SIZES:
+            if settings[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+        if settings["num_layers"] > 1 and settings["num_parents"] > settings["num_neurons"]:
+            raise ValueError(
+                f"num_parents ({settings['num_parents']}) must be at most num_neurons "
+                f"({settings['num_neurons']})"
+            )
+        read = settings["num_parents"] * settings["neuron_size"]
+        if read > settings["input_size"]:
+            raise ValueError(
+                f"num_parents * neuron_size ({read}) must be at most input_size "
+                f"({settings['input_size']}): neurons of the first layer read that many inputs"
+            )
+        check_mixing(settings)
+        resolve_backend(settings["backend"])
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
+
+    def is_residual(self, layer: int) -> bool:
+        """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
+        return self.residual and layer > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all layers: x [..., input_size] -> [..., W, N] (flattened: [..., W*N]).
+
+        Raises:
+            ValueError: x of another shape, or of no sample at all.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
+            raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
+        run = stack if self.backend == "torch" else eager_stack
+        output = run(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return output.flatten(-2) if self.flatten else output
+
+
+def eager_stack(mlp: SparseMLP, x: Tensor) -> Tensor:
+    """The layers as a plain loop: x [B, input_size] -> [B, W, N]."""
+    record = _BackwardRecord(mlp)
+    h = x
+    for layer, neurons in enumerate(mlp.layers):
+        inputs = x[:, mlp.pixels] if layer == 0 else neurons.read(h, mlp.parents[layer - 1], None)
+        activation = neurons(inputs)
+        output = activation.output
+        h = torch.tanh(output) + h if mlp.is_residual(layer) else output
+        if mlp.propagation == "sgprop":
+            record.activations.append(Activation(*(value.detach() for value in activation)))
+            h = _MixPrediction.apply(h, layer, record, neurons.predictor_h, neurons.predictor_bias)
+    return h
+
+
+class _BackwardRecord:
+    """What the mixing steps of one forward pass share, and what they saw going back."""
+
+    def __init__(self, mlp: SparseMLP) -> None:
+        self.mlp = mlp
+        self.activations: list[Activation] = []
+        self.sums: dict[str, Tensor] = {}
+
+    def mix(self, layer: int, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Received gradient of a layer [B, W, N] -> (mixed, gradients of the predictor's
+        weights and biases)."""
+        mlp, rule, neurons = self.mlp, self.mlp.rule, self.mlp.layers[layer]
+        activation = self.activations[layer]
+        if layer == len(mlp.layers) - 1:
+            self.sums = {}
+        with torch.enable_grad():
+            prediction = neurons.predict(activation)
+        synthetic = prediction.detach()
+        weight = neurons.mixing_weight.view(1, -1, 1)
+        mixed = weight * gradient + (1 - weight) * synthetic
+        share = 1 / len(mlp.layers)
+        measured = {
+            "true_grad_norm": length(gradient).mean() * share,
+            "mixed_grad_norm": length(mixed).mean() * share,
+            "prediction_norm": length(synthetic).mean() * share,
+        }
+        regression: tuple[Tensor | None, Tensor | None] = None, None
+        if rule.phase != "policy":
+            target = mixed if rule.predictor_target == "mixed" else gradient
+            residual = synthetic - target
+            measured["predictor_loss"] = residual.square().mean()
+            regression = torch.autograd.grad(
+                prediction,
+                (neurons.predictor_h, neurons.predictor_bias),
+                2 * residual / residual.numel(),
+            )
+        for name, value in measured.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        if rule.updates:
+            slope: Tensor | float = 1.0
+            if mlp.is_residual(layer):
+                slope = 1 - torch.tanh(activation.output).square()
+            previous = neurons.mixing_weight
+            estimate = estimate_mixing_weight(
+                activation,
+                gradient * slope,
+                synthetic * slope,
+                neurons.scale,
+                previous,
+                rule.eps,
+            )
+            previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+        if layer == 0:
+            mlp.statistics = {**mlp.statistics, **self.sums}
+        return mixed, *regression
+
+
+class _MixPrediction(torch.autograd.Function):
+    """Identity going forward; going back, mixes the prediction into the gradient of the state.
+
+    The gradient it returns for the predictor's parameters is that of the predictor's loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, layer: int, record: _BackwardRecord, *predictor: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.record = layer, record
+        return h.view_as(h)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        mixed, *regression = ctx.record.mix(ctx.layer, gradient)
+        return mixed, None, None, *regression
