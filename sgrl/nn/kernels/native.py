@@ -418,25 +418,27 @@ class _StackLayers:
 
 def _stack_forward(
     mlp: "SparseMLP", x: Tensor, parameters: list[Tensor], keep: bool
-) -> tuple[Tensor, Tensor]:
-    """-> output [B, W, N], and the memory, which if to be kept holds the record."""
+) -> tuple[Tensor, _Record | None]:
+    """-> output [B, W, N], and if to be kept what a backward pass needs."""
     core = load(x.dtype)
     assert core is not None
     layers, piece = _StackLayers(mlp, parameters), len(x)
     if not keep:
         piece = min(piece, PIECE)
-    memory = x.new_empty(core.sgrl_stack_workspace(layers.pointer, piece, keep))
+    size = core.sgrl_stack_workspace(layers.pointer, piece, keep)
+    record = _Record(size, x.dtype) if keep else None
+    memory = x.new_empty(size) if record is None else record.memory
     output = x.new_empty(len(x), mlp.num_neurons, mlp.neuron_size)
     pointers = map(_pointer, (x, output, memory))
     core.sgrl_stack_forward(layers.pointer, len(x), piece, keep, *pointers)
-    return output, memory
+    return output, record
 
 
 class _StackFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mlp: "SparseMLP", x: Tensor, *parameters: Tensor) -> Tensor:
         weights = list(parameters[: 2 * len(mlp.layers)])
-        output, ctx.memory = _stack_forward(mlp, x.contiguous(), weights, keep=True)
+        output, ctx.record = _stack_forward(mlp, x.contiguous(), weights, keep=True)
         ctx.mlp, ctx.num_parameters = mlp, len(parameters)
         # The predictors are not saved: the policy step mixes in what they predict after their own
         # step, which changes them in place.
@@ -484,7 +486,7 @@ class _StackFunction(torch.autograd.Function):
             )
         core.sgrl_stack_backward(
             *(layers.pointer, len(grad_output), mixing if sgprop else None),
-            *(grad_output.data_ptr(), _pointer(grad_x), results, ctx.memory.data_ptr()),
+            *(grad_output.data_ptr(), _pointer(grad_x), results, ctx.record.memory.data_ptr()),
         )
         if sgprop:
             _write_statistics(mlp, grad_output.new_tensor([list(r.statistics) for r in results]))

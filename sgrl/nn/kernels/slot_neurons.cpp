@@ -146,6 +146,7 @@ inline vec sum_lanes(const vec* values) {
     return values[0];
   } else {
     vec half[H];
+#pragma GCC unroll 16
     for (int i = 0; i < H; ++i)
       half[i] = lower<H>(values[i], values[i + H], Lanes{}) +
                 upper<H>(values[i], values[i + H], Lanes{});
@@ -157,6 +158,7 @@ inline vec sum_lanes(const vec* values) {
 template <int H = V / 2>
 inline void transpose_block(vec* values) {
   if constexpr (H > 0) {
+#pragma GCC unroll 16
     for (int i = 0; i < V; ++i)
       if (!(i & H)) {
         const vec a = values[i], b = values[i + H];
@@ -170,6 +172,16 @@ inline void transpose_block(vec* values) {
 inline double sum(vec value) {
   double total = 0;
   for (int i = 0; i < V; ++i) total += value[i];
+  return total;
+}
+
+// <a, b> of two arrays.
+inline double inner(const real* a, const real* b, Index count) {
+  vec lanes = {};
+  Index i = 0;
+  for (; i + V <= count; i += V) lanes += load(a + i) * load(b + i);
+  double total = sum(lanes);
+  for (; i < count; ++i) total += double(a[i]) * b[i];
   return total;
 }
 
@@ -192,10 +204,10 @@ inline void for_tiles(Index count, int most, F f) {
   }
 }
 
-// One tile: out[r] = bias[r] + sum over d of a[d][r] * b[d], S rows, C vectors from `column` on;
-// without bias it is added to what out holds.
+// One tile: out[r] = bias[r] + sum over d of a[d * step + r] * b[d], S rows, C vectors from `column`
+// on; without bias it is added to what out holds.
 template <int S, int C>
-void multiply_tile(Index depth, const real* a, const real* const* b, Index column,
+void multiply_tile(Index depth, const real* a, Index step, const real* const* b, Index column,
                    real* const* out, const real* bias) {
   vec total[S][C];
 #pragma GCC unroll 16
@@ -203,7 +215,7 @@ void multiply_tile(Index depth, const real* a, const real* const* b, Index colum
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c)
       total[r][c] = bias ? splat(bias[r]) : load(out[r] + column + c * V);
-  for (Index d = 0; d < depth; ++d, a += S) {
+  for (Index d = 0; d < depth; ++d, a += step) {
     vec row[C];
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) row[c] = load(b[d] + column + c * V);
@@ -220,7 +232,7 @@ void multiply_tile(Index depth, const real* a, const real* const* b, Index colum
     for (int c = 0; c < C; ++c) store(out[r] + column + c * V, total[r][c]);
 }
 
-using MultiplyTile = void (*)(Index, const real*, const real* const*, Index, real* const*,
+using MultiplyTile = void (*)(Index, const real*, Index, const real* const*, Index, real* const*,
                               const real*);
 
 template <int C, int... S>
@@ -229,18 +241,20 @@ constexpr MultiplyTile choose_multiply(Index size, std::integer_sequence<int, S.
   return table[size - 1];
 }
 
-// out[rows][columns] = bias + packed matrix [rows][depth] times b[depth][columns], or added to out
-// if bias is null. b and out are lists of rows, whole vectors of which are read and written: the
-// last columns first, since only they spill into the next row.
-void multiply(Index rows, Index depth, const real* packed, const real* const* b, Index columns,
-              real* const* out, const real* bias) {
+// out[rows][columns] = bias + a times b[depth][columns], or added to out if bias is null. a is a
+// packed matrix [rows][depth] or, if `transposed`, any [depth][rows]. b and out are lists of rows,
+// whole vectors of which are read and written: the last columns first, since only they spill into
+// the next row.
+void multiply(Index rows, Index depth, const real* a, bool transposed, const real* const* b,
+              Index columns, real* const* out, const real* bias) {
   constexpr auto sizes = std::make_integer_sequence<int, tile_rows>{};
   for (Index stop = vectors(columns), first; stop > 0; stop = first) {
     first = stop % 2 ? stop - 1 : stop - 2;
     for_tiles(rows, tile_rows, [&](Index row, Index size) {
-      const MultiplyTile run =
+      const MultiplyTile tile =
           first + 2 == stop ? choose_multiply<2>(size, sizes) : choose_multiply<1>(size, sizes);
-      run(depth, packed + row * depth, b, first * V, out + row, bias ? bias + row : nullptr);
+      tile(depth, a + row * (transposed ? 1 : depth), transposed ? rows : size, b, first * V,
+           out + row, bias ? bias + row : nullptr);
     });
   }
 }
@@ -302,23 +316,23 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
     const Index width = std::min<Index>(V, columns - c);
     for (Index r = 0; r < rows; r += V) {
       const Index height = std::min<Index>(V, rows - r);
-      for (Index i = 0; i < V; ++i) {
-        block[i] = vec{};
-        const real* row = from + (r + i) * from_length + c;
-        if (i < height) {
-          if (width == V)
-            block[i] = load(row);
-          else
-            for (Index lane = 0; lane < width; ++lane) block[i][lane] = row[lane];
+      const real* row = from + r * from_length + c;
+      if (width == V && height == V) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) block[i] = load(row + i * from_length);
+      } else {
+        for (Index i = 0; i < V; ++i) {
+          block[i] = vec{};
+          if (i < height) std::memcpy(&block[i], row + i * from_length, width * sizeof(real));
         }
       }
       transpose_block(block);
       for (Index i = 0; i < width; ++i) {
-        real* row = to + (c + i) * to_length + r;
+        real* to_row = to + (c + i) * to_length + r;
         if (pad || height == V)
-          store(row, block[i]);
+          store(to_row, block[i]);
         else
-          for (Index lane = 0; lane < height; ++lane) row[lane] = block[i][lane];
+          std::memcpy(to_row, &block[i], height * sizeof(real));
       }
     }
   }
@@ -337,19 +351,6 @@ void pack(real* to, const real* from, Index rows, Index depth, const real* more 
     to += size * depth;
     if (more_depth) write(to, size, more + first * more_depth, more_depth, size, more_depth);
     to += size * more_depth;
-  });
-}
-
-// to = the transpose of the matrix [depth][rows].
-void pack_transposed(real* to, const real* from, Index rows, Index depth) {
-  for_tiles(rows, tile_rows, [&](Index first, Index size) {
-    for (Index d = 0; d < depth; ++d, to += size) {
-      const real* row = from + d * rows + first;
-      if (d * rows + first + V <= depth * rows)
-        for (Index r = 0; r < size; r += V) store(to + r, load(row + r));
-      else
-        std::copy_n(row, size, to);
-    }
   });
 }
 
@@ -438,7 +439,7 @@ struct Workspace {
   real *external, *scores;                     // [E][lanes]; [M][lanes]
   real *states, *attention, *slots;            // by step: [T + 1][W * N], [T][W][M], [T][W][M * N]
   // Backward only.
-  real *backward_weights, *external_weights, *predictor_weights;
+  real* predictor_weights;                     // packed, of one neuron
   real *received, *predicted;                  // by step [T][W * N]
   real *states_by_neuron, *inputs_by_neuron, *inputs_gradient;  // [W * N], [E], [E]
   real *ones, *valid, *schedule;               // [K], [K], [T][W]
@@ -469,8 +470,6 @@ struct Workspace {
     attention = take(steps_kept * s.W * s.M * s.B);
     slots = take(steps_kept * s.W * s.M * s.N * s.B);
     if (keep) {
-      backward_weights = take(s.W * s.R * s.L);
-      external_weights = take(s.R * s.E);
       predictor_weights = take(s.M * s.N * (s.L + s.E));
       received = take(s.T * s.state_step());
       predicted = take(s.T * s.state_step());
@@ -564,7 +563,7 @@ void layer_forward(const Layer& layer, const Shape& s, const real* weights, cons
   for (Index j = 0; j < s.W; ++j) {
     list(j, read.data());
     for (Index i = 0; i < s.M * s.N; ++i) rows[s.M + i] = slots + i * s.B;
-    multiply(s.R, s.depth(j), weights + s.packed(j, s.R), read.data(), s.B, rows.data(),
+    multiply(s.R, s.depth(j), weights + s.packed(j, s.R), false, read.data(), s.B, rows.data(),
              bias + j * s.R);
     activate(s, real(layer.scale), scores, attention, slots, output);
     attention += s.M * s.B;
@@ -639,7 +638,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(features, q.features, p.features, s.lanes);
   list_rows(out, w.external, s.E, s.lanes);
   transpose<true>(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
-  multiply(p.features, p.observation, q.weights_1, rows.data(), s.B, features.data(), p.bias_1);
+  multiply(p.features, p.observation, q.weights_1, false, rows.data(), s.B, features.data(), p.bias_1);
   for (Index b = 0; b < s.B; b += V) {
     vec mean = {}, variance = {};
     for (const real* feature : features) mean += load(feature + b);
@@ -651,7 +650,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
     const vec scale = 1 / square_root(variance / real(p.features) + real(1e-5));
     for (real* feature : features) store(feature + b, (load(feature + b) - mean) * scale);
   }
-  multiply(s.E, p.features, q.weights_2, features.data(), s.B, out.data(), p.bias_2);
+  multiply(s.E, p.features, q.weights_2, false, features.data(), s.B, out.data(), p.bias_2);
   for (real* row : out)
     for (Index b = 0; b < s.B; b += V) {
       const vec value = load(row + b);
@@ -667,7 +666,7 @@ void choose(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(states, w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step(), WN,
             s.B);
   list_rows(products, q.products, 2 * AS, s.lanes);
-  multiply(2 * AS, WN, q.actor, states.data(), s.B, products.data(), q.zeros);
+  multiply(2 * AS, WN, q.actor, false, states.data(), s.B, products.data(), q.zeros);
   for (Index a = 0; a < p.actions; ++a)
     for (Index b = 0; b < s.B; b += V) {
       const real* scores = q.products + a * p.slots * s.lanes + b;
@@ -804,7 +803,7 @@ void predict(const Layer& layer, const Shape& s, Index j, const real* packed,
              const real* const* inputs, const real* attention, Index length, Index samples,
              real* const* guesses, real* prediction) {
   const Index MN = s.M * s.N;
-  multiply(MN, s.depth(j), packed, inputs, samples, guesses, layer.predictor_bias + j * MN);
+  multiply(MN, s.depth(j), packed, false, inputs, samples, guesses, layer.predictor_bias + j * MN);
   for (Index k = 0; k < samples; k += V)
     for (Index n = 0; n < s.N; ++n) {
       vec sum = {};
@@ -843,8 +842,6 @@ void predict_all(const Layer& layer, const Shape& s, Workspace& w) {
 void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* mixing,
                 const std::uint8_t* mask, const real* grad_output, real* grad_h0) {
   const Index WN = s.W * s.N;
-  for (Index j = 0; j < s.W; ++j)
-    pack_transposed(w.backward_weights + j * s.R * s.L, layer.weight_h + j * s.R * s.L, s.L, s.R);
   Rows rows(s.R), output(s.N);
   std::vector<real*> to(s.L);
   std::vector<real> mixed(s.N * s.lanes), valid(s.lanes);
@@ -886,7 +883,7 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
       for (Index p = 0; p < s.P; ++p)
         for (Index n = 0; n < s.N; ++n)
           to[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.lanes;
-      multiply(s.L, s.R, w.backward_weights + j * s.R * s.L, rows.data(), s.B, to.data(),
+      multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, rows.data(), s.B, to.data(),
              nullptr);
     }
   }
@@ -1034,12 +1031,12 @@ void write_results(const Shape& s, const Mixing* mixing, Index j, const real* pr
   }
   if (at.end == at.w) return;
   double square_sum_u = 0, sums_wu = 0;
-  for (Index r = 0; r < s.R; ++r)
-    for (Index d = 0; d < (r < s.M ? depth : columns); ++d) {  // keys have no bias
-      const double u = products[(at.u + r) * columns + d];
-      square_sum_u += u * u;
-      sums_wu += u * products[(at.w + r) * columns + d];
-    }
+  for (Index r = 0; r < s.R; ++r) {
+    const real *w = products + (at.w + r) * columns, *u = products + (at.u + r) * columns;
+    const Index count = r < s.M ? depth : columns;  // keys have no bias
+    square_sum_u += inner(u, u, count);
+    sums_wu += inner(w, u, count);
+  }
   out.moments[j] = sum(sums.u_square);
   out.moments[s.W + j] = sum(sums.wu);
   out.moments[2 * s.W + j] = square_sum_u;
@@ -1078,8 +1075,6 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
     const Index depth = s.depth(j);
     inputs.push_back(w.ones);
     std::fill(w.sums, w.sums + at.end * (depth + 1), real(0));
-    if (j < s.X && needs_x)
-      pack_transposed(w.external_weights, layer.weight_x + j * s.R * s.E, s.E, s.R);
     Sums sums;
     for_chunks(s, w, [&](Chunk c) {
       const Index first = c.first * s.W + j, state = c.first * s.state_step() + j * s.N * s.B;
@@ -1109,8 +1104,8 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
       dot(at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(), w.sums);
       if (j < s.X && needs_x) {
         list_rows(inputs_gradient, w.inputs_gradient + c.offset, s.E, w.row);
-        multiply(s.E, s.R, w.external_weights, rows.data(), c.samples, inputs_gradient.data(),
-                 nullptr);
+        multiply(s.E, s.R, layer.weight_x + j * s.R * s.E, true, rows.data(), c.samples,
+                 inputs_gradient.data(), nullptr);
       }
     });
     write_results(s, mixing, j, w.sums, sums, out);
@@ -1143,8 +1138,10 @@ struct StackWorkspace {
   real* scores;
   // Backward only.
   real *gradient[2];                              // [inputs or W * N]
-  real *backward_weights, *predictor_weights, *guesses, *prediction, *weight, *valid, *slope;
-  real *rows, *vectors, *ones, *sums;
+  real *predictor_weights, *guesses, *prediction, *weight, *valid, *slope;
+  real *rows, *packed_rows, *vectors, *ones, *zeros, *sums;
+  real *read, *read_by_sample;                    // [L + 1][lanes], [lanes][read_row]
+  Index read_row;
   Index total;
 
   StackWorkspace(const Stack& k, const Shape& s, bool keep, real* block) {
@@ -1167,7 +1164,6 @@ struct StackWorkspace {
     if (keep) {
       gradient[0] = take(wide * length);
       gradient[1] = take(wide * length);
-      backward_weights = take(s.R * s.L);
       predictor_weights = take(MN * s.L);
       guesses = take(MN * length);
       prediction = take(s.N * length);
@@ -1175,8 +1171,13 @@ struct StackWorkspace {
       valid = take(length);
       slope = take(s.N * length);
       rows = take((3 * s.R + MN) * length);
+      packed_rows = take((3 * s.R + MN) * length);
       vectors = take(3 * s.N * length);
       ones = take(length);
+      zeros = take(3 * s.R + MN);
+      read_row = (s.L + V) / V * V;
+      read = take((s.L + 1) * length);
+      read_by_sample = take(length * read_row);
       sums = take((3 * s.R + MN) * (s.L + 1));
     }
     total = take.total();
@@ -1224,8 +1225,11 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
   // What nobody wants is left out of the products.
   const Index first = out.predictor_h ? 0 : at.policy, end = out.weight_h ? at.end : at.policy;
   Rows inputs(s.L + 1), output(s.N), policy_rows(s.R);
-  std::vector<real*> guesses, to(s.L);
+  Rows by_sample(length);
+  std::vector<real*> guesses, sums_rows, to(s.L);
   list_rows(guesses, w.guesses, MN, length);
+  list_rows(sums_rows, w.sums, at.end, s.L + 1);
+  for (Index b = 0; b < length; ++b) by_sample[b] = w.read_by_sample + b * w.read_row;
   for (Index r = 0; r < s.R; ++r) policy_rows[r] = w.rows + (at.policy + r) * length;
   inputs[s.L] = w.ones;
   std::fill(out.statistics, out.statistics + 4, 0.0);
@@ -1255,9 +1259,13 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
     Sums sums;
     fill_rows(s, real(layer.scale), mixing, per_term, samples, w.rows, w.vectors, sums);
     if (first < end) {
-      std::fill(w.sums + first * (s.L + 1), w.sums + end * (s.L + 1), real(0));
-      dot(end - first, s.L + 1, length, w.rows + first * length, length, inputs.data(),
-          w.sums + first * (s.L + 1));
+      // The samples are few: too few for `dot`, which ends with a sum over lanes.
+      for (Index i = 0; i <= s.L; ++i)
+        std::copy_n(inputs[i], length, w.read + i * length);
+      transpose<true>(w.read_by_sample, w.read_row, w.read, length, s.L + 1, length);
+      pack(w.packed_rows, w.rows + first * length, end - first, length);
+      multiply(end - first, length, w.packed_rows, false, by_sample.data(), s.L + 1,
+               sums_rows.data() + first, w.zeros);
       write_results(s, mixing, j, w.sums, sums, out);
     }
     collect(sums, out.statistics);
@@ -1267,10 +1275,10 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
         real* row = below + j * s.N * length + i;
         store(row, load(row) + load(w.vectors + i));
       }
-    pack_transposed(w.backward_weights, layer.weight_h + j * s.R * s.L, s.L, s.R);
     for (Index i = 0; i < s.L; ++i)
       to[i] = below + (inputs[i] - w.states[l]);
-    multiply(s.L, s.R, w.backward_weights, policy_rows.data(), length, to.data(), nullptr);
+    multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, policy_rows.data(), length,
+             to.data(), nullptr);
   }
   take_means(s, batch, out.statistics);
 }
@@ -1377,6 +1385,7 @@ void sgrl_stack_backward(const Stack* stack, Index batch, const Mixing* mixing,
   StackWorkspace w(*stack, s, true, block);
   const Index WN = s.W * s.N;
   std::fill(w.ones, w.ones + s.lanes, real(1));
+  std::fill(w.zeros, w.zeros + 3 * s.R + s.M * s.N, real(0));
   for (Index b = 0; b < s.lanes; ++b) w.valid[b] = b < batch;
   real *now = w.gradient[0], *below = w.gradient[1];
   transpose<true>(now, s.lanes, grad_output, WN, batch, WN);
