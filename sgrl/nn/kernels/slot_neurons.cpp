@@ -312,14 +312,16 @@ template <bool pad>
 void transpose(real* to, Index to_length, const real* from, Index from_length, Index rows,
                Index columns) {
   vec block[V];
-  for (Index c = 0; c < columns; c += V) {
-    const Index width = std::min<Index>(V, columns - c);
+  for (Index next = 0; next < columns; next += V) {
+    // The last block overlaps the one before, so that whole vectors can be read.
+    const Index c = columns < V ? 0 : std::min(next, columns - V);
+    const Index width = std::min<Index>(V, columns);
     for (Index r = 0; r < rows; r += V) {
       const Index height = std::min<Index>(V, rows - r);
       const real* row = from + r * from_length + c;
-      if (width == V && height == V) {
+      if (width == V) {
 #pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) block[i] = load(row + i * from_length);
+        for (int i = 0; i < V; ++i) block[i] = i < height ? load(row + i * from_length) : vec{};
       } else {
         for (Index i = 0; i < V; ++i) {
           block[i] = vec{};
@@ -327,12 +329,17 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
         }
       }
       transpose_block(block);
-      for (Index i = 0; i < width; ++i) {
-        real* to_row = to + (c + i) * to_length + r;
-        if (pad || height == V)
-          store(to_row, block[i]);
-        else
-          std::memcpy(to_row, &block[i], height * sizeof(real));
+      real* to_row = to + c * to_length + r;
+      if (width == V && (pad || height == V)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) store(to_row + i * to_length, block[i]);
+      } else {
+        for (Index i = 0; i < width; ++i) {
+          if (pad || height == V)
+            store(to_row + i * to_length, block[i]);
+          else
+            std::memcpy(to_row + i * to_length, &block[i], height * sizeof(real));
+        }
       }
     }
   }
