@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check study bench clean
+.PHONY: quickstart test check study bench asan clean
 
 quickstart: .venv/installed
 	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
@@ -25,7 +25,15 @@ check: .venv/installed-for-tests
 study: .venv/installed-for-tests
 	$(BIN)/python -m pytest -m slow -s
 
+# The compiled core under the address sanitizer, which also watches the gaps between its arrays.
+asan: .venv/installed-for-tests
+	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	SGRL_CXXFLAGS="-fsanitize=address -g" $(BIN)/python -m pytest -q -s -p no:cacheprovider \
+	tests/test_golden_recurrent.py tests/test_native.py -k "native and not fallback and not compiling"
+
 bench: .venv/installed
+	$(BIN)/sgrl bench
+	$(BIN)/python benchmarks/speedup.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/rllib_overhead.py
 	$(BIN)/python benchmarks/mnist.py

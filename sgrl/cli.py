@@ -132,6 +132,20 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
             typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
 
 
+@app.command()
+def bench(
+    num_envs: Annotated[int, typer.Option(min=1, help="Episodes per batch.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches of each that count.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
+) -> None:
+    """Measure milliseconds per batch of every policy and backend, on one thread."""
+    from sgrl.bench import run_bench
+
+    with _one_line_errors(OSError):
+        for line in run_bench(num_envs, rounds, json):
+            typer.echo(line)
+
+
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 

@@ -10,7 +10,7 @@ import torch
 from golden_cases import golden_files
 
 from sgrl.envs.registry import VectorEnv, make_vector
-from sgrl.nn.policies import PolicyOutput
+from sgrl.nn.policies import Acting, PolicyOutput
 from sgrl.reinforce.loss import discounted_returns, normalize_returns
 from sgrl.reinforce.rollout import Rollout
 
@@ -60,6 +60,9 @@ class ForcedPolicy(torch.nn.Module):
 
     def initial_state(self, batch_size: int) -> dict[str, torch.Tensor]:
         return {}
+
+    def acting(self, length: int, batch_size: int, keep: bool) -> Acting:
+        return Acting(self, batch_size)
 
     def step(self, observations: torch.Tensor, state: dict[str, torch.Tensor]) -> PolicyOutput:
         forced = torch.nn.functional.one_hot(next(self.actions), self.num_actions)

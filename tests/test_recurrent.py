@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sgrl.nn.kernels import BACKENDS
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.recurrent import SparseRNN
 
@@ -108,7 +109,7 @@ def test_backends_agree_at_the_published_size() -> None:
     compare(problem, torch.float32, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_backprop_equals_finite_differences(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rnn = SparseRNN(
@@ -124,7 +125,7 @@ def test_backprop_equals_finite_differences(backend: str) -> None:
     assert torch.autograd.gradcheck(function, (x, h_0, *parameters))
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lambda_of_one_is_backprop(backend: str) -> None:
     generator = torch.Generator().manual_seed(1)
     sgprop = SparseRNN(3, 6, 2, 2, 2, 2, adaptive=False, backend=backend, generator=generator)
@@ -140,7 +141,7 @@ def test_lambda_of_one_is_backprop(backend: str) -> None:
         torch.testing.assert_close(actual[name], expected[name])
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_switches(backend: str) -> None:
     """The lambda update can be turned off; a target changes only the predictor's gradient."""
     generator = torch.Generator().manual_seed(2)
@@ -160,7 +161,7 @@ def test_switches(backend: str) -> None:
         assert same != changes, name
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_can_be_cut(backend: str) -> None:
     generator = torch.Generator().manual_seed(4)
     rnn = SparseRNN(3, 6, 2, 2, 2, 2, backend=backend, flatten=True, generator=generator)
@@ -222,7 +223,7 @@ def test_wrong_shapes() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_cuda_equals_cpu(backend: str, dtype: torch.dtype, rtol: float) -> None:
     problem = {

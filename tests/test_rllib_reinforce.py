@@ -262,8 +262,13 @@ def test_remote_runners(tmp_path: Path) -> None:
 def test_remote_learner() -> None:
     local = config().build_algo()
     remote = config().learners(num_learners=1).build_algo()
-    assert rows(remote, 3) == rows(local, 3)
-    assert_same(remote.policy.state_dict(), local.policy.state_dict())
+    # Not to the last bit: what the local one has computed while acting, the remote one computes
+    # anew, in other products.
+    for row, expected in zip(rows(remote, 3), rows(local, 3), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    weights, expected_weights = remote.policy.state_dict(), local.policy.state_dict()
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
     state = remote.get_state()
     weights = state["learner_group"]["learner"]["rl_module"][DEFAULT_MODULE_ID]
     weights["policy.actor.b"] = np.full_like(weights["policy.actor.b"], np.nan)

@@ -130,10 +130,21 @@ class Layout(NamedTuple):
     end: int
 
 
+def _choice(options: Sequence[Any]) -> Any:
+    """`random.choice` of _python_draws, spelled out: most of a maze's time goes into it."""
+    count = len(options)
+    bits = count.bit_length()
+    drawn = _draw_bits(bits)
+    while drawn >= count:
+        drawn = _draw_bits(bits)
+    return options[drawn]
+
+
 # Module-wide because building a RandomState takes longer than carving a maze; both are reseeded
 # for every maze.
 _python_draws = random.Random()
 _numpy_draws = np.random.RandomState()
+_draw_bits = _python_draws.getrandbits
 
 
 # Runs of one seed that differ in method or learning rate meet the same mazes.
@@ -146,13 +157,13 @@ def make_layout(height: int, width: int, seed: int) -> Layout:
     """
     _python_draws.seed(seed)
     _numpy_draws.seed(seed)
-    choice, shuffle = _python_draws.choice, _numpy_draws.shuffle
+    shuffle = _numpy_draws.shuffle
     rows, columns = range(1, height, 2), range(1, width, 2)
 
     free = np.zeros((height + 1, width + 1), bool).tolist()
     rooms_left = len(rows) * len(columns)
     for hunt in range((height + 1) * (width + 1) + 1):
-        y, x = choice(rows), choice(columns)
+        y, x = _choice(rows), _choice(columns)
         if hunt == 0:
             free[y][x] = True
             rooms_left -= 1
@@ -170,14 +181,14 @@ def make_layout(height: int, width: int, seed: int) -> Layout:
             if not neighbours:
                 break
             shuffle(neighbours)
-            next_y, next_x = choice(neighbours)
+            next_y, next_x = _choice(neighbours)
             free[next_y][next_x] = free[(y + next_y) // 2][(x + next_x) // 2] = True
             rooms_left -= 1
             y, x = next_y, next_x
 
-    side = choice(("north", "south", "west", "east"))
+    side = _choice(("north", "south", "west", "east"))
     line = columns if side in ("north", "south") else rows
-    first, second = choice(line), choice(line)
+    first, second = _choice(line), _choice(line)
     start, end = {
         "north": ((0, first), (height, second)),
         "south": ((height, first), (0, second)),

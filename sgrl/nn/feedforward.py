@@ -181,7 +181,7 @@ class SparseMLP(nn.Module):
         """
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
-        run = stack if self.backend == "torch" else eager_stack
+        run = eager_stack if self.backend == "eager" else stack
         output = run(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 

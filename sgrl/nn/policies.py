@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.kernels.native import Recorder
 from sgrl.nn.mixing import MixingRule, mixing_summary, split_parameters
 from sgrl.nn.neuron import predictor_generator
 from sgrl.nn.recurrent import SparseRNN
@@ -148,8 +149,20 @@ class Policy(nn.Module):
         """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state."""
         raise NotImplementedError(f"{type(self).__name__} must run its core")
 
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> "Acting":
+        """For acting through whole episodes of T steps, from the initial state on.
+
+        With `keep` it may hold, where the policy can, what lets `forward` on the same observations
+        skip those steps of its core.
+        """
+        return Acting(self, batch_size)
+
     def forward(
-        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        acted: "Acting | None" = None,
     ) -> PolicyOutput:
         """Run over whole sequences.
 
@@ -157,10 +170,15 @@ class Policy(nn.Module):
             observations: [T, B, F].
             state: before the first step; `initial_state` if None.
             mask: bool [T, B], True at valid steps; all if None.
+            acted: has perhaps seen these observations; used if so, and if nothing changed since.
         """
-        if state is None:
-            state = self.initial_state(observations.shape[1])
-        features, state = self.run_core(self.encoder(observations), state, mask)
+        embeddings = self.encoder(observations)
+        if acted is not None and state is None and acted.is_of(self, observations):
+            features, state = acted.continue_core(embeddings, mask)
+        else:
+            if state is None:
+                state = self.initial_state(observations.shape[1])
+            features, state = self.run_core(embeddings, state, mask)
         values = None if self.value_head is None else self.value_head(features).squeeze(-1)
         return PolicyOutput(self.actor(features), values, state)
 
@@ -169,6 +187,31 @@ class Policy(nn.Module):
         output = self(observations.unsqueeze(0), state)
         values = None if output.values is None else output.values[0]
         return PolicyOutput(output.logits[0], values, output.state)
+
+
+class Acting:
+    """A policy taking one step of B episodes after the other, from their beginning.
+
+    This one merely carries the state along.
+    """
+
+    def __init__(self, policy: Policy, batch_size: int) -> None:
+        self.policy = policy
+        self.state = policy.initial_state(batch_size)
+
+    def step(self, observations: Tensor) -> Tensor:
+        """Observations [B, F] -> logits [B, A]."""
+        output = self.policy.step(observations, self.state)
+        self.state = output.state
+        return output.logits
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
+        return False
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        """As `Policy.run_core` from the initial state, without the steps already taken."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing to continue from")
 
 
 def _linear(
@@ -375,11 +418,15 @@ class SlotActor(nn.Module):
         for parameter in (self.keys, self.A):
             nn.init.normal_(parameter, std=self.scale, generator=generator)
 
-    def forward(self, h: Tensor) -> Tensor:
-        scores = nn.functional.linear(h, self.keys.flatten(0, 1)) * self.scale
-        values = nn.functional.linear(h, self.A.flatten(0, 1), self.b.flatten())
-        weights = scores.unflatten(-1, self.b.shape).softmax(dim=-1)
-        return (weights * values.unflatten(-1, self.b.shape)).sum(-1)
+    def stack(self) -> Tensor:
+        """Keys, scaled, and below them A: [2 * num_actions * S, H], for one product."""
+        return torch.cat([self.keys.flatten(0, 1) * self.scale, self.A.flatten(0, 1)])
+
+    def forward(self, h: Tensor, stacked: Tensor | None = None) -> Tensor:
+        """States [..., H] -> logits [..., num_actions]; `stacked` is what `stack` returned."""
+        products = nn.functional.linear(h, self.stack() if stacked is None else stacked)
+        scores, values = products.unflatten(-1, (2, *self.b.shape)).unbind(-3)
+        return (scores.softmax(dim=-1) * (values + self.b)).sum(-1)
 
 
 class SparseNetPolicy(EncodedPolicy):
@@ -409,6 +456,50 @@ class SparseNetPolicy(EncodedPolicy):
     ) -> tuple[Tensor, State]:
         features, h = self.core(embeddings, state["h"], mask)
         return features, {"h": h}
+
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+        if self.core.runs_native(self.core.neurons.weight_h):
+            return _SparseNetActing(self, length, batch_size, keep)
+        return super().acting(length, batch_size, keep)
+
+
+class _SparseNetActing(Acting):
+    """Whole steps in compiled code, which leave a record for the core's backward pass."""
+
+    def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
+        self.policy: SparseNetPolicy = policy
+        self.versions = _versions(policy)
+        encoder, actor = policy.encoder, policy.actor
+        self.recorder = Recorder(
+            policy.core,
+            (encoder[0], encoder[2]),
+            (actor.stack(), actor.b),
+            length,
+            batch_size,
+            keep,
+        )
+
+    def step(self, observations: Tensor) -> Tensor:
+        return self.recorder.act(observations)
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        recorder = self.recorder
+        return (
+            recorder.keep
+            and policy is self.policy
+            and len(observations) == recorder.length
+            and _versions(policy) == self.versions
+            and torch.equal(observations[: recorder.steps], recorder.observations[: recorder.steps])
+        )
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        features, h = self.policy.core(embeddings, mask=mask, recorder=self.recorder)
+        return features, {"h": h}
+
+
+def _versions(policy: Policy) -> list[tuple[int, int]]:
+    """Changes with every change of a parameter."""
+    return [(p.data_ptr(), p._version) for p in policy.parameters()]
 
 
 @dataclass(frozen=True)
@@ -601,7 +692,11 @@ class SparseMLPPolicy(Policy):
         return self.core(embeddings), {}
 
     def forward(
-        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        acted: Acting | None = None,
     ) -> PolicyOutput:
         if mask is None or bool(mask.all()):
             return super().forward(observations)

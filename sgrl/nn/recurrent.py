@@ -11,19 +11,21 @@ apart: give them an optimizer or a parameter group of their own), and, if adapti
 mixing weight at its end. After a backward pass `statistics` holds what it measured.
 
 Backends: "eager" is the plain loop over time below, the oracle for all others; "torch" runs the
-whole unroll in one autograd function with a hand-written backward (`kernels/unroll.py`); "auto"
-takes the fastest. None supports a second derivative.
+whole unroll in one autograd function with a hand-written backward (`kernels/unroll.py`); "native"
+is compiled code for the CPU (`kernels/native.py`), and "torch" where that cannot run: on a GPU, or
+without a C++ compiler. "auto" takes the fastest. None supports a second derivative.
 
 Source: the paper, Sections 4, H.2 and H.4.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (
     MixingRule,
@@ -64,7 +66,7 @@ class SparseRNN(nn.Module):
         mask_predictions: True passes the received gradient on unmixed at masked steps. The
             published method mixes there too.
         flatten: True gives output [T, B, W*N] and h_n [B, W*N], and takes such an h_0.
-        backend: "auto", "eager" or "torch".
+        backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
             torch's global one.
 
@@ -163,6 +165,16 @@ class SparseRNN(nn.Module):
         check_mixing(settings)
         resolve_backend(settings["backend"])
 
+    def runs_native(self, x: Tensor) -> bool:
+        """Whether compiled code would unroll over x."""
+        return self.backend == "native" and native.can_run(x, self.neurons.weight_h)
+
+    def _unroll(self, x: Tensor) -> Callable[..., Tensor]:
+        """The unroll of this module's backend; that of "torch" where "native" cannot run."""
+        if self.backend == "eager":
+            return eager_unroll
+        return native.unroll if self.runs_native(x) else unroll
+
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
 
@@ -180,7 +192,11 @@ class SparseRNN(nn.Module):
         return temporal_schedule(weights, self.parents, length, self.schedule_beta)
 
     def forward(
-        self, x: Tensor, h_0: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        h_0: Tensor | None = None,
+        mask: Tensor | None = None,
+        recorder: native.Recorder | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Unroll over time.
 
@@ -189,6 +205,8 @@ class SparseRNN(nn.Module):
             h_0: state before the first step [B, W, N]; zeros if None.
             mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
                 loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
+            recorder: has run the first steps of the same x from the zero state with the same
+                parameters; they are not run again. The caller sees to "same".
 
         Returns:
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).
@@ -211,8 +229,10 @@ class SparseRNN(nn.Module):
         elif h_0.shape[0] != x.shape[1] or h_0[0].numel() != state_shape[1] * state_shape[2]:
             raise ValueError(f"h_0 must be {list(state_shape)}, got {list(h_0.shape)}")
         h_0 = h_0.reshape(state_shape)
-        run = unroll if self.backend == "torch" else eager_unroll
-        output = run(self, x, h_0, mask)
+        if recorder is not None:
+            output = native.unroll(self, x, h_0, mask, recorder)
+        else:
+            output = self._unroll(x)(self, x, h_0, mask)
         if self.flatten:
             output = output.flatten(2)
         return output, output[-1]

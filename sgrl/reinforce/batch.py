@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgrl.nn.policies import Acting
+
 
 @dataclass
 class EpisodeBatch:
@@ -21,6 +23,7 @@ class EpisodeBatch:
         mask: bool [T, B], True at the steps of the episode.
         success: bool [B], whether the episode terminated (rather than ran out of time).
         lengths: int64 [B], steps of each episode.
+        acted: what the policy kept while it acted, for `Policy.forward`; one update uses it up.
 
     Source: the paper, Section H.4.
     """
@@ -31,6 +34,12 @@ class EpisodeBatch:
     mask: Tensor
     success: Tensor
     lengths: Tensor
+    acted: Acting | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but `acted`, by name."""
+        names = [field.name for field in dataclasses.fields(EpisodeBatch)]
+        return {name: getattr(self, name) for name in names if name != "acted"}
 
     @property
     def num_steps(self) -> int:
@@ -38,8 +47,8 @@ class EpisodeBatch:
         return self.mask.numel()
 
     def to(self, device: torch.device | str) -> "EpisodeBatch":
-        values = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
-        return EpisodeBatch(**values)
+        values = {name: value.to(device) for name, value in self.tensors().items()}
+        return EpisodeBatch(**values, acted=self.acted)
 
     def statistics(self) -> dict[str, float]:
         """success_rate, episode_return_mean (undiscounted) and episode_length_mean."""
@@ -55,10 +64,10 @@ def concatenate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
     if len(batches) == 1:
         return batches[0]
     values = {
-        field.name: torch.cat(
-            [getattr(batch, field.name) for batch in batches],
-            dim=0 if field.name in ("success", "lengths") else 1,
+        name: torch.cat(
+            [getattr(batch, name) for batch in batches],
+            dim=0 if name in ("success", "lengths") else 1,
         )
-        for field in dataclasses.fields(EpisodeBatch)
+        for name in batches[0].tensors()
     }
     return EpisodeBatch(**values)

@@ -42,7 +42,7 @@ def train(
         >>> for row in train(policy, env, iterations=300):
         ...     print(row["iteration"], row["success_rate"])
     """
-    rollout = Rollout(env, policy, seed)
+    rollout = Rollout(env, policy, seed, keep=True)
     optimizers = make_optimizers(policy, lr, predictor_lr)
     env_steps = 0
     for iteration in range(1, iterations + 1):

@@ -17,12 +17,12 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     Returns:
         [T, B], of the rewards' type.
     """
-    returns = torch.zeros_like(rewards)
-    ahead = torch.zeros_like(rewards[0])
-    for t in range(len(rewards) - 1, -1, -1):
-        ahead = torch.where(mask[t], rewards[t] + gamma * ahead, 0.0)
-        returns[t] = ahead
-    return returns
+    returns: list[Tensor] = []
+    ahead = zeros = torch.zeros_like(rewards[0])
+    for reward, valid in zip(reversed(rewards.unbind()), reversed(mask.unbind()), strict=True):
+        ahead = torch.where(valid, reward + gamma * ahead, zeros)
+        returns.append(ahead)
+    return torch.stack(returns[::-1])
 
 
 def normalize_returns(returns: Tensor, mask: Tensor) -> Tensor:

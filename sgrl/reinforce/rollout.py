@@ -32,6 +32,7 @@ class Rollout:
         seed: of the environments and of the actions.
         first_env: index of this rollout's first environment among all.
         total_envs: number of environments over all rollouts (default: B).
+        keep: for an update of this very policy: batches carry what it need not compute again.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Rollout:
         seed: int,
         first_env: int = 0,
         total_envs: int | None = None,
+        keep: bool = False,
     ) -> None:
         self.env = env
         self.policy = policy
         self.seed = seed
         self.first_env = first_env
         self.total_envs = env.num_envs if total_envs is None else total_envs
+        self.keep = keep
         self.batches = 0
         # Hashed: torch's generator sees only 32 bits of its seed, and neither rollouts that share
         # a seed nor the policy's initial weights may draw the same numbers.
@@ -63,30 +66,30 @@ class Rollout:
         noise = torch.empty(length, num_envs, policy.num_actions)
         noise = noise.exponential_(generator=self.generator).log_().to(parameter)
 
-        observations = torch.zeros(length, num_envs, env.observation_size)
-        actions = torch.zeros(length, num_envs, dtype=torch.int64)
-        rewards = torch.zeros(length, num_envs)
-        mask = torch.zeros(length, num_envs, dtype=torch.bool)
-        success = torch.zeros(num_envs, dtype=torch.bool)
-        running = torch.ones(num_envs, dtype=torch.bool)
-        current = torch.from_numpy(env.reset(self._reset_seeds()))
+        observations = np.zeros((length, num_envs, env.observation_size), np.float32)
+        actions = np.zeros((length, num_envs), np.int64)
+        rewards = np.zeros((length, num_envs), np.float32)
+        mask = np.zeros((length, num_envs), bool)
+        success = np.zeros(num_envs, bool)
+        running = np.ones(num_envs, bool)
+        current = env.reset(self._reset_seeds())
+        acting = policy.acting(length, num_envs, self.keep)
         with torch.inference_mode():
-            state = policy.initial_state(num_envs)
-            for t in range(length):
+            for t, noise_now in enumerate(noise.unbind()):
                 observations[t] = current
-                output = policy.step(current.to(parameter), state)
-                state = output.state
-                actions[t] = (output.logits - noise[t]).argmax(-1)
-                step = env.step(actions[t].numpy())
-                current, reward, terminated, truncated = map(torch.from_numpy, step)
-                rewards[t], mask[t] = reward, running
+                logits = acting.step(torch.from_numpy(current).to(parameter))
+                actions[t] = (logits - noise_now).argmax(-1).numpy(force=True)
+                current, rewards[t], terminated, truncated = env.step(actions[t])
+                mask[t] = running
                 success |= terminated
-                running = running & ~(terminated | truncated)
+                running &= ~(terminated | truncated)
                 if not running.any():
                     break
         self.batches += 1
-        batch = EpisodeBatch(observations, actions, rewards, mask, success, mask.sum(0))
-        return batch.to(parameter.device)
+        arrays = (observations, actions, rewards, mask, success, mask.sum(0))
+        batch = EpisodeBatch(*map(torch.from_numpy, arrays)).to(parameter.device)
+        batch.acted = acting if self.keep else None
+        return batch
 
     def _reset_seeds(self) -> list[int]:
         first = self.seed * self.env.seed_spacing

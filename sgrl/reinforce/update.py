@@ -89,7 +89,7 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
     if settings.normalize_returns:
         returns = normalize_returns(returns, batch.mask)
-    logits = policy(batch.observations.to(dtype), mask=batch.mask).logits
+    logits = policy(batch.observations.to(dtype), mask=batch.mask, acted=batch.acted).logits
     terms = reinforce_loss(
         logits, batch.actions, returns.to(dtype), batch.mask, settings.entropy_coeff
     )
@@ -122,6 +122,7 @@ def update(
     for optimizer in optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     terms = batch_loss(policy, batch, settings)
+    batch.acted = None
     buffers = [(buffer, buffer.clone()) for buffer in policy.buffers()]
     try:
         if settings.two_phase and "predictor" in optimizers:

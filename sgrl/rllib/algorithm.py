@@ -252,6 +252,17 @@ class Reinforce(Algorithm):
         self._env_steps = 0
         self._row: dict[str, float] = {}
         super().setup(config)
+        if self._is_all_local:
+            self.env_runner.share_module(self.learner_group._learner.module[DEFAULT_MODULE_ID])
+
+    @property
+    def _is_all_local(self) -> bool:
+        """Whether one process on one device samples and learns."""
+        return (
+            self.learner_group.is_local
+            and self.env_runner_group.num_remote_env_runners() == 0
+            and self.learner_group._learner._device == self.env_runner.device
+        )
 
     @property
     def policy(self) -> Policy:
@@ -289,7 +300,7 @@ class Reinforce(Algorithm):
             self._updates += 1
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 measured = self._learn(batch, ends_iteration=self._updates == end)
-            if self.env_runner_group.num_remote_env_runners() == 0:
+            if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
                 self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
             self._env_steps += batch.num_steps
             rows.append({"env_steps": self._env_steps, **batch.statistics(), **measured})
@@ -298,7 +309,7 @@ class Reinforce(Algorithm):
     def _last_update_of_iteration(self) -> int:
         """How many updates there will have been when the current iteration ends."""
         updates, iterations = self.config.total_updates, self.config.total_iterations
-        if updates is None:
+        if updates is None or iterations is None:
             return self._updates + 1
         spacing = (updates - 1) / (iterations - 1)
         ends = (int(1 + i * spacing) for i in itertools.count())
@@ -326,6 +337,7 @@ class Reinforce(Algorithm):
             return self.learner_group._learner.update_policy(batch)
         rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID)
         if self.learner_group.is_local:
+            self.learner_group._learner.acted = batch.acted
             results = self.learner_group.update(batch=rllib_batch)
         else:
             # By reference: RLlib splits other batches along their first axis.

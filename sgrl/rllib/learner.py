@@ -1,7 +1,6 @@
 """The RLlib Learner around `sgrl.reinforce.update` (new API stack)."""
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
+from sgrl.nn.policies import Acting
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
@@ -23,6 +23,9 @@ class ReinforceLearner(TorchLearner):
     the policy's precision, float64 included. A loss that is NaN or infinite raises
     `sgrl.reinforce.NonFiniteLoss` and changes nothing.
     """
+
+    #: `EpisodeBatch.acted` of the next batch: it belongs to one process and is in no column.
+    acted: Acting | None = None
 
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
@@ -40,8 +43,9 @@ class ReinforceLearner(TorchLearner):
         self, batch: dict[str, SampleBatch], **kwargs: Any
     ) -> tuple[dict, dict[str, float], dict]:
         losses = {}
+        acted, self.acted = self.acted, None
         for module_id, columns in batch.items():
-            metrics = self.update_policy(EpisodeBatch(**columns), module_id)
+            metrics = self.update_policy(EpisodeBatch(**columns, acted=acted), module_id)
             self.metrics.log_dict(metrics, key=(module_id, "sgrl"), reduce="item")
             losses[module_id] = metrics["policy_loss"]
         return {}, losses, {}
@@ -111,7 +115,7 @@ class ReinforceLearner(TorchLearner):
 
 def learner_batch(batch: EpisodeBatch, module_id: str) -> MultiAgentBatch:
     """Wrap an episode batch the way RLlib hands batches to Learners."""
-    columns = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    columns = batch.tensors()
     return MultiAgentBatch(
         {module_id: SampleBatch(columns, _time_major=True, _zero_padded=True)},
         env_steps=batch.num_steps,

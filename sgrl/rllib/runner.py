@@ -92,7 +92,14 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             self.config, self.config.num_gpus_per_env_runner if self.worker_index else 0
         )
         spec = self.config.get_rl_module_spec(spaces=self.spaces, inference_only=False)
+        self.device = torch.device(device)
         self.module = spec.build().to(device)
+
+    def share_module(self, module: PolicyModule) -> None:
+        """Act with the learner's own module: no weights to copy, no forward pass to repeat."""
+        assert self.rollout is not None
+        self.module = module
+        self.rollout.policy, self.rollout.keep = module.policy, True
 
     def _make_rollout(self, seed: int, evaluating: bool = False) -> Rollout:
         num_envs = self.config.num_envs_per_env_runner

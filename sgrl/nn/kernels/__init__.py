@@ -2,7 +2,9 @@
 
 import difflib
 
-BACKENDS = ("eager", "torch")
+import torch
+
+BACKENDS = ("eager", "torch", "native")
 
 
 def resolve_backend(name: str) -> str:
@@ -12,7 +14,9 @@ def resolve_backend(name: str) -> str:
         ValueError: no backend of that name.
     """
     if name == "auto":
-        return "torch"
+        from sgrl.nn.kernels import native
+
+        return "native" if native.load(torch.float32) else "torch"
     if name not in BACKENDS:
         close = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,211 @@
+"""Milliseconds per batch of every policy and backend, measured side by side: `sgrl bench`.
+
+All are measured in one process on one thread, in rounds that take each in turn, so that whatever
+else the machine does hits all alike: trust the ratios within one run. Where the frozen baseline in
+plain PyTorch is at hand (`benchmarks/plain_torch.py` of a checkout) it is measured beside them.
+"""
+
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sgrl import __version__
+from sgrl.envs.registry import make_vector
+from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.policies import make_policy
+from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+
+PLAIN = Path(__file__).parents[1] / "benchmarks" / "plain_torch.py"
+
+#: Policies by the name they have in the table: arguments of `make_policy`, the baseline's name.
+POLICIES: dict[str, tuple[dict[str, Any], str]] = {
+    "sgprop adaptive": ({"name": "sparsenet"}, "sparsenet_sgprop"),
+    "sgprop fixed": ({"name": "sparsenet", "adaptive": False}, "sparsenet_sgprop_fixed"),
+    "backprop": ({"name": "sparsenet", "propagation": "backprop"}, "sparsenet_backprop"),
+    "gru": ({"name": "gru"}, "gru"),
+    "lstm": ({"name": "lstm"}, "lstm"),
+}
+LABYRINTHS = {"labyrinth_escape": 80, "labyrinth_explore": 40}
+
+
+@dataclass
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        experiment, policy, implementation: what it is; rows of one experiment and policy compare.
+        batches: trains for ever; each item is the seconds of a batch's phases, by name.
+        seconds: what was measured, by phase.
+    """
+
+    experiment: str
+    policy: str
+    implementation: str
+    batches: Iterator[Mapping[str, float]]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def quartiles(self, phase: str) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of a phase, in milliseconds."""
+        values = [1e3 * value for value in self.seconds[phase]]
+        if len(values) == 1:
+            values *= 2
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return low, median, high
+
+
+def measure(contenders: Sequence[Contender], rounds: int) -> None:
+    """Take a batch of each in turn, `rounds` times, after one round that does not count."""
+    for round_ in range(rounds + 1):
+        for contender in contenders:
+            phases = dict(next(contender.batches))
+            phases["total"] = sum(phases.values())
+            for phase, seconds in phases.items():
+                if round_:
+                    contender.seconds.setdefault(phase, []).append(seconds)
+
+
+def labyrinth(experiment: str, num_envs: int) -> list[Contender]:
+    """Every policy and backend on a labyrinth of the published size."""
+    plain, contenders = load_plain(), []
+    for policy, (arguments, plain_name) in POLICIES.items():
+        backends = BACKENDS if arguments["name"] == "sparsenet" else ("torch",)
+        for backend in backends:
+            given = {**arguments, "backend": backend} if len(backends) > 1 else arguments
+            batches = train(experiment, num_envs, given)
+            contenders.append(Contender(experiment, policy, backend, batches))
+        if plain is not None:
+            kind = experiment.removeprefix("labyrinth_")
+            batches = train_plain(plain, plain_name, kind, num_envs, LABYRINTHS[experiment])
+            contenders.append(Contender(experiment, policy, "plain", batches))
+    return contenders
+
+
+def train(
+    experiment: str, num_envs: int, arguments: Mapping[str, Any]
+) -> Iterator[dict[str, float]]:
+    """Train as `sgrl.reinforce.train` does; yields the seconds of each batch's phases."""
+    env = make_vector(experiment, num_envs)
+    policy = make_policy(
+        observation_size=env.observation_size, num_actions=env.num_actions, **arguments
+    )
+    rollout, optimizers = Rollout(env, policy, 0, keep=True), make_optimizers(policy, 2e-3, 1e-5)
+    while True:
+        started = time.perf_counter()
+        batch = rollout.collect()
+        rolled = time.perf_counter()
+        update(policy, optimizers, batch, UpdateSettings())
+        yield {"rollout": rolled - started, "update": time.perf_counter() - rolled}
+
+
+def load_plain() -> ModuleType | None:
+    """The frozen baseline; None where sgrl runs without its checkout."""
+    if not PLAIN.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("plain_torch", PLAIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_plain(
+    plain: ModuleType, name: str, kind: str, num_envs: int, length: int
+) -> Iterator[dict[str, float]]:
+    """The same for the frozen baseline."""
+    for row in plain.train(name, kind, num_envs, length):
+        yield {phase: row[f"{phase}_seconds"] for phase in ("rollout", "update")}
+
+
+def matrix_product_peak(size: int = 1024, repeats: int = 10) -> float:
+    """Best GFLOP/s of a float32 matrix product: what one core can do at most."""
+    a, b = torch.randn(2, size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gemm_gflops": round(matrix_product_peak(), 1),
+        "sgrl": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def table(contenders: Sequence[Contender]) -> list[str]:
+    """Lines of text: median (quartiles) in milliseconds, and the gain over the plain baseline."""
+    plain = {
+        (c.experiment, c.policy): c.quartiles("total")[1]
+        for c in contenders
+        if c.implementation == "plain"
+    }
+    lines, experiment = [], ""
+    for contender in contenders:
+        if contender.experiment != experiment:
+            experiment = contender.experiment
+            phases = "".join(f"{phase:>24}" for phase in contender.seconds)
+            lines += ["", f"{experiment:34}{phases}{'gain':>8}"]
+        cells = ""
+        for phase in contender.seconds:
+            low, median, high = contender.quartiles(phase)
+            cells += f"{f'{median:.1f} ({low:.1f}-{high:.1f})':>24}"
+        baseline = plain.get((experiment, contender.policy))
+        gain = f"{baseline / contender.quartiles('total')[1]:7.1f}x" if baseline else ""
+        lines.append(f"{contender.policy:20}{contender.implementation:14}{cells}{gain}")
+    return lines
+
+
+def run_bench(num_envs: int, rounds: int, json_file: Path | None = None) -> Iterator[str]:
+    """Measure everything; yields the lines of the table, and writes the figures to a file."""
+    torch.set_num_threads(1)
+    about = machine()
+    yield ", ".join(f"{name} {value}" for name, value in about.items())
+    yield f"milliseconds per batch of {num_envs} episodes: median (quartiles) of {rounds} rounds"
+    measured: list[Contender] = []
+    for experiment in LABYRINTHS:
+        contenders = labyrinth(experiment, num_envs)
+        measure(contenders, rounds)
+        yield from table(contenders)
+        measured += contenders
+    if json_file is not None:
+        rows = [
+            {
+                "experiment": c.experiment,
+                "policy": c.policy,
+                "implementation": c.implementation,
+                "num_envs": num_envs,
+                "milliseconds": {
+                    phase: dict(zip(("p25", "median", "p75"), c.quartiles(phase), strict=True))
+                    for phase in c.seconds
+                },
+            }
+            for c in measured
+        ]
+        json_file.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
