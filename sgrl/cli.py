@@ -1,4 +1,4 @@
-"""The `sgrl` command: thin verbs over `sgrl.tuning`.
+"""The `sgrl` command: thin verbs over `sgrl.tuning` and `sgrl.theory`.
 
 Whatever a user can get wrong is one line on stderr and exit status 2. Ray and torch are imported
 inside the verbs, so that `sgrl --help` answers at once.
@@ -22,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+theory = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
+app.add_typer(theory, name="theory")
+
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="Experiment file, as in tune_configs/.")
 ]
@@ -39,6 +42,7 @@ Checkpoint = Annotated[
 ]
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
+Numbers = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 4-12 or 2,3,4.")]
 
 
 @contextmanager
@@ -124,6 +128,45 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
     with _one_line_errors(CheckpointError):
         for key, value in evaluate_checkpoint(checkpoint, episodes, seed).items():
             typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+@theory.command()
+def experts(
+    d: Numbers = "4-12",
+    k: Numbers = "2-4",
+    n: Numbers = "1-4",
+    cases: Annotated[str, typer.Option(help="Kinds of noise.")] = "noisy,activation,partial",
+    trials: Annotated[int, typer.Option(help="Trials of each cell.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV and the figures.")] = Path(
+        "results/expert_network"
+    ),
+) -> None:
+    """Simulate the expert network: how many samples synthetic gradients save."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
+
+    with _one_line_errors(TheoryError):
+        cells = sweep_cells(
+            parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
+        )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TheoryError(f"{out}: {error.strerror}") from None
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("simulating", total=work(cells, trials))
+            results = simulate(
+                cells, trials, seed, parallel, lambda states: progress.advance(task, states)
+            )
+
+        from sgrl.analysis.report import write_expert_network
+
+        write_expert_network(results, out)
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ TAU = 0.5  # standard deviation of what the expert does not see (partial)
 RESAMPLES = 500
 CONFIDENCE = 0.95
 MAX_D = 20
+MAX_N = 10**6
 
 #: States, of all trials together, that are worked on at once and by one Ray task: enough to hide
 #: Python's time, few enough for the processor's caches. No result depends on it.
@@ -122,12 +123,10 @@ def sweep_cells(
     """All combinations; by default those of the published sweep.
 
     Raises:
-        TheoryError: k > d, d not in 1..20, k < 1, n < 1, an unknown case, or nothing to do.
+        TheoryError: k > d, d not in 1..20, k < 1, n not in 1..10^6, or an unknown case.
     """
-    unique = [list(dict.fromkeys(values)) for values in (cases, d, k, n)]
-    cells = [Cell(*values) for values in itertools.product(*unique)]
-    if not cells:
-        raise TheoryError("nothing to simulate: give at least one case, d, k and n")
+    cells = [Cell(*values) for values in itertools.product(cases, d, k, n)]
+    cells = list(dict.fromkeys(cells))  # given twice, simulated once
     for cell in cells:
         if cell.case not in CASES:
             raise TheoryError(f"unknown case {cell.case!r}; the cases are {', '.join(CASES)}")
@@ -135,8 +134,8 @@ def sweep_cells(
             raise TheoryError(f"d must be in 1..{MAX_D}, got {cell.d}")
         if not 1 <= cell.k <= cell.d:
             raise TheoryError(f"k must be in 1..d, got k = {cell.k} with d = {cell.d}")
-        if cell.n < 1:
-            raise TheoryError(f"n must be at least 1, got {cell.n}")
+        if not 1 <= cell.n <= MAX_N:
+            raise TheoryError(f"n must be in 1..{MAX_N}, got {cell.n}")
     return cells
 
 
@@ -151,7 +150,10 @@ def parse_numbers(text: str, name: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)):
             raise TheoryError(f"{name}: expected numbers as in 4-12 or 2,3,4, got {text!r}")
-        numbers += range(int(first), int(last if dash else first) + 1)
+        span = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(span) <= 1000:
+            raise TheoryError(f"{name}: {part.strip()} is no range of 1 to 1000 numbers")
+        numbers += span
     return numbers
 
 
@@ -332,9 +334,7 @@ def clean_feedback(network: Network) -> Array:
     return (network.a - network.beta) @ signs.T + bias[:, :, None]
 
 
-def feedback_errors(
-    case: str, network: Network, entry: NDArray[np.intp], feedback: Array
-) -> Array:
+def feedback_errors(case: str, network: Network, entry: NDArray[np.intp], feedback: Array) -> Array:
     """What noise adds to the mean feedback at each state: [T, m, R].
 
     Args:
