@@ -1,6 +1,8 @@
 """The expert network: equal to its definition for equal noise, and to the theory on average."""
 
 import csv
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +228,34 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(expert_network, "simulate_trials", interrupted)
     result = CliRunner().invoke(app, ["theory", "experts", "--out", str(tmp_path)])
     assert (result.exit_code, result.stderr) == (130, "sgrl: interrupted\n")
+
+
+def test_the_documents_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    """Every command and example of docs/theory.md, with fewer and smaller trials."""
+    text = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
+    commands = re.findall(r"^\.venv/bin/sgrl (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        small = command.replace("14-20", "8-9").replace("--trials 100", "--trials 3")
+        result = CliRunner().invoke(app, shlex.split(small))
+        assert (result.exit_code, result.stderr) == (0, "")
+    for folder in ("expert_network", "large"):
+        assert (tmp_path / "results" / folder / "expert_network.csv").is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(code, "theory.md", "exec"), {})
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (Path(__file__).parent.parent / "docs" / link).exists(), link
+
+
+def test_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """It runs; what it measures is not for tests."""
+    monkeypatch.setattr(plain, "sweep_cells", lambda: sweep_cells([4], [2], [1]))
+    monkeypatch.setattr(sys, "argv", ["expert_network.py", "--rounds", "1"])
+    assert plain.main() in (0, 1)
+    assert "3 cells, 20 trials each" in capsys.readouterr().out
 
 
 def test_without_ray(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ Source: the paper, Sections 5, F and H.1.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections import deque
@@ -214,9 +215,10 @@ def _in_ray(pieces: Iterable[tuple[Cell, range]], seed: int, parallel: int) -> I
     started = not ray.is_initialized()
     if started:
         # As sweeps do: without an address, Ray would join any cluster it finds on the machine.
-        where = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": parallel}
+        local = {"address": "local", "num_cpus": parallel, "include_dashboard": False}
+        settings = {} if os.environ.get("RAY_ADDRESS") else local
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **where)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except (ConnectionError, ValueError) as error:
             raise TheoryError(f"Ray did not start: {str(error).splitlines()[0]}") from None
     try:
