@@ -165,7 +165,7 @@ def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:
             place = line["d"] + 0.12 * (order - (len(inputs) - 1) / 2)
             axis.vlines(place, line["ratio_ci_low"], line["ratio_ci_high"], color=colour, lw=1.4)
             marker = MARKERS[order % len(MARKERS)]
-            axis.plot(place, line["ratio"], marker, color=colour, markersize=3.5, label=f"k = {k}")
+            axis.plot(place, line["ratio"], marker, color=colour, markersize=2.8, label=f"k = {k}")
         axis.set_yscale("log", base=2)
         axis.set_title(f"n = {n}")
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
