@@ -199,7 +199,8 @@ def test_command(tmp_path: Path) -> None:
         ("--n -1", "n: expected numbers"),
         ("--n 1.5", "n: expected numbers"),
         ("--k 4-2", "k: 4-2 is no range"),
-        ("--n 1-9999999999", "n: 1-9999999999 is no range of 1 to 1000 numbers"),
+        ("--n 1-999999999", "n: 1-999999999 is no range of 1 to 1000 numbers"),
+        ("--n 1-99999999999999999999", "n: expected numbers"),
         ("--out taken", "taken: File exists"),
     ],
 )

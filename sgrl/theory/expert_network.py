@@ -31,6 +31,7 @@ import itertools
 import logging
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -148,10 +149,11 @@ def parse_numbers(text: str, name: str) -> list[int]:
     """
     numbers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
+        if not match:
             raise TheoryError(f"{name}: expected numbers as in 4-12 or 2,3,4, got {text!r}")
-        span = range(int(first), int(last if dash else first) + 1)
+        first, last = match.groups()
+        span = range(int(first), int(last or first) + 1)
         if not 1 <= len(span) <= 1000:
             raise TheoryError(f"{name}: {part.strip()} is no range of 1 to 1000 numbers")
         numbers += span
