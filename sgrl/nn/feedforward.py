@@ -15,19 +15,21 @@ two-phase update needs (`sgrl.nn.mixing.backward_phase`, `sgrl.reinforce.update`
 twice over one forward pass.
 
 Backends: "eager" is the plain loop over layers below, the oracle for all others; "torch" is one
-autograd function with a hand-written backward (`kernels/stack.py`); "auto" takes the fastest.
-None supports a second derivative.
+autograd function with a hand-written backward (`kernels/stack.py`); "native" is compiled code for
+the CPU (`kernels/native.py`), and "torch" where that cannot run: on a GPU, or without a C++
+compiler. "auto" takes the fastest. None supports a second derivative.
 
 Source: the paper, Sections 4, H.2 and H.3.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.stack import stack
 from sgrl.nn.mixing import MixingRule, check_mixing, estimate_mixing_weight, length
 from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
@@ -52,7 +54,7 @@ class SparseMLP(nn.Module):
         mixing_momentum: momentum of that update.
         predictor_target: gradient the predictor regresses on, "received" or "mixed".
         flatten: True gives output [B, W*N].
-        backend: "auto", "eager" or "torch".
+        backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
             torch's global one.
 
@@ -169,6 +171,14 @@ class SparseMLP(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
 
+    def _stack(self, x: Tensor) -> Callable[..., Tensor]:
+        """The layers as this module's backend runs them; "torch" where "native" cannot."""
+        if self.backend == "eager":
+            return eager_stack
+        if self.backend == "native" and native.can_run(x, self.layers[0].weight_h):
+            return native.stack
+        return stack
+
     def is_residual(self, layer: int) -> bool:
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
         return self.residual and layer > 0
@@ -181,8 +191,7 @@ class SparseMLP(nn.Module):
         """
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
-        run = eager_stack if self.backend == "eager" else stack
-        output = run(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        output = self._stack(x)(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 
 

@@ -1,4 +1,4 @@
-"""The "native" backend of SparseRNN: the whole unroll in compiled code, on the CPU.
+"""The "native" backend of SparseRNN and SparseMLP: compiled code for the CPU.
 
 The C++ is in `slot_neurons.cpp`, `compiler.py` builds it, this file hands it torch's memory. It
 runs in one thread and holds no lock of Python's meanwhile.
@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.kernels.compiler import load_library
-from sgrl.nn.mixing import optimal_mixing_weight
+from sgrl.nn.mixing import MixingRule, optimal_mixing_weight
 
 if TYPE_CHECKING:
+    from sgrl.nn.feedforward import SparseMLP
     from sgrl.nn.recurrent import SparseRNN
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _Pointer = ctypes.c_void_p
+
+#: What a backward pass measures, in the order of `Gradients.statistics` in slot_neurons.cpp.
+STATISTICS = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+#: Samples that a stack runs at once where no gradient is needed: small enough for the cache.
+PIECE = 256
 
 
 class _Layer(ctypes.Structure):
@@ -49,7 +55,7 @@ class _Mixing(ctypes.Structure):
         ("mixing_weight", _Pointer),
         ("schedule_beta", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("positive_projection", "target_received")),
-        *((name, ctypes.c_int32) for name in ("mask_predictions", "moments")),
+        *((name, ctypes.c_int32) for name in ("mask_predictions", "moments", "for_predictor")),
     ]
 
 
@@ -61,6 +67,16 @@ class _Gradients(ctypes.Structure):
         *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
         ("statistics", ctypes.c_double * 4),
         ("moments", _Pointer),
+    ]
+
+
+class _Stack(ctypes.Structure):
+    """`Stack` of slot_neurons.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "inputs")),
+        ("residual", ctypes.c_int32),
+        ("layers", ctypes.POINTER(_Layer)),
     ]
 
 
@@ -81,6 +97,12 @@ def load(dtype: torch.dtype) -> ctypes.CDLL | None:
         core.sgrl_act.restype = None
         core.sgrl_backward.argtypes = [_Pointer, size, size, *[_Pointer] * 8]
         core.sgrl_backward.restype = None
+        core.sgrl_stack_workspace.argtypes = [_Pointer, size, flag]
+        core.sgrl_stack_workspace.restype = size
+        core.sgrl_stack_forward.argtypes = [_Pointer, size, size, flag, *[_Pointer] * 3]
+        core.sgrl_stack_forward.restype = None
+        core.sgrl_stack_backward.argtypes = [_Pointer, size, *[_Pointer] * 5]
+        core.sgrl_stack_backward.restype = None
     return core
 
 
@@ -317,6 +339,7 @@ class _Unroll(torch.autograd.Function):
                     rule.predictor_target == "received",
                     rnn.mask_predictions,
                     rule.updates,
+                    True,
                 )
             )
         core.sgrl_backward(
@@ -326,18 +349,18 @@ class _Unroll(torch.autograd.Function):
             ctx.record.memory.data_ptr(),
         )
         if sgprop:
-            names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
             measured = x.new_tensor(list(results.statistics))
-            rnn.statistics = dict(zip(names, measured.unbind(), strict=True))
+            rnn.statistics = dict(zip(STATISTICS, measured.unbind(), strict=True))
             if rule.updates:
                 num_valid = length * batch if mask is None else int(mask.sum())
-                _update_mixing_weight(rnn, moments, num_valid)
+                _update_mixing_weight(rule, rnn.neurons.mixing_weight, moments, num_valid)
         return (None, None, None, grad_x, grad_h0, *grads)
 
 
-def _update_mixing_weight(rnn: "SparseRNN", moments: Tensor, num_valid: int) -> None:
-    """Move lambda towards its estimate; moments as in `Gradients` of slot_neurons.cpp."""
-    rule, previous = rnn.rule, rnn.neurons.mixing_weight
+def _update_mixing_weight(
+    rule: MixingRule, previous: Tensor, moments: Tensor, num_valid: int
+) -> None:
+    """Move lambda [W] towards its estimate; moments as in `Gradients` of slot_neurons.cpp."""
     count = max(num_valid, 1)
     estimate = optimal_mixing_weight(
         mean_u_square=moments[0] / count,
@@ -349,3 +372,135 @@ def _update_mixing_weight(rnn: "SparseRNN", moments: Tensor, num_valid: int) -> 
         eps=rule.eps,
     )
     previous.copy_(rule.momentum * previous.double() + (1 - rule.momentum) * estimate)
+
+
+# ------------------------------------------------------------------------------ feed-forward
+
+
+def stack(mlp: "SparseMLP", x: Tensor) -> Tensor:
+    """The layers of SparseMLP: x [B, input_size] -> [B, W, N]."""
+    parameters = [p for neurons in mlp.layers for p in (neurons.weight_h, neurons.bias)]
+    predictors = [
+        p
+        for neurons in mlp.layers
+        if neurons.has_predictor
+        for p in (neurons.predictor_h, neurons.predictor_bias)
+    ]
+    inputs = (x, *parameters, *predictors)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+        return _StackFunction.apply(mlp, *inputs)
+    return _stack_forward(mlp, x.contiguous(), parameters, keep=False)[0]
+
+
+class _StackLayers:
+    """A `Stack` and the tensors that it holds the addresses of."""
+
+    def __init__(self, mlp: "SparseMLP", parameters: list[Tensor]) -> None:
+        self._parameters = [parameter.detach().contiguous() for parameter in parameters]
+        self._predictors = [
+            (neurons.predictor_h.detach().contiguous(), neurons.predictor_bias.detach())
+            if neurons.has_predictor
+            else (None, None)
+            for neurons in mlp.layers
+        ]
+        self._parents = [mlp.pixels, *mlp.parents.unbind()]
+        layers = (_Layer * len(mlp.layers))()
+        for index, neurons in enumerate(mlp.layers):
+            weight, bias = self._parameters[2 * index : 2 * index + 2]
+            predictor, predictor_bias = self._predictors[index]
+            layers[index] = _Layer(
+                *(neurons.num_neurons, neurons.neuron_size, mlp.parents.shape[2]),
+                *(neurons.num_slots, 0, 0, neurons.scale, self._parents[index].data_ptr()),
+                *map(_pointer, (weight, None, bias, predictor, None, predictor_bias)),
+            )
+        self.pointer = ctypes.pointer(_Stack(len(mlp.layers), mlp.input_size, mlp.residual, layers))
+
+
+def _stack_forward(
+    mlp: "SparseMLP", x: Tensor, parameters: list[Tensor], keep: bool
+) -> tuple[Tensor, _Record | None]:
+    """-> output [B, W, N], and if to be kept what a backward pass needs."""
+    core = load(x.dtype)
+    assert core is not None
+    layers, piece = _StackLayers(mlp, parameters), len(x)
+    if not keep:
+        piece = min(piece, PIECE)
+    size = core.sgrl_stack_workspace(layers.pointer, piece, keep)
+    record = _Record(size, x.dtype) if keep else None
+    memory = x.new_empty(size) if record is None else record.memory
+    output = x.new_empty(len(x), mlp.num_neurons, mlp.neuron_size)
+    pointers = map(_pointer, (x, output, memory))
+    core.sgrl_stack_forward(layers.pointer, len(x), piece, keep, *pointers)
+    return output, record
+
+
+class _StackFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mlp: "SparseMLP", x: Tensor, *parameters: Tensor) -> Tensor:
+        weights = list(parameters[: 2 * len(mlp.layers)])
+        output, ctx.record = _stack_forward(mlp, x.contiguous(), weights, keep=True)
+        ctx.mlp, ctx.num_parameters = mlp, len(parameters)
+        # The predictors are not saved: the policy step mixes in what they predict after their own
+        # step, which changes them in place.
+        ctx.save_for_backward(*weights)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        mlp: SparseMLP = ctx.mlp
+        core, depth, rule = load(grad_output.dtype), len(mlp.layers), mlp.rule
+        assert core is not None
+        weights = list(ctx.saved_tensors)
+        layers = _StackLayers(mlp, weights)
+        sgprop = mlp.propagation == "sgprop"
+        grad_output = grad_output.contiguous()
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad_output.new_empty(len(grad_output), mlp.input_size)
+        grads: list[Tensor | None] = [None] * ctx.num_parameters
+        if rule.phase != "predictor":
+            grads[: 2 * depth] = map(torch.empty_like, weights)
+        if sgprop and rule.phase != "policy":
+            grads[2 * depth :] = [
+                torch.empty_like(p)
+                for neurons in mlp.layers
+                for p in (neurons.predictor_h, neurons.predictor_bias)
+            ]
+        moments = torch.zeros(depth, 4, mlp.num_neurons, dtype=torch.float64)
+        results, mixing = (_Gradients * depth)(), (_Mixing * depth)()
+        for index, neurons in enumerate(mlp.layers):
+            weight, bias = map(_pointer, grads[2 * index : 2 * index + 2])
+            predictor: list[int | None] = [None, None]
+            if sgprop:
+                place = 2 * (depth + index)
+                predictor = list(map(_pointer, grads[place : place + 2]))
+                mixing[index] = _Mixing(
+                    *(neurons.mixing_weight.data_ptr(), 0.0, False),
+                    *(rule.predictor_target == "received", False, rule.updates),
+                    rule.phase != "policy",
+                )
+            results[index] = _Gradients(
+                *(weight, None, bias, predictor[0], None, predictor[1]),
+                moments=moments[index].data_ptr(),
+            )
+        core.sgrl_stack_backward(
+            *(layers.pointer, len(grad_output), mixing if sgprop else None),
+            *(grad_output.data_ptr(), _pointer(grad_x), results, ctx.record.memory.data_ptr()),
+        )
+        if sgprop:
+            _write_statistics(mlp, grad_output.new_tensor([list(r.statistics) for r in results]))
+            if rule.updates:
+                for neurons, sums in zip(mlp.layers, moments, strict=True):
+                    _update_mixing_weight(rule, neurons.mixing_weight, sums, len(grad_output))
+        return (None, grad_x, *grads)
+
+
+def _write_statistics(mlp: "SparseMLP", measured: Tensor) -> None:
+    """Of every layer [L, 4]: the predictors' loss is summed, the rest are means."""
+    sums = measured.sum(0)
+    sums[1:] /= len(measured)
+    statistics = dict(zip(STATISTICS, sums.unbind(), strict=True))
+    if mlp.rule.phase == "policy":
+        del statistics["predictor_loss"]
+    mlp.statistics = {**mlp.statistics, **statistics}

@@ -146,6 +146,7 @@ inline vec sum_lanes(const vec* values) {
     return values[0];
   } else {
     vec half[H];
+#pragma GCC unroll 16
     for (int i = 0; i < H; ++i)
       half[i] = lower<H>(values[i], values[i + H], Lanes{}) +
                 upper<H>(values[i], values[i + H], Lanes{});
@@ -157,6 +158,7 @@ inline vec sum_lanes(const vec* values) {
 template <int H = V / 2>
 inline void transpose_block(vec* values) {
   if constexpr (H > 0) {
+#pragma GCC unroll 16
     for (int i = 0; i < V; ++i)
       if (!(i & H)) {
         const vec a = values[i], b = values[i + H];
@@ -170,6 +172,16 @@ inline void transpose_block(vec* values) {
 inline double sum(vec value) {
   double total = 0;
   for (int i = 0; i < V; ++i) total += value[i];
+  return total;
+}
+
+// <a, b> of two arrays.
+inline double inner(const real* a, const real* b, Index count) {
+  vec lanes = {};
+  Index i = 0;
+  for (; i + V <= count; i += V) lanes += load(a + i) * load(b + i);
+  double total = sum(lanes);
+  for (; i < count; ++i) total += double(a[i]) * b[i];
   return total;
 }
 
@@ -192,23 +204,10 @@ inline void for_tiles(Index count, int most, F f) {
   }
 }
 
-// Matrix [rows][depth] in the order in which `multiply` reads it: tile by tile, each [depth][size].
-// Element (r, d) is taken from `from[r * row_step + d * depth_step]`.
-void pack(real* to, const real* from, Index rows, Index depth, Index row_step, Index depth_step,
-          Index all_depth = 0, Index skip = 0) {
-  if (!all_depth) all_depth = depth;
-  for_tiles(rows, tile_rows, [&](Index first, Index size) {
-    real* tile = to + first * all_depth + skip * size;
-    for (Index d = 0; d < depth; ++d)
-      for (Index r = 0; r < size; ++r)
-        tile[d * size + r] = from[(first + r) * row_step + d * depth_step];
-  });
-}
-
-// One tile: out[r] = bias[r] + sum over d of a[d][r] * b[d], S rows, C vectors from `column` on;
-// without bias it is added to what out holds.
+// One tile: out[r] = bias[r] + sum over d of a[d * step + r] * b[d], S rows, C vectors from `column`
+// on; without bias it is added to what out holds.
 template <int S, int C>
-void multiply_tile(Index depth, const real* a, const real* const* b, Index column,
+void multiply_tile(Index depth, const real* a, Index step, const real* const* b, Index column,
                    real* const* out, const real* bias) {
   vec total[S][C];
 #pragma GCC unroll 16
@@ -216,7 +215,7 @@ void multiply_tile(Index depth, const real* a, const real* const* b, Index colum
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c)
       total[r][c] = bias ? splat(bias[r]) : load(out[r] + column + c * V);
-  for (Index d = 0; d < depth; ++d, a += S) {
+  for (Index d = 0; d < depth; ++d, a += step) {
     vec row[C];
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) row[c] = load(b[d] + column + c * V);
@@ -233,7 +232,7 @@ void multiply_tile(Index depth, const real* a, const real* const* b, Index colum
     for (int c = 0; c < C; ++c) store(out[r] + column + c * V, total[r][c]);
 }
 
-using MultiplyTile = void (*)(Index, const real*, const real* const*, Index, real* const*,
+using MultiplyTile = void (*)(Index, const real*, Index, const real* const*, Index, real* const*,
                               const real*);
 
 template <int C, int... S>
@@ -242,29 +241,29 @@ constexpr MultiplyTile choose_multiply(Index size, std::integer_sequence<int, S.
   return table[size - 1];
 }
 
-// out[rows][columns] = bias + packed matrix [rows][depth] times b[depth][columns], or added to out
-// if bias is null. b and out are lists of rows, whole vectors of which are read and written: the
-// last columns first, since only they spill into the next row.
-void multiply(Index rows, Index depth, const real* packed, const real* const* b, Index columns,
-              real* const* out, const real* bias) {
+// out[rows][columns] = bias + a times b[depth][columns], or added to out if bias is null. a is a
+// packed matrix [rows][depth] or, if `transposed`, any [depth][rows]. b and out are lists of rows,
+// whole vectors of which are read and written: the last columns first, since only they spill into
+// the next row.
+void multiply(Index rows, Index depth, const real* a, bool transposed, const real* const* b,
+              Index columns, real* const* out, const real* bias) {
   constexpr auto sizes = std::make_integer_sequence<int, tile_rows>{};
   for (Index stop = vectors(columns), first; stop > 0; stop = first) {
     first = stop % 2 ? stop - 1 : stop - 2;
     for_tiles(rows, tile_rows, [&](Index row, Index size) {
-      const MultiplyTile run =
+      const MultiplyTile tile =
           first + 2 == stop ? choose_multiply<2>(size, sizes) : choose_multiply<1>(size, sizes);
-      run(depth, packed + row * depth, b, first * V, out + row, bias ? bias + row : nullptr);
+      tile(depth, a + row * (transposed ? 1 : depth), transposed ? rows : size, b, first * V,
+           out + row, bias ? bias + row : nullptr);
     });
   }
 }
 
 // One tile: out[r][c] += sum over samples of a[r] * b[c].
 template <int S, int C>
-void dot_tile(Index count, const real* a, Index a_length, const real* const* b, Index offset,
-              real* out, Index out_length) {
+void dot_tile(Index count, const real* a, Index a_length, const real* const* rows, real* out,
+              Index out_length) {
   vec total[(S * C + V - 1) / V * V] = {};
-  const real* rows[C];
-  for (int c = 0; c < C; ++c) rows[c] = b[c] + offset;
   for (Index k = 0; k < count * V; k += V) {
     vec column[C];
 #pragma GCC unroll 4
@@ -283,7 +282,7 @@ void dot_tile(Index count, const real* a, Index a_length, const real* const* b, 
   }
 }
 
-using DotTile = void (*)(Index, const real*, Index, const real* const*, Index, real*, Index);
+using DotTile = void (*)(Index, const real*, Index, const real* const*, real*, Index);
 
 template <int... I>
 constexpr DotTile choose_dot(Index rows, Index columns, std::integer_sequence<int, I...>) {
@@ -291,15 +290,15 @@ constexpr DotTile choose_dot(Index rows, Index columns, std::integer_sequence<in
   return table[(rows - 1) * dot_columns + columns - 1];
 }
 
-// out[rows][columns] += a[rows][samples] times the transpose of b, columns rows of samples from
-// `offset` on. Past the last sample a must hold zeros up to a whole vector, and b finite numbers.
+// out[rows][columns] += a[rows][samples] times the transpose of b, a list of `columns` rows. Past
+// the last sample a must hold zeros up to a whole vector, and b finite numbers.
 void dot(Index rows, Index columns, Index samples, const real* a, Index a_length,
-         const real* const* b, Index offset, real* out) {
+         const real* const* b, real* out) {
   constexpr auto shapes = std::make_integer_sequence<int, dot_rows * dot_columns>{};
   for_tiles(rows, dot_rows, [&](Index row, Index row_count) {
     for_tiles(columns, dot_columns, [&](Index column, Index column_count) {
       choose_dot(row_count, column_count, shapes)(vectors(samples), a + row * a_length, a_length,
-                                                  b + column, offset, out + row * columns + column,
+                                                  b + column, out + row * columns + column,
                                                   columns);
     });
   });
@@ -317,26 +316,42 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
     const Index width = std::min<Index>(V, columns - c);
     for (Index r = 0; r < rows; r += V) {
       const Index height = std::min<Index>(V, rows - r);
-      for (Index i = 0; i < V; ++i) {
-        block[i] = vec{};
-        const real* row = from + (r + i) * from_length + c;
-        if (i < height) {
-          if (width == V)
-            block[i] = load(row);
-          else
-            for (Index lane = 0; lane < width; ++lane) block[i][lane] = row[lane];
+      const real* row = from + r * from_length + c;
+      if (width == V && height == V) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) block[i] = load(row + i * from_length);
+      } else {
+        for (Index i = 0; i < V; ++i) {
+          block[i] = vec{};
+          if (i < height) std::memcpy(&block[i], row + i * from_length, width * sizeof(real));
         }
       }
       transpose_block(block);
       for (Index i = 0; i < width; ++i) {
-        real* row = to + (c + i) * to_length + r;
+        real* to_row = to + (c + i) * to_length + r;
         if (pad || height == V)
-          store(row, block[i]);
+          store(to_row, block[i]);
         else
-          for (Index lane = 0; lane < height; ++lane) row[lane] = block[i][lane];
+          std::memcpy(to_row, &block[i], height * sizeof(real));
       }
     }
   }
+}
+
+// Matrices in the order in which `multiply` reads them: tile by tile of their rows, each [depth][size].
+// Packed tiles are written in rising order, so that whole vectors may spill (see the top).
+
+// to = the matrix [rows][depth] or, with `more`, [rows][depth + more_depth] of two beside each other.
+void pack(real* to, const real* from, Index rows, Index depth, const real* more = nullptr,
+          Index more_depth = 0) {
+  for_tiles(rows, tile_rows, [&](Index first, Index size) {
+    // Spilling is right only where a tile's row is a single vector.
+    const auto write = size <= V ? transpose<true> : transpose<false>;
+    write(to, size, from + first * depth, depth, size, depth);
+    to += size * depth;
+    if (more_depth) write(to, size, more + first * more_depth, more_depth, size, more_depth);
+    to += size * more_depth;
+  });
 }
 
 // By step -> by neuron: rows from[t][r][B], r < rows, become to[r][t * B + b], one vector of zeros
@@ -376,7 +391,7 @@ struct Policy {
 struct Mixing {
   const real* mixing_weight;  // lambda [W]
   double schedule_beta;
-  std::int32_t positive_projection, target_received, mask_predictions, moments;
+  std::int32_t positive_projection, target_received, mask_predictions, moments, for_predictor;
 };
 
 }  // extern "C"
@@ -424,15 +439,15 @@ struct Workspace {
   real *external, *scores;                     // [E][lanes]; [M][lanes]
   real *states, *attention, *slots;            // by step: [T + 1][W * N], [T][W][M], [T][W][M * N]
   // Backward only.
-  real *backward_weights, *external_weights, *predictor_weights;
+  real* predictor_weights;                     // packed, of one neuron
   real *received, *predicted;                  // by step [T][W * N]
   real *states_by_neuron, *inputs_by_neuron, *inputs_gradient;  // [W * N], [E], [E]
-  real *state_squares, *input_squares, *ones, *valid, *schedule;  // [W][K], [K] x 3, [T][W]
+  real *ones, *valid, *schedule;               // [K], [K], [T][W]
   real *carried[2];                            // [W * N][lanes]
   real *step_rows;                             // [R][lanes]
   real *panel_slots, *panel_attention, *panel_gradient, *panel_prediction;
   real *panel_rows;                            // all row gradients of a neuron [<= 3 R + M N]
-  real *panel_guesses, *panel_weight;
+  real *panel_guesses, *panel_weight, *panel_vectors;
   real *sums;                                  // [<= 3 R + M N][L + E + 1]
   Index steps_kept, row, states_row, panel, chunk;
   Index total;
@@ -455,16 +470,12 @@ struct Workspace {
     attention = take(steps_kept * s.W * s.M * s.B);
     slots = take(steps_kept * s.W * s.M * s.N * s.B);
     if (keep) {
-      backward_weights = take(s.W * s.R * s.L);
-      external_weights = take(s.X * s.R * s.E);
-      predictor_weights = take(s.packed(s.W, s.M * s.N));
+      predictor_weights = take(s.M * s.N * (s.L + s.E));
       received = take(s.T * s.state_step());
       predicted = take(s.T * s.state_step());
       states_by_neuron = take(s.W * s.N * states_row);
       inputs_by_neuron = take(s.E * row);
       inputs_gradient = take(s.E * row);
-      state_squares = take(s.W * row);
-      input_squares = take(row);
       ones = take(row);
       valid = take(row);
       schedule = take(s.T * s.W);
@@ -477,6 +488,7 @@ struct Workspace {
       panel_prediction = take(s.N * panel);
       panel_rows = take((3 * s.R + s.M * s.N) * panel);
       panel_guesses = take(s.M * s.N * panel);
+      panel_vectors = take(3 * s.N * panel);
       panel_weight = take(panel);
       sums = take((3 * s.R + s.M * s.N) * (s.L + s.E + 1));
     }
@@ -486,16 +498,21 @@ struct Workspace {
 
 using Rows = std::vector<const real*>;
 
+// Rows of a matrix [count][length] one after the other.
+void list_rows(std::vector<real*>& rows, real* first, Index count, Index length) {
+  rows.resize(count);
+  for (Index r = 0; r < count; ++r) rows[r] = first + r * length;
+}
+
 // ------------------------------------------------------------------------------------- forward
 
-void pack_forward(const Layer& layer, const Shape& s, Workspace& w) {
+// Packed weights of a whole layer, and their bias (0 for the keys).
+void pack_forward(const Layer& layer, const Shape& s, real* weights, real* bias) {
   const Index MN = s.M * s.N;
-  for (Index j = 0; j < s.W; ++j) {
-    real* to = w.forward_weights + s.packed(j, s.R);
-    const Index depth = s.depth(j);
-    pack(to, layer.weight_h + j * s.R * s.L, s.R, s.L, s.L, 1, depth);
-    if (j < s.X) pack(to, layer.weight_x + j * s.R * s.E, s.R, s.E, s.E, 1, depth, s.L);
-    real* bias = w.forward_bias + j * s.R;
+  for (Index j = 0; j < s.W; ++j, bias += s.R) {
+    const bool reads_x = j < s.X;
+    pack(weights + s.packed(j, s.R), layer.weight_h + j * s.R * s.L, s.R, s.L,
+         reads_x ? layer.weight_x + j * s.R * s.E : nullptr, reads_x ? s.E : 0);
     std::fill(bias, bias + s.M, real(0));
     std::copy(layer.bias + j * MN, layer.bias + (j + 1) * MN, bias + s.M);
   }
@@ -535,36 +552,54 @@ void activate(const Shape& s, real scale, real* scores, real* attention, real* s
   }
 }
 
+// All neurons of a layer: attention [W][M][B], slots [W][M * N][B] and output [W * N][B], from
+// inputs that `list(j, rows)` names. `scores` is [M][lanes] to work in.
+template <class List>
+void layer_forward(const Layer& layer, const Shape& s, const real* weights, const real* bias,
+                   real* scores, real* attention, real* slots, real* output, List list) {
+  Rows read(s.L + s.E);
+  std::vector<real*> rows(s.R);
+  for (Index m = 0; m < s.M; ++m) rows[m] = scores + m * s.lanes;
+  for (Index j = 0; j < s.W; ++j) {
+    list(j, read.data());
+    for (Index i = 0; i < s.M * s.N; ++i) rows[s.M + i] = slots + i * s.B;
+    multiply(s.R, s.depth(j), weights + s.packed(j, s.R), false, read.data(), s.B, rows.data(),
+             bias + j * s.R);
+    activate(s, real(layer.scale), scores, attention, slots, output);
+    attention += s.M * s.B;
+    slots += s.M * s.N * s.B;
+    output += s.N * s.B;
+  }
+}
+
+// Rows that neuron j reads from its parents' states [W * N][length].
+void list_parents(const Layer& layer, const Shape& s, Index j, const real* states, Index length,
+                  const real** rows) {
+  for (Index p = 0; p < s.P; ++p)
+    for (Index n = 0; n < s.N; ++n)
+      *rows++ = states + (layer.parent[j * s.P + p] * s.N + n) * length;
+}
+
 // Step t of all neurons, from the states before it and the inputs in w.external.
 void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
   const bool keep = w.steps_kept == s.T;  // otherwise states alternate between two places
   const real* before = w.states + (keep ? t : t % 2) * s.state_step();
   real* after = w.states + (keep ? t + 1 : (t + 1) % 2) * s.state_step();
-  Rows read(s.L + s.E);
-  std::vector<real*> rows(s.R);
-  for (Index e = 0; e < s.E; ++e) read[s.L + e] = w.external + e * s.lanes;
-  for (Index m = 0; m < s.M; ++m) rows[m] = w.scores + m * s.lanes;
-  for (Index j = 0; j < s.W; ++j) {
-    const Index at = (keep ? t : 0) * s.W + j;
-    real* slots = w.slots + at * s.M * s.N * s.B;
-    for (Index i = 0; i < s.M * s.N; ++i) rows[s.M + i] = slots + i * s.B;
-    for (Index p = 0; p < s.P; ++p)
-      for (Index n = 0; n < s.N; ++n)
-        read[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.B;
-    multiply(s.R, s.depth(j), w.forward_weights + s.packed(j, s.R), read.data(), s.B, rows.data(),
-             w.forward_bias + j * s.R);
-    activate(s, real(layer.scale), w.scores, w.attention + at * s.M * s.B, slots,
-             after + j * s.N * s.B);
-  }
+  const Index kept = keep ? t : 0;
+  layer_forward(layer, s, w.forward_weights, w.forward_bias, w.scores,
+                w.attention + kept * s.W * s.M * s.B, w.slots + kept * s.W * s.M * s.N * s.B,
+                after, [&](Index j, const real** rows) {
+                  list_parents(layer, s, j, before, s.B, rows);
+                  for (Index e = 0; e < s.E; ++e) rows[s.L + e] = w.external + e * s.lanes;
+                });
 }
 
 // h_0 [B][W * N] (null: zeros) becomes the state before step 0.
 void start_forward(const Layer& layer, const Shape& s, Workspace& w, const real* h_0) {
   const Index WN = s.W * s.N;
-  pack_forward(layer, s, w);
+  pack_forward(layer, s, w.forward_weights, w.forward_bias);
   std::fill(w.states, w.states + s.state_step(), real(0));
-  if (h_0)
-    transpose<false>(w.states, s.B, h_0, WN, s.B, WN);
+  if (h_0) transpose<false>(w.states, s.B, h_0, WN, s.B, WN);
 }
 
 // to[b][r] = states after step t.
@@ -595,12 +630,6 @@ struct PolicyWorkspace {
   }
 };
 
-// Rows of a matrix [count][length] one after the other.
-void list_rows(std::vector<real*>& rows, real* first, Index count, Index length) {
-  rows.resize(count);
-  for (Index r = 0; r < count; ++r) rows[r] = first + r * length;
-}
-
 // Linear, layer norm, linear, leaky ReLU: observations [B][F] -> w.external [E][lanes].
 void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace& q,
             const real* observations) {
@@ -609,7 +638,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(features, q.features, p.features, s.lanes);
   list_rows(out, w.external, s.E, s.lanes);
   transpose<true>(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
-  multiply(p.features, p.observation, q.weights_1, rows.data(), s.B, features.data(), p.bias_1);
+  multiply(p.features, p.observation, q.weights_1, false, rows.data(), s.B, features.data(), p.bias_1);
   for (Index b = 0; b < s.B; b += V) {
     vec mean = {}, variance = {};
     for (const real* feature : features) mean += load(feature + b);
@@ -621,7 +650,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
     const vec scale = 1 / square_root(variance / real(p.features) + real(1e-5));
     for (real* feature : features) store(feature + b, (load(feature + b) - mean) * scale);
   }
-  multiply(s.E, p.features, q.weights_2, features.data(), s.B, out.data(), p.bias_2);
+  multiply(s.E, p.features, q.weights_2, false, features.data(), s.B, out.data(), p.bias_2);
   for (real* row : out)
     for (Index b = 0; b < s.B; b += V) {
       const vec value = load(row + b);
@@ -637,7 +666,7 @@ void choose(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(states, w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step(), WN,
             s.B);
   list_rows(products, q.products, 2 * AS, s.lanes);
-  multiply(2 * AS, WN, q.actor, states.data(), s.B, products.data(), q.zeros);
+  multiply(2 * AS, WN, q.actor, false, states.data(), s.B, products.data(), q.zeros);
   for (Index a = 0; a < p.actions; ++a)
     for (Index b = 0; b < s.B; b += V) {
       const real* scores = q.products + a * p.slots * s.lanes + b;
@@ -728,26 +757,10 @@ void arrange_samples(const Shape& s, Workspace& w, const real* x,
   const Index K = s.T * s.B;
   gather_steps(w.states_by_neuron, w.states_row, w.states, s.state_step(), s.W * s.N, s.T + 1,
                s.B);
-  for (Index j = 0; j < s.W; ++j)
-    for (Index k = 0; k < K; k += V) {
-      vec square = {};
-      for (Index n = 0; n < s.N; ++n) {
-        const vec state = load(w.states_by_neuron + (j * s.N + n) * w.states_row + k);
-        square += state * state;
-      }
-      store(w.state_squares + j * w.row + k, square);
-      store(w.state_squares + j * w.row + K, vec{});
-    }
-  std::fill(w.input_squares, w.input_squares + w.row, real(0));
   if (s.X) {
     transpose<true>(w.inputs_by_neuron, w.row, x, s.E, K, s.E);
-    for (Index e = 0; e < s.E; ++e) {
+    for (Index e = 0; e < s.E; ++e)
       store(w.inputs_by_neuron + e * w.row + vectors(K) * V, vec{});
-      for (Index k = 0; k < K; k += V) {
-        const vec input = load(w.inputs_by_neuron + e * w.row + k);
-        store(w.input_squares + k, load(w.input_squares + k) + input * input);
-      }
-    }
     std::fill(w.inputs_gradient, w.inputs_gradient + s.E * w.row, real(0));
   }
   std::fill(w.ones, w.ones + w.row, real(1));
@@ -757,12 +770,10 @@ void arrange_samples(const Shape& s, Workspace& w, const real* x,
 
 // The rows that neuron j reads, by neuron: its parents' states before, its external inputs.
 void list_inputs(const Layer& layer, const Shape& s, const Workspace& w, Index j, Rows& rows) {
-  rows.clear();
-  for (Index p = 0; p < s.P; ++p)
-    for (Index n = 0; n < s.N; ++n)
-      rows.push_back(w.states_by_neuron + (layer.parent[j * s.P + p] * s.N + n) * w.states_row);
-  if (j < s.X)
-    for (Index e = 0; e < s.E; ++e) rows.push_back(w.inputs_by_neuron + e * w.row);
+  rows.resize(s.depth(j));
+  list_parents(layer, s, j, w.states_by_neuron, w.states_row, rows.data());
+  for (Index e = s.L; e < s.depth(j); ++e)
+    rows[e] = w.inputs_by_neuron + (e - s.L) * w.row;
 }
 
 // Steps [first, first + steps) of a chunk.
@@ -778,32 +789,45 @@ void for_chunks(const Shape& s, const Workspace& w, F f) {
   }
 }
 
-// Predictions s of every neuron at every step, into w.predicted.
-void predict(const Layer& layer, const Shape& s, Workspace& w) {
+// One neuron's packed predictor.
+void pack_predictor(const Layer& layer, const Shape& s, Index j, real* to) {
   const Index MN = s.M * s.N;
+  const bool reads_x = j < s.X;
+  pack(to, layer.predictor_h + j * MN * s.L, MN, s.L,
+       reads_x ? layer.predictor_x + j * MN * s.E : nullptr, reads_x ? s.E : 0);
+}
+
+// Predictions s of one neuron [N][length] from its attention and the rows it reads; `guesses` are
+// M * N rows to work in.
+void predict(const Layer& layer, const Shape& s, Index j, const real* packed,
+             const real* const* inputs, const real* attention, Index length, Index samples,
+             real* const* guesses, real* prediction) {
+  const Index MN = s.M * s.N;
+  multiply(MN, s.depth(j), packed, false, inputs, samples, guesses, layer.predictor_bias + j * MN);
+  for (Index k = 0; k < samples; k += V)
+    for (Index n = 0; n < s.N; ++n) {
+      vec sum = {};
+      for (Index m = 0; m < s.M; ++m)
+        sum += load(attention + m * length + k) * load(guesses[m * s.N + n] + k);
+      store(prediction + n * length + k, sum);
+    }
+}
+
+// Predictions of every neuron at every step, into w.predicted.
+void predict_all(const Layer& layer, const Shape& s, Workspace& w) {
   Rows inputs, shifted;
-  std::vector<real*> guesses(MN);
-  for (Index i = 0; i < MN; ++i) guesses[i] = w.panel_guesses + i * w.panel;
+  std::vector<real*> guesses;
+  list_rows(guesses, w.panel_guesses, s.M * s.N, w.panel);
   for (Index j = 0; j < s.W; ++j) {
-    const Index depth = s.depth(j);
-    real* packed = w.predictor_weights + s.packed(j, MN);
-    pack(packed, layer.predictor_h + j * MN * s.L, MN, s.L, s.L, 1, depth);
-    if (j < s.X) pack(packed, layer.predictor_x + j * MN * s.E, MN, s.E, s.E, 1, depth, s.L);
+    pack_predictor(layer, s, j, w.predictor_weights);
     list_inputs(layer, s, w, j, inputs);
     for_chunks(s, w, [&](Chunk c) {
       shifted = inputs;
       for (const real*& row : shifted) row += c.offset;
-      multiply(MN, depth, packed, shifted.data(), c.samples, guesses.data(),
-               layer.predictor_bias + j * MN);
       gather_steps(w.panel_attention, w.panel, w.attention + (c.first * s.W + j) * s.M * s.B,
                    s.W * s.M * s.B, s.M, c.steps, s.B);
-      for (Index k = 0; k < c.samples; k += V)
-        for (Index n = 0; n < s.N; ++n) {
-          vec sum = {};
-          for (Index m = 0; m < s.M; ++m)
-            sum += load(w.panel_attention + m * w.panel + k) * load(guesses[m * s.N + n] + k);
-          store(w.panel_prediction + n * w.panel + k, sum);
-        }
+      predict(layer, s, j, w.predictor_weights, shifted.data(), w.panel_attention, w.panel,
+              c.samples, guesses.data(), w.panel_prediction);
       for (Index t = 0; t < c.steps; ++t)
         for (Index n = 0; n < s.N; ++n) {
           real* to = w.predicted + (c.first + t) * s.state_step() + (j * s.N + n) * s.B;
@@ -818,8 +842,6 @@ void predict(const Layer& layer, const Shape& s, Workspace& w) {
 void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* mixing,
                 const std::uint8_t* mask, const real* grad_output, real* grad_h0) {
   const Index WN = s.W * s.N;
-  for (Index j = 0; j < s.W; ++j)
-    pack(w.backward_weights + j * s.R * s.L, layer.weight_h + j * s.R * s.L, s.L, s.R, 1, s.L);
   Rows rows(s.R), output(s.N);
   std::vector<real*> to(s.L);
   std::vector<real> mixed(s.N * s.lanes), valid(s.lanes);
@@ -861,180 +883,405 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
       for (Index p = 0; p < s.P; ++p)
         for (Index n = 0; n < s.N; ++n)
           to[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.lanes;
-      multiply(s.L, s.R, w.backward_weights + j * s.R * s.L, rows.data(), s.B, to.data(),
+      multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, rows.data(), s.B, to.data(),
              nullptr);
     }
   }
   if (grad_h0) transpose<false>(grad_h0, WN, now, s.lanes, WN, s.B);
 }
 
-// Gradients of the parameters; statistics are means, moments sums over all valid samples.
+// What a neuron's row gradients are made from, rows of `length`; zeros follow the last sample.
+struct Samples {
+  Index count, length;
+  const real *attention, *slots;        // [M], [M * N]
+  const real *gradient, *prediction;    // received g and s [N]
+  const real *weight, *valid;           // lambda; 1 or 0
+  const real *slope;                    // [N] of a residual layer: 1 - tanh^2; else null
+  const real* const* output;            // [N]
+  const real* const* inputs;            // the rows that the neuron reads, `depth` of them
+  Index depth;
+};
+
+// Stacked rows of a neuron, as `fill_rows` writes and `dot` reads them: [M N] predictor, [R]
+// policy, and with moments [R] of w and [R] of u = s - w.
+struct Stacked {
+  Index policy, w, u, end;
+  Stacked(const Shape& s, const Mixing* mixing)
+      : policy(mixing ? s.M * s.N : 0), w(policy + s.R), u(w + s.R),
+        end(mixing && mixing->moments ? u + s.R : w) {}
+};
+
+// Sums over samples; statistics over all neurons, the rest of one.
+struct Sums {
+  vec residual_square = {}, true_length = {}, mixed_length = {}, guess_length = {};
+  vec u_square = {}, wu = {};
+};
+
+// Row gradients of one neuron for some samples, into `rows` (of x.length), and what is measured on
+// the way. `vectors` is [3 N][x.length] to work in; its first N rows become the mixed gradients.
+void fill_rows(const Shape& s, real scale, const Mixing* mixing, real per_term, const Samples& x,
+               real* rows, real* vectors, Sums& sums) {
+  const Stacked at(s, mixing);
+  const Index length = x.length;
+  real *mixed_rows = vectors, *w_rows = vectors + s.N * length, *u_rows = w_rows + s.N * length;
+  const auto rows_of = [&](const real* feedback, Index first, Index k) {
+    row_gradients(s, scale, rows + first * length, length, feedback, length, x.attention, x.slots,
+                  length, x.output, k);
+  };
+  const auto slope = [&](Index n, Index k) {
+    return x.slope ? load(x.slope + n * length + k) : splat(1);
+  };
+  for (Index k = 0; k < x.count; k += V) {
+    if (!mixing) {
+      for (Index n = 0; n < s.N; ++n) {
+        const vec g = load(x.gradient + n * length + k);
+        store(mixed_rows + n * length + k, g);
+        store(w_rows + n * length + k, g * slope(n, k));
+      }
+      rows_of(w_rows, at.policy, k);
+      continue;
+    }
+    const vec valid = load(x.valid + k);
+    vec weight = load(x.weight + k);
+    if (mixing->mask_predictions) weight = valid > 0 ? weight : splat(1);
+    const vec factor = substitute_factor(s, mixing->positive_projection, x.gradient, length,
+                                         x.prediction, length, k);
+    // Squared lengths: of the vectors, and of those that lambda is estimated from.
+    vec g_square = {}, p_square = {}, mixed_square = {}, w_square = {}, s_square = {};
+    for (Index n = 0; n < s.N; ++n) {
+      const vec g = load(x.gradient + n * length + k), p = load(x.prediction + n * length + k);
+      const vec mixed = weight * g + (1 - weight) * (factor * p);
+      store(mixed_rows + n * length + k, mixed);
+      store(w_rows + n * length + k, mixed * slope(n, k));
+      const vec sloped_g = g * slope(n, k), sloped_s = factor * p * slope(n, k);
+      g_square += g * g;
+      p_square += p * p;
+      mixed_square += mixed * mixed;
+      w_square += sloped_g * sloped_g;
+      s_square += sloped_s * sloped_s;
+      // An invalid step has no target. Chosen, not multiplied: it may hold infinities.
+      vec residual = p - (mixing->target_received ? g : mixed);
+      residual = valid > 0 ? residual : vec{};
+      sums.residual_square += residual * residual;
+      if (mixing->for_predictor)
+        for (Index m = 0; m < s.M; ++m)
+          store(rows + (m * s.N + n) * length + k,
+                per_term * residual * load(x.attention + m * length + k));
+    }
+    sums.true_length += valid > 0 ? square_root(g_square) : vec{};
+    sums.mixed_length += valid > 0 ? square_root(mixed_square) : vec{};
+    sums.guess_length += valid > 0 ? square_root(p_square) : vec{};
+    rows_of(w_rows, at.policy, k);
+    if (!mixing->moments) continue;
+    const vec shrink_w = 1 / at_least(square_root(w_square), real(1e-12));
+    const vec shrink_s = 1 / at_least(square_root(s_square), real(1e-12));
+    for (Index n = 0; n < s.N; ++n) {
+      const vec w = load(x.gradient + n * length + k) * slope(n, k) * shrink_w;
+      const vec p = factor * load(x.prediction + n * length + k) * slope(n, k) * shrink_s;
+      store(w_rows + n * length + k, valid > 0 ? w : vec{});
+      store(u_rows + n * length + k, valid > 0 ? p - w : vec{});
+    }
+    rows_of(w_rows, at.w, k);
+    rows_of(u_rows, at.u, k);
+    vec x_square = {};
+    for (Index d = 0; d < x.depth; ++d) {
+      const vec input = load(x.inputs[d] + k);
+      x_square += input * input;
+    }
+    // (1 + |x|^2) <t, t'> + |x|^2 <dq, dq'>, the scale being in the key rows already.
+    vec key_uu = {}, key_wu = {}, slot_uu = {}, slot_wu = {};
+    for (Index r = 0; r < s.R; ++r) {
+      const vec u = load(rows + (at.u + r) * length + k);
+      const vec both = u * load(rows + (at.w + r) * length + k);
+      (r < s.M ? key_uu : slot_uu) += u * u;
+      (r < s.M ? key_wu : slot_wu) += both;
+    }
+    sums.u_square += x_square * (key_uu + slot_uu) + slot_uu;
+    sums.wu += x_square * (key_wu + slot_wu) + slot_wu;
+  }
+}
+
+// Gradients of the parameters (null: not wanted); statistics are means, moments sums over all valid
+// samples.
 struct Gradients {
   real *weight_h, *weight_x, *bias, *predictor_h, *predictor_x, *predictor_bias;
   double statistics[4];  // predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm
   double* moments;       // [4][W]: sum |u|^2, sum <w, u>, |sum u|^2, <sum w, sum u>
 };
 
-inline vec length_of(const Shape& s, const real* vectors, Index length, Index column) {
-  vec square = {};
-  for (Index n = 0; n < s.N; ++n) {
-    const vec value = load(vectors + n * length + column);
-    square += value * value;
+// Neuron j's results, from the products of its stacked rows with what it reads and, last, with 1:
+// [rows][depth + 1].
+void write_results(const Shape& s, const Mixing* mixing, Index j, const real* products,
+                   const Sums& sums, Gradients& out) {
+  const Stacked at(s, mixing);
+  const Index MN = s.M * s.N, depth = s.depth(j), columns = depth + 1;
+  const auto copy = [&](Index first, Index count, Index from, Index length, real* to) {
+    for (Index r = 0; r < count; ++r)
+      std::copy_n(products + (first + r) * columns + from, length, to + (j * count + r) * length);
+  };
+  if (out.weight_h) {
+    copy(at.policy, s.R, 0, s.L, out.weight_h);
+    if (j < s.X) copy(at.policy, s.R, s.L, s.E, out.weight_x);
+    copy(at.policy + s.M, MN, depth, 1, out.bias);
   }
-  return square_root(square);
+  if (out.predictor_h) {
+    copy(0, MN, 0, s.L, out.predictor_h);
+    if (j < s.X) copy(0, MN, s.L, s.E, out.predictor_x);
+    copy(0, MN, depth, 1, out.predictor_bias);
+  }
+  if (at.end == at.w) return;
+  double square_sum_u = 0, sums_wu = 0;
+  for (Index r = 0; r < s.R; ++r) {
+    const real *w = products + (at.w + r) * columns, *u = products + (at.u + r) * columns;
+    const Index count = r < s.M ? depth : columns;  // keys have no bias
+    square_sum_u += inner(u, u, count);
+    sums_wu += inner(w, u, count);
+  }
+  out.moments[j] = sum(sums.u_square);
+  out.moments[s.W + j] = sum(sums.wu);
+  out.moments[2 * s.W + j] = square_sum_u;
+  out.moments[3 * s.W + j] = sums_wu;
+}
+
+// Adds one neuron's sums to the statistics and starts them anew.
+void collect(Sums& sums, double* statistics) {
+  statistics[0] += sum(sums.residual_square);
+  statistics[1] += sum(sums.true_length);
+  statistics[2] += sum(sums.mixed_length);
+  statistics[3] += sum(sums.guess_length);
+  sums = Sums{};
+}
+
+void take_means(const Shape& s, double num_valid, double* statistics) {
+  for (int i = 0; i < 4; ++i) statistics[i] /= num_valid * s.W * (i ? 1 : s.N);
 }
 
 // Everything that is a sum over all samples, once the received gradients are known: neuron by
 // neuron, chunk by chunk, all row gradients of a neuron stacked so that one product serves all.
 void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing* mixing,
                  bool needs_x, Gradients& out) {
-  const Index MN = s.M * s.N, K = s.T * s.B;
-  const bool moments = mixing && mixing->moments;
-  // Stacked rows: [R] policy, then with moments [R] of w and [R] of u = s - w, then [M N] predictor.
-  const Index row_w = s.R, row_u = 2 * s.R, row_predictor = moments ? 3 * s.R : s.R;
-  const Index num_rows = row_predictor + (mixing ? MN : 0);
-  const real scale = real(layer.scale);
+  const Index MN = s.M * s.N;
+  const Stacked at(s, mixing);
   double num_valid = 0;
-  for (Index k = 0; k < K; ++k) num_valid += w.valid[k];
+  for (Index k = 0; k < s.T * s.B; ++k) num_valid += w.valid[k];
   num_valid = std::max(num_valid, 1.0);
-  const double terms = num_valid * s.W * s.N;
-  const real per_term = real(2 / terms);
-  vec residual_square = {}, true_length = {}, mixed_length = {}, guess_length = {};
-  double totals[4] = {};
-
-  Rows inputs, output(s.N);
-  std::vector<real*> inputs_gradient(s.E);
-  Rows rows(s.R);
-  std::vector<real> panel_w(s.N * w.panel), panel_u(s.N * w.panel), panel_mixed(s.N * w.panel);
+  const real per_term = real(2 / (num_valid * s.W * s.N));
+  Rows inputs, shifted, output(s.N);
+  std::vector<real*> rows, inputs_gradient;
+  list_rows(rows, w.panel_rows + at.policy * w.panel, s.R, w.panel);
+  std::fill(out.statistics, out.statistics + 4, 0.0);
   for (Index j = 0; j < s.W; ++j) {
     list_inputs(layer, s, w, j, inputs);
+    const Index depth = s.depth(j);
     inputs.push_back(w.ones);
-    const Index depth = s.depth(j), columns = depth + 1;
-    std::fill(w.sums, w.sums + num_rows * columns, real(0));
-    vec u_square = {}, wu = {};
+    std::fill(w.sums, w.sums + at.end * (depth + 1), real(0));
+    Sums sums;
     for_chunks(s, w, [&](Chunk c) {
-      const Index at = c.first * s.W + j, states_at = c.first * s.state_step() + j * s.N * s.B;
-      gather_steps(w.panel_attention, w.panel, w.attention + at * s.M * s.B, s.W * s.M * s.B, s.M,
+      const Index first = c.first * s.W + j, state = c.first * s.state_step() + j * s.N * s.B;
+      gather_steps(w.panel_attention, w.panel, w.attention + first * s.M * s.B, s.W * s.M * s.B,
+                   s.M, c.steps, s.B);
+      gather_steps(w.panel_slots, w.panel, w.slots + first * MN * s.B, s.W * MN * s.B, MN,
                    c.steps, s.B);
-      gather_steps(w.panel_slots, w.panel, w.slots + at * MN * s.B, s.W * MN * s.B, MN, c.steps,
+      gather_steps(w.panel_gradient, w.panel, w.received + state, s.state_step(), s.N, c.steps,
                    s.B);
-      gather_steps(w.panel_gradient, w.panel, w.received + states_at, s.state_step(), s.N, c.steps,
-                   s.B);
-      for (Index n = 0; n < s.N; ++n)
-        output[n] = w.states_by_neuron + (j * s.N + n) * w.states_row + c.offset + s.B;
-      const auto rows_of = [&](const real* panel, Index first_row, Index k) {
-        row_gradients(s, scale, w.panel_rows + first_row * w.panel, w.panel, panel, w.panel,
-                      w.panel_attention, w.panel_slots, w.panel, output.data(), k);
-      };
-      if (!mixing) {
-        for (Index k = 0; k < c.samples; k += V) rows_of(w.panel_gradient, 0, k);
-      } else {
-        gather_steps(w.panel_prediction, w.panel, w.predicted + states_at, s.state_step(), s.N,
+      if (mixing) {
+        gather_steps(w.panel_prediction, w.panel, w.predicted + state, s.state_step(), s.N,
                      c.steps, s.B);
         for (Index t = 0; t < c.steps; ++t)
           for (Index b = 0; b < s.B; b += V)
             store(w.panel_weight + t * s.B + b, splat(w.schedule[(c.first + t) * s.W + j]));
         // Lanes past the last sample count as zeros below: they must not hold NaN.
         store(w.panel_weight + c.samples, vec{});
-        for (Index k = 0; k < c.samples; k += V) {
-          const vec valid = load(w.valid + c.offset + k);
-          vec weight = load(w.panel_weight + k);
-          if (mixing->mask_predictions) weight = valid > 0 ? weight : splat(1);
-          const vec factor = substitute_factor(s, mixing->positive_projection, w.panel_gradient,
-                                               w.panel, w.panel_prediction, w.panel, k);
-          vec gradient_square = {}, guess_square = {}, mixed_square = {}, substitute_square = {};
-          for (Index n = 0; n < s.N; ++n) {
-            const vec g = load(w.panel_gradient + n * w.panel + k);
-            const vec p = load(w.panel_prediction + n * w.panel + k);
-            const vec substitute = factor * p;
-            const vec mixed = weight * g + (1 - weight) * substitute;
-            store(&panel_mixed[n * w.panel + k], mixed);
-            gradient_square += g * g;
-            guess_square += p * p;
-            mixed_square += mixed * mixed;
-            substitute_square += substitute * substitute;
-            // An invalid step has no target. Chosen, not multiplied: it may hold infinities.
-            vec residual = p - (mixing->target_received ? g : mixed);
-            residual = valid > 0 ? residual : vec{};
-            residual_square += residual * residual;
-            for (Index m = 0; m < s.M; ++m)
-              store(w.panel_rows + (row_predictor + m * s.N + n) * w.panel + k,
-                    per_term * residual * load(w.panel_attention + m * w.panel + k));
-          }
-          const vec gradient_length = square_root(gradient_square);
-          true_length += valid > 0 ? gradient_length : vec{};
-          mixed_length += valid > 0 ? square_root(mixed_square) : vec{};
-          guess_length += valid > 0 ? square_root(guess_square) : vec{};
-          rows_of(panel_mixed.data(), 0, k);
-          if (!moments) continue;
-          const vec shrink_g = 1 / at_least(gradient_length, real(1e-12));
-          const vec shrink_s = 1 / at_least(square_root(substitute_square), real(1e-12));
-          for (Index n = 0; n < s.N; ++n) {
-            const vec g = load(w.panel_gradient + n * w.panel + k) * shrink_g;
-            const vec p = factor * load(w.panel_prediction + n * w.panel + k) * shrink_s;
-            store(&panel_w[n * w.panel + k], valid > 0 ? g : vec{});
-            store(&panel_u[n * w.panel + k], valid > 0 ? p - g : vec{});
-          }
-          rows_of(panel_w.data(), row_w, k);
-          rows_of(panel_u.data(), row_u, k);
-          vec x_square = j < s.X ? load(w.input_squares + c.offset + k) : vec{};
-          for (Index p = 0; p < s.P; ++p)
-            x_square += load(w.state_squares + layer.parent[j * s.P + p] * w.row + c.offset + k);
-          // (1 + |x|^2) <t, t'> + |x|^2 <dq, dq'>, the scale being in the key rows already.
-          vec key_uu = {}, key_wu = {}, slot_uu = {}, slot_wu = {};
-          for (Index r = 0; r < s.R; ++r) {
-            const vec u = load(w.panel_rows + (row_u + r) * w.panel + k);
-            const vec both = u * load(w.panel_rows + (row_w + r) * w.panel + k);
-            (r < s.M ? key_uu : slot_uu) += u * u;
-            (r < s.M ? key_wu : slot_wu) += both;
-          }
-          u_square += x_square * (key_uu + slot_uu) + slot_uu;
-          wu += x_square * (key_wu + slot_wu) + slot_wu;
-        }
       }
-      dot(num_rows, columns, c.samples, w.panel_rows, w.panel, inputs.data(), c.offset, w.sums);
+      for (Index n = 0; n < s.N; ++n)
+        output[n] = w.states_by_neuron + (j * s.N + n) * w.states_row + c.offset + s.B;
+      shifted = inputs;
+      for (const real*& row : shifted) row += c.offset;
+      const Samples samples{c.samples, w.panel, w.panel_attention, w.panel_slots, w.panel_gradient,
+                            w.panel_prediction, w.panel_weight, w.valid + c.offset, nullptr,
+                            output.data(), shifted.data(), depth};
+      fill_rows(s, real(layer.scale), mixing, per_term, samples, w.panel_rows, w.panel_vectors,
+                sums);
+      dot(at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(), w.sums);
       if (j < s.X && needs_x) {
-        for (Index r = 0; r < s.R; ++r) rows[r] = w.panel_rows + r * w.panel;
-        for (Index e = 0; e < s.E; ++e)
-          inputs_gradient[e] = w.inputs_gradient + e * w.row + c.offset;
-        if (c.first == 0)
-          pack(w.external_weights, layer.weight_x + j * s.R * s.E, s.E, s.R, 1, s.E);
-        multiply(s.E, s.R, w.external_weights, rows.data(), c.samples, inputs_gradient.data(),
-                 nullptr);
+        list_rows(inputs_gradient, w.inputs_gradient + c.offset, s.E, w.row);
+        multiply(s.E, s.R, layer.weight_x + j * s.R * s.E, true, rows.data(), c.samples,
+                 inputs_gradient.data(), nullptr);
       }
     });
-
-    const auto copy_sums = [&](Index first, Index count, Index from, Index length, real* to) {
-      for (Index r = 0; r < count; ++r)
-        std::copy_n(w.sums + (first + r) * columns + from, length, to + r * length);
-    };
-    copy_sums(0, s.R, 0, s.L, out.weight_h + j * s.R * s.L);
-    if (j < s.X) copy_sums(0, s.R, s.L, s.E, out.weight_x + j * s.R * s.E);
-    copy_sums(s.M, MN, depth, 1, out.bias + j * MN);
-    if (!mixing) continue;
-    copy_sums(row_predictor, MN, 0, s.L, out.predictor_h + j * MN * s.L);
-    if (j < s.X) copy_sums(row_predictor, MN, s.L, s.E, out.predictor_x + j * MN * s.E);
-    copy_sums(row_predictor, MN, depth, 1, out.predictor_bias + j * MN);
-    totals[0] += sum(residual_square);
-    totals[1] += sum(true_length);
-    totals[2] += sum(mixed_length);
-    totals[3] += sum(guess_length);
-    residual_square = true_length = mixed_length = guess_length = vec{};
-    if (!moments) continue;
-    double square_sum_u = 0, sums_wu = 0;
-    for (Index r = 0; r < s.R; ++r)
-      for (Index d = 0; d < (r < s.M ? depth : columns); ++d) {  // keys have no bias
-        const double u = w.sums[(row_u + r) * columns + d];
-        square_sum_u += u * u;
-        sums_wu += u * w.sums[(row_w + r) * columns + d];
-      }
-    out.moments[j] = sum(u_square);
-    out.moments[s.W + j] = sum(wu);
-    out.moments[2 * s.W + j] = square_sum_u;
-    out.moments[3 * s.W + j] = sums_wu;
+    write_results(s, mixing, j, w.sums, sums, out);
+    collect(sums, out.statistics);
   }
-  out.statistics[0] = totals[0] / terms;
-  for (int i = 1; i < 4; ++i) out.statistics[i] = totals[i] / (num_valid * s.W);
+  take_means(s, num_valid, out.statistics);
+}
+
+// -------------------------------------------------------------------------- feed-forward stack
+
+}  // namespace
+
+extern "C" {
+
+// `SparseMLP`: layers that read the one below, the first one single numbers of the input.
+struct Stack {
+  Index count, inputs;
+  std::int32_t residual;
+  const Layer* layers;   // the first one's `parent` is [W][L], all others' [W][P]
+};
+
+}  // extern "C"
+
+namespace {
+
+struct StackWorkspace {
+  std::vector<real*> weights, bias;               // packed, by layer
+  std::vector<real*> states, output;              // [inputs or W * N][lanes], by layer
+  std::vector<real*> attention, slots;            // [W][M], [W][M * N]
+  real* scores;
+  // Backward only.
+  real *gradient[2];                              // [inputs or W * N]
+  real *predictor_weights, *guesses, *prediction, *weight, *valid, *slope;
+  real *rows, *packed_rows, *vectors, *ones, *zeros, *sums;
+  real *read, *read_by_sample;                    // [L + 1][lanes], [lanes][read_row]
+  Index read_row;
+  Index total;
+
+  StackWorkspace(const Stack& k, const Shape& s, bool keep, real* block) {
+    Cutter take(block);
+    const Index MN = s.M * s.N, WN = s.W * s.N, wide = std::max(k.inputs, WN);
+    const Index length = s.lanes;
+    for (Index l = 0; l < k.count; ++l) {
+      weights.push_back(take(s.packed(s.W, s.R)));
+      bias.push_back(take(s.W * s.R));
+    }
+    states.push_back(take(k.inputs * length));
+    for (Index l = 0; l < k.count; ++l) {
+      const bool again = !keep && l;  // without a record the layers share their memory
+      states.push_back(!keep && l > 1 ? states[l - 1] : take(WN * length));
+      output.push_back(again ? output[0] : take(WN * length));
+      attention.push_back(again ? attention[0] : take(s.W * s.M * length));
+      slots.push_back(again ? slots[0] : take(s.W * MN * length));
+    }
+    scores = take(s.M * length);
+    if (keep) {
+      gradient[0] = take(wide * length);
+      gradient[1] = take(wide * length);
+      predictor_weights = take(MN * s.L);
+      guesses = take(MN * length);
+      prediction = take(s.N * length);
+      weight = take(length);
+      valid = take(length);
+      slope = take(s.N * length);
+      rows = take((3 * s.R + MN) * length);
+      packed_rows = take((3 * s.R + MN) * length);
+      vectors = take(3 * s.N * length);
+      ones = take(length);
+      zeros = take(3 * s.R + MN);
+      read_row = (s.L + V) / V * V;
+      read = take((s.L + 1) * length);
+      read_by_sample = take(length * read_row);
+      sums = take((3 * s.R + MN) * (s.L + 1));
+    }
+    total = take.total();
+  }
+};
+
+// A shape whose batch fills whole vectors: all rows are then as long as their lanes.
+Shape stack_shape(const Stack& k, Index batch) {
+  return Shape(k.layers[0], 1, vectors(batch) * V);
+}
+
+// The rows that neuron j of layer l reads.
+void list_stack_inputs(const Stack& k, const Shape& s, Index l, Index j, const real* below,
+                       const real** rows) {
+  const Layer& layer = k.layers[l];
+  if (l)
+    list_parents(layer, s, j, below, s.lanes, rows);
+  else
+    for (Index i = 0; i < s.L; ++i) rows[i] = below + layer.parent[j * s.L + i] * s.lanes;
+}
+
+void stack_forward(const Stack& k, const Shape& s, StackWorkspace& w) {
+  for (Index l = 0; l < k.count; ++l) {
+    layer_forward(k.layers[l], s, w.weights[l], w.bias[l], w.scores, w.attention[l], w.slots[l],
+                  w.output[l], [&](Index j, const real** rows) {
+                    list_stack_inputs(k, s, l, j, w.states[l], rows);
+                  });
+    const bool residual = k.residual && l;
+    for (Index i = 0; i < s.W * s.N * s.lanes; i += V) {
+      const vec output = load(w.output[l] + i);
+      store(w.states[l + 1] + i, residual ? tanh(output) + load(w.states[l] + i) : output);
+    }
+  }
+}
+
+// One layer going back: the gradient of its state, `now`, becomes that of what it reads, `below`
+// (null: not wanted).
+void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mixing* mixing,
+                    Index l, Index batch, const real* now, real* below, Gradients& out) {
+  const Layer& layer = k.layers[l];
+  const Stacked at(s, mixing);
+  const Index MN = s.M * s.N, length = s.lanes;
+  const bool residual = k.residual && l;
+  const real per_term = real(2.0 / (double(batch) * s.W * s.N));
+  // What nobody wants is left out of the products.
+  const Index first = out.predictor_h ? 0 : at.policy, end = out.weight_h ? at.end : at.policy;
+  Rows inputs(s.L + 1), output(s.N), policy_rows(s.R);
+  Rows by_sample(length);
+  std::vector<real*> guesses, sums_rows, to(s.L);
+  list_rows(guesses, w.guesses, MN, length);
+  list_rows(sums_rows, w.sums, at.end, s.L + 1);
+  for (Index b = 0; b < length; ++b) by_sample[b] = w.read_by_sample + b * w.read_row;
+  for (Index r = 0; r < s.R; ++r) policy_rows[r] = w.rows + (at.policy + r) * length;
+  inputs[s.L] = w.ones;
+  std::fill(out.statistics, out.statistics + 4, 0.0);
+  if (below) std::fill(below, below + (l ? s.W * s.N : k.inputs) * length, real(0));
+  for (Index j = 0; j < s.W; ++j) {
+    list_stack_inputs(k, s, l, j, w.states[l], inputs.data());
+    const real* attention = w.attention[l] + j * s.M * length;
+    if (mixing) {
+      pack_predictor(layer, s, j, w.predictor_weights);
+      predict(layer, s, j, w.predictor_weights, inputs.data(), attention, length, length,
+              guesses.data(), w.prediction);
+      for (Index n = 0; n < s.N; ++n)  // zeros after the last sample
+        for (Index b = batch; b < length; ++b) w.prediction[n * length + b] = 0;
+      std::fill(w.weight, w.weight + length, mixing->mixing_weight[j]);
+    }
+    for (Index n = 0; n < s.N; ++n) {
+      output[n] = w.output[l] + (j * s.N + n) * length;
+      if (residual)
+        for (Index b = 0; b < length; b += V) {
+          const vec branch = tanh(load(output[n] + b));
+          store(w.slope + n * length + b, 1 - branch * branch);
+        }
+    }
+    const Samples samples{length, length, attention, w.slots[l] + j * MN * length,
+                          now + j * s.N * length, w.prediction, w.weight, w.valid,
+                          residual ? w.slope : nullptr, output.data(), inputs.data(), s.L};
+    Sums sums;
+    fill_rows(s, real(layer.scale), mixing, per_term, samples, w.rows, w.vectors, sums);
+    if (first < end) {
+      // The samples are few: too few for `dot`, which ends with a sum over lanes.
+      for (Index i = 0; i <= s.L; ++i)
+        std::copy_n(inputs[i], length, w.read + i * length);
+      transpose<true>(w.read_by_sample, w.read_row, w.read, length, s.L + 1, length);
+      pack(w.packed_rows, w.rows + first * length, end - first, length);
+      multiply(end - first, length, w.packed_rows, false, by_sample.data(), s.L + 1,
+               sums_rows.data() + first, w.zeros);
+      write_results(s, mixing, j, w.sums, sums, out);
+    }
+    collect(sums, out.statistics);
+    if (!below) continue;
+    if (residual)
+      for (Index i = 0; i < s.N * length; i += V) {
+        real* row = below + j * s.N * length + i;
+        store(row, load(row) + load(w.vectors + i));
+      }
+    for (Index i = 0; i < s.L; ++i)
+      to[i] = below + (inputs[i] - w.states[l]);
+    multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, policy_rows.data(), length,
+             to.data(), nullptr);
+  }
+  take_means(s, batch, out.statistics);
 }
 
 }  // namespace
@@ -1079,9 +1326,9 @@ void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch
   if (t == 0) {
     const Index D = p.features, WN = s.W * s.N, rows = 2 * p.actions * p.slots;
     start_forward(*layer, s, w, nullptr);
-    pack(q.weights_1, p.weight_1, D, p.observation, p.observation, 1);
-    pack(q.weights_2, p.weight_2, s.E, D, D, 1);
-    pack(q.actor, p.actor, rows, WN, WN, 1);
+    pack(q.weights_1, p.weight_1, D, p.observation);
+    pack(q.weights_2, p.weight_2, s.E, D);
+    pack(q.actor, p.actor, rows, WN);
     std::fill(q.zeros, q.zeros + rows, real(0));
   }
   encode(p, s, w, q, observations);
@@ -1102,11 +1349,51 @@ void sgrl_backward(const Layer* layer, Index steps, Index batch, const real* x,
   arrange_samples(s, w, x, mask);
   if (mixing) {
     make_schedule(*layer, s, *mixing, w.schedule);
-    predict(*layer, s, w);
+    predict_all(*layer, s, w);
   }
   carry_back(*layer, s, w, mixing, mask, grad_output, grad_h0);
   sum_samples(*layer, s, w, mixing, grad_x, *out);
   if (grad_x) transpose<false>(grad_x, s.E, w.inputs_gradient, w.row, s.E, steps * batch);
+}
+
+Index sgrl_stack_workspace(const Stack* stack, Index batch, std::int32_t keep) {
+  return StackWorkspace(*stack, stack_shape(*stack, batch), keep, nullptr).total;
+}
+
+// x [B][inputs] -> out [B][W * N], `piece` samples at a time (all of them if to be kept).
+void sgrl_stack_forward(const Stack* stack, Index batch, Index piece, std::int32_t keep,
+                        const real* x, real* out, real* block) {
+  const Shape s = stack_shape(*stack, piece);
+  StackWorkspace w(*stack, s, keep, block);
+  for (Index l = 0; l < stack->count; ++l)
+    pack_forward(stack->layers[l], s, w.weights[l], w.bias[l]);
+  const Index inputs = stack->inputs, WN = s.W * s.N;
+  for (Index first = 0; first < batch; first += piece) {
+    const Index count = std::min(piece, batch - first);
+    for (Index i = 0; i < inputs && count < s.lanes; ++i)
+      std::fill(w.states[0] + i * s.lanes + count, w.states[0] + (i + 1) * s.lanes, real(0));
+    transpose<false>(w.states[0], s.lanes, x + first * inputs, inputs, count, inputs);
+    stack_forward(*stack, s, w);
+    transpose<false>(out + first * WN, WN, w.states[stack->count], s.lanes, WN, count);
+  }
+}
+
+// Backward of all layers after a forward that kept its record in `block`. mixing and out: one for
+// each layer (mixing null under backprop); grad_output [B][W * N] -> grad_x [B][inputs] (or null).
+void sgrl_stack_backward(const Stack* stack, Index batch, const Mixing* mixing,
+                         const real* grad_output, real* grad_x, Gradients* out, real* block) {
+  const Shape s = stack_shape(*stack, batch);
+  StackWorkspace w(*stack, s, true, block);
+  const Index WN = s.W * s.N;
+  std::fill(w.ones, w.ones + s.lanes, real(1));
+  std::fill(w.zeros, w.zeros + 3 * s.R + s.M * s.N, real(0));
+  for (Index b = 0; b < s.lanes; ++b) w.valid[b] = b < batch;
+  real *now = w.gradient[0], *below = w.gradient[1];
+  transpose<true>(now, s.lanes, grad_output, WN, batch, WN);
+  for (Index l = stack->count - 1; l >= 0; --l, std::swap(now, below))
+    layer_backward(*stack, s, w, mixing ? mixing + l : nullptr, l, batch, now,
+                   l || grad_x ? below : nullptr, out[l]);
+  if (grad_x) transpose<false>(grad_x, stack->inputs, now, s.lanes, stack->inputs, batch);
 }
 
 }  // extern "C"
