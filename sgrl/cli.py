@@ -1,4 +1,4 @@
-"""The `sgrl` command: thin verbs over `sgrl.tuning`.
+"""The `sgrl` command: thin verbs over `sgrl.tuning` and `sgrl.theory`.
 
 Whatever a user can get wrong is one line on stderr and exit status 2. Ray and torch are imported
 inside the verbs, so that `sgrl --help` answers at once.
@@ -22,6 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+theory = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
+app.add_typer(theory, name="theory")
+data = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="Experiment file, as in tune_configs/.")
 ]
@@ -39,6 +44,7 @@ Checkpoint = Annotated[
 ]
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
+Numbers = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 4-12 or 2,3,4.")]
 
 DataDir = Annotated[
     Path | None,
@@ -146,11 +152,7 @@ def bench(
             typer.echo(line)
 
 
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data")
-
-
-@data_app.command()
+@data.command()
 def mnist(data_dir: DataDir = None) -> None:
     """Fetch MNIST, checked, and say where it is."""
     from sgrl.envs.mnist import DataError, fetch
@@ -159,6 +161,45 @@ def mnist(data_dir: DataDir = None) -> None:
     with _one_line_errors(DataError), progress_bar() as report:
         folder = fetch(data_dir, report)
     typer.echo(f"MNIST: {folder}")
+
+
+@theory.command()
+def experts(
+    d: Numbers = "4-12",
+    k: Numbers = "2-4",
+    n: Numbers = "1-4",
+    cases: Annotated[str, typer.Option(help="Kinds of noise.")] = "noisy,activation,partial",
+    trials: Annotated[int, typer.Option(help="Trials of each cell.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV and the figures.")] = Path(
+        "results/expert_network"
+    ),
+) -> None:
+    """Simulate the expert network: how many samples synthetic gradients save."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
+
+    with _one_line_errors(TheoryError):
+        cells = sweep_cells(
+            parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
+        )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TheoryError(f"{out}: {error.strerror}") from None
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("simulating", total=work(cells, trials))
+            results = simulate(
+                cells, trials, seed, parallel, lambda states: progress.advance(task, states)
+            )
+
+        from sgrl.analysis.report import write_expert_network
+
+        write_expert_network(results, out)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sgrl.nn.kernels import resolve_backend
 from sgrl.nn.policies import POLICIES
 from sgrl.tuning.experiment import (
     ExperimentError,
@@ -104,7 +105,7 @@ def test_a_trial_is_fully_resolved(load):
                 if name != "value_head"
             },
             "num_neurons": 32,
-            "backend": "torch",
+            "backend": resolve_backend("auto"),
         },
         "stop": {"training_iteration": 10},
         "checkpoint": {"every": 25, "keep": 2},
@@ -118,7 +119,7 @@ def test_resolved_file_loads_as_the_same_experiment(load):
     again = load(dump_yaml(experiment.resolved))
     assert again.resolved == experiment.resolved
     assert again.trials == experiment.trials
-    assert experiment.resolved["methods"]["sparse"]["model"]["backend"] == "torch"
+    assert experiment.resolved["methods"]["sparse"]["model"]["backend"] == resolve_backend("auto")
     assert experiment.resolved["num_threads"] == 1
 
 
@@ -131,7 +132,7 @@ def test_names_that_look_like_numbers_can_be_resumed(load):
 def test_no_trial_holds_an_automatic_backend(load):
     experiment = load(SMALL, "methods.sparse.model.backend={grid: [auto, eager]}")
     backends = {trial.config["model"].get("backend") for trial in experiment.trials}
-    assert backends - {None} == {"torch", "eager"}
+    assert backends - {None} == {resolve_backend("auto"), "eager"}
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1.e-3", "0.001", "+1E-03", ".1e-2"])

@@ -257,3 +257,28 @@ def test_compiling_in_four_processes_at_once(empty_cache: Path) -> None:
         assert pool.map(_compile, [manager.Barrier(4)] * 4, chunksize=1) == [True] * 4
     # Nothing half done is left behind.
     assert [file.suffix for file in (empty_cache / "cache").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_is_never_read_before_it_is_written(dtype: torch.dtype) -> None:
+    """With all fresh memory full of NaN, nothing that comes out is NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(9).isnan().all()
+        for batch in (1, 3, 5, 8, 13, 20):
+            for length in (1, 5, 33):
+                problem = {
+                    "sizes": {"input_size": 5, "num_neurons": 7, "num_input_neurons": 3},
+                    "options": {},
+                    "length": length,
+                    "batch": batch,
+                    "masked": True,
+                    "seed": batch,
+                }
+                rnn, arguments = make_problem(problem, dtype)
+                rnn.backend = "native"
+                native._spare.clear()
+                for name, value in run(rnn, *arguments).items():
+                    assert value.isfinite().all(), (name, batch, length)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
@@ -132,3 +133,61 @@ def _draw(axis: Any, lines: pd.DataFrame, label: str, style: dict[str, Any]) -> 
     if count > 1:
         error = lines.std(axis=1, ddof=1).to_numpy() / np.sqrt(count)
         axis.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.2, lw=0)
+
+
+def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:
+    """Ratio of mean squared errors against d on the expert network, with 2^(d-k) dashed.
+
+    One panel for each number of samples n, one line for each k; bars are 95% bootstrap intervals.
+
+    Args:
+        results: rows of the expert simulation, under the names of its CSV.
+        case: the one to draw.
+        path: of the PNG to write.
+
+    Returns:
+        `path`.
+    """
+    shown = results[results["case"] == case]
+    samples, inputs = sorted(shown["n"].unique()), sorted(shown["k"].unique())
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.9 * columns + 0.8, 3.4 * rows + 0.3),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    palette = [*COLOURS.values(), *OTHER_COLOURS]
+    for axis in axes.flat[len(samples) :]:
+        axis.set_axis_off()
+    for axis, n in zip(axes.flat, samples, strict=False):
+        for order, k in enumerate(inputs):
+            line = shown[(shown["n"] == n) & (shown["k"] == k)].sort_values("d")
+            colour = palette[order % len(palette)]
+            axis.plot(line["d"], 2.0 ** (line["d"] - k), "--", color=colour, lw=1, alpha=0.8)
+            # Beside each other, so that no interval hides another.
+            place = line["d"] + 0.12 * (order - (len(inputs) - 1) / 2)
+            axis.vlines(place, line["ratio_ci_low"], line["ratio_ci_high"], color=colour, lw=1.4)
+            marker = MARKERS[order % len(MARKERS)]
+            axis.plot(place, line["ratio"], marker, color=colour, markersize=2.8, label=f"k = {k}")
+        axis.set_yscale("log", base=2)
+        axis.set_title(f"n = {n}")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("d")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("MSE of backprop / MSE of sgprop")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.suptitle(f"expert network, {case}", fontsize=11)
+    note = "dots: ratio of means over trials, bars: 95% bootstrap interval, dashed: 2^(d-k)"
+    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,6 +1,7 @@
-"""What a sweep leaves at its end: a table on the terminal, comparison.csv and a figure."""
+"""What a sweep or a simulation leaves at its end: a table on the terminal, a CSV and figures."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -8,9 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import learning_curves
+from sgrl.analysis.figures import expert_ratios, learning_curves
 from sgrl.analysis.runs import load_curves, load_trials
 from sgrl.analysis.statistics import compare_methods, measure_of
+from sgrl.theory.expert_network import Result
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
@@ -65,6 +67,10 @@ def comparison_table(comparison: pd.DataFrame) -> Table:
     return table
 
 
+def _short(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
+
+
 def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -73,3 +79,61 @@ def _mean_and_sem(mean: float, error: float) -> str:
     if math.isnan(mean):
         return "-"
     return f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def write_expert_network(
+    results: Sequence[Result], directory: Path, console: Console | None = None
+) -> pd.DataFrame:
+    """Print the expert simulation's tables, and write `expert_network.csv` and one figure a case,
+    `ratio_<case>.png`, into a folder that exists.
+
+    Returns the frame that the CSV holds, one row a result.
+    """
+    console = console or Console()
+    frame = pd.DataFrame(results, columns=Result._fields)
+    frame.to_csv(directory / "expert_network.csv", index=False)
+    cases = list(frame["case"].unique())
+    figures = [expert_ratios(frame, case, directory / f"ratio_{case}.png") for case in cases]
+
+    theory = 2.0 ** (frame["d"] - frame["k"])
+    inside = (frame["ratio_ci_low"] <= theory) & (theory <= frame["ratio_ci_high"])
+    console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
+    # More columns than the terminal is wide are wrapped by it, not cut.
+    console.print(ratio_table(frame, inside), width=10_000, crop=False)
+    largest = frame[(frame["d"] == frame["d"].max()) & (frame["k"] == frame["k"].min())]
+    for row in largest[largest["n"] == frame["n"].min()].itertuples():
+        console.print(
+            f"{row.case}, d = {row.d}, k = {row.k}, n = {row.n}: ratio {_short(row.ratio)}, "
+            f"95% interval {_short(row.ratio_ci_low)} to {_short(row.ratio_ci_high)}, "
+            f"theory {2 ** (row.d - row.k)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(
+        f"2^(d-k) is inside the 95% interval in {inside.sum()} of {len(frame)} cells "
+        f"({inside.mean():.1%})",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for path in (directory / "expert_network.csv", *figures):
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return frame
+
+
+def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
+    """The ratios for a terminal: a row for each k, case and n, a column for each d."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("k", "case", "n"):
+        table.add_column(name, no_wrap=True)
+    dimensions = sorted(frame["d"].unique())
+    for d in dimensions:
+        table.add_column(f"d={d}", justify="right", no_wrap=True)
+    marked = frame["ratio"].map(_short) + inside.map({True: " ", False: "*"})
+    for k in sorted(frame["k"].unique()):
+        of_k = frame[frame["k"] == k]
+        table.add_row(str(k), "2^(d-k)", "", *(_short(2.0 ** (d - k)) + " " for d in dimensions))
+        for (case, n), row in of_k.groupby(["case", "n"], sort=False):
+            cells = dict(zip(row["d"], marked[row.index], strict=True))
+            table.add_row("", str(case), str(n), *(cells.get(d, "") for d in dimensions))
+        table.add_section()
+    return table

@@ -309,7 +309,7 @@ class Reinforce(Algorithm):
     def _last_update_of_iteration(self) -> int:
         """How many updates there will have been when the current iteration ends."""
         updates, iterations = self.config.total_updates, self.config.total_iterations
-        if updates is None:
+        if updates is None or iterations is None:
             return self._updates + 1
         spacing = (updates - 1) / (iterations - 1)
         ends = (int(1 + i * spacing) for i in itertools.count())

@@ -1066,6 +1066,7 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
         for (Index t = 0; t < c.steps; ++t)
           for (Index b = 0; b < s.B; b += V)
             store(w.panel_weight + t * s.B + b, splat(w.schedule[(c.first + t) * s.W + j]));
+        // Lanes past the last sample count as zeros below: they must not hold NaN.
         store(w.panel_weight + c.samples, vec{});
       }
       for (Index n = 0; n < s.N; ++n)
