@@ -1,8 +1,8 @@
 """Time of a training step and of an evaluation on the MNIST bandit, as ratios to the plain step.
 
 Rounds are interleaved and one thread is used, so that only what is compared differs. Exits with
-status 1 where the "torch" backend's training step is less than 2.5x, or its evaluation of 4,000
-images less than 3x, faster than the plain baseline.
+status 1 where a backend's training step, or its evaluation of 4,000 images, gains less over the
+plain baseline than `REQUIRED`.
 
     python benchmarks/mnist.py --rounds 5
 """
@@ -21,7 +21,10 @@ from sgrl.nn.policies import make_policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
-REQUIRED = {"torch": {"step": 2.5, "evaluation": 3.0}}
+REQUIRED = {
+    "torch": {"step": 2.2, "evaluation": 3.0},
+    "native": {"step": 5.0, "evaluation": 8.0},
+}
 BATCH, IMAGES = 64, 4000
 SETTINGS = UpdateSettings(
     entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True

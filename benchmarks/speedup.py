@@ -50,7 +50,7 @@ def iterations(policy: str, num_envs: int) -> Iterator[dict[str, float]]:
         while True:
             started = time.perf_counter()
             algorithm.train()
-            yield {"iteration": time.perf_counter() - started}
+            yield {"total": time.perf_counter() - started}
 
     return run()
 
