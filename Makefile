@@ -29,7 +29,8 @@ study: .venv/installed-for-tests
 asan: .venv/installed-for-tests
 	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	SGRL_CXXFLAGS="-fsanitize=address -g" $(BIN)/python -m pytest -q -s -p no:cacheprovider \
-	tests/test_golden_recurrent.py tests/test_native.py -k "native and not fallback and not compiling"
+	tests/test_golden_recurrent.py tests/test_golden_feedforward.py tests/test_feedforward.py \
+	tests/test_native.py -k "native and not fallback and not compiling"
 
 bench: .venv/installed
 	$(BIN)/sgrl bench

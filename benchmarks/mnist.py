@@ -41,7 +41,7 @@ def runs() -> dict[tuple[str, str], Callable[[], object]]:
     for backend in BACKENDS:
         policy = make_policy("sparse_mlp", 784, 9, backend=backend)
         optimizers = make_optimizers(policy, 5e-3, 5e-3)
-        rollout, evaluation = Rollout(env, policy, 0), Rollout(test, policy, 0)
+        rollout, evaluation = Rollout(env, policy, 0, keep=True), Rollout(test, policy, 0)
 
         def step(policy=policy, optimizers=optimizers, rollout=rollout) -> object:
             return update(policy, optimizers, rollout.collect(), SETTINGS)

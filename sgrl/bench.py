@@ -1,8 +1,8 @@
 """Milliseconds per batch of every policy and backend, measured side by side: `sgrl bench`.
 
 All are measured in one process on one thread, in rounds that take each in turn, so that whatever
-else the machine does hits all alike: trust the ratios within one run. Where the frozen baseline in
-plain PyTorch is at hand (`benchmarks/plain_torch.py` of a checkout) it is measured beside them.
+else the machine does hits all alike: trust the ratios within one run. Where the frozen baselines in
+plain PyTorch are at hand (`benchmarks/plain_*.py` of a checkout) they are measured beside them.
 """
 
 import importlib.util
@@ -17,15 +17,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sgrl import __version__
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels import BACKENDS
-from sgrl.nn.policies import make_policy
+from sgrl.nn.policies import Policy, make_policy
+from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
-PLAIN = Path(__file__).parents[1] / "benchmarks" / "plain_torch.py"
+BASELINES = Path(__file__).parents[1] / "benchmarks"
 
 #: Policies by the name they have in the table: arguments of `make_policy`, the baseline's name.
 POLICIES: dict[str, tuple[dict[str, Any], str]] = {
@@ -35,6 +37,7 @@ POLICIES: dict[str, tuple[dict[str, Any], str]] = {
     "gru": ({"name": "gru"}, "gru"),
     "lstm": ({"name": "lstm"}, "lstm"),
 }
+BATCH, IMAGES, PIXELS, CLASSES = 64, 4000, 784, 9
 LABYRINTHS = {"labyrinth_escape": 80, "labyrinth_explore": 40}
 
 
@@ -68,7 +71,8 @@ def measure(contenders: Sequence[Contender], rounds: int) -> None:
     for round_ in range(rounds + 1):
         for contender in contenders:
             phases = dict(next(contender.batches))
-            phases["total"] = sum(phases.values())
+            if "update" in phases:
+                phases["total"] = sum(phases.values())
             for phase, seconds in phases.items():
                 if round_:
                     contender.seconds.setdefault(phase, []).append(seconds)
@@ -107,11 +111,12 @@ def train(
         yield {"rollout": rolled - started, "update": time.perf_counter() - rolled}
 
 
-def load_plain() -> ModuleType | None:
-    """The frozen baseline; None where sgrl runs without its checkout."""
-    if not PLAIN.is_file():
+def load_plain(name: str = "plain_torch") -> ModuleType | None:
+    """A frozen baseline; None where sgrl runs without its checkout."""
+    file = BASELINES / f"{name}.py"
+    if not file.is_file():
         return None
-    spec = importlib.util.spec_from_file_location("plain_torch", PLAIN)
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -125,6 +130,64 @@ def train_plain(
     """The same for the frozen baseline."""
     for row in plain.train(name, kind, num_envs, length):
         yield {phase: row[f"{phase}_seconds"] for phase in ("rollout", "update")}
+
+
+def bandit() -> list[Contender]:
+    """The published feed-forward network on random images: a step, an evaluation of 4,000."""
+    images = torch.randn(IMAGES, PIXELS)
+    contenders = []
+    for backend in BACKENDS:
+        policy = make_policy("sparse_mlp", PIXELS, CLASSES, backend=backend)
+        batches = train_bandit(policy, images)
+        contenders.append(Contender("mnist_bandit", "sgprop adaptive", backend, batches))
+    plain = load_plain("plain_mnist")
+    if plain is not None:
+        batches = train_plain_bandit(plain, images)
+        contenders.append(Contender("mnist_bandit", "sgprop adaptive", "plain", batches))
+    return contenders
+
+
+def train_bandit(policy: Policy, images: Tensor) -> Iterator[dict[str, float]]:
+    """Seconds of sampling and update on 64 images, and of sampling on all."""
+    optimizers = make_optimizers(policy, 5e-3, 5e-3)
+    settings = UpdateSettings(
+        entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True
+    )
+    contexts = images[:BATCH]
+    ones = torch.ones(1, len(contexts))
+    while True:
+        started = time.perf_counter()
+        acting = policy.acting(1, len(contexts), keep=True)
+        with torch.inference_mode():
+            actions = _sample(acting.step(contexts))
+        valid, lengths = ones.bool(), torch.ones(len(contexts), dtype=torch.int64)
+        batch = EpisodeBatch(
+            *(contexts.unsqueeze(0), actions.clone().unsqueeze(0), ones),
+            *(valid, valid[0], lengths, acting),
+        )
+        update(policy, optimizers, batch, settings)
+        stepped = time.perf_counter()
+        with torch.inference_mode():
+            _sample(policy.acting(1, len(images)).step(images))
+        yield {"step": stepped - started, "evaluation": time.perf_counter() - stepped}
+
+
+def _sample(logits: Tensor) -> Tensor:
+    return (logits - torch.empty_like(logits).exponential_().log_()).argmax(-1)
+
+
+def train_plain_bandit(plain: ModuleType, images: Tensor) -> Iterator[dict[str, float]]:
+    """The same for the frozen baseline."""
+    policy = plain.SparseMLP()
+    optimizers = plain.make_optimizers(policy, 5e-3, 5e-3)
+    contexts, labels = images[:BATCH], torch.zeros(len(images), dtype=torch.int64)
+    while True:
+        started = time.perf_counter()
+        actions = plain.sample(policy, contexts)
+        plain.update(policy, optimizers, contexts, actions, torch.ones(len(contexts)))
+        stepped = time.perf_counter()
+        plain.evaluate(policy, images, labels)
+        yield {"step": stepped - started, "evaluation": time.perf_counter() - stepped}
 
 
 def matrix_product_peak(size: int = 1024, repeats: int = 10) -> float:
@@ -160,25 +223,21 @@ def _processor() -> str:
 
 
 def table(contenders: Sequence[Contender]) -> list[str]:
-    """Lines of text: median (quartiles) in milliseconds, and the gain over the plain baseline."""
-    plain = {
-        (c.experiment, c.policy): c.quartiles("total")[1]
-        for c in contenders
-        if c.implementation == "plain"
-    }
+    """Lines of text: median (quartiles) in milliseconds, and gains over the plain baseline."""
+    plain = {(c.experiment, c.policy): c for c in contenders if c.implementation == "plain"}
     lines, experiment = [], ""
     for contender in contenders:
         if contender.experiment != experiment:
             experiment = contender.experiment
-            phases = "".join(f"{phase:>24}" for phase in contender.seconds)
-            lines += ["", f"{experiment:34}{phases}{'gain':>8}"]
+            phases = "".join(f"{phase:>24}{'':8}" for phase in contender.seconds)
+            lines += ["", f"{experiment:34}{phases}".rstrip()]
+        baseline = plain.get((experiment, contender.policy))
         cells = ""
         for phase in contender.seconds:
             low, median, high = contender.quartiles(phase)
-            cells += f"{f'{median:.1f} ({low:.1f}-{high:.1f})':>24}"
-        baseline = plain.get((experiment, contender.policy))
-        gain = f"{baseline / contender.quartiles('total')[1]:7.1f}x" if baseline else ""
-        lines.append(f"{contender.policy:20}{contender.implementation:14}{cells}{gain}")
+            gain = f"{baseline.quartiles(phase)[1] / median:.1f}x" if baseline else ""
+            cells += f"{f'{median:.1f} ({low:.1f}-{high:.1f})':>24}{gain:>8}"
+        lines.append(f"{contender.policy:20}{contender.implementation:14}{cells}".rstrip())
     return lines
 
 
@@ -187,10 +246,13 @@ def run_bench(num_envs: int, rounds: int, json_file: Path | None = None) -> Iter
     torch.set_num_threads(1)
     about = machine()
     yield ", ".join(f"{name} {value}" for name, value in about.items())
-    yield f"milliseconds per batch of {num_envs} episodes: median (quartiles) of {rounds} rounds"
+    yield (
+        f"milliseconds, median (quartiles) of {rounds} rounds, and gain over plain; a batch is "
+        f"{num_envs} episodes, {BATCH} images for the bandit, whose evaluation is {IMAGES} images"
+    )
     measured: list[Contender] = []
-    for experiment in LABYRINTHS:
-        contenders = labyrinth(experiment, num_envs)
+    for experiment in (*LABYRINTHS, "mnist_bandit"):
+        contenders = bandit() if experiment == "mnist_bandit" else labyrinth(experiment, num_envs)
         measure(contenders, rounds)
         yield from table(contenders)
         measured += contenders

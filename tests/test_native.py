@@ -1,5 +1,6 @@
 """The native backend: against eager on sizes of all kinds, its record, its compiler and cache."""
 
+import copy
 import multiprocessing
 import threading
 import warnings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from test_recurrent import make_problem, problems, run
 
 from sgrl.envs.registry import make_vector
+from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels import compiler, native, resolve_backend
 from sgrl.nn.policies import SparseNetPolicy, make_policy
 from sgrl.nn.recurrent import SparseRNN
@@ -190,6 +192,66 @@ def test_native_never_reuses_what_changed() -> None:
     assert Rollout(env, policy, 0).collect().acted is None
 
 
+def test_native_bandit_step_reuses_the_rollout() -> None:
+    policy = make_policy(
+        "sparse_mlp", 30, 4, dtype=torch.float64, num_layers=3, backend="native", **SMALL
+    )
+    images = torch.rand(9, 30, dtype=torch.float64)
+    acting = policy.acting(1, 9, keep=True)
+    with torch.inference_mode():
+        logits = acting.step(images)
+    assert not acting.is_of(policy, images.unsqueeze(0) + 1)
+    results = []
+    for acted in (acting, None):
+        policy.zero_grad()
+        for neurons in policy.core.layers:
+            neurons.mixing_weight.fill_(0.5)
+        output = policy(images.unsqueeze(0), acted=acted)
+        assert torch.equal(output.logits[0], logits)
+        output.logits.sin().sum().backward()
+        lambdas = [neurons.mixing_weight.clone() for neurons in policy.core.layers]
+        results.append([p.grad for p in policy.parameters()] + lambdas)
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        policy.core.layers[1].bias.add_(1)
+    assert not acting.is_of(policy, images.unsqueeze(0))
+    assert policy.acting(2, 9, keep=True).is_of(policy, images) is False
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([1, 5, 13]),
+    st.lists(st.sampled_from([1, 2, 3, 5, 7, 11]), min_size=3, max_size=3),
+    st.sampled_from([1, 3, 8, 15, 16, 17, 31, 33, 300]),
+    st.booleans(),
+)
+def test_native_feedforward_on_uneven_sizes(
+    num_neurons: int, sizes: list[int], batch: int, residual: bool
+) -> None:
+    """Without gradients too, in several pieces where the batch is large."""
+    neuron_size, num_parents, num_slots = sizes
+    num_parents = min(num_parents, num_neurons)
+    generator = torch.Generator().manual_seed(0)
+    mlp = SparseMLP(
+        num_parents * neuron_size + 4, 3, num_neurons, neuron_size, num_parents, num_slots,
+        residual=residual, generator=generator, dtype=torch.float64,
+    )  # fmt: skip
+    x = torch.randn(batch, mlp.input_size, generator=generator, dtype=torch.float64)
+    results = []
+    for backend in ("eager", "native"):
+        twin, x_again = copy.deepcopy(mlp), x.clone().requires_grad_()
+        twin.backend = backend
+        output = twin(x_again)
+        output.sin().sum().backward()
+        with torch.no_grad():
+            values = [twin(x), output, x_again.grad, *(p.grad for p in twin.parameters())]
+        lambdas = [neurons.mixing_weight for neurons in twin.layers]
+        statistics = [twin.statistics[name] for name in native.STATISTICS]
+        results.append([*values, *lambdas, *statistics])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
 # -------------------------------------------------------------------- compiler and cache
 
 
@@ -280,5 +342,11 @@ def test_memory_is_never_read_before_it_is_written(dtype: torch.dtype) -> None:
                 native._spare.clear()
                 for name, value in run(rnn, *arguments).items():
                     assert value.isfinite().all(), (name, batch, length)
+            mlp = SparseMLP(40, 3, **SMALL, dtype=dtype, backend="native")
+            native._spare.clear()
+            mlp(torch.randn(batch, 40, dtype=dtype)).sum().backward()
+            for parameter in mlp.parameters():
+                assert parameter.grad.isfinite().all()
+            assert all(neurons.mixing_weight.isfinite().all() for neurons in mlp.layers)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -171,27 +171,36 @@ class SparseMLP(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
 
+    def runs_native(self, x: Tensor) -> bool:
+        """Whether compiled code would run on x."""
+        return self.backend == "native" and native.can_run(x, self.layers[0].weight_h)
+
     def _stack(self, x: Tensor) -> Callable[..., Tensor]:
         """The layers as this module's backend runs them; "torch" where "native" cannot."""
         if self.backend == "eager":
             return eager_stack
-        if self.backend == "native" and native.can_run(x, self.layers[0].weight_h):
-            return native.stack
-        return stack
+        return native.stack if self.runs_native(x) else stack
 
     def is_residual(self, layer: int) -> bool:
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
         return self.residual and layer > 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, done: native.StackForward | None = None) -> Tensor:
         """Run all layers: x [..., input_size] -> [..., W, N] (flattened: [..., W*N]).
+
+        Args:
+            x: the input.
+            done: a forward pass on the same x with the same parameters, which is then not run
+                again. The caller sees to "same".
 
         Raises:
             ValueError: x of another shape, or of no sample at all.
         """
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
-        output = self._stack(x)(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        flat = x.flatten(0, -2)
+        output = native.stack(self, flat, done) if done else self._stack(x)(self, flat)
+        output = output.unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 
 

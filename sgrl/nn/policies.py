@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels.native import Recorder
+from sgrl.nn.kernels import native
 from sgrl.nn.mixing import MixingRule, mixing_summary, split_parameters
 from sgrl.nn.neuron import predictor_generator
 from sgrl.nn.recurrent import SparseRNN
@@ -212,6 +212,31 @@ class Acting:
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         """As `Policy.run_core` from the initial state, without the steps already taken."""
         raise NotImplementedError(f"{type(self).__name__} keeps nothing to continue from")
+
+
+class RecordingActing(Acting):
+    """Base of those that keep what `continue_core` goes on from, for the policy as it is now."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.versions = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Changes with every change of a parameter."""
+        return [(p.data_ptr(), p._version) for p in self.policy.parameters()]
+
+    def seen(self) -> Tensor | None:
+        """The observations so far [t, B, F]; None if nothing is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it has seen")
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        seen = self.seen()
+        return (
+            seen is not None
+            and policy is self.policy
+            and self._versions() == self.versions
+            and torch.equal(observations[: len(seen)], seen)
+        )
 
 
 def _linear(
@@ -463,14 +488,15 @@ class SparseNetPolicy(EncodedPolicy):
         return super().acting(length, batch_size, keep)
 
 
-class _SparseNetActing(Acting):
+class _SparseNetActing(RecordingActing):
     """Whole steps in compiled code, which leave a record for the core's backward pass."""
 
+    policy: SparseNetPolicy
+
     def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
-        self.policy: SparseNetPolicy = policy
-        self.versions = _versions(policy)
+        super().__init__(policy)
         encoder, actor = policy.encoder, policy.actor
-        self.recorder = Recorder(
+        self.recorder = native.Recorder(
             policy.core,
             (encoder[0], encoder[2]),
             (actor.stack(), actor.b),
@@ -482,24 +508,16 @@ class _SparseNetActing(Acting):
     def step(self, observations: Tensor) -> Tensor:
         return self.recorder.act(observations)
 
-    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+    def seen(self) -> Tensor | None:
         recorder = self.recorder
-        return (
-            recorder.keep
-            and policy is self.policy
-            and len(observations) == recorder.length
-            and _versions(policy) == self.versions
-            and torch.equal(observations[: recorder.steps], recorder.observations[: recorder.steps])
-        )
+        return recorder.observations[: recorder.steps] if recorder.keep else None
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        return len(observations) == self.recorder.length and super().is_of(policy, observations)
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         features, h = self.policy.core(embeddings, mask=mask, recorder=self.recorder)
         return features, {"h": h}
-
-
-def _versions(policy: Policy) -> list[tuple[int, int]]:
-    """Changes with every change of a parameter."""
-    return [(p.data_ptr(), p._version) for p in policy.parameters()]
 
 
 @dataclass(frozen=True)
@@ -691,6 +709,12 @@ class SparseMLPPolicy(Policy):
     ) -> tuple[Tensor, State]:
         return self.core(embeddings), {}
 
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+        # The record is of one forward pass, and so of one step.
+        if keep and length == 1 and self.core.runs_native(self.actor.keys):
+            return _SparseMLPActing(self)
+        return super().acting(length, batch_size, keep)
+
     def forward(
         self,
         observations: Tensor,
@@ -699,7 +723,7 @@ class SparseMLPPolicy(Policy):
         acted: Acting | None = None,
     ) -> PolicyOutput:
         if mask is None or bool(mask.all()):
-            return super().forward(observations)
+            return super().forward(observations, acted=acted)
         # Masked steps are passed over: their logits and values are zeros.
         valid = super().forward(observations[mask].unsqueeze(0))
         logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
@@ -708,6 +732,23 @@ class SparseMLPPolicy(Policy):
         if values is not None:
             values = values.new_zeros(mask.shape).masked_scatter(mask, values)
         return PolicyOutput(logits, values, {})
+
+
+class _SparseMLPActing(RecordingActing):
+    """The only step of its episodes, kept for the backward pass."""
+
+    policy: SparseMLPPolicy
+    done: native.StackForward | None = None
+
+    def step(self, observations: Tensor) -> Tensor:
+        self.done = native.StackForward(self.policy.core, observations)
+        return self.policy.actor(self.done.output.flatten(1))
+
+    def seen(self) -> Tensor | None:
+        return None if self.done is None else self.done.x.unsqueeze(0)
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        return self.policy.core(embeddings, self.done), {}
 
 
 POLICIES: dict[str, type[Policy]] = {

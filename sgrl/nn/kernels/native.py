@@ -377,8 +377,19 @@ def _update_mixing_weight(
 # ------------------------------------------------------------------------------ feed-forward
 
 
-def stack(mlp: "SparseMLP", x: Tensor) -> Tensor:
-    """The layers of SparseMLP: x [B, input_size] -> [B, W, N]."""
+class StackForward:
+    """A forward pass of SparseMLP on x [B, input_size], to be gone on from by `stack`."""
+
+    def __init__(self, mlp: "SparseMLP", x: Tensor) -> None:
+        parameters = [p for neurons in mlp.layers for p in (neurons.weight_h, neurons.bias)]
+        # Tensors of inference mode could not enter the update.
+        with torch.inference_mode(False), torch.no_grad():
+            self.x = x.clone()
+            self.output, self.record = _stack_forward(mlp, self.x, parameters, keep=True)
+
+
+def stack(mlp: "SparseMLP", x: Tensor, done: StackForward | None = None) -> Tensor:
+    """The layers of SparseMLP: x [B, input_size] -> [B, W, N]. What is done is not done again."""
     parameters = [p for neurons in mlp.layers for p in (neurons.weight_h, neurons.bias)]
     predictors = [
         p
@@ -388,7 +399,7 @@ def stack(mlp: "SparseMLP", x: Tensor) -> Tensor:
     ]
     inputs = (x, *parameters, *predictors)
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-        return _StackFunction.apply(mlp, *inputs)
+        return _StackFunction.apply(mlp, done, *inputs)
     return _stack_forward(mlp, x.contiguous(), parameters, keep=False)[0]
 
 
@@ -436,9 +447,14 @@ def _stack_forward(
 
 class _StackFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mlp: "SparseMLP", x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mlp: "SparseMLP", done: StackForward | None, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
         weights = list(parameters[: 2 * len(mlp.layers)])
-        output, ctx.record = _stack_forward(mlp, x.contiguous(), weights, keep=True)
+        if done is None:
+            output, ctx.record = _stack_forward(mlp, x.contiguous(), weights, keep=True)
+        else:
+            output, ctx.record = done.output.view_as(done.output), done.record
         ctx.mlp, ctx.num_parameters = mlp, len(parameters)
         # The predictors are not saved: the policy step mixes in what they predict after their own
         # step, which changes them in place.
@@ -456,7 +472,7 @@ class _StackFunction(torch.autograd.Function):
         sgprop = mlp.propagation == "sgprop"
         grad_output = grad_output.contiguous()
         grad_x = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             grad_x = grad_output.new_empty(len(grad_output), mlp.input_size)
         grads: list[Tensor | None] = [None] * ctx.num_parameters
         if rule.phase != "predictor":
@@ -493,7 +509,7 @@ class _StackFunction(torch.autograd.Function):
             if rule.updates:
                 for neurons, sums in zip(mlp.layers, moments, strict=True):
                     _update_mixing_weight(rule, neurons.mixing_weight, sums, len(grad_output))
-        return (None, grad_x, *grads)
+        return (None, None, grad_x, *grads)
 
 
 def _write_statistics(mlp: "SparseMLP", measured: Tensor) -> None:

@@ -204,9 +204,9 @@ inline void for_tiles(Index count, int most, F f) {
   }
 }
 
-// One tile: out[r] = bias[r] + sum over d of a[d * step + r] * b[d], S rows, C vectors from `column`
-// on; without bias it is added to what out holds.
-template <int S, int C>
+// One tile: out[r] = bias[r] + sum over d of a[r][d] * b[d], S rows, C vectors from `column` on;
+// without bias it is added to what out holds. Rows of a are `step` apart, or, transposed, columns.
+template <int S, int C, bool transposed>
 void multiply_tile(Index depth, const real* a, Index step, const real* const* b, Index column,
                    real* const* out, const real* bias) {
   vec total[S][C];
@@ -215,13 +215,13 @@ void multiply_tile(Index depth, const real* a, Index step, const real* const* b,
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c)
       total[r][c] = bias ? splat(bias[r]) : load(out[r] + column + c * V);
-  for (Index d = 0; d < depth; ++d, a += step) {
+  for (Index d = 0; d < depth; ++d, a += transposed ? step : 1) {
     vec row[C];
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) row[c] = load(b[d] + column + c * V);
 #pragma GCC unroll 16
     for (int r = 0; r < S; ++r) {
-      const vec weight = splat(a[r]);
+      const vec weight = splat(transposed ? a[r] : a[r * step]);
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) total[r][c] += weight * row[c];
     }
@@ -235,25 +235,25 @@ void multiply_tile(Index depth, const real* a, Index step, const real* const* b,
 using MultiplyTile = void (*)(Index, const real*, Index, const real* const*, Index, real* const*,
                               const real*);
 
-template <int C, int... S>
+template <int C, bool transposed, int... S>
 constexpr MultiplyTile choose_multiply(Index size, std::integer_sequence<int, S...>) {
-  constexpr MultiplyTile table[] = {multiply_tile<S + 1, C>...};
+  constexpr MultiplyTile table[] = {multiply_tile<S + 1, C, transposed>...};
   return table[size - 1];
 }
 
-// out[rows][columns] = bias + a times b[depth][columns], or added to out if bias is null. a is a
-// packed matrix [rows][depth] or, if `transposed`, any [depth][rows]. b and out are lists of rows,
-// whole vectors of which are read and written: the last columns first, since only they spill into
-// the next row.
-void multiply(Index rows, Index depth, const real* a, bool transposed, const real* const* b,
-              Index columns, real* const* out, const real* bias) {
+// out[rows][columns] = bias + a[rows][depth] times b[depth][columns], or added to out if bias is
+// null; `transposed`: a is [depth][rows]. b and out are lists of rows, whole vectors of which are
+// read and written: the last columns first, since only they spill into the next row.
+template <bool transposed = false>
+void multiply(Index rows, Index depth, const real* a, const real* const* b, Index columns,
+              real* const* out, const real* bias) {
   constexpr auto sizes = std::make_integer_sequence<int, tile_rows>{};
   for (Index stop = vectors(columns), first; stop > 0; stop = first) {
     first = stop % 2 ? stop - 1 : stop - 2;
     for_tiles(rows, tile_rows, [&](Index row, Index size) {
-      const MultiplyTile tile =
-          first + 2 == stop ? choose_multiply<2>(size, sizes) : choose_multiply<1>(size, sizes);
-      tile(depth, a + row * (transposed ? 1 : depth), transposed ? rows : size, b, first * V,
+      const MultiplyTile tile = first + 2 == stop ? choose_multiply<2, transposed>(size, sizes)
+                                                  : choose_multiply<1, transposed>(size, sizes);
+      tile(depth, a + row * (transposed ? 1 : depth), transposed ? rows : depth, b, first * V,
            out + row, bias ? bias + row : nullptr);
     });
   }
@@ -312,14 +312,16 @@ template <bool pad>
 void transpose(real* to, Index to_length, const real* from, Index from_length, Index rows,
                Index columns) {
   vec block[V];
-  for (Index c = 0; c < columns; c += V) {
-    const Index width = std::min<Index>(V, columns - c);
+  for (Index next = 0; next < columns; next += V) {
+    // The last block overlaps the one before, so that whole vectors can be read.
+    const Index c = columns < V ? 0 : std::min(next, columns - V);
+    const Index width = std::min<Index>(V, columns);
     for (Index r = 0; r < rows; r += V) {
       const Index height = std::min<Index>(V, rows - r);
       const real* row = from + r * from_length + c;
-      if (width == V && height == V) {
+      if (width == V) {
 #pragma GCC unroll 16
-        for (int i = 0; i < V; ++i) block[i] = load(row + i * from_length);
+        for (int i = 0; i < V; ++i) block[i] = i < height ? load(row + i * from_length) : vec{};
       } else {
         for (Index i = 0; i < V; ++i) {
           block[i] = vec{};
@@ -327,31 +329,20 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
         }
       }
       transpose_block(block);
-      for (Index i = 0; i < width; ++i) {
-        real* to_row = to + (c + i) * to_length + r;
-        if (pad || height == V)
-          store(to_row, block[i]);
-        else
-          std::memcpy(to_row, &block[i], height * sizeof(real));
+      real* to_row = to + c * to_length + r;
+      if (width == V && (pad || height == V)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) store(to_row + i * to_length, block[i]);
+      } else {
+        for (Index i = 0; i < width; ++i) {
+          if (pad || height == V)
+            store(to_row + i * to_length, block[i]);
+          else
+            std::memcpy(to_row + i * to_length, &block[i], height * sizeof(real));
+        }
       }
     }
   }
-}
-
-// Matrices in the order in which `multiply` reads them: tile by tile of their rows, each [depth][size].
-// Packed tiles are written in rising order, so that whole vectors may spill (see the top).
-
-// to = the matrix [rows][depth] or, with `more`, [rows][depth + more_depth] of two beside each other.
-void pack(real* to, const real* from, Index rows, Index depth, const real* more = nullptr,
-          Index more_depth = 0) {
-  for_tiles(rows, tile_rows, [&](Index first, Index size) {
-    // Spilling is right only where a tile's row is a single vector.
-    const auto write = size <= V ? transpose<true> : transpose<false>;
-    write(to, size, from + first * depth, depth, size, depth);
-    to += size * depth;
-    if (more_depth) write(to, size, more + first * more_depth, more_depth, size, more_depth);
-    to += size * more_depth;
-  });
 }
 
 // By step -> by neuron: rows from[t][r][B], r < rows, become to[r][t * B + b], one vector of zeros
@@ -404,8 +395,6 @@ struct Shape {
       : W(l.neurons), N(l.size), P(l.parents), M(l.slots), E(l.external), X(l.inputs), L(P * N),
         R(M + M * N), T(steps), B(batch), lanes(vectors(batch) * V) {}
   Index depth(Index j) const { return L + (j < X ? E : 0); }
-  // Where neuron j's packed matrix of so many rows begins.
-  Index packed(Index j, Index rows) const { return rows * (j * L + std::min(j, X) * E); }
   Index state_step() const { return W * N * B + V; }
 };
 
@@ -435,11 +424,10 @@ struct Cutter {
 constexpr Index chunk_samples = single ? 800 : 400;
 
 struct Workspace {
-  real *forward_weights, *forward_bias;        // packed; [W][R], 0 for the keys
+  real* bias;                                  // [W][R], 0 for the keys
   real *external, *scores;                     // [E][lanes]; [M][lanes]
   real *states, *attention, *slots;            // by step: [T + 1][W * N], [T][W][M], [T][W][M * N]
   // Backward only.
-  real* predictor_weights;                     // packed, of one neuron
   real *received, *predicted;                  // by step [T][W * N]
   real *states_by_neuron, *inputs_by_neuron, *inputs_gradient;  // [W * N], [E], [E]
   real *ones, *valid, *schedule;               // [K], [K], [T][W]
@@ -462,15 +450,13 @@ struct Workspace {
     // Chunks of equal length.
     chunk = (s.T + (s.T + chunk - 1) / chunk - 1) / ((s.T + chunk - 1) / chunk);
     panel = row_length(chunk * s.B);
-    forward_weights = take(s.packed(s.W, s.R));
-    forward_bias = take(s.W * s.R);
+    bias = take(s.W * s.R);
     external = take(s.E * s.lanes);
     scores = take(s.M * s.lanes);
     states = take((keep ? s.T + 1 : 2) * s.state_step());
     attention = take(steps_kept * s.W * s.M * s.B);
     slots = take(steps_kept * s.W * s.M * s.N * s.B);
     if (keep) {
-      predictor_weights = take(s.M * s.N * (s.L + s.E));
       received = take(s.T * s.state_step());
       predicted = take(s.T * s.state_step());
       states_by_neuron = take(s.W * s.N * states_row);
@@ -506,15 +492,12 @@ void list_rows(std::vector<real*>& rows, real* first, Index count, Index length)
 
 // ------------------------------------------------------------------------------------- forward
 
-// Packed weights of a whole layer, and their bias (0 for the keys).
-void pack_forward(const Layer& layer, const Shape& s, real* weights, real* bias) {
+// Bias of all rows of a layer [W][R]: 0 for the keys.
+void spread_bias(const Layer& layer, const Shape& s, real* to) {
   const Index MN = s.M * s.N;
-  for (Index j = 0; j < s.W; ++j, bias += s.R) {
-    const bool reads_x = j < s.X;
-    pack(weights + s.packed(j, s.R), layer.weight_h + j * s.R * s.L, s.R, s.L,
-         reads_x ? layer.weight_x + j * s.R * s.E : nullptr, reads_x ? s.E : 0);
-    std::fill(bias, bias + s.M, real(0));
-    std::copy(layer.bias + j * MN, layer.bias + (j + 1) * MN, bias + s.M);
+  for (Index j = 0; j < s.W; ++j, to += s.R) {
+    std::fill(to, to + s.M, real(0));
+    std::copy(layer.bias + j * MN, layer.bias + (j + 1) * MN, to + s.M);
   }
 }
 
@@ -555,16 +538,19 @@ void activate(const Shape& s, real scale, real* scores, real* attention, real* s
 // All neurons of a layer: attention [W][M][B], slots [W][M * N][B] and output [W * N][B], from
 // inputs that `list(j, rows)` names. `scores` is [M][lanes] to work in.
 template <class List>
-void layer_forward(const Layer& layer, const Shape& s, const real* weights, const real* bias,
-                   real* scores, real* attention, real* slots, real* output, List list) {
+void layer_forward(const Layer& layer, const Shape& s, const real* bias, real* scores,
+                   real* attention, real* slots, real* output, List list) {
   Rows read(s.L + s.E);
   std::vector<real*> rows(s.R);
   for (Index m = 0; m < s.M; ++m) rows[m] = scores + m * s.lanes;
   for (Index j = 0; j < s.W; ++j) {
     list(j, read.data());
     for (Index i = 0; i < s.M * s.N; ++i) rows[s.M + i] = slots + i * s.B;
-    multiply(s.R, s.depth(j), weights + s.packed(j, s.R), false, read.data(), s.B, rows.data(),
+    multiply(s.R, s.L, layer.weight_h + j * s.R * s.L, read.data(), s.B, rows.data(),
              bias + j * s.R);
+    if (j < s.X)
+      multiply(s.R, s.E, layer.weight_x + j * s.R * s.E, read.data() + s.L, s.B, rows.data(),
+               nullptr);
     activate(s, real(layer.scale), scores, attention, slots, output);
     attention += s.M * s.B;
     slots += s.M * s.N * s.B;
@@ -586,7 +572,7 @@ void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
   const real* before = w.states + (keep ? t : t % 2) * s.state_step();
   real* after = w.states + (keep ? t + 1 : (t + 1) % 2) * s.state_step();
   const Index kept = keep ? t : 0;
-  layer_forward(layer, s, w.forward_weights, w.forward_bias, w.scores,
+  layer_forward(layer, s, w.bias, w.scores,
                 w.attention + kept * s.W * s.M * s.B, w.slots + kept * s.W * s.M * s.N * s.B,
                 after, [&](Index j, const real** rows) {
                   list_parents(layer, s, j, before, s.B, rows);
@@ -597,7 +583,7 @@ void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
 // h_0 [B][W * N] (null: zeros) becomes the state before step 0.
 void start_forward(const Layer& layer, const Shape& s, Workspace& w, const real* h_0) {
   const Index WN = s.W * s.N;
-  pack_forward(layer, s, w.forward_weights, w.forward_bias);
+  spread_bias(layer, s, w.bias);
   std::fill(w.states, w.states + s.state_step(), real(0));
   if (h_0) transpose<false>(w.states, s.B, h_0, WN, s.B, WN);
 }
@@ -613,15 +599,11 @@ void write_states(const Shape& s, const Workspace& w, Index t, real* to) {
 
 // Memory of the parts of a policy around the layer.
 struct PolicyWorkspace {
-  real *weights_1, *weights_2, *actor;            // packed
   real *observations, *features, *zeros, *products;  // [F], [D], 2 A S rows of [lanes]
   Index total;
 
   PolicyWorkspace(const Policy& p, const Shape& s, real* block) {
     Cutter take(block);
-    weights_1 = take(p.features * p.observation);
-    weights_2 = take(s.E * p.features);
-    actor = take(2 * p.actions * p.slots * s.W * s.N);
     observations = take(p.observation * s.lanes);
     features = take(p.features * s.lanes);
     zeros = take(2 * p.actions * p.slots);
@@ -638,7 +620,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(features, q.features, p.features, s.lanes);
   list_rows(out, w.external, s.E, s.lanes);
   transpose<true>(q.observations, s.lanes, observations, p.observation, s.B, p.observation);
-  multiply(p.features, p.observation, q.weights_1, false, rows.data(), s.B, features.data(), p.bias_1);
+  multiply(p.features, p.observation, p.weight_1, rows.data(), s.B, features.data(), p.bias_1);
   for (Index b = 0; b < s.B; b += V) {
     vec mean = {}, variance = {};
     for (const real* feature : features) mean += load(feature + b);
@@ -650,7 +632,7 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
     const vec scale = 1 / square_root(variance / real(p.features) + real(1e-5));
     for (real* feature : features) store(feature + b, (load(feature + b) - mean) * scale);
   }
-  multiply(s.E, p.features, q.weights_2, false, features.data(), s.B, out.data(), p.bias_2);
+  multiply(s.E, p.features, p.weight_2, features.data(), s.B, out.data(), p.bias_2);
   for (real* row : out)
     for (Index b = 0; b < s.B; b += V) {
       const vec value = load(row + b);
@@ -666,7 +648,7 @@ void choose(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
   list_rows(states, w.states + (w.steps_kept == s.T ? t + 1 : (t + 1) % 2) * s.state_step(), WN,
             s.B);
   list_rows(products, q.products, 2 * AS, s.lanes);
-  multiply(2 * AS, WN, q.actor, false, states.data(), s.B, products.data(), q.zeros);
+  multiply(2 * AS, WN, p.actor, states.data(), s.B, products.data(), q.zeros);
   for (Index a = 0; a < p.actions; ++a)
     for (Index b = 0; b < s.B; b += V) {
       const real* scores = q.products + a * p.slots * s.lanes + b;
@@ -789,21 +771,16 @@ void for_chunks(const Shape& s, const Workspace& w, F f) {
   }
 }
 
-// One neuron's packed predictor.
-void pack_predictor(const Layer& layer, const Shape& s, Index j, real* to) {
-  const Index MN = s.M * s.N;
-  const bool reads_x = j < s.X;
-  pack(to, layer.predictor_h + j * MN * s.L, MN, s.L,
-       reads_x ? layer.predictor_x + j * MN * s.E : nullptr, reads_x ? s.E : 0);
-}
-
 // Predictions s of one neuron [N][length] from its attention and the rows it reads; `guesses` are
 // M * N rows to work in.
-void predict(const Layer& layer, const Shape& s, Index j, const real* packed,
-             const real* const* inputs, const real* attention, Index length, Index samples,
+void predict(const Layer& layer, const Shape& s, Index j, const real* const* inputs,
+             const real* attention, Index length, Index samples,
              real* const* guesses, real* prediction) {
   const Index MN = s.M * s.N;
-  multiply(MN, s.depth(j), packed, false, inputs, samples, guesses, layer.predictor_bias + j * MN);
+  multiply(MN, s.L, layer.predictor_h + j * MN * s.L, inputs, samples, guesses,
+           layer.predictor_bias + j * MN);
+  if (j < s.X)
+    multiply(MN, s.E, layer.predictor_x + j * MN * s.E, inputs + s.L, samples, guesses, nullptr);
   for (Index k = 0; k < samples; k += V)
     for (Index n = 0; n < s.N; ++n) {
       vec sum = {};
@@ -819,14 +796,13 @@ void predict_all(const Layer& layer, const Shape& s, Workspace& w) {
   std::vector<real*> guesses;
   list_rows(guesses, w.panel_guesses, s.M * s.N, w.panel);
   for (Index j = 0; j < s.W; ++j) {
-    pack_predictor(layer, s, j, w.predictor_weights);
     list_inputs(layer, s, w, j, inputs);
     for_chunks(s, w, [&](Chunk c) {
       shifted = inputs;
       for (const real*& row : shifted) row += c.offset;
       gather_steps(w.panel_attention, w.panel, w.attention + (c.first * s.W + j) * s.M * s.B,
                    s.W * s.M * s.B, s.M, c.steps, s.B);
-      predict(layer, s, j, w.predictor_weights, shifted.data(), w.panel_attention, w.panel,
+      predict(layer, s, j, shifted.data(), w.panel_attention, w.panel,
               c.samples, guesses.data(), w.panel_prediction);
       for (Index t = 0; t < c.steps; ++t)
         for (Index n = 0; n < s.N; ++n) {
@@ -883,7 +859,7 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
       for (Index p = 0; p < s.P; ++p)
         for (Index n = 0; n < s.N; ++n)
           to[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.lanes;
-      multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, rows.data(), s.B, to.data(),
+      multiply<true>(s.L, s.R, layer.weight_h + j * s.R * s.L, rows.data(), s.B, to.data(),
              nullptr);
     }
   }
@@ -1105,7 +1081,7 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
       dot(at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(), w.sums);
       if (j < s.X && needs_x) {
         list_rows(inputs_gradient, w.inputs_gradient + c.offset, s.E, w.row);
-        multiply(s.E, s.R, layer.weight_x + j * s.R * s.E, true, rows.data(), c.samples,
+        multiply<true>(s.E, s.R, layer.weight_x + j * s.R * s.E, rows.data(), c.samples,
                  inputs_gradient.data(), nullptr);
       }
     });
@@ -1133,14 +1109,14 @@ struct Stack {
 namespace {
 
 struct StackWorkspace {
-  std::vector<real*> weights, bias;               // packed, by layer
+  std::vector<real*> bias;                        // [W][R], 0 for the keys
   std::vector<real*> states, output;              // [inputs or W * N][lanes], by layer
   std::vector<real*> attention, slots;            // [W][M], [W][M * N]
   real* scores;
   // Backward only.
   real *gradient[2];                              // [inputs or W * N]
-  real *predictor_weights, *guesses, *prediction, *weight, *valid, *slope;
-  real *rows, *packed_rows, *vectors, *ones, *zeros, *sums;
+  real *guesses, *prediction, *weight, *valid, *slope;
+  real *rows, *vectors, *ones, *zeros, *sums;
   real *read, *read_by_sample;                    // [L + 1][lanes], [lanes][read_row]
   Index read_row;
   Index total;
@@ -1149,10 +1125,7 @@ struct StackWorkspace {
     Cutter take(block);
     const Index MN = s.M * s.N, WN = s.W * s.N, wide = std::max(k.inputs, WN);
     const Index length = s.lanes;
-    for (Index l = 0; l < k.count; ++l) {
-      weights.push_back(take(s.packed(s.W, s.R)));
-      bias.push_back(take(s.W * s.R));
-    }
+    for (Index l = 0; l < k.count; ++l) bias.push_back(take(s.W * s.R));
     states.push_back(take(k.inputs * length));
     for (Index l = 0; l < k.count; ++l) {
       const bool again = !keep && l;  // without a record the layers share their memory
@@ -1165,14 +1138,12 @@ struct StackWorkspace {
     if (keep) {
       gradient[0] = take(wide * length);
       gradient[1] = take(wide * length);
-      predictor_weights = take(MN * s.L);
       guesses = take(MN * length);
       prediction = take(s.N * length);
       weight = take(length);
       valid = take(length);
       slope = take(s.N * length);
       rows = take((3 * s.R + MN) * length);
-      packed_rows = take((3 * s.R + MN) * length);
       vectors = take(3 * s.N * length);
       ones = take(length);
       zeros = take(3 * s.R + MN);
@@ -1202,7 +1173,7 @@ void list_stack_inputs(const Stack& k, const Shape& s, Index l, Index j, const r
 
 void stack_forward(const Stack& k, const Shape& s, StackWorkspace& w) {
   for (Index l = 0; l < k.count; ++l) {
-    layer_forward(k.layers[l], s, w.weights[l], w.bias[l], w.scores, w.attention[l], w.slots[l],
+    layer_forward(k.layers[l], s, w.bias[l], w.scores, w.attention[l], w.slots[l],
                   w.output[l], [&](Index j, const real** rows) {
                     list_stack_inputs(k, s, l, j, w.states[l], rows);
                   });
@@ -1239,9 +1210,8 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
     list_stack_inputs(k, s, l, j, w.states[l], inputs.data());
     const real* attention = w.attention[l] + j * s.M * length;
     if (mixing) {
-      pack_predictor(layer, s, j, w.predictor_weights);
-      predict(layer, s, j, w.predictor_weights, inputs.data(), attention, length, length,
-              guesses.data(), w.prediction);
+      predict(layer, s, j, inputs.data(), attention, length, length, guesses.data(),
+              w.prediction);
       for (Index n = 0; n < s.N; ++n)  // zeros after the last sample
         for (Index b = batch; b < length; ++b) w.prediction[n * length + b] = 0;
       std::fill(w.weight, w.weight + length, mixing->mixing_weight[j]);
@@ -1264,8 +1234,7 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
       for (Index i = 0; i <= s.L; ++i)
         std::copy_n(inputs[i], length, w.read + i * length);
       transpose<true>(w.read_by_sample, w.read_row, w.read, length, s.L + 1, length);
-      pack(w.packed_rows, w.rows + first * length, end - first, length);
-      multiply(end - first, length, w.packed_rows, false, by_sample.data(), s.L + 1,
+      multiply(end - first, length, w.rows + first * length, by_sample.data(), s.L + 1,
                sums_rows.data() + first, w.zeros);
       write_results(s, mixing, j, w.sums, sums, out);
     }
@@ -1278,7 +1247,7 @@ void layer_backward(const Stack& k, const Shape& s, StackWorkspace& w, const Mix
       }
     for (Index i = 0; i < s.L; ++i)
       to[i] = below + (inputs[i] - w.states[l]);
-    multiply(s.L, s.R, layer.weight_h + j * s.R * s.L, true, policy_rows.data(), length,
+    multiply<true>(s.L, s.R, layer.weight_h + j * s.R * s.L, policy_rows.data(), length,
              to.data(), nullptr);
   }
   take_means(s, batch, out.statistics);
@@ -1324,11 +1293,8 @@ void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch
   Workspace w(s, keep, block);
   PolicyWorkspace q(p, s, policy_block);
   if (t == 0) {
-    const Index D = p.features, WN = s.W * s.N, rows = 2 * p.actions * p.slots;
+    const Index rows = 2 * p.actions * p.slots;
     start_forward(*layer, s, w, nullptr);
-    pack(q.weights_1, p.weight_1, D, p.observation);
-    pack(q.weights_2, p.weight_2, s.E, D);
-    pack(q.actor, p.actor, rows, WN);
     std::fill(q.zeros, q.zeros + rows, real(0));
   }
   encode(p, s, w, q, observations);
@@ -1366,7 +1332,7 @@ void sgrl_stack_forward(const Stack* stack, Index batch, Index piece, std::int32
   const Shape s = stack_shape(*stack, piece);
   StackWorkspace w(*stack, s, keep, block);
   for (Index l = 0; l < stack->count; ++l)
-    pack_forward(stack->layers[l], s, w.weights[l], w.bias[l]);
+    spread_bias(stack->layers[l], s, w.bias[l]);
   const Index inputs = stack->inputs, WN = s.W * s.N;
   for (Index first = 0; first < batch; first += piece) {
     const Index count = std::min(piece, batch - first);
