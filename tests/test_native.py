@@ -259,6 +259,7 @@ def test_native_feedforward_on_uneven_sizes(
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SGRL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SGRL_CXXFLAGS", "-O0")  # what it compiles here is never run for long
     compiler.load_library.cache_clear()
     yield tmp_path
     compiler.load_library.cache_clear()

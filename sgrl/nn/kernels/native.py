@@ -174,8 +174,8 @@ class _Record:
         if self.memory.dtype != dtype or self.memory.numel() != size:
             self.memory = torch.empty(size, dtype=dtype)
 
-    def __del__(self) -> None:
-        _spare[:] = [self.memory]
+    def __del__(self, spare: list[Tensor] = _spare) -> None:  # the name is gone at exit
+        spare[:] = [self.memory]
 
 
 def _forward(
