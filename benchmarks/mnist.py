@@ -1,8 +1,8 @@
 """Time of a training step and of an evaluation on the MNIST bandit, as ratios to the plain step.
 
-Rounds are interleaved and one thread is used, so that only what is compared differs. Exits with
-status 1 where a backend's training step, or its evaluation of 4,000 images, gains less over the
-plain baseline than `REQUIRED`.
+Processor time, in interleaved rounds on one thread, so that only what is compared differs. Exits
+with status 1 where a ratio is missed: a training step at least 2.5x faster than the plain baseline
+with the "torch" backend and 5x with "native", an evaluation of 4,000 images 3x and 8x.
 
     python benchmarks/mnist.py --rounds 5
 """
@@ -22,7 +22,7 @@ from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 REQUIRED = {
-    "torch": {"step": 2.2, "evaluation": 3.0},
+    "torch": {"step": 2.5, "evaluation": 3.0},
     "native": {"step": 5.0, "evaluation": 8.0},
 }
 BATCH, IMAGES = 64, 4000
@@ -71,12 +71,15 @@ def main() -> int:
     torch.set_num_threads(1)
     jobs = runs()
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
-    for round_ in range(arguments.rounds + 1):
-        for key, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            if round_:  # the first round warms up
-                seconds[key].append(time.perf_counter() - started)
+    # Steps follow each other, as in training: a step after something else finds no memory ready.
+    for what, repeats in (("step", 3), ("evaluation", 1)):
+        for round_ in range(arguments.rounds + 1):
+            for key in (key for key in jobs if key[1] == what):
+                for repeat in range(repeats):
+                    started = time.process_time()
+                    jobs[key]()
+                    if round_ and (repeat or repeats == 1):  # the first round warms up
+                        seconds[key].append(time.process_time() - started)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     print(f"milliseconds (median of {arguments.rounds}); times faster than plain")
     missed = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sgrl.nn.policies import Policy
+    from sgrl.nn.policy import Policy
 
 __all__ = ["load_policy"]
 __version__ = "0.1.0"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policies import SparseNetPolicy, make_policy
+from sgrl.nn.policies import make_policy
+from sgrl.nn.recurrent_policies import SparseNetPolicy
 
 RTOL, ATOL, ATOL_TRAINED = 1e-9, 1e-12, 1e-10
 

@@ -16,9 +16,10 @@ from golden_cases import ATOL_TRAINED, Case, assert_close, golden_files, load_ca
 from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
+from sgrl.nn.feedforward_policies import SparseMLPPolicy
 from sgrl.nn.kernels import BACKENDS
 from sgrl.nn.mixing import backward_phase
-from sgrl.nn.policies import SparseMLPPolicy, make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameters
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import reinforce_loss
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update

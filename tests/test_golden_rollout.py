@@ -10,7 +10,7 @@ import torch
 from golden_cases import golden_files
 
 from sgrl.envs.registry import VectorEnv, make_vector
-from sgrl.nn.policies import Acting, PolicyOutput
+from sgrl.nn.policy import Acting, PolicyOutput
 from sgrl.reinforce.loss import discounted_returns, normalize_returns
 from sgrl.reinforce.rollout import Rollout
 

@@ -16,8 +16,9 @@ from test_recurrent import make_problem, problems, run
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels import compiler, native, resolve_backend
-from sgrl.nn.policies import SparseNetPolicy, make_policy
+from sgrl.nn.policies import make_policy
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, batch_loss, make_optimizers, update
 

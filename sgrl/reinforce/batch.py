@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgrl.nn.policies import Acting
+from sgrl.nn.policy import Acting
 
 
 @dataclass

@@ -6,7 +6,7 @@ It gives the same numbers as the RLlib algorithm `sgrl.rllib.Reinforce` with the
 from collections.abc import Iterator
 
 from sgrl.envs.registry import VectorEnv
-from sgrl.nn.policies import Policy
+from sgrl.nn.policy import Policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 

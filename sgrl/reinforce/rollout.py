@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sgrl.envs.registry import VectorEnv
-from sgrl.nn.policies import Policy
+from sgrl.nn.policy import Policy
 from sgrl.reinforce.batch import EpisodeBatch
 
 #: Added to a seed for evaluation: environments that training never reaches. Environment seeds lie

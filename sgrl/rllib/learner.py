@@ -11,7 +11,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
-from sgrl.nn.policies import Acting
+from sgrl.nn.policy import Acting
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 

@@ -373,7 +373,8 @@ struct Layer {
   const real *predictor_h, *predictor_x, *predictor_bias;
 };
 
-// What `SparseNetPolicy` has around the layer; shapes as in policies.py, `actor` as `stack` gives.
+// What `SparseNetPolicy` has around the layer; shapes as in recurrent_policies.py, `actor` as
+// `stack` gives.
 struct Policy {
   Index observation, features, actions, slots;  // F, D, A, S
   const real *weight_1, *bias_1, *weight_2, *bias_2, *actor, *actor_bias;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import length, optimal_mixing_weight, unit
+from sgrl.nn.mixing import MIN_LENGTH, length, optimal_mixing_weight
 from sgrl.nn.neuron import SlotNeurons
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class _Layer(NamedTuple):
     """What the backward pass needs of one layer."""
 
     read: Tensor  # inputs of every neuron [W, I, B]
+    read_square: Tensor  # their squared lengths [W, B]
     attention: Tensor  # a [W, M, B]
     slots: Tensor  # y [W, M, N, B]
     output: Tensor  # [W, N, B], before the residual
@@ -55,19 +56,18 @@ def _forward(mlp: "SparseMLP", x: Tensor, parameters: list[Tensor]) -> tuple[Ten
     h = x.t().contiguous()
     for index, neurons in enumerate(mlp.layers):
         weight, bias = parameters[2 * index : 2 * index + 2]
-        if index == 0:
-            read = h.index_select(0, mlp.pixels.flatten())
-        else:
-            sources = mlp.parents[index - 1].flatten()
-            read = h.view(num_neurons, -1).index_select(0, sources)
-        read = read.view(num_neurons, -1, batch)
+        sources = (mlp.pixels if index == 0 else mlp.parents[index - 1]).flatten()
+        states = h.view(len(h), -1, batch)  # single inputs, or neurons
+        read = states.flatten(1).index_select(0, sources).view(num_neurons, -1, batch)
+        squares = states.square().sum(1).index_select(0, sources)
+        read_square = squares.view(num_neurons, -1, batch).sum(1)
         rows = torch.bmm(weight, read)
         attention = torch.softmax(rows[:, : neurons.num_slots] * neurons.scale, dim=1)
         slots = torch.add(rows[:, neurons.num_slots :], bias.view(num_neurons, -1, 1)).tanh_()
         slots = slots.view(num_neurons, neurons.num_slots, -1, batch)
         output = (attention.unsqueeze(2) * slots).sum(1)
         h = torch.tanh(output).add_(h) if mlp.is_residual(index) else output
-        layers.append(_Layer(read, attention, slots, output))
+        layers.append(_Layer(read, read_square, attention, slots, output))
     return h, layers
 
 
@@ -77,7 +77,7 @@ class _Stack(torch.autograd.Function):
         weights = list(parameters[: 2 * len(mlp.layers)])
         h, layers = _forward(mlp, x, weights)
         ctx.mlp, ctx.num_inputs = mlp, 1 + len(parameters)
-        ctx.slopes = [None] * len(layers)
+        ctx.slopes, ctx.scratch = [None] * len(layers), None
         # The predictors are not saved: the policy step mixes in what they predict after their own
         # step, which changes them in place.
         ctx.save_for_backward(x, *weights[::2], *(value for layer in layers for value in layer))
@@ -95,16 +95,18 @@ class _Stack(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (ctx.num_inputs - 1)
         sums: dict[str, Tensor] = {}
         gradient = grad_output.permute(1, 2, 0).contiguous()
+        if ctx.scratch is None:
+            ctx.scratch = _Scratch(_Layer(*values[:5]))
         for index in range(depth - 1, -1, -1):
             neurons: SlotNeurons = mlp.layers[index]
-            layer = _Layer(*values[4 * index : 4 * index + 4])
+            layer = _Layer(*values[5 * index : 5 * index + 5])
             residual = mlp.is_residual(index)
             if ctx.slopes[index] is None:  # kept: two-phase updates go back twice
-                ctx.slopes[index] = _Slopes(layer, residual)
+                ctx.slopes[index] = _Slopes(layer, residual, ctx.scratch)
             slopes = ctx.slopes[index]
             mixed = gradient
             if mlp.propagation == "sgprop":
-                prediction = _predict(neurons, layer)
+                prediction = _predict(neurons, layer, slopes)
                 weight = neurons.mixing_weight.view(-1, 1, 1)
                 mixed = torch.lerp(prediction, gradient, weight)
                 measured = _norms(gradient, mixed, prediction, depth)
@@ -114,17 +116,22 @@ class _Stack(torch.autograd.Function):
                     measured["predictor_loss"] = error.square().mean()
                     place = 2 * (depth + index)
                     grads[place : place + 2] = _predictor_gradients(
-                        neurons, layer, error.mul_(2 / error.numel())
+                        neurons, layer, slopes, error.mul_(2 / error.numel())
                     )
                 for name, value in measured.items():
                     sums[name] = sums[name] + value if name in sums else value
-                if mlp.rule.updates:
-                    _update_mixing_weight(mlp, neurons, layer, slopes, gradient, prediction)
-            rows = _row_gradients(layer, slopes, slopes.of_residual(mixed), neurons.scale)
+            feedback = slopes.of_residual(mixed)
+            scores: Tensor | None = None
+            if mlp.rule.updates and mlp.propagation == "sgprop":
+                scores = _update_mixing_weight(mlp, neurons, layer, slopes, gradient, prediction)
+            if scores is None:
+                scores = _score_gradients(layer, slopes, feedback)
+            rows = _row_gradients(slopes, feedback, scores, neurons.scale)
             if for_policy:
                 grads[2 * index : 2 * index + 2] = _parameter_gradients(neurons, layer, rows)
             if index or ctx.needs_input_grad[1]:
-                grad_read = torch.bmm(weights[index].transpose(1, 2), rows)
+                grad_read = ctx.scratch.read
+                torch.bmm(weights[index].transpose(1, 2), rows, out=grad_read)
                 if index:
                     sources = mlp.parents[index - 1].flatten()
                     gradient = mixed.clone() if residual else torch.zeros_like(mixed)
@@ -140,10 +147,23 @@ class _Stack(torch.autograd.Function):
         return (None, grad_x, *grads)
 
 
+class _Scratch:
+    """Memory for what lives shortly: fresh memory costs as much time as what is computed in it."""
+
+    def __init__(self, layer: _Layer) -> None:
+        num_neurons, num_slots, size, batch = layer.slots.shape
+        shape = (num_neurons, num_slots * (1 + size), batch)
+        self.product = torch.empty_like(layer.slots)
+        self.rows = [layer.slots.new_empty(shape) for _ in range(2)]
+        self.sums = [layer.slots.new_empty(*shape[:2], layer.read.shape[1]) for _ in range(2)]
+        self.read = torch.empty_like(layer.read)
+
+
 class _Slopes:
     """Derivatives of a layer, the same in every backward pass over one forward."""
 
-    def __init__(self, layer: _Layer, residual: bool) -> None:
+    def __init__(self, layer: _Layer, residual: bool, scratch: _Scratch) -> None:
+        self.scratch = scratch
         #: a (1 - y^2) [W, M, N, B]: of the output by the pre-activations.
         self.slots = torch.addcmul(layer.slots.new_ones(()), layer.slots, layer.slots, value=-1)
         self.slots *= layer.attention.unsqueeze(2)
@@ -157,19 +177,29 @@ class _Slopes:
         return feedback if self.residual is None else feedback * self.residual
 
 
-def _score_gradients(layer: _Layer, feedback: Tensor) -> Tensor:
+def _score_gradients(layer: _Layer, slopes: _Slopes, feedback: Tensor) -> Tensor:
     """Gradients of the scores [W, M, B] from that of the output [W, N, B]."""
-    value = (feedback.unsqueeze(1) * layer.slots).sum(2)  # v_m = <g, y_m>
+    product = torch.mul(feedback.unsqueeze(1), layer.slots, out=slopes.scratch.product)
+    value = product.sum(2)  # v_m = <g, y_m>
     value -= (feedback * layer.output).sum(1, keepdim=True)  # sum_k a_k v_k = <g, output>
     return value.mul_(layer.attention)
 
 
-def _row_gradients(layer: _Layer, slopes: _Slopes, feedback: Tensor, scale: float) -> Tensor:
-    """Gradients of the keys' and matrices' products with the inputs [W, R, B]."""
-    num_neurons, num_slots, size, batch = layer.slots.shape
-    rows = feedback.new_empty(num_neurons, num_slots * (1 + size), batch)
-    torch.mul(_score_gradients(layer, feedback), scale, out=rows[:, :num_slots])
-    of_slots = rows[:, num_slots:].unflatten(1, (num_slots, size))
+def _row_gradients(
+    slopes: _Slopes, feedback: Tensor, scores: Tensor, scale: float, place: int = 0
+) -> Tensor:
+    """Gradients of the keys' and matrices' products with the inputs [W, R, B].
+
+    Args:
+        slopes: of the layer.
+        feedback: gradient of the output [W, N, B].
+        scores: `_score_gradients` of it.
+        scale: of the scores.
+        place: where in the scratch memory they are kept, 0 or 1.
+    """
+    rows, num_slots = slopes.scratch.rows[place], scores.shape[1]
+    torch.mul(scores, scale, out=rows[:, :num_slots])
+    of_slots = rows[:, num_slots:].unflatten(1, slopes.slots.shape[1:3])
     torch.mul(slopes.slots, feedback.unsqueeze(1), out=of_slots)
     return rows
 
@@ -182,20 +212,22 @@ def _parameter_gradients(
     return torch.bmm(rows, layer.read.transpose(1, 2)), grad_bias
 
 
-def _predict(neurons: SlotNeurons, layer: _Layer) -> Tensor:
+def _predict(neurons: SlotNeurons, layer: _Layer, slopes: _Slopes) -> Tensor:
     """Predictions s [W, N, B]."""
-    guesses = torch.bmm(neurons.predictor_h.detach(), layer.read)
-    guesses += neurons.predictor_bias.detach().view(neurons.num_neurons, -1, 1)
-    return guesses.view_as(layer.slots).mul_(layer.attention.unsqueeze(2)).sum(1)
+    guesses = slopes.scratch.product
+    torch.bmm(neurons.predictor_h.detach(), layer.read, out=guesses.flatten(1, 2))
+    weighted = guesses.mul_(layer.attention.unsqueeze(2)).sum(1)
+    return weighted.baddbmm_(neurons.predictor_bias.detach().transpose(1, 2), layer.attention)
 
 
 def _predictor_gradients(
-    neurons: SlotNeurons, layer: _Layer, grad_prediction: Tensor
+    neurons: SlotNeurons, layer: _Layer, slopes: _Slopes, grad_prediction: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of predictor_h and predictor_bias from that of the prediction [W, N, B]."""
-    rows = (layer.attention.unsqueeze(2) * grad_prediction.unsqueeze(1)).flatten(1, 2)
-    grad_h = torch.bmm(rows, layer.read.transpose(1, 2))
-    return grad_h, rows.sum(-1).view_as(neurons.predictor_bias)
+    routed = slopes.scratch.product
+    torch.mul(layer.attention.unsqueeze(2), grad_prediction.unsqueeze(1), out=routed)
+    grad_h = torch.bmm(routed.flatten(1, 2), layer.read.transpose(1, 2))
+    return grad_h, routed.sum(-1)
 
 
 def _norms(gradient: Tensor, mixed: Tensor, prediction: Tensor, depth: int) -> dict[str, Tensor]:
@@ -213,16 +245,25 @@ def _update_mixing_weight(
     slopes: _Slopes,
     gradient: Tensor,
     prediction: Tensor,
-) -> None:
-    """Move lambda towards its estimate: `mixing.estimate_mixing_weight`, batch innermost."""
-    w = unit(slopes.of_residual(gradient), dim=1)
-    u = unit(slopes.of_residual(prediction), dim=1) - w
-    rows_w = _row_gradients(layer, slopes, w, neurons.scale)
-    rows_u = _row_gradients(layer, slopes, u, neurons.scale)
+) -> Tensor:
+    """Move lambda towards its estimate: `mixing.estimate_mixing_weight`, batch innermost.
+
+    Returns `_score_gradients` of the mixture of the two under the lambda before: all are linear in
+    the feedback, so those of g and s serve for everything.
+    """
+    gradient, prediction = slopes.of_residual(gradient), slopes.of_residual(prediction)
+    lengths = [length(v, dim=1).clamp(min=MIN_LENGTH) for v in (gradient, prediction)]
+    scores = [_score_gradients(layer, slopes, v) for v in (gradient, prediction)]
+    w, u = gradient / lengths[0], prediction / lengths[1]
+    u -= w
+    scores_w = scores[0] / lengths[0]
+    scores_u = scores[1] / lengths[1] - scores_w
+    rows_w = _row_gradients(slopes, w, scores_w, neurons.scale, place=0)
+    rows_u = _row_gradients(slopes, u, scores_u, neurons.scale, place=1)
     batch, num_slots = w.shape[-1], neurons.num_slots
     if slopes.squares is None:
-        slopes.squares = slopes.slots.square().sum(1)
-    x_square = layer.read.square().sum(1)
+        slopes.squares = torch.square(slopes.slots, out=slopes.scratch.product).sum(1)
+    x_square = layer.read_square
 
     def inner(feedback: Tensor, rows: Tensor) -> Tensor:
         # <t, t'> summed over slots first: both are slopes times feedback.
@@ -230,8 +271,10 @@ def _update_mixing_weight(
         key_part = x_square * (rows[:, :num_slots] * rows_u[:, :num_slots]).sum(1)
         return (slot_part + key_part).mean(1)
 
-    means_w = _parameter_gradients(neurons, layer, rows_w)
-    means_u = _parameter_gradients(neurons, layer, rows_u)
+    means_w, means_u = (
+        (torch.bmm(rows, layer.read.transpose(1, 2), out=out), rows[:, num_slots:].sum(-1))
+        for rows, out in zip((rows_w, rows_u), slopes.scratch.sums, strict=True)
+    )
 
     def inner_of_means(means: tuple[Tensor, Tensor]) -> Tensor:
         parts = zip(means, means_u, strict=True)
@@ -248,4 +291,6 @@ def _update_mixing_weight(
         previous=previous,
         eps=rule.eps,
     )
+    mixed_scores = torch.lerp(scores[1], scores[0], previous.view(-1, 1, 1))
     previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+    return mixed_scores

@@ -1,0 +1,249 @@
+"""The bandit's policies: feed-forward SparseNet and a dense network of as many parameters.
+
+Sizes and initial values: the paper, Section H.3.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.kernels import native
+from sgrl.nn.mixing import MixingRule
+from sgrl.nn.neuron import predictor_generator
+from sgrl.nn.policy import Acting, Policy, PolicyOutput, PolicySettings, RecordingActing, State
+
+
+@dataclass(frozen=True)
+class DenseSettings(PolicySettings):
+    """Settings of the dense feed-forward policy.
+
+    Attributes:
+        num_layers: hidden layers.
+        hidden_size: units of each.
+    """
+
+    num_layers: int = 5
+    hidden_size: int = 745
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
+
+
+class DensePolicy(Policy):
+    """Dense feed-forward baseline of the bandit: tanh layers (paper, Section H.3)."""
+
+    name = "dense"
+    Settings = DenseSettings
+    settings: DenseSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size, layers = self.observation_size, []
+        for _ in range(self.settings.num_layers):
+            layers += [_xavier(size, self.settings.hidden_size, generator, dtype), nn.Tanh()]
+            size = self.settings.hidden_size
+        self.core = nn.Sequential(*layers)
+        return size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return _xavier(core_size, self.num_actions, generator, dtype)
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+
+def _xavier(
+    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
+) -> nn.Linear:
+    """Linear layer with Xavier-normal weights and zero biases."""
+    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
+    nn.init.xavier_normal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@dataclass(frozen=True)
+class SparseMLPSettings(PolicySettings):
+    """Settings of the feed-forward sparse policy; see `SparseMLP` for what they do."""
+
+    num_layers: int = 5
+    num_neurons: int = 200
+    neuron_size: int = 10
+    num_parents: int = 5
+    num_slots: int = 5
+    residual: bool = True
+    propagation: Literal["sgprop", "backprop"] = "sgprop"
+    mixing_weight: float = 0.9
+    adaptive: bool = True
+    mixing_momentum: float = 0.9
+    predictor_target: Literal["received", "mixed"] = "received"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Any input will do here: `check_observations` knows the real one.
+        read = self.num_parents * self.neuron_size
+        SparseMLP.check_settings(input_size=max(read, 1), **self.core_settings())
+
+    def check_observations(self, observation_size: int) -> None:
+        SparseMLP.check_settings(input_size=observation_size, **self.core_settings())
+
+    def core_settings(self) -> dict[str, Any]:
+        """The settings that `SparseMLP` takes, with its names."""
+        settings = dataclasses.asdict(self)
+        del settings["value_head"]
+        return settings
+
+
+class ActionHead(nn.Module):
+    """Each action's logit from one key over the flat state, and a predictor of their gradient.
+
+    logits_a = <h, key_a> / sqrt(H). The prediction of d loss / d logits is
+    sum_a softmax(logits)_a (predictor_A[a]^T h + predictor_bias[a]); it is trained, on the
+    received gradient, and not mixed.
+
+    Shapes: keys [A, H], predictor_A [A, H, A], predictor_bias [A, A]; h [..., H] -> [..., A].
+    Source: the paper, Section H.3.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_actions: int,
+        key_std: float,
+        predictor: bool,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scale = 1 / math.sqrt(input_size)
+        self.keys = nn.Parameter(torch.empty(num_actions, input_size, dtype=dtype))
+        nn.init.normal_(self.keys, std=key_std, generator=generator)
+        self.has_predictor = predictor
+        if predictor:
+            source = predictor_generator(generator, part=1)
+            shape = (num_actions, input_size, num_actions)
+            self.predictor_A = nn.Parameter(torch.empty(shape, dtype=dtype))
+            self.predictor_bias = nn.Parameter(torch.empty(shape[::2], dtype=dtype))
+            for parameter in (self.predictor_A, self.predictor_bias):
+                nn.init.normal_(parameter, std=self.scale, generator=source)
+        self.rule = MixingRule(adaptive=False, predictor_target="received")
+        #: predictor_loss of the last backward pass, mean over samples and actions.
+        self.statistics: dict[str, Tensor] = {}
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits = nn.functional.linear(h, self.keys) * self.scale
+        if self.has_predictor and torch.is_grad_enabled():
+            logits = _PredictGradient.apply(
+                logits, h.detach(), self, self.predictor_A, self.predictor_bias
+            )
+        return logits
+
+
+class _PredictGradient(torch.autograd.Function):
+    """Identity; the gradient it returns for the predictor is that of the predictor's loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, h: Tensor, head: ActionHead, *predictor: Tensor
+    ) -> Tensor:
+        ctx.head = head
+        ctx.save_for_backward(logits.flatten(0, -2), h.flatten(0, -2))
+        return logits.view_as(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        head: ActionHead = ctx.head
+        if head.rule.phase == "policy":
+            return gradient, None, None, None, None
+        logits, h = ctx.saved_tensors
+        routing = logits.softmax(-1)
+        guesses = torch.einsum("bh,ahk->bak", h, head.predictor_A) + head.predictor_bias
+        prediction = torch.einsum("ba,bak->bk", routing, guesses)
+        residual = prediction - gradient.flatten(0, -2)
+        head.statistics = {"predictor_loss": residual.square().mean()}
+        regression = 2 * residual / residual.numel()
+        routed = torch.einsum("ba,bk->bak", routing, regression)
+        return gradient, None, None, torch.einsum("bh,bak->ahk", h, routed), routed.sum(0)
+
+
+class SparseMLPPolicy(Policy):
+    """Feed-forward SparseNet, trained by backpropagation or synthetic-gradient propagation."""
+
+    name = "sparse_mlp"
+    Settings = SparseMLPSettings
+    settings: SparseMLPSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        self.core = SparseMLP(
+            self.observation_size,
+            **self.settings.core_settings(),
+            flatten=True,
+            generator=generator,
+            dtype=dtype,
+        )
+        return self.settings.num_neurons * self.settings.neuron_size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        key_std = (self.settings.num_parents * self.settings.neuron_size) ** -0.5
+        predictor = self.settings.propagation == "sgprop"
+        return ActionHead(core_size, self.num_actions, key_std, predictor, generator, dtype)
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+        # The record is of one forward pass, and so of one step.
+        if keep and length == 1 and self.core.runs_native(self.actor.keys):
+            return _SparseMLPActing(self)
+        return super().acting(length, batch_size, keep)
+
+    def forward(
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        acted: Acting | None = None,
+    ) -> PolicyOutput:
+        if mask is None or bool(mask.all()):
+            return super().forward(observations, acted=acted)
+        # Masked steps are passed over: their logits and values are zeros.
+        valid = super().forward(observations[mask].unsqueeze(0))
+        logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
+        logits[mask] = valid.logits[0]
+        values = valid.values
+        if values is not None:
+            values = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return PolicyOutput(logits, values, {})
+
+
+class _SparseMLPActing(RecordingActing):
+    """The only step of its episodes, kept for the backward pass."""
+
+    policy: SparseMLPPolicy
+    done: native.StackForward | None = None
+
+    def step(self, observations: Tensor) -> Tensor:
+        self.done = native.StackForward(self.policy.core, observations)
+        return self.policy.actor(self.done.output.flatten(1))
+
+    def seen(self) -> Tensor | None:
+        return None if self.done is None else self.done.x.unsqueeze(0)
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        return self.policy.core(embeddings, self.done), {}

@@ -1,0 +1,221 @@
+"""What every policy is: an encoder, a core over time, an actor, and optionally a value head.
+
+    output = policy(observations)                     # logits [T, B, A]
+    output = policy.step(observations[0], state)      # logits [B, A], for acting
+
+A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and one line in
+`policies.POLICIES`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+class PolicyOutput(NamedTuple):
+    """logits [T, B, A], values [T, B] (None without a value head), state after the last step."""
+
+    logits: Tensor
+    values: Tensor | None
+    state: State
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Settings every policy has.
+
+    Attributes:
+        value_head: whether the policy also estimates the value of its state.
+    """
+
+    value_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    choices = " or ".join(repr(choice) for choice in get_args(kind))
+                    raise ValueError(f"{name} must be {choices}, got {value!r}")
+            elif kind is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"{name} must be {_article(kind)}, got {value!r}")
+            if name.endswith("_size") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def check_observations(self, observation_size: int) -> None:
+        """Raise ValueError where observations of this length cannot be read."""
+
+
+def _article(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return names[kind]
+
+
+class Policy(nn.Module):
+    """Base of all policies: encoder, core and actor (the subclass's), optional value head.
+
+    Args:
+        observation_size: F, length of a flat observation.
+        num_actions: A.
+        settings: an instance of the class's `Settings`.
+        generator: source of all initial weights, a CPU generator.
+        dtype: floating-point type of the parameters.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[PolicySettings]]
+    #: Whether the backward pass can be run twice, for the two-phase update.
+    two_phase: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        observation_size: int,
+        num_actions: int,
+        settings: PolicySettings,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        if observation_size < 1 or num_actions < 1:
+            raise ValueError(
+                "observation_size and num_actions must be at least 1, "
+                f"got {observation_size} and {num_actions}"
+            )
+        self.observation_size = observation_size
+        self.num_actions = num_actions
+        self.settings = settings
+        self.encoder = self._build_encoder(generator, dtype)
+        core_size = self._build_core(generator, dtype)
+        self.actor = self._build_actor(core_size, generator, dtype)
+        self.value_head = (
+            orthogonal_linear(core_size, 1, generator, dtype) if settings.value_head else None
+        )
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        """Make the module between observations [..., F] and the core; none unless overridden."""
+        return nn.Identity()
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        """Make the core's modules and return the length of its output."""
+        raise NotImplementedError(f"{type(self).__name__} must build its core")
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        """Make the module between the core's output [..., core size] and logits [..., A]."""
+        raise NotImplementedError(f"{type(self).__name__} must build its actor")
+
+    def initial_state(self, batch_size: int) -> State:
+        """State before the first step: tensors [B, ...] by name, zeros; empty if no memory."""
+        return {}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state."""
+        raise NotImplementedError(f"{type(self).__name__} must run its core")
+
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> "Acting":
+        """For acting through whole episodes of T steps, from the initial state on.
+
+        With `keep` it may hold, where the policy can, what lets `forward` on the same observations
+        skip those steps of its core.
+        """
+        return Acting(self, batch_size)
+
+    def forward(
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        acted: "Acting | None" = None,
+    ) -> PolicyOutput:
+        """Run over whole sequences.
+
+        Args:
+            observations: [T, B, F].
+            state: before the first step; `initial_state` if None.
+            mask: bool [T, B], True at valid steps; all if None.
+            acted: has perhaps seen these observations; used if so, and if nothing changed since.
+        """
+        embeddings = self.encoder(observations)
+        if acted is not None and state is None and acted.is_of(self, observations):
+            features, state = acted.continue_core(embeddings, mask)
+        else:
+            if state is None:
+                state = self.initial_state(observations.shape[1])
+            features, state = self.run_core(embeddings, state, mask)
+        values = None if self.value_head is None else self.value_head(features).squeeze(-1)
+        return PolicyOutput(self.actor(features), values, state)
+
+    def step(self, observations: Tensor, state: State) -> PolicyOutput:
+        """One step: observations [B, F] -> logits [B, A], values [B], state."""
+        output = self(observations.unsqueeze(0), state)
+        values = None if output.values is None else output.values[0]
+        return PolicyOutput(output.logits[0], values, output.state)
+
+
+class Acting:
+    """A policy taking one step of B episodes after the other, from their beginning.
+
+    This one merely carries the state along.
+    """
+
+    def __init__(self, policy: Policy, batch_size: int) -> None:
+        self.policy = policy
+        self.state = policy.initial_state(batch_size)
+
+    def step(self, observations: Tensor) -> Tensor:
+        """Observations [B, F] -> logits [B, A]."""
+        output = self.policy.step(observations, self.state)
+        self.state = output.state
+        return output.logits
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
+        return False
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        """As `Policy.run_core` from the initial state, without the steps already taken."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing to continue from")
+
+
+class RecordingActing(Acting):
+    """Base of those that keep what `continue_core` goes on from, for the policy as it is now."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.versions = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Changes with every change of a parameter."""
+        return [(p.data_ptr(), p._version) for p in self.policy.parameters()]
+
+    def seen(self) -> Tensor | None:
+        """The observations so far [t, B, F]; None if nothing is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it has seen")
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        seen = self.seen()
+        return (
+            seen is not None
+            and policy is self.policy
+            and self._versions() == self.versions
+            and torch.equal(observations[: len(seen)], seen)
+        )
+
+
+def orthogonal_linear(
+    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
+) -> nn.Linear:
+    """Linear layer with orthogonal weights and zero biases."""
+    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
+    nn.init.orthogonal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,307 @@
+"""The labyrinths' policies: GRU, LSTM, MLP (no memory) and recurrent SparseNet, one encoder.
+
+Sizes and initial values: the paper, Section H.4.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.kernels import native
+from sgrl.nn.policy import (
+    Acting,
+    Policy,
+    PolicySettings,
+    RecordingActing,
+    State,
+    orthogonal_linear,
+)
+from sgrl.nn.recurrent import SparseRNN
+
+
+@dataclass(frozen=True)
+class EncoderSettings(PolicySettings):
+    """Settings of the policies with the published encoder.
+
+    Attributes:
+        feature_size: length of the encoder's first layer.
+        embedding_size: length of the encoder's output, the core's input.
+    """
+
+    feature_size: int = 128
+    embedding_size: int = 128
+
+
+class EncodedPolicy(Policy):
+    """Base of the labyrinths' policies: the published encoder, and a dense actor."""
+
+    settings: EncoderSettings
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        features, embedding = self.settings.feature_size, self.settings.embedding_size
+        return nn.Sequential(
+            orthogonal_linear(self.observation_size, features, generator, dtype),
+            nn.LayerNorm(features, eps=1e-5, elementwise_affine=False),
+            orthogonal_linear(features, embedding, generator, dtype),
+            nn.LeakyReLU(0.01),
+        )
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        logits = nn.utils.skip_init(nn.Linear, 128, self.num_actions, dtype=dtype)
+        nn.init.normal_(logits.weight, std=0.01, generator=generator)
+        nn.init.zeros_(logits.bias)
+        return nn.Sequential(
+            orthogonal_linear(core_size, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            orthogonal_linear(128, 128, generator, dtype),
+            nn.LeakyReLU(0.01),
+            logits,
+        )
+
+
+@dataclass(frozen=True)
+class RecurrentSettings(EncoderSettings):
+    """Settings of the labyrinths' dense policies.
+
+    Attributes:
+        hidden_size: length of the core's output (and, with memory, of its state).
+    """
+
+    hidden_size: int = 256
+
+
+DenseRNN = TypeVar("DenseRNN", nn.GRU, nn.LSTM)
+
+
+def _dense_rnn(
+    kind: type[DenseRNN],
+    size_in: int,
+    size_out: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> DenseRNN:
+    """One layer, each whole stacked weight matrix orthogonal, biases zero."""
+    # Made without values first: torch's own would be drawn from the process-wide generator.
+    rnn = kind(size_in, size_out, dtype=dtype, device="meta").to_empty(device="cpu")
+    for name, parameter in rnn.named_parameters():
+        if name.startswith("weight"):
+            nn.init.orthogonal_(parameter, generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+    return rnn
+
+
+class GRUPolicy(EncodedPolicy):
+    """Dense recurrent baseline: one layer of gated recurrent units."""
+
+    name = "gru"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = _dense_rnn(nn.GRU, self.settings.embedding_size, size, generator, dtype)
+        return size
+
+    def initial_state(self, batch_size: int) -> State:
+        return {"h": self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        features, h = self.core(embeddings, state["h"].unsqueeze(0).contiguous())
+        return features, {"h": h[0]}
+
+
+class LSTMPolicy(EncodedPolicy):
+    """Dense recurrent baseline: one layer of long short-term memory."""
+
+    name = "lstm"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = _dense_rnn(nn.LSTM, self.settings.embedding_size, size, generator, dtype)
+        return size
+
+    def initial_state(self, batch_size: int) -> State:
+        zeros = self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)
+        return {"h": zeros, "c": zeros.clone()}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        before = tuple(state[name].unsqueeze(0).contiguous() for name in ("h", "c"))
+        features, (h, c) = self.core(embeddings, before)
+        return features, {"h": h[0], "c": c[0]}
+
+
+class MLPPolicy(EncodedPolicy):
+    """Baseline without memory: the core is a linear layer and tanh.
+
+    POPGym's mazes can be solved without memory, so a comparison without it misleads.
+    """
+
+    name = "mlp"
+    Settings = RecurrentSettings
+    settings: RecurrentSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = nn.Sequential(
+            orthogonal_linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
+        )
+        return size
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
+
+
+@dataclass(frozen=True)
+class SparseNetSettings(EncoderSettings):
+    """Settings of the recurrent sparse policy; see `SparseRNN` for what they do.
+
+    Attributes:
+        actor_slots: slots per action of the actor.
+    """
+
+    num_neurons: int = 128
+    neuron_size: int = 6
+    num_parents: int = 6
+    num_slots: int = 6
+    num_input_neurons: int = 16
+    actor_slots: int = 6
+    propagation: Literal["sgprop", "backprop"] = "sgprop"
+    mixing_weight: float = 1.0
+    adaptive: bool = True
+    mixing_momentum: float = 0.9
+    schedule_beta: float = 0.1
+    positive_projection: bool = False
+    predictor_target: Literal["mixed", "received"] = "mixed"
+    mask_predictions: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.actor_slots < 1:
+            raise ValueError(f"actor_slots must be at least 1, got {self.actor_slots}")
+        SparseRNN.check_settings(**self.core_settings())
+
+    def core_settings(self) -> dict[str, Any]:
+        """The settings that `SparseRNN` takes, with its names."""
+        settings = dataclasses.asdict(self)
+        for name in ("feature_size", "value_head", "actor_slots"):
+            del settings[name]
+        settings["input_size"] = settings.pop("embedding_size")
+        return settings
+
+
+class SlotActor(nn.Module):
+    """Each action's logit from S slots of its own over the flat state.
+
+    weights = softmax_m(<h, k_m> / sqrt(H)), logit = sum_m weights_m (<h, A_m> + b_m).
+    Shapes: keys and A [num_actions, S, H], b [num_actions, S]; [..., H] -> [..., num_actions].
+    Source: the paper, Section H.4.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_actions: int,
+        num_slots: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scale = 1 / math.sqrt(input_size)
+        shape = (num_actions, num_slots, input_size)
+        self.keys = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(shape[:2], dtype=dtype))
+        for parameter in (self.keys, self.A):
+            nn.init.normal_(parameter, std=self.scale, generator=generator)
+
+    def stack(self) -> Tensor:
+        """Keys, scaled, and below them A: [2 * num_actions * S, H], for one product."""
+        return torch.cat([self.keys.flatten(0, 1) * self.scale, self.A.flatten(0, 1)])
+
+    def forward(self, h: Tensor, stacked: Tensor | None = None) -> Tensor:
+        """States [..., H] -> logits [..., num_actions]; `stacked` is what `stack` returned."""
+        products = nn.functional.linear(h, self.stack() if stacked is None else stacked)
+        scores, values = products.unflatten(-1, (2, *self.b.shape)).unbind(-3)
+        return (scores.softmax(dim=-1) * (values + self.b)).sum(-1)
+
+
+class SparseNetPolicy(EncodedPolicy):
+    """Recurrent SparseNet, trained by backpropagation or synthetic-gradient propagation."""
+
+    name = "sparsenet"
+    two_phase = False
+    Settings = SparseNetSettings
+    settings: SparseNetSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        self.core = SparseRNN(
+            **self.settings.core_settings(), flatten=True, generator=generator, dtype=dtype
+        )
+        return self.settings.num_neurons * self.settings.neuron_size
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return SlotActor(core_size, self.num_actions, self.settings.actor_slots, generator, dtype)
+
+    def initial_state(self, batch_size: int) -> State:
+        return {"h": self.core.initial_state(batch_size)}
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        features, h = self.core(embeddings, state["h"], mask)
+        return features, {"h": h}
+
+    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+        if self.core.runs_native(self.core.neurons.weight_h):
+            return _SparseNetActing(self, length, batch_size, keep)
+        return super().acting(length, batch_size, keep)
+
+
+class _SparseNetActing(RecordingActing):
+    """Whole steps in compiled code, which leave a record for the core's backward pass."""
+
+    policy: SparseNetPolicy
+
+    def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
+        super().__init__(policy)
+        encoder, actor = policy.encoder, policy.actor
+        self.recorder = native.Recorder(
+            policy.core,
+            (encoder[0], encoder[2]),
+            (actor.stack(), actor.b),
+            length,
+            batch_size,
+            keep,
+        )
+
+    def step(self, observations: Tensor) -> Tensor:
+        return self.recorder.act(observations)
+
+    def seen(self) -> Tensor | None:
+        recorder = self.recorder
+        return recorder.observations[: recorder.steps] if recorder.keep else None
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        return len(observations) == self.recorder.length and super().is_of(policy, observations)
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        features, h = self.policy.core(embeddings, mask=mask, recorder=self.recorder)
+        return features, {"h": h}
