@@ -165,6 +165,9 @@ def test_a_method_has_one_colour_in_all_figures():
     assert alone["gru"] == together["gru"]
     assert len({style["color"] for style in together.values()}) == len(together)
     assert len({style["marker"] for style in together.values()}) == len(together)
+    bandit = method_styles(["sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop", "dense"])
+    assert bandit["sparse_sgprop"] == together["sparsenet_sgprop"]
+    assert len({style["color"] for style in bandit.values()}) == 4
 
 
 def test_figure_without_any_results_yet(results, tmp_path):

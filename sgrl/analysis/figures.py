@@ -28,8 +28,15 @@ COLOURS = {
     "gru": "#009E73",
     "lstm": "#CC79A7",
     "mlp": "#7F7F7F",
+    "sparse_sgprop_fixed": "#56B4E9",
 }
-OTHER_COLOURS = ["#D55E00", "#56B4E9", "#000000", "#F0E442"]
+#: Methods of the bandit that are those of the labyrinths, feed-forward.
+SAME_METHODS = {
+    "sparse_sgprop": "sparsenet_sgprop",
+    "sparse_backprop": "sparsenet_backprop",
+    "dense": "mlp",
+}
+OTHER_COLOURS = ["#D55E00", "#000000", "#F0E442"]
 MARKERS = "osD^vP*X<>"
 
 
@@ -38,11 +45,12 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     others = 0
     for method in dict.fromkeys(methods):
-        colour = COLOURS.get(method)
+        known = SAME_METHODS.get(method, method)
+        colour = COLOURS.get(known)
         if colour is None:
             colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
             others += 1
-        order = list(COLOURS).index(method) if method in COLOURS else len(COLOURS) + others - 1
+        order = list(COLOURS).index(known) if known in COLOURS else len(COLOURS) + others - 1
         styles[method] = {"color": colour, "marker": MARKERS[order % len(MARKERS)]}
     return styles
 
