@@ -9,10 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import expert_ratios, learning_curves
+from sgrl.analysis.figures import expert_ratios, learning_curves, probe_errors
 from sgrl.analysis.runs import load_curves, load_trials
 from sgrl.analysis.statistics import compare_methods, measure_of
 from sgrl.theory.expert_network import Result
+from sgrl.theory.probe import Report
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
@@ -136,4 +137,65 @@ def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
             cells = dict(zip(row["d"], marked[row.index], strict=True))
             table.add_row("", str(case), str(n), *(cells.get(d, "") for d in dimensions))
         table.add_section()
+    return table
+
+
+#: Columns of the probe's table, and what stands above them.
+PROBE_COLUMNS = {
+    "mse_backprop": "MSE backprop",
+    "sgprop_to_backprop": "sgprop",
+    "best_to_backprop": "best",
+    "synthetic_to_backprop": "lambda = 0",
+    "mixing_weight": "lambda",
+    "best_mixing_weight": "best",
+    "best_unit_mixing_weight": "best, unit",
+    "distance": "distance",
+    "explained": "explained",
+    "predictor_explained": "by predictor",
+}
+
+
+def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
+    """Print the probe's table, a row a layer, and write `neurons.csv`, `layers.csv` and `probe.png`
+    into a folder that exists.
+
+    Returns the frame that `layers.csv` holds.
+    """
+    console = console or Console()
+    neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
+    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
+    neurons.to_csv(paths[0], index=False)
+    layers.to_csv(paths[1], index=False)
+    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
+    console.print(
+        f"Mean squared error of a gradient from {report.batch_size} samples, against the mean of "
+        f"{report.samples}: mean over neurons, then as a share of backprop's",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(probe_table(layers), width=10_000, crop=False)
+    if not report.predictors:
+        console.print("a policy under backprop: there are no predictions to mix in")
+    for path in paths:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return layers
+
+
+def probe_table(layers: pd.DataFrame) -> Table:
+    """The layers' numbers for a terminal, 95% intervals below them."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    steps = ["step"] if "step" in layers else []
+    for name in ["layer", *steps]:
+        table.add_column(name, no_wrap=True)
+    shown = {n: title for n, title in PROBE_COLUMNS.items() if layers[n].notna().any()}
+    for title in shown.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in layers.to_dict("records"):
+        cells, intervals = [], []
+        for name in shown:
+            cells.append(f"{row[name]:.3g}")
+            low, high = row.get(f"{name}_ci_low"), row.get(f"{name}_ci_high")
+            intervals.append("" if low is None else f"{low:.3g} to {high:.3g}")
+        table.add_row(*(str(row[name]) for name in ["layer", *steps]), *cells)
+        table.add_row("", *("" for _ in steps), *intervals, style="dim")
     return table
