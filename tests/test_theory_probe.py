@@ -1,7 +1,5 @@
 """The probe: equal to enumeration and autograd on tiny networks, and what the command says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from sgrl.theory.estimation import (
 )
 from sgrl.theory.probe import (
     Group,
-    Sums,
     bandit_sums,
     moments,
     neuron_numbers,
@@ -201,6 +198,10 @@ def test_bandit_equals_enumeration(residual: bool) -> None:
             "best_unit_mixing_weight": best_unit,
             "distance": (best_unit - group.mixing_weight).abs(),
         }
+        for name, gradients in (("backprop", b), ("sgprop", m), ("synthetic", s)):
+            expected[f"along_{name}"] = (mean(gradients, p) * target).sum(1)
+            square = total_variance(gradients, p) / n + mean(gradients, p).square().sum(1)
+            expected[f"square_{name}"] = square
         assert numbers.keys() == expected.keys()
         for name, value in expected.items():
             equal(numbers[name], value)

@@ -146,6 +146,8 @@ PROBE_COLUMNS = {
     "sgprop_to_backprop": "sgprop",
     "best_to_backprop": "best",
     "synthetic_to_backprop": "lambda = 0",
+    "alignment_backprop": "cosine backprop",
+    "alignment_sgprop": "sgprop",
     "mixing_weight": "lambda",
     "best_mixing_weight": "best",
     "best_unit_mixing_weight": "best, unit",
@@ -173,7 +175,9 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
         soft_wrap=True,
         highlight=False,
     )
-    console.print(probe_table(layers), width=10_000, crop=False)
+    # Where the terminal is narrower than the table it wraps the lines; nothing is cut.
+    wide = Console(width=max(console.width, 200), file=console.file)
+    wide.print(probe_table(layers), crop=False)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
     for path in paths:

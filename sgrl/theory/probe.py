@@ -45,7 +45,7 @@ from sgrl.envs.registry import make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.mixing import unit
 from sgrl.nn.neuron import Activation, SlotNeurons
-from sgrl.nn.policies import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
+from sgrl.nn.policies import Policy, SparseMLPPolicy, make_policy
 from sgrl.theory.tasks import TheoryError, in_ray
 
 KINDS = ("received", "synthetic", "mixed", "backprop")
@@ -450,6 +450,10 @@ def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tens
         n * group.unit_samples,
     )
     learned = group.mixing_weight.double().expand_as(best)
+    alignment = {}
+    for kind, name in ((B, "backprop"), (M, "sgprop"), (S, "synthetic")):
+        alignment[f"along_{name}"] = m.of_means[..., kind, B]
+        alignment[f"square_{name}"] = variance(kind) / n + m.of_means[..., kind, kind]
     return {
         "target_square": m.of_means[..., B, B],
         "mse_backprop": variance(B) / n,
@@ -466,6 +470,7 @@ def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tens
         "best_mixing_weight": best,
         "best_unit_mixing_weight": best_unit,
         "distance": (learned - best_unit).abs(),
+        **alignment,
     }
 
 
@@ -614,27 +619,28 @@ def probe(
     groups = choose_neurons(policy, neurons, seed)
     settings = (policy, env_config or {}, groups, trained_batch, seed, size)
     pieces = [(*settings, shard) for shard in range(NUM_SHARDS)]
-    finished = in_ray(bandit_shard, pieces, parallel) if parallel > 1 else _in_turn(pieces)
-    sums, feedback = [], []
-    for of_sums, of_feedback in finished:
-        sums.append(of_sums)
-        feedback.append(of_feedback)
-        advance()
-    generator = np.random.default_rng([seed, NUM_SHARDS])
-    counts = resampled_counts(NUM_SHARDS, generator)
-    test_counts = resampled_counts(len(range(1, NUM_SHARDS, 2)), generator)
-    rows: list[dict[str, object]] = []
-    layers: list[dict[str, object]] = []
-    predictors = policy.core.propagation == "sgprop"
-    for index, group in enumerate(groups):
-        of_layer = [of_shard[index] for of_shard in sums]
-        numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
-        explained = explain([of_shard[index] for of_shard in feedback])
-        of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
-        place = {"layer": group.layer}
-        for neuron, row in zip(group.neurons.tolist(), of_neurons, strict=True):
-            rows.append({**place, "neuron": neuron, **row})
-        layers.append({**place, "neurons": len(group.neurons), **of_all})
+    with one_thread():
+        finished = in_ray(bandit_shard, pieces, parallel) if parallel > 1 else _in_turn(pieces)
+        sums, feedback = [], []
+        for of_sums, of_feedback in finished:
+            sums.append(of_sums)
+            feedback.append(of_feedback)
+            advance()
+        generator = np.random.default_rng([seed, NUM_SHARDS])
+        counts = resampled_counts(NUM_SHARDS, generator)
+        test_counts = resampled_counts(len(range(1, NUM_SHARDS, 2)), generator)
+        rows: list[dict[str, object]] = []
+        layers: list[dict[str, object]] = []
+        predictors = policy.core.propagation == "sgprop"
+        for index, group in enumerate(groups):
+            of_layer = [of_shard[index] for of_shard in sums]
+            numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
+            explained = explain([of_shard[index] for of_shard in feedback])
+            of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
+            place = {"layer": group.layer}
+            for neuron, row in zip(group.neurons.tolist(), of_neurons, strict=True):
+                rows.append({**place, "neuron": neuron, **row})
+            layers.append({**place, "neurons": len(group.neurons), **of_all})
     return Report(rows, layers, size * NUM_SHARDS, batch_size, predictors)
 
 
@@ -685,15 +691,14 @@ def bandit_shard(
         right[env.step(np.full(size, action))[2]] = action
     dtype = next(policy.parameters()).dtype
     p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
-    with one_thread():
-        return bandit_sums(
-            policy,
-            torch.from_numpy(images).to(dtype),
-            torch.from_numpy(right),
-            p_flip,
-            groups,
-            trained_batch,
-        )
+    return bandit_sums(
+        policy,
+        torch.from_numpy(images).to(dtype),
+        torch.from_numpy(right),
+        p_flip,
+        groups,
+        trained_batch,
+    )
 
 
 @contextmanager
@@ -729,6 +734,8 @@ SGPROP_COLUMNS = (
     "sgprop_to_backprop",
     "best_to_backprop",
     "synthetic_to_backprop",
+    "alignment_sgprop",
+    "alignment_synthetic",
     "predictor_explained",
 )
 
@@ -753,6 +760,10 @@ def summarise(
     ):
         for name in ("sgprop", "best", "synthetic"):
             table[f"{name}_to_backprop"] = table[f"mse_{name}"] / table["mse_backprop"]
+        for name in ("backprop", "sgprop", "synthetic"):
+            along, square = table.pop(f"along_{name}"), table.pop(f"square_{name}")
+            # Not known (NaN) where chance makes a squared length negative.
+            table[f"alignment_{name}"] = along / (table["target_square"] * square).sqrt()
         table["explained"] = 1 - error / total
         table["predictor_explained"] = 1 - predictor_error / total
         both.append(_rows(table, predictors))
