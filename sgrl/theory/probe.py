@@ -32,20 +32,24 @@ Source: the paper, Sections 3 and 4.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sgrl.envs.registry import make_vector, validate_env_config
+from sgrl.envs.registry import VectorEnv, make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.mixing import unit
+from sgrl.nn.mixing import positive_projection, unit
 from sgrl.nn.neuron import Activation, SlotNeurons
-from sgrl.nn.policies import Policy, SparseMLPPolicy, make_policy
+from sgrl.nn.policies import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
+from sgrl.reinforce.loss import discounted_returns
+from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
+from sgrl.reinforce.update import UpdateSettings
 from sgrl.theory.tasks import TheoryError, in_ray
 
 KINDS = ("received", "synthetic", "mixed", "backprop")
@@ -53,8 +57,11 @@ W, S, M, B = range(4)
 NUM_SHARDS = 24
 RESAMPLES = 500
 CONFIDENCE = 0.95
-#: Images worked on at once; no result depends on it but for rounding.
+#: Images, and episodes, worked on at once; no result depends on it but for rounding.
 CHUNK_IMAGES = 16
+CHUNK_EPISODES = 10
+#: Steps of a recurrent network that are reported apart, as shares of the episode length.
+STEP_SHARES = (0, 1 / 8, 1 / 4, 1 / 2)
 #: Ridge penalties tried, as shares of the features' mean square.
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -153,12 +160,14 @@ class Group:
         layer: its name.
         neurons: the chosen ones, int64 [J].
         mixing_weight: their lambda [J].
+        step: of a recurrent network: the step whose contribution it is about; None: all steps.
         unit_samples: samples that one sample counts for in the estimate of lambda.
     """
 
     layer: str
     neurons: Tensor
     mixing_weight: Tensor
+    step: int | None = None
     unit_samples: float = 1.0
 
 
@@ -340,6 +349,305 @@ def _sums(
     return Sums(total, gradients, products, products - between, unit_gradients, unit_products)
 
 
+# ---------------------------------------------------------------- the recurrent network
+
+
+class Episodes(NamedTuple):
+    """K whole episodes of T steps; after its end an episode's last observation is repeated.
+
+    (In a training batch zeros follow once all episodes have ended. Here an episode's gradient must
+    not depend on the others.)
+    """
+
+    observations: Tensor  # [T, K, F]
+    actions: Tensor  # int64 [T, K]
+    returns: Tensor  # discounted, not normalised [T, K]
+    mask: Tensor  # bool [T, K], True until the end
+
+
+class Loss(NamedTuple):
+    """What makes an episode's loss a function of that episode alone, and its coefficients."""
+
+    mean: float = 0.0  # of the returns, over valid steps of the large sample
+    std: float = 1.0
+    steps: float = 1.0  # mean number of valid steps of its episodes
+    entropy_coeff: float = UpdateSettings.entropy_coeff
+
+    @classmethod
+    def of(cls, samples: Sequence[Episodes]) -> Loss:
+        """Normalisation by all episodes of the large sample."""
+        valid = torch.cat([episodes.returns[episodes.mask] for episodes in samples]).double()
+        count = sum(episodes.mask.shape[1] for episodes in samples)
+        return cls(float(valid.mean()), float(valid.std(correction=0)), len(valid) / count)
+
+    def by_states(self, policy: SparseNetPolicy, states: Tensor, episodes: Episodes) -> Tensor:
+        """Gradient of every episode's loss by the core's states [T, K, W*N], through the actor."""
+        advantages = (episodes.returns.double() - self.mean) / (self.std + 1e-8)
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            log_probs = policy.actor(states).log_softmax(2)
+            chosen = log_probs.gather(2, episodes.actions.unsqueeze(2)).squeeze(2)
+            entropy = -(log_probs.exp() * log_probs).sum(2)
+            terms = chosen * advantages.to(chosen) + self.entropy_coeff * entropy
+            loss = -torch.where(episodes.mask, terms, 0.0).sum() / self.steps
+            return torch.autograd.grad(loss, states)[0]
+
+
+class Unrolled(NamedTuple):
+    """Feedback of every neuron at every step [T, W, K, N], and what it computed."""
+
+    activations: list[Activation]  # [K, W, ...], one a step
+    received: Tensor
+    synthetic: Tensor
+    mixed: Tensor
+    backprop: Tensor
+
+    def seen(self, steps: Sequence[int], chosen: Tensor, scale: float) -> Seen:
+        """Of the chosen neurons, K samples of each step after the other: [J, T * K, ...]."""
+        parts = zip(*(self.activations[t] for t in steps), strict=True)
+        joined = Activation(*(torch.cat([v[:, chosen] for v in part]) for part in parts))
+        return Seen.of(joined, scale)
+
+
+@torch.no_grad()
+def unroll(policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batch: int) -> Unrolled:
+    """Forward and both backward passes, with and without mixing, over K episodes."""
+    rnn, neurons = policy.core, policy.core.neurons
+    num_neurons, size = neurons.num_neurons, neurons.neuron_size
+    embeddings = policy.encoder(episodes.observations)
+    length, count = episodes.mask.shape
+    h = rnn.initial_state(count).view(count, num_neurons, size)
+    activations = []
+    for x in embeddings.unbind():
+        activation = neurons(neurons.read(h, rnn.parents, x))
+        h = activation.output
+        activations.append(activation)
+    states = torch.stack([activation.output for activation in activations])
+    by_states = loss.by_states(policy, states.flatten(2), episodes).unflatten(
+        2, (num_neurons, size)
+    )
+    by_states = by_states.permute(0, 2, 1, 3)  # [T, W, K, N]
+    schedule = rnn.schedule(length)
+    received, synthetic, mixed, backprop = (torch.empty_like(by_states) for _ in range(4))
+    carried = by_states.new_zeros(num_neurons, count, 2, size)
+    for t in range(length - 1, -1, -1):
+        g, b = (by_states[t].unsqueeze(2) + carried).unbind(2)
+        s = torch.zeros_like(g)
+        if neurons.has_predictor:
+            s = trained_batch * neurons.predict(activations[t]).transpose(0, 1)
+            if rnn.rule.positive_projection:
+                s = positive_projection(g, s)
+        if rnn.mask_predictions:
+            s = torch.where(episodes.mask[t].view(1, -1, 1), s, g)
+        received[t], synthetic[t], backprop[t] = g, s, b
+        mixed[t] = s + schedule[t].view(-1, 1, 1) * (g - s)
+        seen = Seen.of(activations[t], neurons.scale)
+        read = backward_to_inputs(neurons, seen, torch.stack([mixed[t], b], dim=2))
+        carried = scatter(read, rnn.parents, size)
+    return Unrolled(activations, received, synthetic, mixed, backprop)
+
+
+class Shard(NamedTuple):
+    """Episodes, and for each reported step a replicate of them that shares what came before it."""
+
+    episodes: Episodes
+    replicates: dict[int, Episodes]
+
+    def chunks(self) -> Iterator[Shard]:
+        """Few episodes at a time."""
+        for start in range(0, self.episodes.mask.shape[1], CHUNK_EPISODES):
+            part = slice(start, start + CHUNK_EPISODES)
+            yield Shard(
+                Episodes(*(value[:, part] for value in self.episodes)),
+                {t: Episodes(*(v[:, part] for v in e)) for t, e in self.replicates.items()},
+            )
+
+
+def labyrinth_sums(
+    policy: SparseNetPolicy,
+    shard: Shard,
+    loss: Loss,
+    groups: Sequence[Group],
+    trained_batch: int,
+    weights: Tensor | None = None,
+) -> tuple[list[Sums], list[Feedback | None]]:
+    """Sums over episodes, for each group: neurons at one step, or over all steps.
+
+    Args:
+        policy: under backprop it has no predictions, and s is 0.
+        shard: K episodes.
+        loss: normalisation, the same for all shards.
+        groups: see `Group`; those of one step need the step's replicate for `Sums.noise`, without
+            which, and over all steps, it is NaN.
+        trained_batch: see `probe`.
+        weights: of the episodes [K], as a population's probabilities; ones if None.
+
+    `Sums.noise` is the covariance given all that happened before the step's action (the episode's
+    observations so far, and in explore also which rewards will be withheld): less than given the
+    local observation only, since what is conditioned on includes it.
+
+    Feedback is that of groups over all steps, at the steps that have replicates, while episodes
+    last.
+    """
+    if weights is None:
+        weights = shard.episodes.observations.new_ones(shard.episodes.mask.shape[1])
+    chunks = zip(shard.chunks(), weights.split(CHUNK_EPISODES), strict=True)
+    parts = [_labyrinth_chunk(policy, *chunk, loss, groups, trained_batch) for chunk in chunks]
+    sums, feedback = zip(*parts, strict=True)
+    return (
+        [Sums(*map(sum, zip(*of_group, strict=True))) for of_group in zip(*sums, strict=True)],
+        [
+            None
+            if of_group[0] is None
+            else Feedback(*(torch.cat(part, dim=1) for part in zip(*of_group, strict=True)))
+            for of_group in zip(*feedback, strict=True)
+        ],
+    )
+
+
+def _labyrinth_chunk(
+    policy: SparseNetPolicy,
+    shard: Shard,
+    weights: Tensor,
+    loss: Loss,
+    groups: Sequence[Group],
+    trained_batch: int,
+) -> tuple[list[Sums], list[Feedback | None]]:
+    scale, schedule = policy.core.neurons.scale, policy.core.schedule(len(shard.episodes.mask))
+    first = unroll(policy, shard.episodes, loss, trained_batch)
+    second = {t: unroll(policy, e, loss, trained_batch) for t, e in shard.replicates.items()}
+    one = weights.new_ones(len(weights), 1)
+    sums: list[Sums] = []
+    feedback: list[Feedback | None] = []
+    for group in groups:
+        chosen, t = group.neurons, group.step
+        if t is None:
+            sums.append(_totals(first, shard.episodes.mask, group, scale, weights, loss))
+            feedback.append(_pairs(first, second, shard.episodes.mask, chosen, scale))
+            continue
+        kinds = [
+            [of_kind[t, chosen].unsqueeze(2) for of_kind in (u.received, u.synthetic, u.backprop)]
+            for u in (first, *(second[t],) * (t in second))
+        ]
+        seen = first.seen([t], chosen, scale)
+        share = schedule[t, chosen].view(-1, 1, 1, 1)
+        at_step = _sums(seen, *kinds[0], share, one, weights)
+        noise = torch.full_like(at_step.noise, math.nan)
+        if t in second:
+            difference = [a - b for a, b in zip(*kinds, strict=True)]
+            noise = _sums(seen, *difference, share, one, weights).products / 2
+        sums.append(at_step._replace(noise=noise))
+        feedback.append(None)
+    return sums, feedback
+
+
+def _totals(
+    unrolled: Unrolled, mask: Tensor, group: Group, scale: float, weights: Tensor, loss: Loss
+) -> Sums:
+    """Sums over episodes of parameter gradients summed over time, formed one by one."""
+    length, count = mask.shape
+    chosen = group.neurons
+    seen = unrolled.seen(range(length), chosen, scale)
+    num_slots = seen.attention.shape[2]
+    inputs = seen.inputs.unflatten(1, (length, count)).transpose(1, 2)  # [J, K, T, I]
+
+    def of_episodes(feedback: Tensor) -> Tensor:  # [T, J, K, N] -> [J, K, D]
+        rows = row_gradients(seen, feedback.transpose(0, 1).flatten(1, 2).unsqueeze(2)).squeeze(2)
+        rows = rows.unflatten(1, (length, count)).transpose(1, 2)
+        of_weights = rows.transpose(2, 3) @ inputs
+        return torch.cat([of_weights.flatten(2), rows[..., num_slots:].sum(2)], dim=2)
+
+    def products(gradients: Tensor) -> Tensor:
+        return torch.einsum("ajkd,bjkd,k->jab", gradients, gradients, weights).double()
+
+    kinds = (unrolled.received, unrolled.synthetic, unrolled.mixed, unrolled.backprop)
+    gradients = torch.stack([of_episodes(kind[:, chosen]) for kind in kinds])
+    valid = mask.view(length, 1, count, 1)
+    directions = [torch.where(valid, unit(kind[:, chosen]), 0.0) for kind in kinds[:2]]
+    unit_gradients = torch.stack([of_episodes(direction) for direction in directions])
+    # In the estimate of lambda every valid step is a sample of its own.
+    lengths = [d.transpose(0, 1).flatten(1, 2).unsqueeze(2) for d in directions]
+    images = torch.stack([d @ isometry(seen) for d in lengths]).squeeze(3)
+    of_steps = weights.repeat(length)
+    return Sums(
+        float(weights.sum()),
+        torch.einsum("ajkd,k->ajd", gradients, weights),
+        products(gradients),
+        torch.full((len(chosen), 4, 4), math.nan, dtype=torch.float64),
+        torch.einsum("ajkd,k->ajd", unit_gradients, weights) / loss.steps,
+        torch.einsum("ajkc,bjkc,k->jab", images, images, of_steps).double() / loss.steps,
+    )
+
+
+def _pairs(
+    first: Unrolled, second: dict[int, Unrolled], mask: Tensor, chosen: Tensor, scale: float
+) -> Feedback | None:
+    if not second:
+        return None
+    parts = []
+    for t, replicate in second.items():
+        seen, valid = first.seen([t], chosen, scale), mask[t]
+        vectors = (first.backprop, replicate.backprop, first.synthetic)
+        at_step = (seen.inputs, seen.attention, *(vector[t, chosen] for vector in vectors))
+        parts.append([value[:, valid] for value in at_step])
+    return Feedback(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+
+
+def play(policy: SparseNetPolicy, env: VectorEnv, seeds: Sequence[int], noise: Tensor) -> Episodes:
+    """Run an episode of each environment; `noise` [T, K, A] are logs of exponential numbers.
+
+    As `Rollout`: an action is argmax(logits - noise).
+    """
+    length, count = noise.shape[:2]
+    observations, rewards = [], []
+    actions = torch.zeros(length, count, dtype=torch.int64)
+    mask = torch.zeros(length, count, dtype=torch.bool)
+    running = np.ones(count, bool)
+    current = env.reset(seeds)
+    acting = policy.acting(length, count)
+    with torch.inference_mode():
+        for t in range(length):
+            observations.append(torch.from_numpy(current).to(noise))
+            actions[t] = (acting.step(observations[t]) - noise[t]).argmax(-1)
+            mask[t] = torch.from_numpy(running)
+            current, reward, terminated, truncated = env.step(actions[t].numpy())
+            rewards.append(torch.from_numpy(reward))
+            running = running & ~(terminated | truncated)
+    returns = discounted_returns(torch.stack(rewards), mask, UpdateSettings.gamma)
+    return Episodes(torch.stack(observations).clone(), actions, returns, mask)
+
+
+def labyrinth_shard(
+    policy: SparseNetPolicy,
+    env: str,
+    env_config: dict,
+    steps: Sequence[int],
+    seed: int,
+    size: int,
+    shard: int,
+) -> Shard:
+    """Play one shard of the sample, with a replicate for each step.
+
+    A replicate has the same mazes and the same actions before the step, then actions of its own.
+    """
+    generator = np.random.default_rng([seed, shard])
+    vector = make_vector(env, size, env_config)
+    seeds = generator.integers(EVALUATION_SEED_OFFSET, size=size).tolist()
+    draws = torch.Generator().manual_seed(int(generator.integers(2**32)))
+    dtype = next(policy.parameters()).dtype
+
+    def noise() -> Tensor:
+        shape = vector.episode_length, size, policy.num_actions
+        return torch.empty(shape, dtype=dtype).exponential_(generator=draws).log_()
+
+    shared = noise()
+    episodes = play(policy, vector, seeds, shared)
+    replicates = {}
+    for t in steps:
+        replicates[t] = play(policy, vector, seeds, torch.cat([shared[:t], noise()[t:]]))
+    return Shard(episodes, replicates)
+
+
 # ---------------------------------------------------------------- from sums to numbers
 
 
@@ -449,6 +757,8 @@ def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tens
         unit_mean[..., 1, 1] - 2 * unit_mean[..., 0, 1] + unit_mean[..., 0, 0],
         n * group.unit_samples,
     )
+    if group.step is not None:  # lambda is learned from all steps together
+        best_unit = torch.full_like(best, math.nan)
     learned = group.mixing_weight.double().expand_as(best)
     alignment = {}
     for kind, name in ((B, "backprop"), (M, "sgprop"), (S, "synthetic")):
@@ -581,11 +891,11 @@ def probe(
     """Measure the estimation error of a policy's gradients on its task.
 
     Args:
-        policy: a `sparse_mlp`.
+        policy: a `sparse_mlp` on the bandit, or a `sparsenet` on a labyrinth.
         env, env_config: its environment, as trained.
         samples: size of the large sample, rounded up to a multiple of `NUM_SHARDS`.
         batch_size: n, of the estimators whose error is reported; `trained_batch` if None.
-        trained_batch: samples that a training loss is the mean of, 64 if None. Predictors learn
+        trained_batch: samples that a training loss is the mean of; None: the published 64, or 20 episodes. Predictors learn
             gradients of that mean, of which a sample's own is so many times as large, and so are
             the predictions that are reported here.
         neurons: of each layer, drawn at random; 0 stands for all.
@@ -598,12 +908,14 @@ def probe(
         TheoryError: another kind of policy, or settings that make no sense.
         DataError: MNIST cannot be had.
     """
-    if not isinstance(policy, SparseMLPPolicy) or env != "mnist_bandit":
+    recurrent = isinstance(policy, SparseNetPolicy) and env.startswith("labyrinth")
+    if not recurrent and not (isinstance(policy, SparseMLPPolicy) and env == "mnist_bandit"):
         raise TheoryError(
-            f"the probe is for sparse_mlp on mnist_bandit; this is {policy.name} on {env}"
+            "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
+            f"this is {policy.name} on {env}"
         )
-    samples = 4800 if samples is None else samples
-    trained_batch = 64 if trained_batch is None else trained_batch
+    samples = samples or (480 if recurrent else 4800)
+    trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
     batch_size = trained_batch if batch_size is None else batch_size
     for name, value, least in (
         ("samples", samples, 2 * NUM_SHARDS),
@@ -616,11 +928,17 @@ def probe(
         if value < least:
             raise TheoryError(f"{name} must be at least {least}, got {value}")
     size = -(-samples // NUM_SHARDS)
-    groups = choose_neurons(policy, neurons, seed)
-    settings = (policy, env_config or {}, groups, trained_batch, seed, size)
-    pieces = [(*settings, shard) for shard in range(NUM_SHARDS)]
+    config = env_config or {}
     with one_thread():
-        finished = in_ray(bandit_shard, pieces, parallel) if parallel > 1 else _in_turn(pieces)
+        if recurrent:
+            groups, finished = _probe_labyrinth(
+                policy, env, config, neurons, trained_batch, seed, size, parallel
+            )
+        else:
+            groups = choose_neurons(policy, neurons, seed)
+            settings = (policy, config, groups, trained_batch, seed, size)
+            pieces = [(*settings, shard) for shard in range(NUM_SHARDS)]
+            finished = _run(bandit_shard, pieces, parallel)
         sums, feedback = [], []
         for of_sums, of_feedback in finished:
             sums.append(of_sums)
@@ -635,13 +953,63 @@ def probe(
         for index, group in enumerate(groups):
             of_layer = [of_shard[index] for of_shard in sums]
             numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
-            explained = explain([of_shard[index] for of_shard in feedback])
+            of_group = [of_shard[index] for of_shard in feedback]
+            explained = None if of_group[0] is None else explain(of_group)
             of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
-            place = {"layer": group.layer}
+            place: dict[str, object] = {"layer": group.layer}
+            if recurrent:
+                place["step"] = "all" if group.step is None else str(group.step)
             for neuron, row in zip(group.neurons.tolist(), of_neurons, strict=True):
                 rows.append({**place, "neuron": neuron, **row})
             layers.append({**place, "neurons": len(group.neurons), **of_all})
     return Report(rows, layers, size * NUM_SHARDS, batch_size, predictors)
+
+
+def _probe_labyrinth(
+    policy: SparseNetPolicy,
+    env: str,
+    env_config: dict,
+    neurons: int,
+    trained_batch: int,
+    seed: int,
+    size: int,
+    parallel: int,
+) -> tuple[list[Group], Iterator[tuple[list[Sums], list[Feedback | None]]]]:
+    """First all episodes are played, whose returns then normalise the loss of each."""
+    length = make_vector(env, 1, env_config).episode_length
+    steps = sorted({int(length * share) for share in STEP_SHARES})
+    pieces = [(policy, env, env_config, steps, seed, size, shard) for shard in range(NUM_SHARDS)]
+    shards = list(_run(labyrinth_shard, pieces, parallel))
+    loss = Loss.of([shard.episodes for shard in shards])
+    groups = choose_recurrent_neurons(policy, neurons, seed, steps, length, loss.steps)
+    work = [(policy, shard, loss, groups, trained_batch) for shard in shards]
+    return groups, _run(labyrinth_sums, work, parallel)
+
+
+def choose_recurrent_neurons(
+    policy: SparseNetPolicy,
+    count: int,
+    seed: int,
+    steps: Sequence[int],
+    length: int,
+    valid_steps: float,
+) -> list[Group]:
+    """Random neurons of those that read the embedding ("input") and of the others ("hidden"):
+    each over all steps, then at each of `steps`."""
+    generator = torch.Generator().manual_seed(seed)
+    rnn = policy.core
+    num_input = rnn.neurons.num_input_neurons
+    schedule = rnn.schedule(length)
+    groups = []
+    for layer, first, last in (("input", 0, num_input), ("hidden", num_input, rnn.num_neurons)):
+        order = first + torch.randperm(last - first, generator=generator)
+        chosen = order[: count or None].sort().values
+        if not len(chosen):
+            continue
+        learned = rnn.neurons.mixing_weight[chosen].clone()
+        groups.append(Group(layer, chosen, learned, None, valid_steps))
+        groups += [Group(layer, chosen, schedule[t, chosen], t) for t in steps]
+    return groups
 
 
 def fresh_policy(policy: Policy, seed: int) -> Policy:
@@ -667,9 +1035,12 @@ def choose_neurons(policy: SparseMLPPolicy, count: int, seed: int) -> list[Group
     return groups
 
 
-def _in_turn(pieces: Sequence[tuple]) -> Iterator[tuple[list[Sums], list[Feedback]]]:
+def _run(function: Callable[..., Any], pieces: Sequence[tuple], parallel: int) -> Iterator[Any]:
+    if parallel > 1:
+        yield from in_ray(function, pieces, parallel)
+        return
     for piece in pieces:
-        yield bandit_shard(*piece)
+        yield function(*piece)
 
 
 def bandit_shard(
@@ -741,31 +1112,34 @@ SGPROP_COLUMNS = (
 
 
 def summarise(
-    numbers: dict[str, Tensor], explained: Explained, test_counts: Tensor, predictors: bool
+    numbers: dict[str, Tensor], explained: Explained | None, test_counts: Tensor, predictors: bool
 ) -> tuple[list[dict[str, object]], dict[str, object]]:
     """Rows of a layer's neurons, and the layer's own: each number with its interval.
 
     Args:
         numbers: [1 + RESAMPLES, J] each; a layer's are means over its neurons.
-        explained: see `explain`.
+        explained: see `explain`; None where it was not measured.
         test_counts: resamples of its shards.
         predictors: whether the policy has any.
     """
     layer = {name: values.mean(1, keepdim=True) for name, values in numbers.items()}
-    sums = [test_counts @ part for part in explained]
+    sums = None if explained is None else [test_counts @ part for part in explained]
     both = []
-    for table, (total, error, predictor_error) in (
-        (numbers, sums),
-        (layer, [part.sum(1, keepdim=True) for part in sums]),
-    ):
+    for table in (numbers, layer):
         for name in ("sgprop", "best", "synthetic"):
             table[f"{name}_to_backprop"] = table[f"mse_{name}"] / table["mse_backprop"]
         for name in ("backprop", "sgprop", "synthetic"):
             along, square = table.pop(f"along_{name}"), table.pop(f"square_{name}")
             # Not known (NaN) where chance makes a squared length negative.
             table[f"alignment_{name}"] = along / (table["target_square"] * square).sqrt()
-        table["explained"] = 1 - error / total
-        table["predictor_explained"] = 1 - predictor_error / total
+        if sums is None:
+            unknown = torch.full_like(table["mse_backprop"], math.nan)
+            table["explained"] = table["predictor_explained"] = unknown
+        else:
+            parts = sums if table is numbers else [part.sum(1, keepdim=True) for part in sums]
+            total, error, predictor_error = parts
+            table["explained"] = 1 - error / total
+            table["predictor_explained"] = 1 - predictor_error / total
         both.append(_rows(table, predictors))
     return both[0], both[1][0]
 
@@ -775,7 +1149,9 @@ def _rows(table: dict[str, Tensor], predictors: bool) -> list[dict[str, object]]
     rows: list[dict[str, object]] = [{} for _ in next(iter(table.values()))[0]]
     for name, values in table.items():
         known = predictors or name not in SGPROP_COLUMNS
-        low, high = np.nanquantile(values[1:].numpy(), [tail, 1 - tail], axis=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # columns without any number
+            low, high = np.nanquantile(values[1:].numpy(), [tail, 1 - tail], axis=0)
         for j, row in enumerate(rows):
             row[name] = float(values[0, j]) if known else math.nan
             if name != "mixing_weight":
