@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgrl.nn import feedforward
+from sgrl.nn import feedforward, recurrent
 from sgrl.nn.mixing import unit
-from sgrl.nn.policies import SparseMLPPolicy, make_policy
+from sgrl.nn.policies import SparseMLPPolicy, SparseNetPolicy, make_policy, predictor_parameters
+from sgrl.reinforce.loss import reinforce_loss
 from sgrl.theory.estimation import (
     error_terms,
     mean,
@@ -15,8 +16,13 @@ from sgrl.theory.estimation import (
     total_variance,
 )
 from sgrl.theory.probe import (
+    Episodes,
     Group,
+    Loss,
+    Shard,
+    Sums,
     bandit_sums,
+    labyrinth_sums,
     moments,
     neuron_numbers,
 )
@@ -174,7 +180,7 @@ def test_bandit_equals_enumeration(residual: bool) -> None:
     )
     n, p, seen = 4, population.probabilities, population.seen
     for layer, (of_layer, group) in enumerate(zip(sums, groups, strict=True)):
-        numbers = {k: v[0] for k, v in neuron_numbers(moments([of_layer]), n, group).items()}
+        numbers = numbers_of(of_layer, n, group)
         w, s, m, b = population.kinds(layer)
         target = mean(b, p)
         terms = {name: error_terms(g, seen, target, p) for name, g in (("m", m), ("b", b))}
@@ -215,3 +221,185 @@ def test_bandit_equals_enumeration(residual: bool) -> None:
             expected_mean = mean(received[of_image], p[of_image] / weight)
             equal(feedback[layer].first[:, image], expected_mean)
         assert feedback[layer].second is feedback[layer].first or torch.equal(*feedback[layer][2:4])
+
+
+LENGTH = 5
+
+
+def numbers_of(sums: Sums, num_samples: int, group: Group) -> dict[str, Tensor]:
+    numbers = neuron_numbers(moments([sums]), num_samples, group)
+    return {name: values[0] for name, values in numbers.items()}
+
+
+def tiny_recurrent(**settings: object) -> SparseNetPolicy:
+    policy = make_policy(
+        "sparsenet",
+        4,
+        3,
+        seed=1,
+        dtype=torch.float64,
+        feature_size=5,
+        embedding_size=3,
+        num_neurons=5,
+        neuron_size=2,
+        num_parents=2,
+        num_slots=2,
+        num_input_neurons=2,
+        actor_slots=2,
+        adaptive=False,
+        backend="eager",
+        **settings,
+    )
+    generator = torch.Generator().manual_seed(2)
+    policy.core.neurons.mixing_weight.copy_(torch.rand(5, generator=generator))
+    for parameter in predictor_parameters(policy):
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(0.02 * values)  # they start as zeros
+    return policy
+
+
+def random_episodes(seed: int, count: int) -> Episodes:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, LENGTH, (count,), generator=generator)
+    mask = torch.arange(LENGTH).unsqueeze(1) < lengths
+    shape = LENGTH, count
+    return Episodes(
+        torch.randn(*shape, 4, dtype=torch.float64, generator=generator),
+        torch.randint(3, shape, generator=generator),
+        torch.where(mask, torch.randn(shape, dtype=torch.float64, generator=generator), 0.0),
+        mask,
+    )
+
+
+class RecurrentOracle:
+    """Parameter gradients of one episode after the other, by the eager network's backward pass."""
+
+    def __init__(self, policy: SparseNetPolicy, loss: Loss) -> None:
+        self.policy, self.loss = policy, loss
+
+    def run(self, episodes: Episodes, e: int) -> tuple[Tensor, recurrent._BackwardRecord]:
+        """The network's parameter gradients [W, D], and what its backward pass recorded."""
+        one = slice(e, e + 1)
+        records = []
+        finish = recurrent._BackwardRecord.finish
+
+        def keep(self: recurrent._BackwardRecord) -> None:
+            records.append(self)
+            finish(self)
+
+        neurons, mask = self.policy.core.neurons, episodes.mask[:, one]
+        parameters = (neurons.weight_h, neurons.weight_x, neurons.bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recurrent._BackwardRecord, "finish", keep)
+            logits = self.policy(episodes.observations[:, one], mask=mask).logits
+            returns = (episodes.returns[:, one] - self.loss.mean) / (self.loss.std + 1e-8)
+            terms = reinforce_loss(
+                logits, episodes.actions[:, one], returns, mask, self.loss.entropy_coeff
+            )
+            # That one divides by this episode's steps, the probe by the mean of the sample's.
+            scale = float(mask.sum()) / self.loss.steps / TRAINED_BATCH
+            gradients = torch.autograd.grad(terms.loss * scale, parameters)
+        return self.flat(gradients) * TRAINED_BATCH, records[0]
+
+    def flat(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        of_h, of_x, of_bias = gradients
+        of_x = torch.nn.functional.pad(of_x, (0, 0, 0, 0, 0, len(of_h) - len(of_x)))
+        joined = torch.cat([of_h, of_x], dim=2)
+        return torch.cat([joined.flatten(1), of_bias.flatten(1)], dim=1)
+
+    def of_feedback(self, record: recurrent._BackwardRecord, t: int, feedback: Tensor) -> Tensor:
+        """Contribution of step t [W, D] from feedback [1, W, N]."""
+        neurons = self.policy.core.neurons
+        output = neurons(record.activations[t].inputs).output
+        parameters = (neurons.weight_h, neurons.weight_x, neurons.bias)
+        return self.flat(torch.autograd.grad(output, parameters, feedback.detach()))
+
+    def kinds(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Gradients of every step [4, T, K, W, D], and of its unit feedback [2, T, K, W, D]."""
+        rows, units = [], []
+        weights = self.policy.core.neurons.mixing_weight
+        for e in range(episodes.mask.shape[1]):
+            mixed, record = self.run(episodes, e)
+            kept = weights.clone()
+            weights.fill_(1)
+            backprop, other = self.run(episodes, e)
+            weights.copy_(kept)
+            steps, of_units = [], []
+            for t in range(LENGTH):
+                substitute = record.substitutes[t]
+                if self.policy.core.mask_predictions and not record.mask[t].all():
+                    substitute = record.gradients[t]
+                feedback = record.gradients[t], substitute, record.mixed[t], other.gradients[t]
+                parts = [self.of_feedback(record, t, TRAINED_BATCH * f) for f in feedback]
+                steps.append(torch.stack(parts))
+                of_units.append(
+                    torch.stack([self.of_feedback(record, t, unit(f)) for f in feedback[:2]])
+                )
+            rows.append(torch.stack(steps, dim=1))
+            units.append(torch.stack(of_units, dim=1))
+            equal(rows[-1][2].sum(0), mixed)
+            equal(rows[-1][3].sum(0), backprop)
+        return torch.stack(rows, dim=2), torch.stack(units, dim=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"positive_projection": True, "mask_predictions": True}], ids=["", "variant"]
+)
+def test_recurrent_equals_autograd(settings: dict) -> None:
+    policy = tiny_recurrent(**settings)
+    episodes, others, count, n = random_episodes(3, 7), random_episodes(4, 7), 7, 3
+    # A replicate of step 2 has seen the same until then.
+    others = Episodes(*(torch.cat([a[:3], b[3:]]) for a, b in zip(episodes, others, strict=True)))
+    loss = Loss.of([episodes])
+    probabilities = torch.rand(count, dtype=torch.float64) + 0.2
+    probabilities /= probabilities.sum()
+    weights = policy.core.neurons.mixing_weight
+    schedule = policy.core.schedule(LENGTH)
+    everyone = torch.arange(5)
+    groups = [
+        Group("all", everyone, weights.clone(), None, loss.steps),
+        Group("all", everyone, schedule[2], 2),
+    ]
+    shard = Shard(episodes, {2: others})
+    sums, feedback = labyrinth_sums(policy, shard, loss, groups, TRAINED_BATCH, probabilities)
+    oracle = RecurrentOracle(policy, loss)
+    steps, units = oracle.kinds(episodes)
+    replicates, _ = oracle.kinds(others)
+    for group, of_group, (w, s, m, b) in zip(
+        groups, sums, (steps.sum(1), steps[:, 2]), strict=True
+    ):
+        numbers = numbers_of(of_group, n, group)
+        target = mean(b, probabilities)
+        best = optimal_mixing_weight(w, s, target, n, probabilities)
+        equal(numbers["best_mixing_weight"], best)
+        for name, gradients in (("backprop", b), ("sgprop", m), ("synthetic", s)):
+            bias = (mean(gradients, probabilities) - target).square().sum(1)
+            error = total_variance(gradients, probabilities) / n + bias
+            equal(numbers[f"mse_{name}"], error)
+        equal(numbers["mse_best"], mixing_error(best, w, s, target, n, probabilities))
+        equal(numbers["mixing_weight"], group.mixing_weight)
+
+    # Each valid step is a sample of its own in the estimate of lambda, as likely as its episode.
+    of_steps = (episodes.mask * probabilities)[episodes.mask] / loss.steps
+    assert loss.steps == pytest.approx(float(episodes.mask.sum()) / count)
+    unit_w, unit_s = (kind[episodes.mask] for kind in units)
+    total = numbers_of(sums[0], n, groups[0])
+    mean_w, mean_s = (torch.einsum("s,swd->wd", of_steps, kind) for kind in (unit_w, unit_s))
+    unit_u, mean_u = unit_s - unit_w, mean_s - mean_w
+
+    def covariance(a: Tensor, b: Tensor, mean_a: Tensor, mean_b: Tensor) -> Tensor:
+        return torch.einsum("s,swd,swd->w", of_steps, a, b) - (mean_a * mean_b).sum(1)
+
+    samples = n * loss.steps
+    slope = covariance(unit_w, unit_u, mean_w, mean_u) / samples
+    spread = covariance(unit_u, unit_u, mean_u, mean_u) / samples + mean_u.square().sum(1)
+    equal(total["best_unit_mixing_weight"], (1 + slope / spread).clamp(0, 1))
+
+    at_step = numbers_of(sums[1], n, groups[1])
+    for name, kind in (("sgprop", 2), ("backprop", 3)):
+        difference = steps[kind, 2] - replicates[kind, 2]
+        ecv = mean(difference.square().sum(2), probabilities) / 2
+        equal(at_step[f"ecv_{name}"], ecv)
+        assert total[f"ecv_{name}"].isnan().all()
+    assert at_step["best_unit_mixing_weight"].isnan().all()
+    assert feedback[1] is None

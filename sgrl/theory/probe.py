@@ -396,7 +396,8 @@ class Loss(NamedTuple):
 class Unrolled(NamedTuple):
     """Feedback of every neuron at every step [T, W, K, N], and what it computed."""
 
-    activations: list[Activation]  # [K, W, ...], one a step
+    kept: Tensor  # the neurons whose inputs were kept, sorted
+    activations: list[Activation]  # [K, W, ...], one a step; inputs of those neurons only
     received: Tensor
     synthetic: Tensor
     mixed: Tensor
@@ -404,24 +405,45 @@ class Unrolled(NamedTuple):
 
     def seen(self, steps: Sequence[int], chosen: Tensor, scale: float) -> Seen:
         """Of the chosen neurons, K samples of each step after the other: [J, T * K, ...]."""
+        of_inputs = torch.searchsorted(self.kept, chosen)
         parts = zip(*(self.activations[t] for t in steps), strict=True)
-        joined = Activation(*(torch.cat([v[:, chosen] for v in part]) for part in parts))
-        return Seen.of(joined, scale)
+        places = (of_inputs, chosen, chosen, chosen)
+        joined = [
+            torch.cat([value[:, place] for value in part])
+            for part, place in zip(parts, places, strict=True)
+        ]
+        return Seen.of(Activation(*joined), scale)
+
+    def of_episodes(self, part: slice) -> Unrolled:
+        """The same of some of the episodes."""
+        return Unrolled(
+            self.kept,
+            [Activation(*(value[part] for value in a)) for a in self.activations],
+            *(value[:, :, part] for value in self[2:]),
+        )
 
 
 @torch.no_grad()
-def unroll(policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batch: int) -> Unrolled:
-    """Forward and both backward passes, with and without mixing, over K episodes."""
+def unroll(
+    policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batch: int, kept: Tensor
+) -> Unrolled:
+    """Forward and both backward passes, with and without mixing, over K episodes.
+
+    `kept` are the neurons whose inputs are kept; all those of all steps would fill the memory.
+    """
     rnn, neurons = policy.core, policy.core.neurons
     num_neurons, size = neurons.num_neurons, neurons.neuron_size
     embeddings = policy.encoder(episodes.observations)
     length, count = episodes.mask.shape
     h = rnn.initial_state(count).view(count, num_neurons, size)
-    activations = []
+    activations, predictions = [], []
     for x in embeddings.unbind():
         activation = neurons(neurons.read(h, rnn.parents, x))
         h = activation.output
-        activations.append(activation)
+        predictions.append(torch.zeros_like(h))
+        if neurons.has_predictor:
+            predictions[-1] = trained_batch * neurons.predict(activation)
+        activations.append(activation._replace(inputs=activation.inputs[:, kept]))
     states = torch.stack([activation.output for activation in activations])
     by_states = loss.by_states(policy, states.flatten(2), episodes).unflatten(
         2, (num_neurons, size)
@@ -432,11 +454,9 @@ def unroll(policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batc
     carried = by_states.new_zeros(num_neurons, count, 2, size)
     for t in range(length - 1, -1, -1):
         g, b = (by_states[t].unsqueeze(2) + carried).unbind(2)
-        s = torch.zeros_like(g)
-        if neurons.has_predictor:
-            s = trained_batch * neurons.predict(activations[t]).transpose(0, 1)
-            if rnn.rule.positive_projection:
-                s = positive_projection(g, s)
+        s = predictions[t].transpose(0, 1)
+        if neurons.has_predictor and rnn.rule.positive_projection:
+            s = positive_projection(g, s)
         if rnn.mask_predictions:
             s = torch.where(episodes.mask[t].view(1, -1, 1), s, g)
         received[t], synthetic[t], backprop[t] = g, s, b
@@ -444,7 +464,7 @@ def unroll(policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batc
         seen = Seen.of(activations[t], neurons.scale)
         read = backward_to_inputs(neurons, seen, torch.stack([mixed[t], b], dim=2))
         carried = scatter(read, rnn.parents, size)
-    return Unrolled(activations, received, synthetic, mixed, backprop)
+    return Unrolled(kept, activations, received, synthetic, mixed, backprop)
 
 
 class Shard(NamedTuple):
@@ -514,8 +534,16 @@ def _labyrinth_chunk(
     trained_batch: int,
 ) -> tuple[list[Sums], list[Feedback | None]]:
     scale, schedule = policy.core.neurons.scale, policy.core.schedule(len(shard.episodes.mask))
-    first = unroll(policy, shard.episodes, loss, trained_batch)
-    second = {t: unroll(policy, e, loss, trained_batch) for t, e in shard.replicates.items()}
+    kept = torch.cat([group.neurons for group in groups]).unique()
+    # All at once: it takes hardly longer.
+    everything = (shard.episodes, *shard.replicates.values())
+    joined = Episodes(*(torch.cat(part, dim=1) for part in zip(*everything, strict=True)))
+    unrolled = unroll(policy, joined, loss, trained_batch, kept)
+    first, *others = (
+        unrolled.of_episodes(slice(start, start + len(weights)))
+        for start in range(0, joined.mask.shape[1], len(weights))
+    )
+    second = dict(zip(shard.replicates, others, strict=True))
     one = weights.new_ones(len(weights), 1)
     sums: list[Sums] = []
     feedback: list[Feedback | None] = []
@@ -895,9 +923,9 @@ def probe(
         env, env_config: its environment, as trained.
         samples: size of the large sample, rounded up to a multiple of `NUM_SHARDS`.
         batch_size: n, of the estimators whose error is reported; `trained_batch` if None.
-        trained_batch: samples that a training loss is the mean of; None: the published 64, or 20 episodes. Predictors learn
-            gradients of that mean, of which a sample's own is so many times as large, and so are
-            the predictions that are reported here.
+        trained_batch: samples that a training loss is the mean of; None: the published 64 images,
+            or 20 episodes. Predictors learn gradients of that mean, of which a sample's own is so
+            many times as large, and so are the predictions that are reported here.
         neurons: of each layer, drawn at random; 0 stands for all.
         seed: of everything random.
         parallel: with 2 or more, shards are spread over so many Ray tasks at a time; the rows are
