@@ -177,13 +177,15 @@ def probe(
     from rich.progress import Progress
 
     from sgrl.envs.mnist import DataError
-    from sgrl.theory.probe import NUM_SHARDS, fresh_policy
+    from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
     from sgrl.theory.tasks import TheoryError
     from sgrl.tuning.checkpoints import CheckpointError, open_policy
 
     with _one_line_errors(CheckpointError, DataError, TheoryError):
         policy, environment = open_policy(checkpoint)
+        env, env_config = environment["env"], environment["env_config"]
+        check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -193,8 +195,8 @@ def probe(
             task = progress.add_task("probing", total=NUM_SHARDS)
             report = probe_policy(
                 fresh_policy(policy, seed) if fresh else policy,
-                environment["env"],
-                environment["env_config"],
+                env,
+                env_config,
                 samples=samples,
                 batch_size=batch_size,
                 trained_batch=trained_batch,

@@ -1,13 +1,31 @@
 """The probe: equal to enumeration and autograd on tiny networks, and what the command says."""
 
+import functools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from click.testing import Result
 from torch import Tensor
+from typer.testing import CliRunner
 
+from sgrl.analysis.report import write_probe
+from sgrl.cli import app
+from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent
 from sgrl.nn.mixing import unit
-from sgrl.nn.policies import SparseMLPPolicy, SparseNetPolicy, make_policy, predictor_parameters
-from sgrl.reinforce.loss import reinforce_loss
+from sgrl.nn.policies import (
+    SparseMLPPolicy,
+    SparseNetPolicy,
+    make_policy,
+    predictor_parameters,
+    save_policy,
+)
+from sgrl.reinforce import Rollout, UpdateSettings, discounted_returns, reinforce_loss, train
 from sgrl.theory.estimation import (
     error_terms,
     mean,
@@ -16,16 +34,26 @@ from sgrl.theory.estimation import (
     total_variance,
 )
 from sgrl.theory.probe import (
+    SGPROP_COLUMNS,
     Episodes,
+    Feedback,
     Group,
     Loss,
     Shard,
     Sums,
     bandit_sums,
+    explain,
+    labyrinth_shard,
     labyrinth_sums,
     moments,
     neuron_numbers,
+    play,
+    probe,
+    resampled_counts,
 )
+from sgrl.tuning.checkpoints import open_policy
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
 
 TRAINED_BATCH = 3
 P_FLIP = 0.3
@@ -403,3 +431,271 @@ def test_recurrent_equals_autograd(settings: dict) -> None:
         assert total[f"ecv_{name}"].isnan().all()
     assert at_step["best_unit_mixing_weight"].isnan().all()
     assert feedback[1] is None
+
+
+def test_play_is_a_rollout() -> None:
+    env = make_vector("labyrinth_escape", 3, {"episode_length": 12})
+    policy = make_policy("sparsenet", env.observation_size, env.num_actions, num_neurons=16)
+    rollout = Rollout(env, policy, seed=5)
+    kept = rollout.generator.get_state()
+    batch = rollout.collect()
+    noise = torch.empty(12, 3, 4)
+    noise.exponential_(generator=torch.Generator().set_state(kept)).log_()
+    episodes = play(policy, env, [5, 6, 7], noise)
+    steps = int(batch.lengths.max())
+    assert torch.equal(episodes.mask, batch.mask)
+    assert torch.equal(episodes.actions[:steps], batch.actions[:steps])
+    assert torch.equal(episodes.observations[:steps], batch.observations[:steps])
+    assert torch.equal(episodes.returns, discounted_returns(batch.rewards, batch.mask, 0.95))
+    for t in range(steps, 12):  # the last observation goes on, whatever others do
+        assert torch.equal(episodes.observations[t], episodes.observations[steps])
+
+
+def test_replicates_share_the_past() -> None:
+    env = "labyrinth_explore"
+    policy = make_policy("sparsenet", 56, 4, num_neurons=16)
+    settings = policy, env, {"episode_length": 12}, [0, 4], 3, 20
+    episodes, replicates = labyrinth_shard(*settings, 1)
+    again = labyrinth_shard(*settings, 1)
+    assert all(torch.equal(a, b) for a, b in zip(episodes, again.episodes, strict=True))
+    other = labyrinth_shard(*settings, 2).episodes
+    assert not torch.equal(other.observations[0], episodes.observations[0])
+    for t, replicate in replicates.items():
+        same = replicate.observations == episodes.observations
+        assert same[: t + 1].all()
+        assert not same[t + 1 :].all()
+        assert torch.equal(replicate.actions[:t], episodes.actions[:t])
+        assert not torch.equal(replicate.actions[t], episodes.actions[t])
+
+
+def test_sampled_moments_are_unbiased_and_inside_their_intervals() -> None:
+    policy = tiny_bandit()
+    population, groups = Population(policy), all_neurons(policy)
+    arguments = population.images, population.right, P_FLIP, groups, TRAINED_BATCH
+    exact, _ = bandit_sums(policy, *arguments, population.weights)
+    # Sums are linear in the weights: those of single images give those of any sample.
+    alone = [
+        bandit_sums(policy, *arguments, row)[0][1] for row in torch.eye(5, dtype=torch.float64)
+    ]
+    group, n, repeats = groups[1], 4, 40
+    truth = numbers_of(exact[1], n, group)
+    names = "mse_backprop", "mse_sgprop", "bias_square_sgprop", "best_mixing_weight", "mse_best"
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    inside = []
+    generator = np.random.default_rng(0)
+    for _ in range(repeats):
+        drawn = generator.multinomial(50, population.weights.numpy(), size=24)
+        shards = [
+            Sums(*(sum(c * part for c, part in zip(row, parts, strict=True))
+                   for parts in zip(*alone, strict=True)))
+            for row in drawn.tolist()
+        ]  # fmt: skip
+        counts = resampled_counts(24, generator)
+        numbers = neuron_numbers(moments(shards, counts), n, group)
+        for name in names:
+            estimate, resamples = numbers[name][0], numbers[name][1:]
+            low, high = resamples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+            inside.append((low <= truth[name]) & (truth[name] <= high))
+            found[name].append(estimate)
+    assert 0.85 <= torch.stack(inside).double().mean() <= 0.99
+    for name in names[:3]:
+        estimates = torch.stack(found[name])
+        error = estimates.std(0) / repeats**0.5
+        assert ((estimates.mean(0) - truth[name]).abs() < 4 * error).all()
+
+
+def test_explained_share() -> None:
+    """Of a gradient that is half a function of the inputs and half of something else, with noise
+    that is larger than both."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shard(count: int = 400) -> Feedback:
+        x = torch.randn(2, count, 3, generator=generator)
+        attention = torch.randn(2, count, 2, generator=generator).softmax(2)
+        seen = (attention[:, :, :1] * x)[:, :, :2]
+        unseen = torch.randn(2, count, 2, generator=generator)
+        unseen *= seen.std() * torch.tensor([0.0, 1.0]).view(2, 1, 1)
+        noise = 2 * seen.std() * torch.randn(2, 2, count, 2, generator=generator)
+        return Feedback(x, attention, *(seen + unseen + noise), seen + 0.5 * unseen)
+
+    total, error, predictor_error = explain([shard() for _ in range(24)])
+    assert total.shape == (12, 2)
+    shares = 1 - error.sum(0) / total.sum(0)
+    assert shares.tolist() == pytest.approx([1, 0.5], abs=0.1)
+    # The "prediction" has half of what the inputs do not tell: 1 - (1/2)^2 / 2 is explained.
+    by_predictor = 1 - predictor_error.sum(0) / total.sum(0)
+    assert by_predictor.tolist() == pytest.approx([1, 0.875], abs=0.1)
+
+
+SMALL_BANDIT = {"num_layers": 2, "num_neurons": 6, "neuron_size": 3, "num_parents": 3}
+SMALL_MAZE = {"num_neurons": 20, "num_input_neurons": 4, "embedding_size": 6, "feature_size": 8}
+
+
+def save(
+    folder: Path, name: str, env: str, sizes: tuple[int, int], env_config: dict, **settings: object
+) -> Path:
+    folder.mkdir()
+    policy = make_policy(name, *sizes, **settings)
+    save_policy(policy, folder, environment={"env": env, "env_config": env_config})
+    return folder
+
+
+@pytest.fixture
+def bandit(tmp_path: Path) -> Path:
+    settings = {**SMALL_BANDIT, "num_slots": 2}
+    return save(tmp_path / "bandit", "sparse_mlp", "mnist_bandit", (784, 9), {}, **settings)
+
+
+@pytest.fixture
+def maze(tmp_path: Path) -> Path:
+    config = {"episode_length": 12}
+    return save(tmp_path / "maze", "sparsenet", "labyrinth_escape", (56, 4), config, **SMALL_MAZE)
+
+
+def test_parallel_is_equal(bandit: Path, maze: Path, ray_session: None) -> None:
+    for folder in (bandit, maze):
+        policy, environment = open_policy(folder)
+        done: list[int] = []
+        arguments = policy, environment["env"], environment["env_config"]
+        settings = {"samples": 50, "neurons": 2, "advance": functools.partial(done.append, 1)}
+        serial, spread = (probe(*arguments, **settings, parallel=count) for count in (1, 2))
+        assert repr(serial) == repr(spread)
+        assert serial.samples == 72  # 24 shards of 3
+        assert len(done) == 48
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["probe", *map(str, arguments)])
+
+
+def test_command_on_a_bandit(bandit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    arguments = "--samples", 48, "--neurons", 3, "--batch-size", 10, "--out", out
+    result = run(bandit, *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "from n = 10 samples against g*, the mean of 48" in result.stdout
+    assert (out / "probe.png").read_bytes().startswith(b"\x89PNG")
+    neurons, layers = (pd.read_csv(out / f"{name}.csv") for name in ("neurons", "layers"))
+    assert neurons.groupby("layer").size().tolist() == [3, 3] == layers["neurons"].tolist()
+    mean = neurons.groupby("layer").mean()
+    for name in ("mse_backprop", "mse_sgprop", "best_mixing_weight", "distance"):
+        assert layers[name].tolist() == pytest.approx(mean[name].tolist())
+        assert (layers[f"{name}_ci_low"] <= layers[f"{name}_ci_high"]).all()
+    ratio = layers["mse_best"] / layers["mse_backprop"]
+    assert layers["best_to_backprop"].tolist() == pytest.approx(ratio.tolist())
+    variance = neurons["ecv_backprop"] + neurons["vcm_backprop"]
+    assert (variance / 10).tolist() == pytest.approx(neurons["mse_backprop"].tolist())  # Lemma 1
+    for column in layers.columns:
+        name = re.sub("_ci_(low|high)$", "", column)
+        assert f"`{name}`" in DOCUMENT, name
+
+    table = result.stdout
+    run(bandit, *arguments)
+    assert run(bandit, *arguments).stdout == table
+    assert run(bandit, *arguments, "--seed", 1).stdout != table
+    assert run(bandit, *arguments, "--fresh", "--seed", 1).stdout != table
+
+
+def test_command_on_a_maze(maze: Path, tmp_path: Path) -> None:
+    result = run(maze, "--samples", 48, "--neurons", 3, "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "hidden, step 6" in result.stdout
+    layers = pd.read_csv(tmp_path / "layers.csv")
+    steps = ["all", "0", "1", "3", "6"]
+    assert layers["layer"].tolist() == ["input"] * 5 + ["hidden"] * 5
+    assert layers["step"].tolist() == steps * 2
+    assert len(pd.read_csv(tmp_path / "neurons.csv")) == 30
+    over_time = layers[layers["step"] == "all"]
+    assert over_time["ecv_backprop"].isna().all()
+    assert over_time["best_unit_mixing_weight"].notna().all()
+
+
+def test_backprop(tmp_path: Path) -> None:
+    """Backprop's own numbers, and no others."""
+    settings = {**SMALL_BANDIT, "num_slots": 2}
+    for propagation in ("sgprop", "backprop"):
+        settings["propagation"] = propagation
+        folder = tmp_path / propagation
+        save(folder, "sparse_mlp", "mnist_bandit", (784, 9), {}, **settings)
+        result = run(folder, "--samples", 48, "--neurons", 0, "--out", folder)
+        assert (result.exit_code, result.stderr) == (0, "")
+    assert "under backprop: there are no predictions" in result.stdout
+    assert "lambda" not in result.stdout
+    sgprop, backprop = (pd.read_csv(tmp_path / p / "neurons.csv") for p in ("sgprop", "backprop"))
+    for name in ("mse_backprop", "ecv_backprop", "explained"):
+        assert backprop[name].tolist() == pytest.approx(sgprop[name].tolist())
+    for name in SGPROP_COLUMNS:
+        assert backprop[name].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch-size 0", "batch size must be at least 1, got 0"),
+        ("--trained-batch 0", "trained batch must be at least 1, got 0"),
+        ("--samples 47", "samples must be at least 48, got 47"),
+        ("--samples 0", "samples must be at least 48, got 0"),
+        ("--neurons -1", "neurons must be at least 0, got -1"),
+        ("--seed -1", "seed must be at least 0, got -1"),
+        ("--parallel 0", "parallel must be at least 1, got 0"),
+        ("--out bandit/policy.json", "bandit/policy.json: File exists"),
+    ],
+)
+def test_bad_settings(
+    arguments: str, message: str, bandit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bandit.parent)
+    result = run("bandit", *arguments.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"sgrl: {message}\n"
+    assert [path.name for path in bandit.parent.iterdir()] == ["bandit"]
+
+
+def test_bad_checkpoints(bandit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "gru", "gru", "labyrinth_escape", (56, 4), {}, hidden_size=8)
+    save(tmp_path / "dense", "dense", "mnist_bandit", (784, 9), {}, hidden_size=8)
+    (tmp_path / "empty").mkdir()
+    manifest = {"format": 1, "iteration": 3, "files": {"policy.json": {"size": 1, "sha256": "0"}}}
+    (bandit / "manifest.json").write_text(json.dumps(manifest))
+    for folder, message in (
+        ("gru", "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
+         "this is gru on labyrinth_escape"),
+        ("dense", "this is dense on mnist_bandit"),
+        ("empty", "empty is no checkpoint: give a folder such as"),
+        ("nowhere", "nowhere is no checkpoint"),
+        ("bandit", "bandit is damaged"),
+    ):  # fmt: skip
+        result = run(folder)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_numbers_are_stable_when_the_sample_is_doubled(tmp_path: Path) -> None:
+    """The published network after 400 updates: minutes on one core."""
+    env = make_vector("mnist_bandit", 64, {})
+    policy = make_policy("sparse_mlp", env.observation_size, env.num_actions)
+    settings = UpdateSettings(
+        entropy_coeff=0, grad_clip=None, normalize_returns=False, two_phase=True
+    )
+    for _ in train(policy, env, 400, lr=5e-3, predictor_lr=5e-3, settings=settings):
+        pass
+    frames = []
+    for samples in (2400, 4800):
+        report = probe(policy, "mnist_bandit", samples=samples)
+        write_probe(report, tmp_path)
+        frames.append(pd.DataFrame(report.layers))
+    some, twice = frames
+    same = []
+    for column in some.columns:
+        if f"{column}_ci_low" not in some or "explained" in column:
+            continue  # the regression knows more from more samples
+        same += (
+            (some[f"{column}_ci_low"] <= twice[f"{column}_ci_high"])
+            & (twice[f"{column}_ci_low"] <= some[f"{column}_ci_high"])
+        ).tolist()
+    assert np.mean(same) > 0.95
+    for column in ("mse_backprop", "mse_sgprop", "mse_best", "mse_synthetic"):
+        assert some[column].tolist() == pytest.approx(twice[column].tolist(), rel=0.1)

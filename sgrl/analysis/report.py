@@ -140,26 +140,27 @@ def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
     return table
 
 
-#: Columns of the probe's table, and what stands above them.
-PROBE_COLUMNS = {
-    "mse_backprop": "MSE backprop",
-    "sgprop_to_backprop": "sgprop",
-    "best_to_backprop": "best",
-    "synthetic_to_backprop": "lambda = 0",
-    "alignment_backprop": "cosine backprop",
-    "alignment_sgprop": "sgprop",
-    "mixing_weight": "lambda",
-    "best_mixing_weight": "best",
-    "best_unit_mixing_weight": "best, unit",
-    "distance": "distance",
-    "explained": "explained",
-    "predictor_explained": "by predictor",
+#: Columns of the probe that its table shows, by what they are called there.
+PROBE_ROWS = {
+    "MSE of backprop": "mse_backprop",
+    "  ECV share of variance": "ecv_share_backprop",
+    "MSE / backprop's: sgprop": "sgprop_to_backprop",
+    "  at the best lambda": "best_to_backprop",
+    "  at lambda = 0": "synthetic_to_backprop",
+    "cosine to g*: backprop": "alignment_backprop",
+    "  sgprop": "alignment_sgprop",
+    "lambda": "mixing_weight",
+    "  best": "best_mixing_weight",
+    "  best, unit gradients": "best_unit_mixing_weight",
+    "  distance to the latter": "distance",
+    "explained by the inputs": "explained",
+    "  by the predictor": "predictor_explained",
 }
 
 
 def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
-    """Print the probe's table, a row a layer, and write `neurons.csv`, `layers.csv` and `probe.png`
-    into a folder that exists.
+    """Print the probe's table, a column a layer, and write `neurons.csv`, `layers.csv` and
+    `probe.png` into a folder that exists.
 
     Returns the frame that `layers.csv` holds.
     """
@@ -170,13 +171,13 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
     layers.to_csv(paths[1], index=False)
     probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
     console.print(
-        f"Mean squared error of a gradient from {report.batch_size} samples, against the mean of "
-        f"{report.samples}: mean over neurons, then as a share of backprop's",
+        f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
+        "means over neurons, and 95% intervals",
         soft_wrap=True,
         highlight=False,
     )
-    # Where the terminal is narrower than the table it wraps the lines; nothing is cut.
-    wide = Console(width=max(console.width, 200), file=console.file)
+    # A terminal that is narrower than the table wraps its lines; nothing is cut.
+    wide = Console(width=max(console.width, 28 + 21 * len(layers)), file=console.file)
     wide.print(probe_table(layers), crop=False)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
@@ -186,20 +187,19 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
 
 
 def probe_table(layers: pd.DataFrame) -> Table:
-    """The layers' numbers for a terminal, 95% intervals below them."""
+    """The layers' numbers for a terminal, each with its interval below it."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    steps = ["step"] if "step" in layers else []
-    for name in ["layer", *steps]:
-        table.add_column(name, no_wrap=True)
-    shown = {n: title for n, title in PROBE_COLUMNS.items() if layers[n].notna().any()}
-    for title in shown.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("layer", no_wrap=True)
     for row in layers.to_dict("records"):
-        cells, intervals = [], []
-        for name in shown:
-            cells.append(f"{row[name]:.3g}")
-            low, high = row.get(f"{name}_ci_low"), row.get(f"{name}_ci_high")
-            intervals.append("" if low is None else f"{low:.3g} to {high:.3g}")
-        table.add_row(*(str(row[name]) for name in ["layer", *steps]), *cells)
-        table.add_row("", *("" for _ in steps), *intervals, style="dim")
+        step = row.get("step", "")
+        at = {"": "", "all": ", all steps"}.get(step, f", step {step}")
+        table.add_column(f"{row['layer']}{at}", justify="right", no_wrap=True)
+    for title, name in PROBE_ROWS.items():
+        if layers[name].isna().all():
+            continue
+        table.add_row(title, *("" if pd.isna(value) else f"{value:.3g}" for value in layers[name]))
+        if f"{name}_ci_low" in layers:
+            intervals = zip(layers[f"{name}_ci_low"], layers[f"{name}_ci_high"], strict=True)
+            shown = ("" if pd.isna(low) else f"{low:.2g} to {high:.2g}" for low, high in intervals)
+            table.add_row("", *shown, style="dim")
     return table

@@ -78,8 +78,9 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, activation: Activation, scale: float, chosen: Tensor | None = None) -> Seen:
         """From a layer's activation [K, W, ...], of all its neurons or the chosen [J]."""
-        parts = (value if chosen is None else value[:, chosen] for value in activation)
-        return cls(*(part.transpose(0, 1).contiguous() for part in parts), scale)
+        chosen_ones = (value if chosen is None else value[:, chosen] for value in activation)
+        inputs, attention, slots, output = (v.transpose(0, 1).contiguous() for v in chosen_ones)
+        return cls(inputs, attention, slots, output, scale)
 
     def slopes(self) -> Tensor:
         """Derivative of the output by the slots' pre-activations, a (1 - y^2) [J, K, M, N]."""
@@ -236,9 +237,10 @@ def bandit_sums(
     neuron sees: where different images look the same to it, the ECV is larger than that.
     """
     weights = images.new_ones(len(images)) if weights is None else weights
+    chunks = zip(*(t.split(CHUNK_IMAGES) for t in (images, right, weights)), strict=True)
     parts = [
-        _bandit_chunk(policy, *chunk, p_flip, groups, trained_batch)
-        for chunk in zip(*(t.split(CHUNK_IMAGES) for t in (images, right, weights)), strict=True)
+        _bandit_chunk(policy, some, their_right, their_weights, p_flip, groups, trained_batch)
+        for some, their_right, their_weights in chunks
     ]
     sums, feedback = zip(*parts, strict=True)
     return (
@@ -559,11 +561,12 @@ def _labyrinth_chunk(
         ]
         seen = first.seen([t], chosen, scale)
         share = schedule[t, chosen].view(-1, 1, 1, 1)
-        at_step = _sums(seen, *kinds[0], share, one, weights)
+        how = {"mixing_weight": share, "probabilities": one, "weights": weights}
+        at_step = _sums(seen, *kinds[0], **how)
         noise = torch.full_like(at_step.noise, math.nan)
         if t in second:
             difference = [a - b for a, b in zip(*kinds, strict=True)]
-            noise = _sums(seen, *difference, share, one, weights).products / 2
+            noise = _sums(seen, *difference, **how).products / 2
         sums.append(at_step._replace(noise=noise))
         feedback.append(None)
     return sums, feedback
@@ -903,6 +906,43 @@ class Report(NamedTuple):
     predictors: bool  # False: a policy under backprop, which nothing can be mixed in from
 
 
+def check_settings(
+    policy: Policy,
+    env: str,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    trained_batch: int | None = None,
+    neurons: int = 20,
+    seed: int = 0,
+    parallel: int = 1,
+) -> tuple[int, int, int]:
+    """Check what `probe` takes; returns samples, batch_size and trained_batch, filled in.
+
+    Raises:
+        TheoryError: another kind of policy, or settings that make no sense.
+    """
+    recurrent = isinstance(policy, SparseNetPolicy) and env.startswith("labyrinth")
+    if not recurrent and not (isinstance(policy, SparseMLPPolicy) and env == "mnist_bandit"):
+        raise TheoryError(
+            "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
+            f"this is {policy.name} on {env}"
+        )
+    samples = (480 if recurrent else 4800) if samples is None else samples
+    trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
+    batch_size = trained_batch if batch_size is None else batch_size
+    for name, value, least in (
+        ("samples", samples, 2 * NUM_SHARDS),
+        ("batch size", batch_size, 1),
+        ("trained batch", trained_batch, 1),
+        ("neurons", neurons, 0),
+        ("seed", seed, 0),
+        ("parallel", parallel, 1),
+    ):
+        if value < least:
+            raise TheoryError(f"{name} must be at least {least}, got {value}")
+    return samples, batch_size, trained_batch
+
+
 def probe(
     policy: Policy,
     env: str,
@@ -936,25 +976,11 @@ def probe(
         TheoryError: another kind of policy, or settings that make no sense.
         DataError: MNIST cannot be had.
     """
-    recurrent = isinstance(policy, SparseNetPolicy) and env.startswith("labyrinth")
-    if not recurrent and not (isinstance(policy, SparseMLPPolicy) and env == "mnist_bandit"):
-        raise TheoryError(
-            "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
-            f"this is {policy.name} on {env}"
-        )
-    samples = samples or (480 if recurrent else 4800)
-    trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
-    batch_size = trained_batch if batch_size is None else batch_size
-    for name, value, least in (
-        ("samples", samples, 2 * NUM_SHARDS),
-        ("batch size", batch_size, 1),
-        ("trained batch", trained_batch, 1),
-        ("neurons", neurons, 0),
-        ("seed", seed, 0),
-        ("parallel", parallel, 1),
-    ):
-        if value < least:
-            raise TheoryError(f"{name} must be at least {least}, got {value}")
+    settings = check_settings(
+        policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
+    )
+    samples, batch_size, trained_batch = settings
+    recurrent = isinstance(policy, SparseNetPolicy)
     size = -(-samples // NUM_SHARDS)
     config = env_config or {}
     with one_thread():
@@ -964,8 +990,8 @@ def probe(
             )
         else:
             groups = choose_neurons(policy, neurons, seed)
-            settings = (policy, config, groups, trained_batch, seed, size)
-            pieces = [(*settings, shard) for shard in range(NUM_SHARDS)]
+            same = (policy, config, groups, trained_batch, seed, size)
+            pieces = [(*same, shard) for shard in range(NUM_SHARDS)]
             finished = _run(bandit_shard, pieces, parallel)
         sums, feedback = [], []
         for of_sums, of_feedback in finished:
@@ -982,7 +1008,11 @@ def probe(
             of_layer = [of_shard[index] for of_shard in sums]
             numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
             of_group = [of_shard[index] for of_shard in feedback]
-            explained = None if of_group[0] is None else explain(of_group)
+            explained = (
+                None
+                if of_group[0] is None
+                else explain([part for part in of_group if part is not None])
+            )
             of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
             place: dict[str, object] = {"layer": group.layer}
             if recurrent:
@@ -1124,6 +1154,7 @@ SGPROP_COLUMNS = (
     "mse_synthetic",
     "ecv_sgprop",
     "vcm_sgprop",
+    "ecv_share_sgprop",
     "bias_square_sgprop",
     "bias_square_synthetic",
     "mixing_weight",
@@ -1156,6 +1187,9 @@ def summarise(
     for table in (numbers, layer):
         for name in ("sgprop", "best", "synthetic"):
             table[f"{name}_to_backprop"] = table[f"mse_{name}"] / table["mse_backprop"]
+        for name in ("backprop", "sgprop"):
+            ecv = table[f"ecv_{name}"]
+            table[f"ecv_share_{name}"] = ecv / (ecv + table[f"vcm_{name}"])
         for name in ("backprop", "sgprop", "synthetic"):
             along, square = table.pop(f"along_{name}"), table.pop(f"square_{name}")
             # Not known (NaN) where chance makes a squared length negative.
