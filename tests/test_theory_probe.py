@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,7 @@ from sgrl.theory.probe import (
     probe,
     resampled_counts,
 )
-from sgrl.tuning.checkpoints import open_policy
+from sgrl.tuning.checkpoints import open_policy, write_checkpoint
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
 
@@ -670,6 +672,29 @@ def test_bad_checkpoints(bandit: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert (result.exit_code, result.stdout) == (2, "")
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_documents_commands(
+    bandit: Path, maze: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    """Those of docs/theory.md, on smaller policies and samples."""
+    commands = re.findall(r"^\.venv/bin/sgrl (probe .*)$", DOCUMENT, flags=re.MULTILINE)
+    monkeypatch.chdir(bandit.parent)
+    for command, policy in zip(commands, (bandit, maze), strict=True):
+        arguments = shlex.split(command.replace("--samples 2400", "--samples 48"))
+        folder = Path(arguments[1])
+        names = [path.name for path in policy.iterdir()]
+        write_checkpoint(
+            folder.parent,
+            int(folder.name),
+            lambda to, names=names, policy=policy: [shutil.copy(policy / n, to) for n in names],
+            keep=1,
+        )
+        small = [] if "--samples" in arguments else ["--samples", "48"]
+        result = run(*arguments[1:], *small)
+        assert (result.exit_code, result.stderr) == (0, "")
+    for name in ("probe", "probe_maze"):
+        assert (bandit.parent / "results" / name / "probe.png").is_file()
 
 
 @pytest.mark.slow

@@ -239,7 +239,7 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
     errors.set_ylabel("mean squared error")
     points(shares, "explained", "a regression on the inputs", 0, 1, "o")
     shares.axhline(0, color="0.5", lw=0.8)
-    shares.set_ylim(min(-0.25, layers["explained_ci_low"].min()), 1.02)
+    shares.set_ylim(max(-1.02, min(-0.25, layers["explained_ci_low"].min())), 1.02)
     shares.set_ylabel("share explained")
     for axis in (errors, shares):
         axis.set_xticks(range(len(names)), names, rotation=0 if len(keys) == 1 else 60)

@@ -927,13 +927,13 @@ def check_settings(
             "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
             f"this is {policy.name} on {env}"
         )
-    samples = (480 if recurrent else 4800) if samples is None else samples
+    samples = (960 if recurrent else 4800) if samples is None else samples
     trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
     batch_size = trained_batch if batch_size is None else batch_size
     for name, value, least in (
         ("samples", samples, 2 * NUM_SHARDS),
-        ("batch size", batch_size, 1),
         ("trained batch", trained_batch, 1),
+        ("batch size", batch_size, 1),
         ("neurons", neurons, 0),
         ("seed", seed, 0),
         ("parallel", parallel, 1),
