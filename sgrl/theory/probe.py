@@ -12,14 +12,14 @@ parameter gradients, of keys, matrices and biases together, are of four kinds:
     received w (from g), synthetic s, mixed m = lambda w + (1 - lambda) s, and backprop b,
     which it would receive if nothing were mixed anywhere: g* = E[b]
 
-None is formed for a single sample. For one sample a parameter gradient is a linear function of
-the feedback, and `isometry` has its inner products: <w, w'> = <g E, g' E> with a matrix E of N
-rows. What is formed is each shard's mean parameter gradient, for the chosen neurons.
+One sample's parameter gradient is a linear function of its feedback, and `isometry` has the inner
+products: <w, w'> = <g E, g' E> with a matrix E of N rows. So none is formed for a single sample,
+but where an episode's is a sum over time; what is formed is each shard's mean, for the chosen
+neurons.
 
-What the bandit does after an image is enumerated, not drawn: all guesses and rewards with their
-probabilities, so that of an image's gradients mean and variance are exact and only images are
-sampled. All of a finite population can be given as one sample with probabilities; then the
-numbers are exact altogether (`Sums.whole`).
+What can follow an image on the bandit is enumerated, not drawn: all guesses and rewards with their
+probabilities. Mean and variance of an image's gradients are exact, and only images are sampled. A
+whole finite population can be given as one shard, with probabilities; then all numbers are exact.
 
 Squared norms of means, |E w|^2 or Bias^2, are estimated from products between different shards
 of the sample, which makes them unbiased (and, where they are small, at times negative). Intervals
@@ -52,8 +52,7 @@ from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.reinforce.update import UpdateSettings
 from sgrl.theory.tasks import TheoryError, in_ray
 
-KINDS = ("received", "synthetic", "mixed", "backprop")
-W, S, M, B = range(4)
+W, S, M, B = range(4)  # the kinds of gradients, where they are an axis
 NUM_SHARDS = 24
 RESAMPLES = 500
 CONFIDENCE = 0.95
@@ -93,7 +92,7 @@ class Seen(NamedTuple):
 
 def isometry(seen: Seen) -> Tensor:
     """E [J, K, N, N + M]: a sample's parameter gradients from feedback g and g' [N] have the inner
-    product <g E, g' E> (METHOD of `sgrl.nn.mixing.estimate_mixing_weight`, factorised)."""
+    product <g E, g' E>; what `sgrl.nn.mixing.estimate_mixing_weight` says of t and dq, as one."""
     square = seen.inputs.square().sum(2).unsqueeze(2)
     of_slots = ((1 + square) * seen.slopes().square().sum(2)).sqrt()
     of_keys = seen.scale * square.sqrt().unsqueeze(3) * seen.arms()
@@ -129,7 +128,7 @@ def parameter_gradients(seen: Seen, feedback: Tensor, weights: Tensor) -> Tensor
 
 
 class Sums(NamedTuple):
-    """Sums over a weighted sample, for J neurons; divided by `weight` they are means.
+    """Sums over the samples of a shard, weighted, for J neurons; over `weight` they are means.
 
     "unit" is about feedback normalised per sample and neuron, kinds received and synthetic, which
     the learned mixing weight is estimated from.
@@ -325,7 +324,7 @@ def _sums(
 
     Args:
         seen: of the samples.
-        w, s, b: feedback of the output [J, K, O, N], see `KINDS`.
+        w, s, b: received, synthetic and backprop's feedback of the output [J, K, O, N].
         mixing_weight: broadcast against them.
         probabilities: of the outcomes [K, O].
         weights: of the samples [K].
