@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -695,6 +697,13 @@ def test_the_documents_commands(
         assert (result.exit_code, result.stderr) == (0, "")
     for name in ("probe", "probe_maze"):
         assert (bandit.parent / "results" / name / "probe.png").is_file()
+
+
+def test_without_ray(bandit: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; import sgrl.cli; sgrl.cli.main()"
+    arguments = "probe bandit --samples 48 --neurons 1 --out out"
+    command = [sys.executable, "-c", code, *arguments.split()]
+    subprocess.run(command, cwd=bandit.parent, check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
