@@ -241,9 +241,12 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
     shares.axhline(0, color="0.5", lw=0.8)
     shares.set_ylim(max(-1.02, min(-0.25, layers["explained_ci_low"].min())), 1.02)
     shares.set_ylabel("share explained")
-    for axis in (errors, shares):
-        axis.set_xticks(range(len(names)), names, rotation=0 if len(keys) == 1 else 60)
+    measured = layers["explained"].notna().to_numpy().nonzero()[0]
+    for axis, places in ((errors, range(len(names))), (shares, measured)):
+        labels = [names[index] for index in places]
+        axis.set_xticks(places, labels, rotation=0 if len(keys) == 1 else 60)
         axis.set_xlabel("layer" if len(keys) == 1 else "neurons and time step")
+    shares.set_xlim(-0.6, measured.max(initial=0) + 0.6)
 
     shown = neurons[neurons["best_unit_mixing_weight"].notna()]
     for order, (column, label) in enumerate(
