@@ -177,7 +177,7 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
         highlight=False,
     )
     # A terminal that is narrower than the table wraps its lines; nothing is cut.
-    wide = Console(width=max(console.width, 28 + 21 * len(layers)), file=console.file)
+    wide = Console(width=max(console.width, 28 + 24 * len(layers)), file=console.file)
     wide.print(probe_table(layers), crop=False)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
