@@ -152,6 +152,65 @@ def bench(
             typer.echo(line)
 
 
+@app.command()
+def probe(
+    checkpoint: Checkpoint,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="With initial weights drawn anew.")
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(help="Images or episodes that the true gradient is taken from.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="n; TRAINED_BATCH unless given.")] = None,
+    trained_batch: Annotated[
+        int | None, typer.Option(help="Samples in a training batch; the published number.")
+    ] = None,
+    neurons: Annotated[int, typer.Option(help="Of each layer, drawn at random; 0: all.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the CSVs and the figure.")] = Path(
+        "results/probe"
+    ),
+) -> None:
+    """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgrl.envs.mnist import DataError
+    from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
+    from sgrl.theory.probe import probe as probe_policy
+    from sgrl.theory.tasks import TheoryError
+    from sgrl.tuning.checkpoints import CheckpointError, open_policy
+
+    with _one_line_errors(CheckpointError, DataError, TheoryError):
+        policy, environment = open_policy(checkpoint)
+        env, env_config = environment["env"], environment["env_config"]
+        check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TheoryError(f"{out}: {error.strerror}") from None
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("probing", total=NUM_SHARDS)
+            report = probe_policy(
+                fresh_policy(policy, seed) if fresh else policy,
+                env,
+                env_config,
+                samples=samples,
+                batch_size=batch_size,
+                trained_batch=trained_batch,
+                neurons=neurons,
+                seed=seed,
+                parallel=parallel,
+                advance=lambda: progress.advance(task),
+            )
+
+        from sgrl.analysis.report import write_probe
+
+        write_probe(report, out)
+
+
 @data.command()
 def mnist(data_dir: DataDir = None) -> None:
     """Fetch MNIST, checked, and say where it is."""

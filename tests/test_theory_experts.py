@@ -236,7 +236,7 @@ def test_the_documents_examples(
 ) -> None:
     """Every command and example of docs/theory.md, with fewer and smaller trials."""
     text = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
-    commands = re.findall(r"^\.venv/bin/sgrl (.*)$", text, flags=re.MULTILINE)
+    commands = re.findall(r"^\.venv/bin/sgrl (theory .*)$", text, flags=re.MULTILINE)
     assert len(commands) == 2
     monkeypatch.chdir(tmp_path)
     for command in commands:

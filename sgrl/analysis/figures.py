@@ -199,3 +199,88 @@ def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: str) -> Path:
+    """Estimation error of a network's gradients, its mixing weights, and what neurons could know.
+
+    Left: the mean squared error under backprop and sgprop, of each layer and, pale, of its
+    neurons. Middle: each neuron's mixing weight and the best ones. Right: the share of the
+    received gradient's conditional mean that the local inputs explain (condition B). Bars are 95%
+    bootstrap intervals.
+
+    Args:
+        neurons, layers: rows of the probe, under the names of its CSVs.
+        path: of the PNG to write.
+        note: what to say below.
+
+    Returns:
+        `path`.
+    """
+    figure, (errors, weights, shares) = plt.subplots(1, 3, figsize=(14.5, 4.4))
+    keys = ["layer", "step"] if "step" in layers else ["layer"]
+    names = [" ".join(map(str, row)) for row in layers[keys].to_numpy().tolist()]
+    place = {name: index for index, name in enumerate(names)}
+    of_neuron = neurons[keys].astype(str).agg(" ".join, axis=1).map(place)
+
+    def points(axis: Any, column: str, label: str, order: int, spread: int, marker: str) -> None:
+        if layers[column].isna().all():
+            return
+        colour = [*COLOURS.values()][order]
+        at = np.arange(len(layers)) + 0.17 * (order - (spread - 1) / 2)
+        axis.plot(of_neuron + at[0], neurons[column], ".", color=colour, alpha=0.18, markersize=3)
+        axis.vlines(
+            at, layers[f"{column}_ci_low"], layers[f"{column}_ci_high"], color=colour, lw=1.6
+        )
+        axis.plot(at, layers[column], marker, color=colour, markersize=5, label=label)
+
+    for order, (column, label) in enumerate(
+        {
+            "mse_backprop": "backprop",
+            "mse_sgprop": "sgprop, lambda as it is",
+            "mse_best": "sgprop, best lambda",
+            "mse_synthetic": "predictions alone",
+        }.items()
+    ):
+        points(errors, column, label, order, 4, "osD^"[order])
+    errors.set_yscale("log")
+    errors.set_ylabel("mean squared error")
+    points(shares, "explained", "a regression on the inputs", 0, 1, "o")
+    shares.axhline(0, color="0.5", lw=0.8)
+    shares.set_ylim(max(-1.02, min(-0.25, layers["explained_ci_low"].min())), 1.02)
+    shares.set_ylabel("share explained")
+    measured = layers["explained"].notna().to_numpy().nonzero()[0]
+    for axis, places in ((errors, range(len(names))), (shares, measured)):
+        labels = [names[index] for index in places]
+        axis.set_xticks(places, labels, rotation=0 if len(keys) == 1 else 60)
+        axis.set_xlabel("layer" if len(keys) == 1 else "neurons and time step")
+    shares.set_xlim(-0.6, measured.max(initial=0) + 0.6)
+
+    shown = neurons[neurons["best_unit_mixing_weight"].notna()]
+    for order, (column, label) in enumerate(
+        {"best_unit_mixing_weight": "best, unit gradients", "best_mixing_weight": "best"}.items()
+    ):
+        weights.plot(
+            shown["mixing_weight"],
+            shown[column],
+            "o^"[order],
+            color=[*COLOURS.values()][order],
+            alpha=0.5,
+            markersize=3.5,
+            label=label,
+        )
+    weights.plot([0, 1], [0, 1], color="0.5", lw=0.8)
+    weights.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    weights.set_xlabel("mixing weight of the neuron")
+    weights.set_ylabel("best mixing weight")
+    for axis in (errors, weights, shares):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8, loc="best")
+    note = f"{note}; pale dots: neurons, markers: their mean, bars: 95% bootstrap interval"
+    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

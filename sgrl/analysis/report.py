@@ -9,10 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import expert_ratios, learning_curves
+from sgrl.analysis.figures import expert_ratios, learning_curves, probe_errors
 from sgrl.analysis.runs import load_curves, load_trials
 from sgrl.analysis.statistics import compare_methods, measure_of
 from sgrl.theory.expert_network import Result
+from sgrl.theory.probe import Report
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
@@ -136,4 +137,69 @@ def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
             cells = dict(zip(row["d"], marked[row.index], strict=True))
             table.add_row("", str(case), str(n), *(cells.get(d, "") for d in dimensions))
         table.add_section()
+    return table
+
+
+#: Columns of the probe that its table shows, by what they are called there.
+PROBE_ROWS = {
+    "MSE of backprop": "mse_backprop",
+    "  ECV share of variance": "ecv_share_backprop",
+    "MSE / backprop's: sgprop": "sgprop_to_backprop",
+    "  at the best lambda": "best_to_backprop",
+    "  at lambda = 0": "synthetic_to_backprop",
+    "cosine to g*: backprop": "alignment_backprop",
+    "  sgprop": "alignment_sgprop",
+    "lambda": "mixing_weight",
+    "  best": "best_mixing_weight",
+    "  best, unit gradients": "best_unit_mixing_weight",
+    "  distance to the latter": "distance",
+    "explained by the inputs": "explained",
+    "  by the predictor": "predictor_explained",
+}
+
+
+def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
+    """Print the probe's table, a column a layer, and write `neurons.csv`, `layers.csv` and
+    `probe.png` into a folder that exists.
+
+    Returns the frame that `layers.csv` holds.
+    """
+    console = console or Console()
+    neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
+    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
+    neurons.to_csv(paths[0], index=False)
+    layers.to_csv(paths[1], index=False)
+    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
+    console.print(
+        f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
+        "means over neurons, and 95% intervals",
+        soft_wrap=True,
+        highlight=False,
+    )
+    # A terminal that is narrower than the table wraps its lines; nothing is cut.
+    wide = Console(width=max(console.width, 28 + 24 * len(layers)), file=console.file)
+    wide.print(probe_table(layers), crop=False)
+    if not report.predictors:
+        console.print("a policy under backprop: there are no predictions to mix in")
+    for path in paths:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return layers
+
+
+def probe_table(layers: pd.DataFrame) -> Table:
+    """The layers' numbers for a terminal, each with its interval below it."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for row in layers.to_dict("records"):
+        step = row.get("step", "")
+        at = {"": "", "all": ", all steps"}.get(step, f", step {step}")
+        table.add_column(f"{row['layer']}{at}", justify="right", no_wrap=True)
+    for title, name in PROBE_ROWS.items():
+        if layers[name].isna().all():
+            continue
+        table.add_row(title, *("" if pd.isna(value) else f"{value:.3g}" for value in layers[name]))
+        if f"{name}_ci_low" in layers:
+            intervals = zip(layers[f"{name}_ci_low"], layers[f"{name}_ci_high"], strict=True)
+            shown = ("" if pd.isna(low) else f"{low:.2g} to {high:.2g}" for low, high in intervals)
+            table.add_row("", *shown, style="dim")
     return table

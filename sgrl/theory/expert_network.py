@@ -28,16 +28,15 @@ Source: the paper, Sections 5, F and H.1.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sgrl.theory.tasks import TheoryError, in_ray
 
 Array = NDArray[np.float64]
 
@@ -54,10 +53,6 @@ MAX_N = 10**6
 #: States, of all trials together, that are worked on at once and by one Ray task: enough to hide
 #: Python's time, few enough for the processor's caches. No result depends on it.
 STATES_AT_ONCE = 2**15
-
-
-class TheoryError(ValueError):
-    """Settings that make no sense; the message is one line."""
 
 
 class Cell(NamedTuple):
@@ -189,7 +184,11 @@ def simulate(
         starts = range(0, trials, step)
         pieces += [(cell, range(start, min(start + step, trials))) for start in starts]
     errors: dict[Cell, list[Array]] = {cell: [] for cell in cells}
-    finished = _in_ray(pieces, seed, parallel) if parallel > 1 else _in_turn(pieces, seed)
+    if parallel > 1:
+        work_of_pieces = ((cell, trials, seed) for cell, trials in pieces)
+        finished = in_ray(simulate_trials, work_of_pieces, parallel)
+    else:
+        finished = _in_turn(pieces, seed)
     for (cell, piece), piece_errors in zip(pieces, finished, strict=True):
         errors[cell].append(piece_errors)
         advance(len(piece) * 2**cell.d)
@@ -209,33 +208,6 @@ def simulate_trials(cell: Cell, trials: range, seed: int) -> Array:
 def _in_turn(pieces: Iterable[tuple[Cell, range]], seed: int) -> Iterator[Array]:
     for cell, trials in pieces:
         yield simulate_trials(cell, trials, seed)
-
-
-def _in_ray(pieces: Iterable[tuple[Cell, range]], seed: int, parallel: int) -> Iterator[Array]:
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        # As sweeps do: without an address, Ray would join any cluster it finds on the machine.
-        local = {"address": "local", "num_cpus": parallel, "include_dashboard": False}
-        settings = {} if os.environ.get("RAY_ADDRESS") else local
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
-        except (ConnectionError, ValueError) as error:
-            raise TheoryError(f"Ray did not start: {str(error).splitlines()[0]}") from None
-    try:
-        task = ray.remote(num_cpus=1)(simulate_trials)
-        # Two for each that runs: the next one waits beside it, and no more than that is held.
-        waiting: deque = deque()
-        for cell, trials in pieces:
-            if len(waiting) == 2 * parallel:
-                yield ray.get(waiting.popleft())
-            waiting.append(task.remote(cell, trials, seed))
-        while waiting:
-            yield ray.get(waiting.popleft())
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def draw(cell: Cell, trials: range, seed: int) -> Draws:

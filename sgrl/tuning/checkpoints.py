@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from sgrl.envs.registry import evaluation_config, make_vector
-from sgrl.nn.policies import load_policy
+from sgrl.nn.policies import Policy, load_policy
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 
 MANIFEST = "manifest.json"
@@ -123,21 +123,15 @@ def discard_after(folder: Path, iteration: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, float]:
-    """Roll out a checkpoint's policy in the environment it was trained in, without Ray or pickle.
+def open_policy(checkpoint: Path) -> tuple[Policy, dict]:
+    """The policy of a checkpoint, or of a folder that `save_policy` wrote, and its environment.
 
-    Episodes start from environment seeds that training never uses, in a labyrinth episode i from
-    `2**31 + seed + i`; the bandit shows test images and flips no reward. Actions are sampled as in
-    training.
-
-    Returns episodes, success_rate, episode_return_mean, episode_length_mean (steps).
+    Returns the policy and policy.json's "environment": keys env and env_config.
 
     Raises CheckpointError where the checkpoint is damaged or holds no policy; the message names
-    the newest whole checkpoint beside it. Raises ValueError for fewer than one episode.
+    the newest whole checkpoint beside it.
     """
     checkpoint = Path(checkpoint)
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
     if not (checkpoint / MANIFEST).is_file() and not (checkpoint / "policy.json").is_file():
         raise CheckpointError(
             f"{checkpoint} is no checkpoint: give a folder such as "
@@ -152,9 +146,25 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
             raise CheckpointError(f"{error}{hint}") from None
     try:
         policy = load_policy(checkpoint)
-        environment = json.loads((checkpoint / "policy.json").read_text())["environment"]
+        return policy, json.loads((checkpoint / "policy.json").read_text())["environment"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint} holds no policy to evaluate: {error}") from None
+        raise CheckpointError(f"{checkpoint} holds no policy to run: {error}") from None
+
+
+def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, float]:
+    """Roll out a checkpoint's policy in the environment it was trained in, without Ray or pickle.
+
+    Episodes start from environment seeds that training never uses, in a labyrinth episode i from
+    `2**31 + seed + i`; the bandit shows test images and flips no reward. Actions are sampled as in
+    training.
+
+    Returns episodes, success_rate, episode_return_mean, episode_length_mean (steps).
+
+    Raises CheckpointError as `open_policy`, and ValueError for fewer than one episode.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    policy, environment = open_policy(checkpoint)
 
     successes, returns, lengths = [], [], []
     for start in range(0, episodes, EVALUATION_BATCH):

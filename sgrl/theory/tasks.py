@@ -1,0 +1,45 @@
+"""Independent pieces of work, spread over Ray tasks."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+class TheoryError(ValueError):
+    """Settings that make no sense; the message is one line."""
+
+
+def in_ray(function: Callable[..., Any], pieces: Iterable[tuple], parallel: int) -> Iterator[Any]:
+    """`function(*piece)` of every piece, in their order, so many at a time, each on one processor.
+
+    Uses the Ray instance of this process, the cluster at RAY_ADDRESS, or one of its own.
+
+    Raises:
+        TheoryError: there is no Ray cluster at RAY_ADDRESS.
+    """
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        # As sweeps do: without an address, Ray would join any cluster it finds on the machine.
+        local = {"address": "local", "num_cpus": parallel, "include_dashboard": False}
+        settings = {} if os.environ.get("RAY_ADDRESS") else local
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except (ConnectionError, ValueError) as error:
+            raise TheoryError(f"Ray did not start: {str(error).splitlines()[0]}") from None
+    try:
+        task = ray.remote(num_cpus=1)(function)
+        # Two for each that runs: the next one waits beside it, and no more than that is held.
+        waiting: deque = deque()
+        for piece in pieces:
+            if len(waiting) == 2 * parallel:
+                yield ray.get(waiting.popleft())
+            waiting.append(task.remote(*piece))
+        while waiting:
+            yield ray.get(waiting.popleft())
+    finally:
+        if started:
+            ray.shutdown()
