@@ -118,6 +118,15 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
         run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
+def test_commands_of_the_results(folder: Path) -> None:
+    """The sweeps behind docs/learning.md are valid; that they run is tested above."""
+    text = (ROOT / "docs" / "learning.md").read_text()
+    commands = re.findall(r"^\.venv/bin/sgrl (sweep .*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        run([*shlex.split(command), "--dry-run"])
+
+
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
     assert links
