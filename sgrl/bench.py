@@ -38,6 +38,12 @@ POLICIES: dict[str, tuple[dict[str, Any], str]] = {
     "lstm": ({"name": "lstm"}, "lstm"),
 }
 BATCH, IMAGES, PIXELS, CLASSES = 64, 4000, 784, 9
+#: The bandit's sparse networks: settings of `sparse_mlp`.
+BANDIT_POLICIES: dict[str, dict[str, Any]] = {
+    "sgprop adaptive": {},
+    "sgprop fixed": {"adaptive": False},
+    "backprop": {"propagation": "backprop"},
+}
 LABYRINTHS = {"labyrinth_escape": 80, "labyrinth_explore": 40}
 
 
@@ -136,10 +142,13 @@ def bandit() -> list[Contender]:
     """The published feed-forward network on random images: a step, an evaluation of 4,000."""
     images = torch.randn(IMAGES, PIXELS)
     contenders = []
-    for backend in BACKENDS:
-        policy = make_policy("sparse_mlp", PIXELS, CLASSES, backend=backend)
-        batches = train_bandit(policy, images)
-        contenders.append(Contender("mnist_bandit", "sgprop adaptive", backend, batches))
+    for name, settings in BANDIT_POLICIES.items():
+        for backend in BACKENDS:
+            policy = make_policy("sparse_mlp", PIXELS, CLASSES, backend=backend, **settings)
+            batches = train_bandit(policy, images)
+            contenders.append(Contender("mnist_bandit", name, backend, batches))
+    dense = train_bandit(make_policy("dense", PIXELS, CLASSES), images)
+    contenders.append(Contender("mnist_bandit", "dense", "torch", dense))
     plain = load_plain("plain_mnist")
     if plain is not None:
         batches = train_plain_bandit(plain, images)
