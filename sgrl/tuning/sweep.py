@@ -45,6 +45,7 @@ from sgrl.tuning.progress import (
     trials_table,
     write_summary,
 )
+from sgrl.tuning.provenance import record_start
 from sgrl.tuning.trial import (
     TrialRunner,
     first_line,
@@ -150,6 +151,7 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
     if lock is None:
         raise SweepError(f"{display(directory)} is being run by another process")
     with lock, quiet(directory / LOG_FILE) as console:
+        record_start(directory)
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
