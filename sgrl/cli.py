@@ -165,7 +165,7 @@ def compare(
             print_table(title, note, table)
         if out is not None:
             try:
-                frame.to_csv(out, index=False)
+                out.write_text(frame.to_csv(index=False), encoding="utf-8")
             except OSError as error:
                 raise ResultsError(f"{out}: {error.strerror}") from None
             typer.echo(f"written: {out}")

@@ -64,7 +64,9 @@ class Browser:
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, mobile=False, **self.size)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, mobile=False, **self.size
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

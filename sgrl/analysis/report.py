@@ -177,7 +177,7 @@ def _sweep(directory: Path, threshold: float) -> Section:
             section.commands.append(f"git checkout {revision.removesuffix('-dirty')}")
         section.commands.append(f"sgrl sweep {experiment} --name {name}_again")
         if revision.endswith("-dirty"):
-            section.problems.append(f"the code had changes that revision {revision} lacks")
+            section.facts.append(("note", f"the code had changes that {revision[:-6]} lacks"))
     return section
 
 
