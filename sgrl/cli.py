@@ -139,6 +139,41 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
 
 
 @app.command()
+def render(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="An animation (.gif) or a filmstrip (.png).")] = Path(
+        "episode.gif"
+    ),
+    seed: Seed = 0,
+    episode: Annotated[int, typer.Option(min=0, help="Which of evaluate's, from 0.")] = 0,
+    fps: Annotated[int, typer.Option(min=1, max=50, help="Steps a second (.gif).")] = 5,
+    frames: Annotated[int, typer.Option(min=1, help="Pictures in the filmstrip (.png).")] = 6,
+) -> None:
+    """Draw one of the episodes that `evaluate` runs."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
+    from sgrl.envs.mnist import DataError
+    from sgrl.tuning.checkpoints import CheckpointError
+
+    with _one_line_errors(CheckpointError, DataError, RenderError):
+        check_out(out)
+        recorded = record_episode(checkpoint, seed, episode)
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("drawing", total=None)
+            write_episode(
+                recorded,
+                out,
+                fps,
+                frames,
+                lambda total: progress.update(task, total=total, advance=1),
+            )
+    typer.echo(f"{out}: {recorded.title}")
+
+
+@app.command()
 def bench(
     num_envs: Annotated[int, typer.Option(min=1, help="Episodes per batch.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Batches of each that count.")] = 5,
