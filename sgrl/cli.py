@@ -37,6 +37,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Track = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
+]
 Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
 Checkpoint = Annotated[
     Path,
@@ -71,13 +75,14 @@ def sweep(
     results: Results = Path("results"),
     name: Name = None,
     set_: Set = None,
+    track: Track = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
     from sgrl.tuning.experiment import ExperimentError, load_experiment
 
     with _one_line_errors(ExperimentError):
-        experiment = load_experiment(config, set_ or [], name)
+        experiment = load_experiment(config, set_ or [], name, track)
     if dry_run:
         typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
         for trial in experiment.trials:
@@ -85,20 +90,23 @@ def sweep(
         return
 
     from sgrl.tuning.sweep import SweepError, run_sweep
+    from sgrl.tuning.tracking import TrackingError
 
-    with _one_line_errors(ExperimentError, SweepError, resume=results / experiment.name):
+    errors = (ExperimentError, SweepError, TrackingError)
+    with _one_line_errors(*errors, resume=results / experiment.name):
         directory = run_sweep(experiment, results)
     _compare(directory)
 
 
 @app.command()
-def resume(directory: Experiment) -> None:
+def resume(directory: Experiment, track: Track = None) -> None:
     """Finish the trials of an interrupted sweep."""
     from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError, resume_sweep
+    from sgrl.tuning.tracking import TrackingError
 
-    with _one_line_errors(ExperimentError, SweepError, resume=directory):
-        resume_sweep(directory)
+    with _one_line_errors(ExperimentError, SweepError, TrackingError, resume=directory):
+        resume_sweep(directory, track)
     _compare(directory)
 
 

@@ -195,6 +195,13 @@ def evaluation_rollout(
     return Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _files(directory: Path) -> list[Path]:
     """All files below `directory` but hidden ones, which file managers leave behind."""
     return sorted(
