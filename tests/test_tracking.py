@@ -335,6 +335,7 @@ def test_wandb_rows_count_as_sent_once_they_are_safe(tmp_path, monkeypatch):
         return json.loads((trial / "tracking.json").read_text())["wandb"]
 
     follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    assert notes == []
     follow.send(rows[:3])
     now[0] = 103.0
     follow.send(rows[:5])
@@ -349,6 +350,7 @@ def test_wandb_rows_count_as_sent_once_they_are_safe(tmp_path, monkeypatch):
     first = state()
     assert first["sent"] == 7
     follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    assert notes == []
     follow.send(rows)
     follow.close("completed")
     assert state() == {"id": first["id"], "sent": 9}

@@ -12,12 +12,14 @@ Tracking changes no number of a trial, and a tracker that fails is given up with
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -66,8 +68,7 @@ def prepare_tracker(tracker: str, directory: Path) -> None:
     """Make what the trials of the sweep in `directory` share. Raises TrackingError."""
     if tracker != "mlflow":
         return
-    import mlflow
-
+    mlflow = _import_mlflow()
     # Once, here: trials that make the tables of a new file together get in each other's way.
     try:
         client = mlflow.MlflowClient(mlflow_uri(directory))
@@ -93,6 +94,13 @@ def how_to_look(tracker: str, directory: Path) -> str:
 def mlflow_uri(directory: Path) -> str:
     """MLFLOW_TRACKING_URI, or a file in the sweep's own folder."""
     return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory / MLFLOW_FILE}")
+
+
+def _import_mlflow() -> ModuleType:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    return mlflow
 
 
 def _one_line(error: Exception) -> str:
@@ -148,14 +156,15 @@ class Tracking:
             if not new:
                 continue
             # Rows carry no time, but how long they took.
-            times = [time.time()]
-            for row in reversed(new[1:]):
-                times.insert(0, times[0] - row["iteration_seconds"])
+            back = itertools.accumulate(
+                (-row["iteration_seconds"] for row in reversed(new[1:])), initial=time.time()
+            )
+            times = list(back)[::-1]
             with self._given_up_if_it_fails(name), preserved_random_state():
                 tracker.send(new, times)
 
     def close(self, state: str) -> None:
-        for name, tracker in self.trackers.items():
+        for name, tracker in list(self.trackers.items()):
             with self._given_up_if_it_fails(name), preserved_random_state():
                 tracker.close(state)
         self.trackers = {}
@@ -231,7 +240,7 @@ class WandbRun:
 
     def __init__(self, folder: Path, trial: dict, mode: str | None) -> None:
         if mode is not None:
-            os.environ["WANDB_MODE"] = mode
+            os.environ["WANDB_MODE"] = mode  # for Ray, which looks for a login
         import wandb
         from ray.air.integrations.wandb import setup_wandb
 
@@ -249,6 +258,7 @@ class WandbRun:
             group=folder.parent.name,
             project=os.environ.get("WANDB_PROJECT", "sgrl"),
             dir=str(folder),
+            mode=mode,
             resume="allow",
             reinit="finish_previous",
             settings=wandb.Settings(
@@ -285,13 +295,15 @@ class MLflowRun:
     BATCH = 1000
 
     def __init__(self, folder: Path, trial: dict) -> None:
-        import mlflow
+        mlflow = _import_mlflow()
         from ray.air.integrations.mlflow import setup_mlflow
 
+        # Ray's function keeps to a run that is active: not to one that an earlier trial of this
+        # process gave up, but to the trial's own.
+        mlflow.end_run("KILLED")
         uri = mlflow_uri(folder.parent)
         known = _read_state(folder, "mlflow")
         if known:
-            # Ray's function keeps to a run that is active.
             mlflow.set_tracking_uri(uri)
             mlflow.start_run(run_id=known["id"])
         self.mlflow = setup_mlflow(
