@@ -39,6 +39,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/rllib_overhead.py
 	$(BIN)/python benchmarks/mnist.py
 	$(BIN)/python benchmarks/expert_network.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

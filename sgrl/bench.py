@@ -26,6 +26,7 @@ from sgrl.nn.policies import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+from sgrl.tuning.provenance import processor
 
 BASELINES = Path(__file__).parents[1] / "benchmarks"
 
@@ -213,22 +214,13 @@ def matrix_product_peak(size: int = 1024, repeats: int = 10) -> float:
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "gemm_gflops": round(matrix_product_peak(), 1),
         "sgrl": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def table(contenders: Sequence[Contender]) -> list[str]:

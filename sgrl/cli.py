@@ -112,8 +112,8 @@ def resume(directory: Experiment, track: Track = None) -> None:
 
 def _compare(directory: Path) -> None:
     """The table and the figure at a sweep's end; exit status 1 where a trial failed."""
-    from sgrl.analysis.report import write_comparison
     from sgrl.analysis.runs import ResultsError
+    from sgrl.analysis.tables import write_comparison
     from sgrl.tuning.sweep import failed_trials
 
     with _one_line_errors(ResultsError):
@@ -132,6 +132,51 @@ def status(directory: Experiment) -> None:
 
     with _one_line_errors(ExperimentError, SweepError):
         Console().print(status_table(directory))
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="As in results/quickstart.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write; DIR/report.html.")] = None,
+    format: Annotated[str, typer.Option(help="html, markdown or latex.")] = "html",
+    threshold: Annotated[
+        float, typer.Option(help="Score that sample efficiency is counted to.")
+    ] = 0.5,
+) -> None:
+    """Report on results folders, finished or not: tables, figures, and how to run them again."""
+    from sgrl.analysis.report import write_report
+    from sgrl.analysis.runs import ResultsError
+
+    with _one_line_errors(ResultsError):
+        path = write_report(
+            directories, out, format, threshold, lambda title: typer.echo(f"read: {title}")
+        )
+    typer.echo(f"written: {path}")
+
+
+@app.command()
+def compare(
+    first: Experiment,
+    second: Experiment,
+    out: Annotated[Path | None, typer.Option(help="CSV to write too.")] = None,
+) -> None:
+    """Compare the methods of two experiments, each with itself."""
+    from sgrl.analysis.report import compare as compare_results
+    from sgrl.analysis.runs import ResultsError
+    from sgrl.analysis.tables import print_table
+
+    with _one_line_errors(ResultsError):
+        frame, tables = compare_results(first, second)
+        for title, note, table in tables:
+            print_table(title, note, table)
+        if out is not None:
+            try:
+                out.write_text(frame.to_csv(index=False), encoding="utf-8")
+            except OSError as error:
+                raise ResultsError(f"{out}: {error.strerror}") from None
+            typer.echo(f"written: {out}")
 
 
 @app.command()
@@ -249,7 +294,7 @@ def probe(
                 advance=lambda: progress.advance(task),
             )
 
-        from sgrl.analysis.report import write_probe
+        from sgrl.analysis.tables import write_probe
 
         write_probe(report, out)
 
@@ -299,7 +344,7 @@ def experts(
                 cells, trials, seed, parallel, lambda states: progress.advance(task, states)
             )
 
-        from sgrl.analysis.report import write_expert_network
+        from sgrl.analysis.tables import write_expert_network
 
         write_expert_network(results, out)
 

@@ -86,8 +86,13 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
             shutil.copytree(checkpoints / "000100", checkpoints / "moved", dirs_exist_ok=True)
             arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
         run(cut_down(arguments) if arguments[0] == "sweep" else arguments)
+    docs = (ROOT / "docs" / "results.md").read_text()
+    commands = [line for line in docs.split("\n") if line.startswith(".venv/bin/sgrl ")]
+    assert len(commands) >= 4
+    for command in commands:
+        run(shlex.split(command)[1:])
     assert PYTHON
-    for code in PYTHON:
+    for code in [*PYTHON, *re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)]:
         small = code.replace("num_envs_per_env_runner=20", "num_envs_per_env_runner=2")
         small = small.replace('"labyrinth_escape", 20', '"labyrinth_escape", 2')
         exec(compile(small, "README.md", "exec"), {})

@@ -1,5 +1,6 @@
 """Results folders as frames, the comparison of methods, and its figure."""
 
+import fcntl
 import json
 import math
 import subprocess
@@ -12,9 +13,9 @@ import yaml
 from rich.console import Console
 
 from sgrl.analysis.figures import COLOURS, learning_curves, method_styles
-from sgrl.analysis.report import write_comparison
-from sgrl.analysis.runs import ResultsError, load_curves, load_trials
+from sgrl.analysis.runs import ResultsError, load_results
 from sgrl.analysis.statistics import best_learning_rates, compare_methods
+from sgrl.analysis.tables import write_comparison
 from sgrl.tuning.metrics import append_row, read_metrics, score
 
 
@@ -56,7 +57,8 @@ def results(tmp_path):
 
 
 def test_trials_and_curves(results):
-    trials, curves = load_trials(results), load_curves(results)
+    loaded = load_results(results)
+    trials, curves = loaded.trials, loaded.curves
     assert list(trials.columns) == [
         "trial",
         "method",
@@ -65,62 +67,135 @@ def test_trials_and_curves(results):
         "seed",
         "state",
         "iterations",
+        "planned",
         "final_success_rate",
         "auc",
+        "env_steps",
+        "seconds",
         "reason",
     ]
-    assert trials.attrs["swept"] == curves.attrs["swept"] == ["lr", "envs"]
+    assert loaded.swept == ["lr", "envs"]
+    assert loaded.measure == "success_rate"
+    assert loaded.problems == ()
     # The methods' order is the experiment's, the other values rise.
     assert list(trials["method"]) == ["sparsenet_sgprop"] * 12 + ["mine"] * 6
     assert list(trials["envs"][:3]) == [4, 4, 4]
     assert list(trials["seed"][:3]) == [0, 1, 2]
-    assert len(curves) == 18 * 12
+    assert list(curves["trial"].drop_duplicates()) == list(trials["trial"])
+    assert curves["iteration"].dtype == curves["env_steps"].dtype == int
     for row in trials.itertuples():
-        # The same numbers as summary.csv's, computed by the sweep.
+        # The same numbers as summary.csv's, computed by the sweep, to the last bit.
         metrics = read_metrics(results / row.trial / "metrics.csv")
-        measure, final, auc = score(metrics)
-        assert measure == "success_rate"
-        assert row.final_success_rate == pytest.approx(final, rel=1e-12)
-        assert row.auc == pytest.approx(auc, rel=1e-12)
-        curve = curves[curves["trial"] == row.trial]
-        assert list(curve["success_rate"]) == [row["success_rate"] for row in metrics]
+        assert ("success_rate", row.final_success_rate, row.auc) == score(metrics)
+        curve = curves[curves["trial"] == row.trial].drop(columns="trial")
+        pd.testing.assert_frame_equal(
+            curve.reset_index(drop=True), pd.DataFrame(metrics), check_exact=True
+        )
+
+
+def test_curves_of_some_trials(results):
+    loaded = load_results(results)
+    some = loaded.trials[(loaded.trials["method"] == "mine") & (loaded.trials["envs"] == 20)]
+    path = results / some["trial"].iloc[1] / "metrics.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+    loaded = load_results(results)
+    wide = loaded.curves_of(loaded.trials.loc[some.index], "success_rate")
+    assert list(wide.columns) == list(some["trial"])
+    assert list(wide.index) == [200 * i for i in range(1, 8)]  # as far as the shortest
+    for name in wide:
+        rows = read_metrics(results / name / "metrics.csv")
+        assert list(wide[name]) == [row["success_rate"] for row in rows[:7]]
+    assert loaded.curves_of(loaded.trials, "eval_reward").empty
+    assert loaded.curves_of(loaded.trials[:0], "success_rate").empty
+
+
+def test_several_folders(results, tmp_path):
+    (tmp_path / "more").mkdir()
+    other = write_results(tmp_path / "more" / "others", iterations=3)
+    loaded = load_results(results, other)
+    assert loaded.swept == ["experiment", "lr", "envs"]
+    assert list(loaded.trials["experiment"].value_counts()) == [18, 18]
+    assert loaded.trials["trial"].is_unique
+    assert loaded.trials["trial"].iloc[20].startswith("others/")
+    assert len(loaded.curves) == 18 * 12 + 18 * 3
+    same = load_results(results, write_results(tmp_path / "more" / "results"))
+    assert set(same.trials["experiment"]) == {str(results), str(tmp_path / "more" / "results")}
 
 
 def test_unfinished_and_damaged_folders_are_read_as_far_as_they_go(results):
-    trials = load_trials(results)
-    torn, fresh, failed, empty = trials["trial"][:4]
-    metrics = results / torn / "metrics.csv"
-    metrics.write_bytes(metrics.read_bytes()[:-3])
+    trials = load_results(results).trials
+    torn, fresh, failed, empty, edited, alien, going, cut = trials["trial"][:8]
+
+    def lines(trial):
+        return (results / trial / "metrics.csv").read_text().splitlines(keepends=True)
+
+    (results / torn / "metrics.csv").write_text("".join(lines(torn))[:-3])
     (results / torn / "status.json").write_text('{"state": "runn')
     (results / fresh / "metrics.csv").unlink()
     (results / fresh / "status.json").unlink()
     status = {"state": "failed", "reason": "NonFiniteLoss: the loss is nan"}
     (results / failed / "status.json").write_text(json.dumps(status))
     (results / empty / "metrics.csv").write_text("")
+    kept = lines(edited)
+    (results / edited / "metrics.csv").write_text("".join(kept[:5] + kept[6:]))  # a gap
+    (results / alien / "metrics.csv").write_text("a,b\n1,2\n")
+    (results / going / "status.json").write_text('{"state": "running", "notes": ["a note"]}')
+    (results / cut / "metrics.csv").write_text("".join(lines(cut)[:4]) + "4,what,ever\n")
+    (results / trials["trial"][8] / "config.yaml").write_text("seed: [")
     (results / "figures").mkdir()
     (results / "notes").mkdir()
     (results / "notes" / "config.yaml").write_text("- mine\n")
 
-    trials = load_trials(results).set_index("trial")
-    assert len(trials) == 18
+    loaded = load_results(results)
+    trials = loaded.trials.set_index("trial")
+    assert len(trials) == 17
     assert trials.loc[torn, ["state", "iterations"]].tolist() == ["pending", 11]
     assert trials.loc[fresh, ["state", "iterations"]].tolist() == ["pending", 0]
     assert math.isnan(trials.loc[fresh, "final_success_rate"])
     assert trials.loc[failed, ["state", "reason"]].tolist() == list(status.values())
     assert math.isnan(trials.loc[empty, "auc"])
-    assert len(load_curves(results)) == 18 * 12 - 1 - 12 - 12
+    assert trials.loc[[edited, alien, cut], "iterations"].tolist() == [4, 0, 3]
+    assert trials.loc[going, "state"] == "interrupted"
+    assert len(loaded.curves) == trials["iterations"].sum()
+    for trial in trials.index:
+        assert trials.loc[trial, "iterations"] == len(read_metrics(results / trial / "metrics.csv"))
+    said = "\n".join(loaded.problems)
+    for line in (
+        f"{torn}: metrics.csv is damaged after iteration 11; lines dropped: 1",
+        f"{torn}: pending at iteration 11",
+        f"{fresh}: pending at iteration 0",
+        f"{failed}: failed at iteration 12: NonFiniteLoss: the loss is nan",
+        f"{empty}: completed, but without a success rate or test reward",
+        f"{edited}: metrics.csv is damaged after iteration 4; lines dropped: 7",
+        f"{alien}: metrics.csv is damaged after iteration 0; lines dropped: 1",
+        f"{alien}: completed, but without a success rate or test reward",
+        f"{going}: a note",
+        f"{going}: interrupted at iteration 12",
+        f"{cut}: metrics.csv is damaged after iteration 3; lines dropped: 1",
+        "config.yaml cannot be read; left out",
+    ):
+        assert line in said
+    assert len(loaded.problems) == 12
 
     with pytest.raises(ResultsError, match="holds no results"):
-        load_trials(results / "figures")
+        load_results(results / "figures")
     with pytest.raises(ResultsError, match="holds no results"):
-        load_curves(results / "none")
+        load_results(results / "none")
+
+
+def test_a_trial_is_running_while_the_sweep_holds_its_lock(results):
+    trial = load_results(results).trials["trial"][0]
+    (results / trial / "status.json").write_text('{"state": "running"}')
+    with (results / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_results(results).problems == (f"{trial}: running at iteration 12",)
+    assert load_results(results).problems == (f"{trial}: interrupted at iteration 12",)
 
 
 def test_comparison(results):
-    trials = load_trials(results)
-    lost = trials["trial"][0]
+    lost = load_results(results).trials["trial"][0]
     (results / lost / "status.json").write_text('{"state": "failed", "reason": "nan"}')
-    trials = load_trials(results)
+    trials = load_results(results).trials
     comparison = compare_methods(trials)
     assert list(comparison["method"]) == ["sparsenet_sgprop"] * 4 + ["mine"] * 2
     assert list(comparison["trials"]) == [2, 3, 3, 3, 3, 3]
@@ -136,7 +211,7 @@ def test_comparison(results):
     assert list(best["envs"]) == [4, 20, 4, 20]
     assert list(best["method"]) == ["sparsenet_sgprop"] * 2 + ["mine"] * 2
 
-    equal = comparison.assign(auc=0.5)
+    equal = comparison.assign(auc=0.5, failed=0)
     equal.attrs = comparison.attrs
     assert list(best_learning_rates(equal)["lr"].dropna()) == [0.001, 0.001]
     one_seed = compare_methods(trials[trials["seed"] == 2])
@@ -144,12 +219,11 @@ def test_comparison(results):
 
 
 def test_report_files_and_table(results, capsys):
-    trials = load_trials(results)
-    failed = trials["trial"][4]
+    failed = load_results(results).trials["trial"][4]
     (results / failed / "status.json").write_text('{"state": "failed", "reason": "nan loss"}')
     comparison = write_comparison(results, Console(width=80))
     said = capsys.readouterr().out
-    assert f"failed: {failed} at iteration 12, nan loss" in said
+    assert f"{failed}: failed at iteration 12: nan loss" in said
     lines = [line.split() for line in said.splitlines()]
     assert ["method", "lr", "envs", "trials", "failed", "success", "rate", "AUC"] in lines
     row = next(line for line in lines if line[:3] == ["sparsenet_sgprop", "0.001", "20"])
@@ -173,7 +247,7 @@ def test_a_method_has_one_colour_in_all_figures():
 def test_figure_without_any_results_yet(results, tmp_path):
     for path in results.glob("*/metrics.csv"):
         path.unlink()
-    path = learning_curves(load_trials(results), load_curves(results), tmp_path / "empty.png")
+    path = learning_curves(load_results(results), tmp_path / "empty.png")
     assert path.is_file()
 
 

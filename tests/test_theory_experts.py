@@ -92,9 +92,12 @@ def test_expected_errors(case: str) -> None:
 def test_draws_have_the_stated_moments() -> None:
     d, n, trials = 6, 2, 400
     noisy, active = (draw(Cell(case, d, 3, n), range(trials), 0) for case in CASES[:2])
+    eight, many = (draw(Cell("activation", d, 3, n), range(trials), 0) for n in (8, 20))
     moments = [
         (noisy.feedback, 0, 1 / n),
         (active.feedback, 0.5, 0.25 / n),
+        (eight.feedback, 0.5, 0.25 / 8),
+        (many.feedback, 0.5, 0.25 / 20),
         (noisy.along, 1, 2 / d),
         (noisy.aslant, 0, 1 / d),
         (noisy.across, (d - 1) / d, 2 * (d - 1) / d**2),
@@ -123,8 +126,9 @@ def test_the_published_sweep() -> None:
     for result in results:
         if result.d == result.k:  # nothing is pooled
             assert result[6:] == (1, 1, 1)
-        if result[1:4] == (12, 2, 1):
-            assert 700 < result.ratio < 1500
+    # Twenty trials leave the ratio of one cell loose; of many it is close to the theory's 1024.
+    for result in simulate([Cell(case, 12, 2, 1) for case in CASES], trials=500):
+        assert result.ratio == pytest.approx(1024, rel=0.12)
 
 
 def test_a_row_depends_on_its_cell_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +137,8 @@ def test_a_row_depends_on_its_cell_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert simulate(cells[::-1], trials=7, seed=3)[::-1] == results
     assert simulate([cells[2]], trials=7, seed=3) == [results[2]]
     assert simulate(cells, trials=7, seed=4) != results
-    monkeypatch.setattr(expert_network, "STATES_AT_ONCE", 64)  # two trials of d = 5 at once
+    monkeypatch.setattr(expert_network, "STATES_PER_TASK", 64)  # two trials of d = 5
+    monkeypatch.setattr(expert_network, "STATES_AT_ONCE", 32)
     done: list[int] = []
     assert simulate(cells, trials=7, seed=3, advance=done.append) == results
     assert len(done) == 6 * 4 + 6
@@ -154,7 +159,8 @@ def test_parallel_is_equal(ray_session: None) -> None:
 def test_interval_is_the_paired_percentile_bootstrap() -> None:
     cell, trials = Cell("noisy", 5, 2, 1), 20
     errors = np.random.default_rng(0).gamma(2, size=(2, trials))
-    picks = expert_network._generator(cell, 7, 1).integers(trials, size=(RESAMPLES, trials))
+    generator = np.random.Generator(np.random.SFC64(expert_network._seed(cell, 7, 1)))
+    picks = generator.integers(trials, size=(RESAMPLES, trials))
     ratios = [errors[0, pick].sum() / errors[1, pick].sum() for pick in picks]
     result = summarise(cell, errors, seed=7)
     low, high = np.percentile(ratios, [2.5, 97.5])

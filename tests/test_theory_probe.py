@@ -17,7 +17,7 @@ from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sgrl.analysis.report import write_probe
+from sgrl.analysis.tables import write_probe
 from sgrl.cli import app
 from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent

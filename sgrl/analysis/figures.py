@@ -1,8 +1,9 @@
 """Figures, one function each. A method has the same colour in all of them."""
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -13,11 +14,12 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
+from sgrl.analysis.runs import Results
 from sgrl.analysis.statistics import (
+    at_points,
     best_learning_rates,
     compare_methods,
     learning_rate_columns,
-    measure_of,
 )
 from sgrl.tuning.metrics import MEASURE_NAMES
 
@@ -38,6 +40,8 @@ SAME_METHODS = {
 }
 OTHER_COLOURS = ["#D55E00", "#000000", "#F0E442"]
 MARKERS = "osD^vP*X<>"
+#: What notes say where `statistics.BEST_RULE` chose what is shown.
+BEST = "each method at its best learning rate, by mean AUC"
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -55,75 +59,331 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def learning_curves(trials: pd.DataFrame, curves: pd.DataFrame, path: Path) -> Path:
+class Figure(NamedTuple):
+    """A figure that was written.
+
+    Attributes:
+        path: of its PNG; an SVG of the same name lies beside it.
+        title: what it shows.
+    """
+
+    path: Path
+    title: str
+
+
+def write_figures(results: Results, folder: Path) -> list[Figure]:
+    """Write every figure that a sweep's results allow: learning curves, scores against each swept
+    number, and mixing weights where they move.
+
+    Args:
+        results: from `runs.load_results`.
+        folder: where to; it is made if it is not there.
+    """
+    measure, trials = results.measure, results.trials
+    title = f"{MEASURE_NAMES[measure].capitalize()} while training"
+    figures = [Figure(learning_curves(results, folder / f"{measure}.png"), title)]
+    numbers = [name for name in results.swept if _is_number(trials[name])]
+    for name in numbers:
+        path = folder / f"scores_by_{name}.png"
+        figures.append(Figure(scores_against(results, name, path), f"Scores against {name}"))
+    moving = mixing_points(results)
+    if len(moving):
+        path = folder / "mixing_weights.png"
+        figures.append(Figure(mixing_weight_statistics(results, path), "Mixing weights"))
+    for name in numbers:
+        if moving[name].nunique() > 1 and name not in learning_rate_columns(results.swept):
+            path = folder / f"mixing_weights_by_{name}.png"
+            title = f"Mixing weights against {name}"
+            figures.append(Figure(mixing_weight_curves(results, name, path), title))
+    return figures
+
+
+def _is_number(values: pd.Series) -> bool:
+    known = values.dropna()
+    return known.nunique() > 1 and all(isinstance(value, int | float) for value in known)
+
+
+def learning_curves(results: Results, path: Path) -> Path:
     """Success rate, or test reward, against environment steps: mean over seeds, with a band of
     one SEM.
 
     One panel for each combination of swept values other than learning rates; of several learning
-    rates each method shows the one with the highest mean AUC. Failed trials are left out, and a
+    rates each method shows its best (see `statistics.BEST_RULE`). Failed trials are left out, and a
     curve ends where the first of its trials does.
 
     Args:
-        trials: from `runs.load_trials`.
-        curves: from `runs.load_curves`.
-        path: of the PNG to write.
+        results: from `runs.load_results`.
+        path: of the PNG to write; an SVG of the same name is written beside it.
 
     Returns:
         `path`.
     """
-    swept, measure = trials.attrs.get("swept", []), measure_of(trials)
-    rates = learning_rate_columns(swept)
-    shown = best_learning_rates(compare_methods(trials))
-    others = [name for name in swept if name not in rates]
-    panels = list(shown.groupby(others, sort=False, dropna=False)) if others else [((), shown)]
-    styles = method_styles(trials["method"])
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.2 * columns + 0.6, 3.8 * rows), squeeze=False, sharey=True
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (values, panel) in zip(axes.flat, panels, strict=False):
+    rates = learning_rate_columns(results.swept)
+    shown = best_learning_rates(compare_methods(results.trials))
+    panels = _panels(shown, [name for name in results.swept if name not in rates])
+    styles = method_styles(results.trials["method"])
+    figure, axes = _rows_of_three(panels)
+    for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         for _, row in panel.iterrows():
-            lines = _curves_of(curves, measure, row, ["method", *swept])
+            lines = results.curves_of(_trials_at(results, row), results.measure)
             if lines.empty:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
             label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
             _draw(axis, lines, f"{label}, n={lines.shape[1]}", styles[row["method"]])
-        axis.set_title(", ".join(f"{n} = {v}" for n, v in zip(others, values, strict=True)))
+        axis.set_title(title)
         axis.set_xlabel("environment steps")
         axis.set_ylim(-0.02, 1.02)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
-        axis.set_ylabel(MEASURE_NAMES[measure])
-    note = "mean over seeds, band: one SEM"
-    if rates:
-        note += "; each method at its learning rate with the highest mean AUC"
-    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+        axis.set_ylabel(MEASURE_NAMES[results.measure])
+    note = "mean over seeds, band: one SEM" + (f"; {BEST}" if rates else "")
+    return _save(figure, path, note)
+
+
+def scores_against(results: Results, column: str, path: Path) -> Path:
+    """Final score and AUC against a swept value: mean over completed seeds, with a band of one SEM.
+
+    One column of panels for each combination of the other swept values; unless the column is a
+    learning rate, each method is at its best one. A method for which the value is not swept is a
+    dashed line.
+
+    Args:
+        results: from `runs.load_results`.
+        column: one of the swept columns with numbers.
+        path: of the PNG to write; an SVG of the same name is written beside it.
+
+    Returns:
+        `path`.
+    """
+    rates, final = learning_rate_columns(results.swept), f"final_{results.measure}"
+    shown = compare_methods(results.trials)
+    if column not in rates:
+        shown = best_learning_rates(shown)
+    others = [name for name in results.swept if name != column and name not in rates]
+    panels = _panels(shown, others)
+    styles = method_styles(results.trials["method"])
+    # The final score above the AUC; of one panel beside it.
+    shape = (2, len(panels)) if len(panels) > 1 else (1, 2)
+    figure, axes = _grid(*shape, used=2 * len(panels), sharey=False)
+    pairs = axes.T if len(panels) > 1 else axes
+    values = np.sort(shown[column].dropna().unique().astype(float))
+    for pair, (title, panel) in zip(pairs, panels, strict=True):
+        pair[0].set_title(title)
+        for axis, score in zip(pair, (final, "auc"), strict=True):
+            for method, points in panel.groupby("method", sort=False):
+                style = styles[str(method)]
+                for _, row in points[points[column].isna()].iterrows():
+                    axis.axhline(row[score], color=style["color"], linestyle="--", label=method)
+                points = points.dropna(subset=[column]).sort_values(column)
+                if points.empty:
+                    continue
+                x, y = points[column].astype(float), points[score]
+                error = points[f"{score}_sem"].fillna(0)
+                axis.plot(x, y, label=method, linewidth=1.6, markersize=5, **style)
+                axis.fill_between(x, y - error, y + error, color=style["color"], alpha=0.2, lw=0)
+            if column in rates:
+                axis.set_xscale("log")
+            axis.set_xticks(values, [f"{value:g}" for value in values])
+            axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axis.set_xlabel(column)
+    pairs[0][0].set_ylabel(f"final {MEASURE_NAMES[results.measure]}")
+    pairs[0][1].set_ylabel("AUC")
+    note = "mean over completed seeds, band: one SEM"
+    if rates and column not in rates:
+        note += f"; {BEST}"
+    return _save(figure, path, note, legend=_handles(axes))
+
+
+def mixing_weight_statistics(results: Results, path: Path) -> Path:
+    """Distribution of the neurons' mixing weights against environment steps, averaged over seeds:
+    mean, median, the middle half of the neurons, and the range.
+
+    One panel for each method with adaptive mixing weights and each swept point, each method at its
+    best learning rate.
+
+    Args:
+        results: from `runs.load_results`.
+        path: of the PNG to write; an SVG of the same name is written beside it.
+
+    Returns:
+        `path`.
+    """
+    shown = mixing_points(results)
+    rates = learning_rate_columns(results.swept)
+    panels = _panels(
+        shown, ["method", *(name for name in results.swept if name not in rates)], share=False
+    )
+    figure, axes = _rows_of_three(panels)
+    styles = method_styles(results.trials["method"])
+    for axis, (title, panel) in zip(axes.flat, panels, strict=False):
+        row = panel.iloc[0]
+        trials, colour = _trials_at(results, row), styles[row["method"]]["color"]
+        means = {
+            name: results.curves_of(trials, f"mixing_weight_{name}").mean(axis=1)
+            for name in ("min", "p25", "median", "mean", "p75", "max")
+        }
+        steps = means["mean"].index
+        axis.fill_between(
+            steps, means["min"], means["max"], color=colour, alpha=0.12, lw=0, label="range"
+        )
+        axis.fill_between(
+            steps, means["p25"], means["p75"], color=colour, alpha=0.35, lw=0, label="quartiles"
+        )
+        axis.plot(steps, means["median"], color=colour, linestyle="--", label="median")
+        axis.plot(steps, means["mean"], color=colour, linewidth=1.8, label="mean")
+        axis.set_title(title.removeprefix("method = "), fontsize=10)
+        axis.set_xlabel("environment steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mixing weight")
+    note = "over the network's neurons, averaged over seeds" + (f"; {BEST}" if rates else "")
+    return _save(figure, path, note, legend=_handles(axes))
+
+
+def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
+    """Mean mixing weight against environment steps, a line for each value of a swept column and a
+    panel for each method and layer.
+
+    Args:
+        results: from `runs.load_results`.
+        column: one of the swept columns.
+        path: of the PNG to write; an SVG of the same name is written beside it.
+
+    Returns:
+        `path`.
+    """
+    shown = mixing_points(results).dropna(subset=[column])
+    rates = [name for name in learning_rate_columns(results.swept) if name != column]
+    others = [name for name in results.swept if name != column and name not in rates]
+    layers = [name for name in map(str, results.curves) if name.endswith("_mixing_weight_mean")]
+    columns = layers or ["mixing_weight_mean"]
+    panels = [
+        (", ".join(filter(None, [title.removeprefix("method = "), name.partition("_")[0]])), part)
+        if layers
+        else (title.removeprefix("method = "), part)
+        for title, part in _panels(shown, ["method", *others], share=False)
+        for name in columns
+    ]
+    figure, axes = _rows_of_three(panels)
+    values = list(dict.fromkeys(shown[column]))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(values)))
+    for i, (axis, (title, panel)) in enumerate(zip(axes.flat, panels, strict=False)):
+        for _, row in panel.iterrows():
+            lines = results.curves_of(_trials_at(results, row), columns[i % len(columns)])
+            if not lines.empty:
+                style = {"color": colours[values.index(row[column])]}
+                _draw(axis, lines, f"{column} = {_text(row[column])}", style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("environment steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean mixing weight")
+    note = "mean over seeds, band: one SEM" + (f"; {BEST}" if rates else "")
+    return _save(figure, path, note, legend=_handles(axes))
+
+
+def mixing_points(results: Results) -> pd.DataFrame:
+    """The methods and swept points whose mixing weights move, each method at its best learning
+    rate; from `statistics.compare_methods`."""
+    spread = results.curves.groupby("trial", sort=False)["mixing_weight_mean"].agg(["min", "max"])
+    moving = set(spread.index[spread["min"] < spread["max"]])
+    comparison = best_learning_rates(compare_methods(results.trials))
+    kept = [
+        bool(moving & set(_trials_at(results, row)["trial"])) for _, row in comparison.iterrows()
+    ]
+    shown = comparison[kept]
+    shown.attrs = comparison.attrs
+    return shown
+
+
+def _trials_at(results: Results, row: pd.Series) -> pd.DataFrame:
+    """The trials of one method and swept point that did not fail."""
+    trials = at_points(results.trials, pd.DataFrame([row]))
+    return trials[trials["state"] != "failed"]
+
+
+def _panels(
+    frame: pd.DataFrame, columns: list[str], share: bool = True
+) -> list[tuple[str, pd.DataFrame]]:
+    """A title and the rows of each combination of values; one panel of all without columns.
+
+    A method may lack some of the values. With `share` it stands in every panel that has them.
+    """
+    panels: list[tuple[str, pd.DataFrame]] = []
+    if not columns:
+        return [("", frame)]
+    whole = frame.dropna(subset=columns) if share else frame
+    for values, rows in (whole if len(whole) else frame).groupby(columns, sort=False, dropna=False):
+        known = {n: v for n, v in zip(columns, values, strict=True) if v == v}  # without NaN
+        if share:
+            kept = pd.Series(True, frame.index)
+            for name, value in known.items():
+                kept &= frame[name].isna() | (frame[name] == value)
+            rows = frame[kept]
+        title = ", ".join(f"{name} = {_text(value)}" for name, value in known.items())
+        panels.append((title, rows))
+    return panels
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _grid(rows: int, columns: int, used: int, sharey: bool) -> tuple[Any, Any]:
+    """A figure with a grid of axes, those after the first `used` switched off."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5.2 * columns + 0.6, 3.8 * rows), squeeze=False, sharey=sharey
+    )
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[used:]:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _rows_of_three(panels: Sequence[object]) -> tuple[Any, Any]:
+    columns = min(3, len(panels))
+    return _grid(-(-len(panels) // columns), columns, len(panels), sharey=True)
+
+
+def _handles(axes: Any) -> dict[str, Any]:
+    """One entry of a legend for each label in any of the axes."""
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return found
+
+
+def _save(figure: Any, path: Path, note: str, legend: dict[str, Any] | None = None) -> Path:
+    """Lay out a figure with its note and legend below, and write it as PNG and SVG."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(note, int(width * 20))
+    below = 0.16 * len(lines) + 0.08
+    figure.text(
+        0.08 / width, 0.06 / height, "\n".join(lines), fontsize=7, color="0.35", va="bottom"
+    )
+    if legend:
+        columns = max(1, min(len(legend), int(width / 1.9)))
+        figure.legend(
+            legend.values(),
+            legend.keys(),
+            loc="lower center",
+            bbox_to_anchor=(0.5, below / height),
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+        )
+        below += 0.2 * -(-len(legend) // columns) + 0.1
+    figure.tight_layout(rect=(0, below / height, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    # Without the date and with a fixed salt the same numbers are the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "sgrl"}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
     return path
-
-
-def _curves_of(curves: pd.DataFrame, measure: str, row: pd.Series, keys: list[str]) -> pd.DataFrame:
-    """The measure of one method and point: index mean env_steps, one column a trial."""
-    if curves.empty:
-        return pd.DataFrame()
-    same = curves["state"] != "failed"
-    for key in keys:
-        same &= (curves[key] == row[key]) | (curves[key].isna() & pd.isna(row[key]))
-    wide = curves[same].pivot_table(index="iteration", columns="trial", values=measure)
-    # Seeds of an algorithm that samples whole episodes differ a little in their steps.
-    steps = curves[same].groupby("iteration")["env_steps"].mean()
-    wide.index = steps.reindex(wide.index)
-    return wide.dropna()
 
 
 def _draw(axis: Any, lines: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
@@ -151,7 +411,7 @@ def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:
     Args:
         results: rows of the expert simulation, under the names of its CSV.
         case: the one to draw.
-        path: of the PNG to write.
+        path: of the PNG to write; an SVG of the same name is written beside it.
 
     Returns:
         `path`.
@@ -193,12 +453,7 @@ def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:
     axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.suptitle(f"expert network, {case}", fontsize=11)
     note = "dots: ratio of means over trials, bars: 95% bootstrap interval, dashed: 2^(d-k)"
-    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return _save(figure, path, note)
 
 
 def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: str) -> Path:
@@ -211,7 +466,7 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
 
     Args:
         neurons, layers: rows of the probe, under the names of its CSVs.
-        path: of the PNG to write.
+        path: of the PNG to write; an SVG of the same name is written beside it.
         note: what to say below.
 
     Returns:
@@ -278,9 +533,4 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8, loc="best")
     note = f"{note}; pale dots: neurons, markers: their mean, bars: 95% bootstrap interval"
-    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return _save(figure, path, note)

@@ -1,104 +1,260 @@
 """Results folders as pandas frames, finished or not, without Ray.
 
-A trial is read from its own folder (`config.yaml`, `status.json`, `metrics.csv`); what is missing
-or half written counts as not there yet.
+    results = load_results("results/labyrinth_escape")
+    results.trials, results.curves, results.problems
+
+A trial is read from its own folder (`config.yaml`, `status.json`, `metrics.csv`). What is missing
+or half written counts as not there yet, and `problems` says so.
 """
 
+import contextlib
+import fcntl
+import io
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
-from sgrl.tuning.metrics import COLUMNS, read_metrics, score
+from sgrl.tuning.metrics import (
+    COLUMNS,
+    INTEGER_COLUMNS,
+    MEASURES,
+    columns_of,
+    read_metrics,
+    score_of,
+)
+
+#: The same YAML, read in C, where libyaml is there: several times faster.
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+#: Columns of every row of metrics.csv that is whole; the others may be empty.
+FILLED = ("iteration", "env_steps", "iteration_seconds")
 
 
 class ResultsError(ValueError):
     """A folder holds no results; the message is one line."""
 
 
-def load_trials(directory: str | Path) -> pd.DataFrame:
-    """One row a trial, in the experiment's order.
+@dataclass(frozen=True)
+class Results:
+    """What one or several results folders hold.
 
-    Columns: trial, method, one for each swept value, seed, state (pending, running, completed,
-    failed), iterations, final_success_rate (mean over the last five batches) or, where trials
-    evaluate, final_eval_reward (of the last evaluation), auc (area under that measure against
-    environment steps, trapezoid, divided by their span), reason (of a failure). `attrs["swept"]`
-    lists the swept columns, `attrs["measure"]` is "success_rate" or "eval_reward".
-
-    Raises ResultsError where the folder holds no trial.
+    Attributes:
+        directories: the folders, in the order given.
+        trials: one row a trial, in the experiment's order. Columns: trial, method, one for each
+            swept value, seed, state (pending, running, interrupted, completed or failed),
+            iterations, planned (iterations when complete), final_success_rate (mean over the last
+            five batches) or, where trials evaluate, final_eval_reward (of the last evaluation),
+            auc (area under that measure against environment steps, trapezoid, divided by their
+            span), env_steps (of the last iteration), seconds (spent training), reason (of a
+            failure). `attrs["swept"]` lists the swept columns, `attrs["measure"]` is
+            "success_rate" or "eval_reward". With several folders, `experiment` is the first of
+            the swept columns and part of the trials' names.
+        curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
+            each other in the order of `trials`.
+        problems: one line for each trial that is not complete and sound.
     """
-    rows, swept, measures = [], {}, set()
-    for folder, config in _trial_folders(Path(directory)):
-        status, metrics = _read_status(folder), read_metrics(folder / "metrics.csv")
-        swept.update(dict.fromkeys(config["swept"]))
-        measure, final, auc = score(metrics)
-        measures.add(measure)
-        rows.append(
-            _labels(config)
-            | {
-                "seed": config["seed"],
-                "state": status.get("state", "pending"),
-                "iterations": len(metrics),
-                "final": final,
-                "auc": auc,
-                "reason": status.get("reason", ""),
-            }
+
+    directories: tuple[Path, ...]
+    trials: pd.DataFrame
+    curves: pd.DataFrame
+    problems: tuple[str, ...]
+
+    @property
+    def swept(self) -> list[str]:
+        """The swept columns."""
+        return self.trials.attrs["swept"]
+
+    @property
+    def measure(self) -> str:
+        """What trials are judged by: "success_rate" or "eval_reward"."""
+        return self.trials.attrs["measure"]
+
+    def curves_of(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
+        """One column of metrics.csv of some of the trials: index env_steps (the trials' mean),
+        one column a trial. Iterations at which it is empty are left out; the frame ends with the
+        shortest trial."""
+        firsts = self.trials["iterations"].cumsum() - self.trials["iterations"]
+        lines, steps = {}, {}
+        for position, name in zip(trials.index.tolist(), trials["trial"], strict=True):
+            rows = self.curves.iloc[firsts[position] :][: trials["iterations"][position]]
+            known = rows[column].notna().to_numpy() if column in rows else np.zeros(len(rows), bool)
+            index = rows["iteration"].to_numpy()[known]
+            lines[name] = pd.Series(rows[column].to_numpy()[known] if known.any() else [], index)
+            steps[name] = pd.Series(rows["env_steps"].to_numpy(float)[known], index)
+        if not lines:
+            return pd.DataFrame()
+        wide = pd.DataFrame(lines).dropna()
+        # Seeds of an algorithm that samples whole episodes differ a little in their steps.
+        wide.index = pd.Index(
+            pd.DataFrame(steps).mean(axis=1).reindex(wide.index), name="env_steps"
         )
-    columns = ["seed", "state", "iterations", "final", "auc", "reason"]
-    trials = pd.DataFrame(rows)[["trial", "method", *swept, *columns]]
-    trials.attrs["swept"] = list(swept)
-    measure = "eval_reward" if "eval_reward" in measures else "success_rate"
-    trials.attrs["measure"] = measure
-    trials = trials.rename(columns={"final": f"final_{measure}"})
-    return trials
+        return wide
 
 
-def load_curves(directory: str | Path) -> pd.DataFrame:
-    """One row an iteration of every trial: trial, method, swept values, seed, state, and all
-    columns of metrics.csv.
+def load_results(*directories: str | Path) -> Results:
+    """Read results folders, each of one experiment.
 
-    `attrs["swept"]` lists the swept columns. Raises ResultsError where the folder holds no trial.
+    Raises ResultsError where a folder holds no trial.
     """
-    frames, swept = [], {}
-    for folder, config in _trial_folders(Path(directory)):
-        swept.update(dict.fromkeys(config["swept"]))
-        metrics = metrics_frame(folder / "metrics.csv")
-        state = _read_status(folder).get("state", "pending")
-        labels = _labels(config) | {"seed": config["seed"], "state": state}
-        for position, (name, value) in enumerate(labels.items()):
-            metrics.insert(position, name, value)
-        if len(metrics):
-            frames.append(metrics)
-    columns = ["trial", "method", *swept, "seed", "state"]
-    curves = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
-    curves.attrs["swept"] = list(swept)
-    return curves
+    folders = list(dict.fromkeys(Path(directory) for directory in directories))
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    several = len(folders) > 1
+    problems: list[str] = []
+    rows: list[dict[str, Any]] = []
+    files: list[Path] = []
+    swept: dict[str, None] = {"experiment": None} if several else {}
+    for name, directory in zip(names, folders, strict=True):
+        found = _trial_folders(directory, problems)
+        running = _is_running(directory)
+        for folder, config in found:
+            label = f"{name}/{config['name']}" if several else config["name"]
+            values = {key: _value(value) for key, value in config["swept"].items()}
+            swept.update(dict.fromkeys(values))
+            status = _read_status(folder)
+            state = status.get("state", "pending")
+            rows.append(
+                {"trial": label, "method": config["method"], "experiment": name}
+                | values
+                | {
+                    "seed": config["seed"],
+                    "state": "interrupted" if state == "running" and not running else state,
+                    "planned": (config.get("stop") or {}).get("training_iteration"),
+                    "reason": status.get("reason", ""),
+                    "notes": status.get("notes", []),
+                }
+            )
+            files.append(folder / "metrics.csv")
+    metrics = _read_all(files)
+    measures = set()
+    for row, (frame, _) in zip(rows, metrics, strict=True):
+        lists = {name: frame[name].tolist() for name in MEASURES if name in frame}
+        measure, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), lists)
+        row["iterations"] = len(frame)
+        row["env_steps"] = int(frame["env_steps"].iloc[-1]) if len(frame) else 0
+        row["seconds"] = float(frame["iteration_seconds"].sum())
+        measures.add(measure)
+    for row, (_, dropped) in zip(rows, metrics, strict=True):
+        problems += _problems(row, dropped)
+    measure = "eval_reward" if "eval_reward" in measures else "success_rate"
+    first = ["trial", "method", *swept, "seed", "state", "iterations", "planned"]
+    trials = pd.DataFrame(rows)[[*first, "final", "auc", "env_steps", "seconds", "reason"]]
+    trials = trials.rename(columns={"final": f"final_{measure}"})
+    trials.attrs = {"swept": list(swept), "measure": measure}
+    curves = _concatenate(trials["trial"], [frame for frame, _ in metrics])
+    return Results(tuple(folders), trials, curves, tuple(problems))
 
 
-def metrics_frame(path: Path) -> pd.DataFrame:
-    """A trial's metrics.csv as a frame; no file is an empty one."""
+def _concatenate(names: Iterable[str], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    filled = [frame for frame in frames if len(frame)]
+    curves = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
+    trial = np.repeat(np.array(list(names), dtype=object), [len(frame) for frame in frames])
+    curves.insert(0, "trial", trial)
+    return curves.astype(dict.fromkeys(INTEGER_COLUMNS, int))
+
+
+def _problems(row: dict[str, Any], dropped: int) -> list[str]:
+    """What there is to know about a trial that is not complete and sound."""
+    name, state, iterations = row["trial"], row["state"], row["iterations"]
+    planned = f" of {row['planned']}" if row["planned"] else ""
+    found = [f"{name}: {note}" for note in row["notes"]]
+    if dropped:
+        found.append(
+            f"{name}: metrics.csv is damaged after iteration {iterations}; lines dropped: {dropped}"
+        )
+    if state == "failed":
+        found.append(f"{name}: failed at iteration {iterations}{planned}: {row['reason']}")
+    elif state != "completed":
+        found.append(f"{name}: {state} at iteration {iterations}{planned}")
+    elif row["planned"] and iterations < row["planned"]:
+        found.append(f"{name}: completed, but metrics.csv ends at iteration {iterations}{planned}")
+    elif np.isnan(row["final"]):
+        found.append(f"{name}: completed, but without a success rate or test reward")
+    return found
+
+
+def _read_all(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, int]]:
+    """Each file's rows as `read_metrics` returns them, and how many lines it dropped.
+
+    Files with the same header are parsed in one go: two thousand of them take seconds. One that
+    is not as it should be is read again by `read_metrics`, line by line.
+    """
+    texts = [_read_bytes(path) for path in paths]
+    heads = [text.partition(b"\n")[0] for text in texts]
+    frames: list[pd.DataFrame | None] = [None] * len(paths)
+    for head in dict.fromkeys(heads):
+        columns = tuple(head.decode(errors="replace").split(","))
+        if columns != columns_of(dict.fromkeys(columns, 0.0)):
+            continue
+        members = [i for i, other in enumerate(heads) if other == head]
+        bodies = [texts[i][len(head) + 1 : texts[i].rfind(b"\n") + 1] for i in members]
+        counts = [body.count(b"\n") for body in bodies]
+        with contextlib.suppress(ValueError):  # also pandas' ParserError
+            whole = pd.read_csv(
+                io.BytesIO(b"".join(bodies)),
+                names=list(columns),
+                header=None,
+                dtype=np.float64,
+                float_precision="round_trip",
+                skip_blank_lines=False,
+            )
+            for i, last, count in zip(members, np.cumsum(counts), counts, strict=True):
+                frame = whole[last - count : last]
+                if _is_sound(frame):
+                    frames[i] = frame
+    read = []
+    for path, text, sound in zip(paths, texts, frames, strict=True):
+        frame = _line_by_line(path) if sound is None else sound
+        lines = text.count(b"\n") + (not text.endswith(b"\n"))
+        dropped = max(0, lines - 1 - len(frame)) if text else 0
+        read.append((frame, dropped))
+    return read
+
+
+def _line_by_line(path: Path) -> pd.DataFrame:
     rows = read_metrics(path)
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else list(COLUMNS))
 
 
-def _trial_folders(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _is_sound(frame: pd.DataFrame) -> bool:
+    """Whether the rows are those of iterations 1, 2, ... and none was cut short."""
+    iterations = frame["iteration"].to_numpy()
+    return (
+        np.array_equal(iterations, np.arange(1, len(frame) + 1))
+        and not frame[list(FILLED)].isna().to_numpy().any()
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _trial_folders(directory: Path, problems: list[str]) -> list[tuple[Path, dict[str, Any]]]:
     """Trial folders and their configurations, in the order of the experiment's methods."""
     found = []
     for path in sorted(directory.glob("*/config.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict) and "method" in config and "seed" in config:
+        try:
+            config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
+        except (ValueError, yaml.YAMLError):
+            problems.append(f"{path.parent.name}: config.yaml cannot be read; left out")
+            continue
+        if isinstance(config, dict) and {"name", "method", "seed"} <= config.keys():
             config.setdefault("swept", {})
             found.append((path.parent, config))
     if not found:
         raise ResultsError(
             f"{directory} holds no results: give a folder such as results/quickstart"
         )
-    order: list[str] = []
-    experiment = directory / "experiment.yaml"
-    if experiment.is_file():
-        order = list(yaml.safe_load(experiment.read_text(encoding="utf-8"))["methods"])
+    order = list(read_experiment(directory).get("methods", {}))
 
     def position(item: tuple[Path, dict[str, Any]]) -> tuple:
         config = item[1]
@@ -110,22 +266,36 @@ def _trial_folders(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(found, key=position)
 
 
+def read_experiment(directory: Path) -> dict[str, Any]:
+    """The resolved experiment of a results folder; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        experiment = yaml.load((directory / "experiment.yaml").read_text("utf-8"), Loader=YAML)
+        return experiment if isinstance(experiment, dict) else {}
+    return {}
+
+
 def _sortable(value: Any) -> tuple:
     number = isinstance(value, int | float)
     return (0, value, "") if number else (1, 0, str(value))
 
 
-def _labels(config: dict[str, Any]) -> dict[str, Any]:
+def _value(value: Any) -> Any:
     # Swept lists such as maze_dims become text: frames group by them.
-    swept = {
-        name: value if isinstance(value, int | float | str) else json.dumps(value)
-        for name, value in config["swept"].items()
-    }
-    return {"trial": config["name"], "method": config["method"], **swept}
+    return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return status if isinstance(status, dict) else {}
+    return {}
+
+
+def _is_running(directory: Path) -> bool:
+    """Whether a sweep holds the folder's lock."""
+    with contextlib.suppress(OSError), (directory / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 from sgrl.theory.tasks import TheoryError, in_ray
@@ -50,9 +51,11 @@ CONFIDENCE = 0.95
 MAX_D = 20
 MAX_N = 10**6
 
-#: States, of all trials together, that are worked on at once and by one Ray task: enough to hide
-#: Python's time, few enough for the processor's caches. No result depends on it.
-STATES_AT_ONCE = 2**15
+#: States, of all trials together, that one Ray task works on: enough to hide Ray's own time.
+STATES_PER_TASK = 2**15
+#: States that are worked on at once: enough to hide Python's time, and few enough that arrays of
+#: one batch lie where those of the last one did. Larger ones cost a third more, for new memory.
+STATES_AT_ONCE = 2**13
 
 
 class Cell(NamedTuple):
@@ -178,11 +181,9 @@ def simulate(
     for name, value, least in (("trials", trials, 2), ("seed", seed, 0), ("parallel", parallel, 1)):
         if value < least:
             raise TheoryError(f"{name} must be at least {least}, got {value}")
-    pieces = []
-    for cell in cells:
-        step = max(1, STATES_AT_ONCE // 2**cell.d)
-        starts = range(0, trials, step)
-        pieces += [(cell, range(start, min(start + step, trials))) for start in starts]
+    pieces = [
+        (cell, piece) for cell in cells for piece in _split(cell, range(trials), STATES_PER_TASK)
+    ]
     errors: dict[Cell, list[Array]] = {cell: [] for cell in cells}
     if parallel > 1:
         work_of_pieces = ((cell, trials, seed) for cell, trials in pieces)
@@ -202,7 +203,14 @@ def work(cells: Iterable[Cell], trials: int) -> int:
 
 def simulate_trials(cell: Cell, trials: range, seed: int) -> Array:
     """Squared errors of some trials of a cell: [2, T], see `squared_errors`."""
-    return squared_errors(cell, draw(cell, trials, seed))
+    parts = _split(cell, trials, STATES_AT_ONCE)
+    return np.hstack([squared_errors(cell, draw(cell, part, seed)) for part in parts])
+
+
+def _split(cell: Cell, trials: range, states: int) -> list[range]:
+    """Trials in parts of about so many states each."""
+    step = max(1, states // 2**cell.d)
+    return [trials[start : start + step] for start in range(0, len(trials), step)]
 
 
 def _in_turn(pieces: Iterable[tuple[Cell, range]], seed: int) -> Iterator[Array]:
@@ -218,16 +226,17 @@ def draw(cell: Cell, trials: range, seed: int) -> Draws:
     """
     case, d, k, n = cell
     count, states = len(trials), 2**d
+    words = _seed(cell, seed, 0).generate_state(3 * trials.stop, np.uint64).reshape(-1, 3)
     order = np.empty((count, NUM_EXPERTS, d))
     normals = np.empty((count, NUM_EXPERTS, 2 * k + 3))
     feedback = np.empty((count, NUM_EXPERTS, states))
     along, aslant, across = np.empty((3, count, states))
     for row, trial in enumerate(trials):
-        generator = _generator(cell, seed, 0, trial)
+        generator = np.random.Generator(np.random.SFC64(_Words(words[trial])))  # type: ignore[arg-type]
         generator.random(out=order[row])
         generator.standard_normal(out=normals[row])
         if case == "activation":
-            feedback[row] = generator.binomial(n, P, size=(NUM_EXPERTS, states))
+            feedback[row] = _heads(generator, n, (NUM_EXPERTS, states))
         else:
             generator.standard_normal(out=feedback[row])
         # Twice a standard gamma variable of shape f/2 is a chi-square variable of f degrees.
@@ -250,9 +259,29 @@ def draw(cell: Cell, trials: range, seed: int) -> Draws:
     return Draws(network, feedback, along, aslant, across)
 
 
-def _generator(cell: Cell, seed: int, *use: int) -> np.random.Generator:
-    key = (CASES.index(cell.case), cell.d, cell.k, cell.n, *use)
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
+def _heads(generator: np.random.Generator, n: int, shape: tuple[int, ...]) -> NDArray[np.integer]:
+    """Binomial(n, P) numbers. Up to n = 8 they are counted in random bits, which are fair coins
+    as P is 1/2: a tenth of the time."""
+    if n > 8:
+        return generator.binomial(n, P, size=shape)
+    coins = np.frombuffer(generator.bytes(math.prod(shape)), np.uint8)
+    return np.bitwise_count(coins >> (8 - n)).reshape(shape)
+
+
+class _Words(ISeedSequence):
+    """The words that a trial's generator starts from. Those of all trials come out of one
+    SeedSequence: one for each would take as long as all that is drawn at small d."""
+
+    def __init__(self, words: NDArray[np.uint64]) -> None:
+        self.words = words
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> NDArray[np.uint64]:
+        return self.words  # SFC64 asks for three
+
+
+def _seed(cell: Cell, seed: int, use: int) -> np.random.SeedSequence:
+    key = (CASES.index(cell.case), cell.d, cell.k, cell.n, use)
+    return np.random.SeedSequence(seed, spawn_key=key)
 
 
 def squared_errors(cell: Cell, draws: Draws) -> Array:
@@ -340,13 +369,14 @@ def summarise(cell: Cell, errors: Array, seed: int) -> Result:
     500 times, as many trials are drawn with replacement, the same for both estimators.
     """
     trials = errors.shape[1]
-    generator = _generator(cell, seed, 1)
+    generator = np.random.Generator(np.random.SFC64(_seed(cell, seed, 1)))
     backprop, sgprop = errors.mean(axis=1)
     ratios = np.empty(RESAMPLES)
     at_once = max(1, 2**20 // trials)  # of many trials not all resamples fit into memory
     for first in range(0, RESAMPLES, at_once):
         size = (min(at_once, RESAMPLES - first), trials)
-        means = errors[:, generator.integers(trials, size=size)].mean(axis=2)
+        drawn = generator.integers(trials, size=size)
+        means = errors.take(drawn.T, axis=1).mean(axis=1)  # over rows, which is quicker
         ratios[first : first + at_once] = means[0] / means[1]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])

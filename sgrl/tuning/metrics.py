@@ -140,6 +140,12 @@ class Score(NamedTuple):
 
 
 def score(rows: Sequence[Row]) -> Score:
+    """Judge a trial by its rows; see `score_of`."""
+    columns = {name: [row.get(name, math.nan) for row in rows] for name in MEASURES}
+    return score_of([row["env_steps"] for row in rows], columns)
+
+
+def score_of(env_steps: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:
     """Judge a trial by its test reward if it evaluates, else by its success rate.
 
     final: the last test reward, or the mean success rate over the last five batches. auc: the
@@ -149,9 +155,9 @@ def score(rows: Sequence[Row]) -> Score:
     for measure, count in MEASURES.items():
         # Stock algorithms report no success before the first episode has ended.
         points = [
-            (row["env_steps"], row[measure])
-            for row in rows
-            if not math.isnan(row.get(measure, math.nan))
+            (steps, value)
+            for steps, value in zip(env_steps, columns.get(measure, ()), strict=False)
+            if not math.isnan(value)
         ]
         if points:
             last = [value for _, value in points[-count:]]

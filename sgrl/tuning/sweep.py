@@ -45,6 +45,7 @@ from sgrl.tuning.progress import (
     trials_table,
     write_summary,
 )
+from sgrl.tuning.provenance import record_start
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
     TrialRunner,
@@ -154,6 +155,7 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
     if lock is None:
         raise SweepError(f"{display(directory)} is being run by another process")
     with lock, quiet(directory / LOG_FILE) as console:
+        record_start(directory)
         prepare_tracker(experiment.track, directory)
         if read_yaml(directory / EXPERIMENT_FILE).get("track", "none") != experiment.track:
             write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))

@@ -1,0 +1,221 @@
+"""What a sweep or a simulation leaves at its end: a table on the terminal, a CSV and figures."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sgrl.analysis.figures import expert_ratios, learning_curves, probe_errors
+from sgrl.analysis.runs import load_results
+from sgrl.analysis.statistics import compare_methods, measure_of
+from sgrl.theory.expert_network import Result
+from sgrl.theory.probe import Report
+from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
+
+
+def write_comparison(directory: str | Path, console: Console | None = None) -> pd.DataFrame:
+    """Compare the methods of a sweep: print the table, and write `comparison.csv` and
+    `figures/success_rate.png` (or `figures/eval_reward.png`) into its folder.
+
+    Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
+    """
+    directory = Path(directory)
+    console = console or Console()
+    results = load_results(directory)
+    comparison = compare_methods(results.trials)
+    comparison.to_csv(directory / "comparison.csv", index=False)
+    figure = learning_curves(results, directory / "figures" / f"{results.measure}.png")
+    last = {"success_rate": f"the last {MEASURES['success_rate']} batches"}
+    console.print(
+        f"{MEASURE_NAMES[results.measure].capitalize()} of "
+        f"{last.get(results.measure, 'the last evaluation')}, and AUC: mean ± SEM over completed "
+        "trials"
+    )
+    console.print(comparison_table(comparison))
+    for problem in results.problems:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)
+    for path in (directory / "comparison.csv", figure):
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return comparison
+
+
+def comparison_table(comparison: pd.DataFrame) -> Table:
+    """The comparison for a terminal: mean ± SEM over completed trials."""
+    swept = comparison.attrs.get("swept", [])
+    counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    measure = measure_of(comparison)
+    for name in [*swept, *counts, MEASURE_NAMES[measure], "AUC"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.to_dict("records"):
+        table.add_row(
+            row["method"],
+            *("" if pd.isna(row[name]) else plain(row[name]) for name in swept),
+            *(str(row[name]) for name in counts),
+            _mean_and_sem(row[f"final_{measure}"], row[f"final_{measure}_sem"]),
+            _mean_and_sem(row["auc"], row["auc_sem"]),
+        )
+    return table
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
+
+
+def plain(value: object) -> str:
+    """A swept value as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mean_and_sem(mean: float, error: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def print_table(title: str, note: str, table: Table, console: Console | None = None) -> None:
+    """Print a table of a report; more than the terminal is wide is wrapped by it, not cut."""
+    console = console or Console()
+    table.box, table.padding, table.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
+    console.print(title, style="bold", highlight=False)
+    Console(width=10_000, file=console.file).print(table, crop=False, highlight=False)
+    if note:
+        console.print(note, style="dim", highlight=False)
+    console.print()
+
+
+def write_expert_network(
+    results: Sequence[Result], directory: Path, console: Console | None = None
+) -> pd.DataFrame:
+    """Print the expert simulation's tables, and write `expert_network.csv` and one figure a case,
+    `ratio_<case>.png`, into a folder that exists.
+
+    Returns the frame that the CSV holds, one row a result.
+    """
+    console = console or Console()
+    frame = pd.DataFrame(results, columns=Result._fields)
+    frame.to_csv(directory / "expert_network.csv", index=False)
+    cases = list(frame["case"].unique())
+    figures = [expert_ratios(frame, case, directory / f"ratio_{case}.png") for case in cases]
+
+    inside = within_interval(frame)
+    console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
+    # More columns than the terminal is wide are wrapped by it, not cut.
+    console.print(ratio_table(frame, inside), width=10_000, crop=False)
+    largest = frame[(frame["d"] == frame["d"].max()) & (frame["k"] == frame["k"].min())]
+    for row in largest[largest["n"] == frame["n"].min()].itertuples():
+        console.print(
+            f"{row.case}, d = {row.d}, k = {row.k}, n = {row.n}: ratio {_short(row.ratio)}, "
+            f"95% interval {_short(row.ratio_ci_low)} to {_short(row.ratio_ci_high)}, "
+            f"theory {2 ** (row.d - row.k)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    console.print(
+        f"2^(d-k) is inside the 95% interval in {inside.sum()} of {len(frame)} cells "
+        f"({inside.mean():.1%})",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for path in (directory / "expert_network.csv", *figures):
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return frame
+
+
+def within_interval(frame: pd.DataFrame) -> pd.Series:
+    """Whether the theory's 2^(d-k) lies inside each cell's interval."""
+    theory = 2.0 ** (frame["d"] - frame["k"])
+    return (frame["ratio_ci_low"] <= theory) & (theory <= frame["ratio_ci_high"])
+
+
+def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
+    """The ratios for a terminal: a row for each k, case and n, a column for each d."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("k", "case", "n"):
+        table.add_column(name, no_wrap=True)
+    dimensions = sorted(frame["d"].unique())
+    for d in dimensions:
+        table.add_column(f"d={d}", justify="right", no_wrap=True)
+    marked = frame["ratio"].map(_short) + inside.map({True: " ", False: "*"})
+    for k in sorted(frame["k"].unique()):
+        of_k = frame[frame["k"] == k]
+        table.add_row(str(k), "2^(d-k)", "", *(_short(2.0 ** (d - k)) + " " for d in dimensions))
+        for (case, n), row in of_k.groupby(["case", "n"], sort=False):
+            cells = dict(zip(row["d"], marked[row.index], strict=True))
+            table.add_row("", str(case), str(n), *(cells.get(d, "") for d in dimensions))
+        table.add_section()
+    return table
+
+
+#: Columns of the probe that its table shows, by what they are called there.
+PROBE_ROWS = {
+    "MSE of backprop": "mse_backprop",
+    "  ECV share of variance": "ecv_share_backprop",
+    "MSE / backprop's: sgprop": "sgprop_to_backprop",
+    "  at the best lambda": "best_to_backprop",
+    "  at lambda = 0": "synthetic_to_backprop",
+    "cosine to g*: backprop": "alignment_backprop",
+    "  sgprop": "alignment_sgprop",
+    "lambda": "mixing_weight",
+    "  best": "best_mixing_weight",
+    "  best, unit gradients": "best_unit_mixing_weight",
+    "  distance to the latter": "distance",
+    "explained by the inputs": "explained",
+    "  by the predictor": "predictor_explained",
+}
+
+
+def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
+    """Print the probe's table, a column a layer, and write `neurons.csv`, `layers.csv` and
+    `probe.png` into a folder that exists.
+
+    Returns the frame that `layers.csv` holds.
+    """
+    console = console or Console()
+    neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
+    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
+    neurons.to_csv(paths[0], index=False)
+    layers.to_csv(paths[1], index=False)
+    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
+    console.print(
+        f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
+        "means over neurons, and 95% intervals",
+        soft_wrap=True,
+        highlight=False,
+    )
+    # A terminal that is narrower than the table wraps its lines; nothing is cut.
+    wide = Console(width=max(console.width, 28 + 24 * len(layers)), file=console.file)
+    wide.print(probe_table(layers), crop=False)
+    if not report.predictors:
+        console.print("a policy under backprop: there are no predictions to mix in")
+    for path in paths:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    return layers
+
+
+def probe_table(layers: pd.DataFrame) -> Table:
+    """The layers' numbers for a terminal, each with its interval below it."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for row in layers.to_dict("records"):
+        step = row.get("step", "")
+        at = {"": "", "all": ", all steps"}.get(step, f", step {step}")
+        table.add_column(f"{row['layer']}{at}", justify="right", no_wrap=True)
+    for title, name in PROBE_ROWS.items():
+        if layers[name].isna().all():
+            continue
+        table.add_row(title, *("" if pd.isna(value) else f"{value:.3g}" for value in layers[name]))
+        if f"{name}_ci_low" in layers:
+            intervals = zip(layers[f"{name}_ci_low"], layers[f"{name}_ci_high"], strict=True)
+            shown = ("" if pd.isna(low) else f"{low:.2g} to {high:.2g}" for low, high in intervals)
+            table.add_row("", *shown, style="dim")
+    return table

@@ -1,0 +1,289 @@
+"""Reports of sweeps, finished, damaged and in progress, in a real browser."""
+
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from browser import EXECUTABLE, Browser
+from typer.testing import CliRunner
+
+from sgrl.analysis import report
+from sgrl.analysis.report import cells, compare, read_section, write_report
+from sgrl.analysis.runs import ResultsError, load_results
+from sgrl.analysis.tables import write_expert_network
+from sgrl.cli import app
+from sgrl.theory.expert_network import simulate, sweep_cells
+from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.sweep import run_sweep
+
+SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
+EXPERIMENT = {
+    "name": "small",
+    "config": {
+        "environment": {
+            "env": "labyrinth_escape",
+            "env_config": {"maze_dims": [6, 6], "episode_length": 10},
+        },
+        "env_runners": {"num_envs_per_env_runner": {"grid": [4, 8]}},
+    },
+    "methods": {
+        "sparsenet_sgprop": {
+            "model": {"policy": "sparsenet", "num_input_neurons": 4, **SPARSE},
+            "config": {"training": {"lr": {"grid": [0.001, 0.01]}}},
+        },
+        "gru": {"model": {"policy": "gru", "hidden_size": 8}},
+    },
+    "seeds": [0, 1],
+    "stop": {"training_iteration": 6},
+}
+FIGURES = [
+    "success_rate",
+    "scores_by_envs",
+    "scores_by_lr",
+    "mixing_weights",
+    "mixing_weights_by_envs",
+]
+
+in_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, ray_session):
+    """A real sweep of twelve trials."""
+    folder = tmp_path_factory.mktemp("reports")
+    (folder / "small.yaml").write_text(yaml.safe_dump(EXPERIMENT, sort_keys=False))
+    return run_sweep(load_experiment(folder / "small.yaml"), folder)
+
+
+@pytest.fixture
+def sweep(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "small")
+
+
+@pytest.fixture
+def damaged(sweep):
+    """A sweep with a torn metrics file, a failed, a NaN trial and one in progress."""
+    torn, failed, diverged, going = load_results(sweep).trials["trial"][:4]
+    metrics = sweep / torn / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes()[:-5])
+    for trial, state in (
+        (failed, {"state": "failed", "reason": "RuntimeError: no <b>memory</b>"}),
+        (diverged, {"state": "failed", "reason": "policy_loss is nan at iteration 6"}),
+        (going, {"state": "running"}),
+    ):
+        (sweep / trial / "status.json").write_text(json.dumps(state))
+    rows = (sweep / diverged / "metrics.csv").read_text().splitlines()
+    values = rows[-1].split(",")
+    loss = rows[0].split(",").index("policy_loss")
+    (sweep / diverged / "metrics.csv").write_text(
+        "\n".join([*rows[:-1], ",".join([*values[:loss], "nan", *values[loss + 1 :]])]) + "\n"
+    )
+    return sweep
+
+
+def table(section, title):
+    (found,) = (table for name, _, table in section.tables if name == title)
+    header, rows = cells(found)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+@in_browser
+def test_the_page_in_a_browser(sweep, tmp_path):
+    page = write_report([sweep])
+    assert page == sweep / "report.html"
+    alone = tmp_path / "alone" / "page.html"
+    alone.parent.mkdir()
+    page.rename(alone)  # away from its figures: the page is whole by itself
+    with Browser() as browser:
+        browser.open(alone)
+        images = browser.evaluate(
+            """Array.from(document.images).map(image => [
+                image.alt, image.complete, image.naturalWidth, image.clientWidth,
+                image.clientHeight, getComputedStyle(image).visibility])"""
+        )
+        assert len(images) == len(FIGURES)
+        for _, complete, natural, width, height, visibility in images:
+            assert complete
+            assert min(natural, width, height) > 200
+            assert visibility == "visible"
+        text = browser.evaluate("document.body.innerText")
+        wide = browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        links = browser.evaluate(
+            "Array.from(document.links).every(l => document.getElementById(l.hash.slice(1)))"
+        )
+        browser.screenshot(tmp_path / "page.png")
+        assert browser.errors == []
+        assert all(address.startswith(("file:", "data:")) for address in browser.requests)
+        assert sum(address.startswith("file:") for address in browser.requests) == 1
+    assert wide
+    assert links
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+    for said in ("12: 12 completed", "Methods against each other", "torch", "processor", "seed=1"):
+        assert said in text
+    assert "What is missing" not in text
+
+
+def test_what_the_page_says(sweep):
+    section = read_section(sweep)
+    assert section.title == "small"
+    assert section.problems == []
+    assert [figure.path.stem for figure in section.figures] == FIGURES
+    for figure in section.figures:
+        assert figure.path.read_bytes()[:4] == b"\x89PNG"
+        assert figure.path.with_suffix(".svg").is_file()
+    facts = dict(section.facts)
+    steps = 6 * 10 * 4 + 6 * 10 * 8
+    assert facts["environment steps"] == f"{6 * steps:,}"
+    assert re.match(r"\d{4}-\d\d-\d\dT", facts["started"])
+    assert "torch 2." in facts["versions"]
+    assert yaml.safe_load(section.configuration)["seeds"] == [0, 1]
+    assert section.commands[-1] == f"sgrl sweep {sweep / 'experiment.yaml'} --name small_again"
+
+    trials = load_results(sweep).trials
+    rows = table(section, "Comparison")
+    assert [(row["method"], row["envs"]) for row in rows] == [
+        (method, envs) for method in ("sparsenet_sgprop", "gru") for envs in ("4", "8")
+    ]
+    gru = trials[(trials["method"] == "gru") & (trials["envs"] == 4)]["auc"]
+    assert rows[2]["AUC"] == f"{gru.mean():.3f} ± {gru.sem():.3f}"
+    assert rows[2]["trials"] == "2"
+    sgprop = trials[(trials["method"] == "sparsenet_sgprop") & (trials["envs"] == 4)]
+    best = sgprop.groupby("lr")["auc"].mean()
+    assert rows[0]["lr"] == f"{best.index[best.argmax()]:g}"
+    (pair,) = table(section, "Methods against each other")
+    assert pair["trials"] == "4 and 4"
+    assert len(table(section, "All learning rates")) == 6
+    assert len(table(section, "Trials")) == 12
+
+
+def test_missing_and_damaged_trials_are_named(damaged):
+    torn, failed, diverged, going = load_results(damaged).trials["trial"][:4]
+    result = CliRunner().invoke(app, ["report", str(damaged)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == f"written: {damaged / 'report.html'}"
+    page = (damaged / "report.html").read_text()
+    listed = re.findall(r"<li>(.*?)</li>", page)
+    assert [html.unescape(said) for said in listed] == list(load_results(damaged).problems)
+    assert set(load_results(damaged).problems) == {
+        f"{torn}: metrics.csv is damaged after iteration 5; lines dropped: 1",
+        f"{torn}: completed, but metrics.csv ends at iteration 5 of 6",
+        f"{failed}: failed at iteration 6 of 6: RuntimeError: no <b>memory</b>",
+        f"{diverged}: failed at iteration 6 of 6: policy_loss is nan at iteration 6",
+        f"{going}: interrupted at iteration 6 of 6",
+    }
+    assert "12: 9 completed, 2 failed, 1 interrupted" in page
+    assert "no &lt;b&gt;memory&lt;/b&gt;" in page
+    for trial, state in ((failed, "failed"), (diverged, "failed"), (going, "interrupted")):
+        assert f"<tr><td>{trial}</td><td>{state}</td>" in page
+    if EXECUTABLE:
+        with Browser() as browser:
+            browser.open(damaged / "report.html")
+            assert browser.errors == []
+            assert browser.evaluate("document.querySelectorAll('.problems li').length") == 5
+
+
+def test_nothing_has_begun(sweep):
+    for path in sweep.glob("*/metrics.csv"):
+        path.unlink()
+    for path in sweep.glob("*/status.json"):
+        path.unlink()
+    section = read_section(sweep)
+    assert len(section.problems) == 12
+    assert all("pending at iteration 0 of 6" in said for said in section.problems)
+    assert {row["AUC"] for row in table(section, "Comparison")} == {"-"}
+
+
+def test_the_same_results_are_the_same_bytes(sweep, finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other" / "small")
+    names = ["comparison.csv", "pairs.csv", *(f"figures/{n}.svg" for n in FIGURES)]
+    read_section(sweep)
+    read_section(other)
+    for name in names:
+        assert (sweep / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_markdown_and_latex(sweep, tmp_path, monkeypatch):
+    section = read_section(sweep)
+    monkeypatch.setattr(report, "read_section", lambda *_: section)  # read once
+    out = write_report([sweep], tmp_path / "deep" / "tables.md", "markdown")
+    text = out.read_text()
+    assert "| method | envs | lr | trials |" in text
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (out.parent / link).is_file()
+    path = write_report([sweep], format="latex")
+    assert path == sweep / "report.tex"
+    tex = path.read_text()
+    assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 4
+    assert "sparsenet\\_sgprop" in tex
+    assert "$\\pm$" in tex
+    for line in re.findall(r"\\midrule\n(.*?)\\bottomrule", tex, flags=re.DOTALL)[0].splitlines():
+        assert line.count(" & ") == 8
+        assert line.endswith(" \\\\")
+
+
+def test_several_folders_and_the_expert_network(sweep, tmp_path):
+    experts = tmp_path / "experts"
+    experts.mkdir()
+    write_expert_network(simulate(sweep_cells([3, 4], [2], [1, 2]), trials=4), experts)
+    seen = []
+    out = write_report([experts, sweep], advance=seen.append)
+    assert out == tmp_path / "report.html"
+    assert seen == ["expert network", "small"]
+    page = out.read_text()
+    assert page.count("<img") == 3 + len(FIGURES)
+    assert "2^(d-k)" in page
+
+
+def test_compare(sweep, finished, tmp_path):
+    settings = yaml.safe_load((sweep / "experiment.yaml").read_text())
+    settings["config"]["training"]["gamma"] = 0.5
+    (sweep / "experiment.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    for path in sweep.glob("*/metrics.csv"):
+        frame = pd.read_csv(path)
+        frame["success_rate"] = frame["success_rate"] / 2 - 1
+        frame.to_csv(path, index=False)
+    frame, tables = compare(finished, sweep)
+    assert list(frame["method"]) == ["sparsenet_sgprop", "gru"]
+    assert list(frame["probability"]) == [1, 1]
+    assert list(frame["tasks"]) == [2, 2]
+    assert frame["second_auc"].to_numpy() == pytest.approx(frame["first_auc"].to_numpy() / 2 - 1)
+    differing, shown = tables
+    assert cells(differing[2])[1] == [["config.training.gamma", "0.95", "0.5"]]
+    assert [row[0] for row in cells(shown[2])[1]] == ["sparsenet_sgprop", "gru"]
+    same, tables = compare(finished, finished)
+    assert list(same["probability"]) == [0.5, 0.5]
+    assert np.allclose(same["p_holm"], 1)
+    assert len(tables) == 1
+
+    out = tmp_path / "compared.csv"
+    result = CliRunner().invoke(app, ["compare", str(finished), str(sweep), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "config.training.gamma" in result.output
+    pd.testing.assert_frame_equal(pd.read_csv(out), frame, check_dtype=False)
+
+
+def test_what_cannot_be_reported(sweep, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        (["report", "nowhere"], "nowhere is no folder: give one such as results/quickstart"),
+        (["report", str(tmp_path / "empty")], "holds no results"),
+        (["report", str(sweep), "--format", "pdf"], "unknown format 'pdf'"),
+        (["report", str(sweep), "--out", str(tmp_path / "file" / "x.html")], "File exists"),
+        (["compare", str(sweep), str(tmp_path / "empty")], "holds no results"),
+        (["compare", str(sweep), str(sweep), "--out", str(tmp_path / "no" / "x.csv")], "No such"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert said in result.output
+        assert len(result.output.splitlines()[-1:]) == 1
+        assert "Traceback" not in result.output
+    for status in sweep.glob("*/status.json"):
+        status.write_text('{"state": "running"}')
+    with pytest.raises(ResultsError, match="no method with completed trials"):
+        compare(sweep, sweep)
