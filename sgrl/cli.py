@@ -37,6 +37,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Track = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
+]
 Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
 Checkpoint = Annotated[
     Path,
@@ -71,13 +75,14 @@ def sweep(
     results: Results = Path("results"),
     name: Name = None,
     set_: Set = None,
+    track: Track = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
     from sgrl.tuning.experiment import ExperimentError, load_experiment
 
     with _one_line_errors(ExperimentError):
-        experiment = load_experiment(config, set_ or [], name)
+        experiment = load_experiment(config, set_ or [], name, track)
     if dry_run:
         typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
         for trial in experiment.trials:
@@ -85,20 +90,23 @@ def sweep(
         return
 
     from sgrl.tuning.sweep import SweepError, run_sweep
+    from sgrl.tuning.tracking import TrackingError
 
-    with _one_line_errors(ExperimentError, SweepError, resume=results / experiment.name):
+    errors = (ExperimentError, SweepError, TrackingError)
+    with _one_line_errors(*errors, resume=results / experiment.name):
         directory = run_sweep(experiment, results)
     _compare(directory)
 
 
 @app.command()
-def resume(directory: Experiment) -> None:
+def resume(directory: Experiment, track: Track = None) -> None:
     """Finish the trials of an interrupted sweep."""
     from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError, resume_sweep
+    from sgrl.tuning.tracking import TrackingError
 
-    with _one_line_errors(ExperimentError, SweepError, resume=directory):
-        resume_sweep(directory)
+    with _one_line_errors(ExperimentError, SweepError, TrackingError, resume=directory):
+        resume_sweep(directory, track)
     _compare(directory)
 
 
@@ -181,6 +189,41 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
     with _one_line_errors(CheckpointError, DataError):
         for key, value in evaluate_checkpoint(checkpoint, episodes, seed).items():
             typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+@app.command()
+def render(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="An animation (.gif) or a filmstrip (.png).")] = Path(
+        "episode.gif"
+    ),
+    seed: Seed = 0,
+    episode: Annotated[int, typer.Option(min=0, help="Which of evaluate's, from 0.")] = 0,
+    fps: Annotated[int, typer.Option(min=1, max=50, help="Steps a second (.gif).")] = 5,
+    frames: Annotated[int, typer.Option(min=1, help="Pictures in the filmstrip (.png).")] = 6,
+) -> None:
+    """Draw one of the episodes that `evaluate` runs."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
+    from sgrl.envs.mnist import DataError
+    from sgrl.tuning.checkpoints import CheckpointError
+
+    with _one_line_errors(CheckpointError, DataError, RenderError):
+        check_out(out)
+        recorded = record_episode(checkpoint, seed, episode)
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("drawing", total=None)
+            write_episode(
+                recorded,
+                out,
+                fps,
+                frames,
+                lambda total: progress.update(task, total=total, advance=1),
+            )
+    typer.echo(f"{out}: {recorded.title}")
 
 
 @app.command()

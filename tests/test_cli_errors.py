@@ -231,6 +231,24 @@ def test_more_resources_than_the_machine_has(run, section, resource):
     refused(result, "trial gru_seed=0 needs", resource, "there are")
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
+def test_trackers_that_are_not_installed(run, monkeypatch, tracker):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = f'{tracker} is not installed: pip install "sgrl[{tracker}]"'
+    refused(run("sweep", "experiment.yaml", "--track", tracker), message)
+    assert not Path("results").exists()
+    Path("results/good").mkdir(parents=True)
+    Path("results/good/experiment.yaml").write_text(GOOD)
+    refused(run("resume", "results/good", "--track", tracker), message)
+    Path("results/good/experiment.yaml").write_text(f"{GOOD}track: {tracker}\n")
+    refused(run("resume", "results/good"), message)
+
+
+def test_unknown_tracker(run):
+    message = "experiment.yaml: track: unknown tracker 'wand'; did you mean 'wandb'?"
+    refused(run("sweep", "experiment.yaml", "--track", "wand"), message)
+
+
 def test_results_folder_that_exists(run):
     Path("results/good").mkdir(parents=True)
     Path("results/good/experiment.yaml").write_text(GOOD)

@@ -159,10 +159,35 @@ def gradients(policy: SparseNetPolicy, batch: object) -> dict[str, torch.Tensor]
     return results | {"lambda": policy.core.neurons.mixing_weight.clone()}
 
 
+def as_if_trained(policy: SparseNetPolicy) -> SparseNetPolicy:
+    """No parameter is zero any more, as biases are at first."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.3 * noise)
+    return policy
+
+
+@pytest.mark.parametrize("batch_size", [*range(1, 20), 32, 33])
+def test_native_acts_as_it_computes(batch_size: int) -> None:
+    """Whether or not the samples fill whole vectors."""
+    policy = as_if_trained(sparsenet())
+    generator = torch.Generator().manual_seed(2)
+    observations = torch.randn(3, batch_size, 56, generator=generator, dtype=torch.float64)
+    policy.core.backend = "eager"
+    expected = policy(observations).logits
+    policy.core.backend = "native"
+    for keep in (False, True):
+        acting = policy.acting(3, batch_size, keep)
+        logits = torch.stack([acting.step(now).clone() for now in observations])
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("propagation", ["sgprop", "backprop"])
 def test_native_update_reuses_the_rollout(propagation: str) -> None:
     """Also where all episodes end before T, as truncated ones do."""
-    policy = sparsenet(propagation=propagation)
+    policy = as_if_trained(sparsenet(propagation=propagation))
     batch = Rollout(make_vector("labyrinth_escape", 5, ENV_CONFIG), policy, 0, keep=True).collect()
     assert batch.acted.recorder.steps < ENV_CONFIG["episode_length"]
     assert batch.acted.is_of(policy, batch.observations)

@@ -82,8 +82,8 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
         if "--dry-run" in arguments or arguments[0] == "data":
             run(arguments)
             continue
-        if arguments[0] == "evaluate":
-            shutil.copytree(checkpoints / "000100", checkpoints / "moved")
+        if arguments[0] in ("evaluate", "render"):
+            shutil.copytree(checkpoints / "000100", checkpoints / "moved", dirs_exist_ok=True)
             arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
         run(cut_down(arguments) if arguments[0] == "sweep" else arguments)
     docs = (ROOT / "docs" / "results.md").read_text()

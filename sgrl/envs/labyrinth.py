@@ -310,6 +310,20 @@ class VectorLabyrinth(VectorEnv):
             self._observe(running, actions)
         return self._observations.copy(), rewards, terminated, truncated
 
+    def maze(self, env: int) -> NDArray[np.int8]:
+        """The `Cell` codes of an environment's maze, [H, W] with the borders."""
+        return self._cells[env, :-1].reshape(self.height + 1, self.width + 1).copy()
+
+    def position(self, env: int) -> tuple[int, int]:
+        """Row and column of an environment's agent in its maze."""
+        row, column = divmod(int(self._positions[env]), self.width + 1)
+        return row, column
+
+    def seen(self, env: int) -> NDArray[np.intp]:
+        """The cells that an environment's agent sees, [3, 3]: indices into the maze row by row,
+        H * W where its view is padded."""
+        return self._views[self._positions[env]].reshape(3, 3)
+
     def _observe(self, envs: NDArray[np.intp], actions: NDArray[np.int64]) -> None:
         seen = self._cells[envs[:, None], self._views[self._positions[envs]]]
         self._observations[envs, :_VIEW_SIZE] = _CELL_ONE_HOT[seen].reshape(len(envs), _VIEW_SIZE)

@@ -169,10 +169,7 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
     successes, returns, lengths = [], [], []
     for start in range(0, episodes, EVALUATION_BATCH):
         size = min(EVALUATION_BATCH, episodes - start)
-        settings = evaluation_config(environment["env"], environment["env_config"])
-        vector = make_vector(environment["env"], size, settings)
-        rollout = Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed + start)
-        batch = rollout.collect()
+        batch = evaluation_rollout(policy, environment, seed + start, size).collect()
         successes.append(batch.success.float())
         returns.append((batch.rewards * batch.mask).sum(0))
         lengths.append(batch.lengths.float())
@@ -182,6 +179,27 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
         "episode_return_mean": torch.cat(returns).mean().item(),
         "episode_length_mean": torch.cat(lengths).mean().item(),
     }
+
+
+def evaluation_rollout(
+    policy: Policy, environment: dict, seed: int, episodes: int = EVALUATION_BATCH
+) -> Rollout:
+    """A rollout of `episodes` episodes side by side, as `evaluate` runs them.
+
+    Args:
+        policy, environment: from `open_policy`.
+        seed: of the first environment, to which `EVALUATION_SEED_OFFSET` is added.
+    """
+    settings = evaluation_config(environment["env"], environment["env_config"])
+    vector = make_vector(environment["env"], episodes, settings)
+    return Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -14,6 +14,7 @@
     max_failures: 2                      # restarts of a trial whose process died
     num_threads: 1                       # torch threads of one trial
     concurrency: auto                    # trials at a time: as many as fit, or a number
+    track: none                          # where else the curves go: tensorboard, wandb or mlflow
 
 `{grid: [...]}` anywhere under `config`, `stop` or a method's `model` and `config` sweeps that
 value. One trial is one method, one grid point and one seed.
@@ -48,11 +49,13 @@ DEFAULTS: dict[str, Any] = {
     "max_failures": 2,
     "num_threads": 1,
     "concurrency": "auto",
+    "track": "none",
 }
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
 TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
-KEYS += ["max_failures", "num_threads", "concurrency"]
+KEYS += ["max_failures", "num_threads", "concurrency", "track"]
 
 # Bounds RLlib does not check before a trial's processes have started: (low, high, low allowed).
 BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
@@ -105,6 +108,7 @@ class Experiment:
     max_failures: int
     num_threads: int
     concurrency: int | str
+    track: str
 
 
 class _Problem(Exception):
@@ -116,12 +120,15 @@ class _Problem(Exception):
 
 
 def load_experiment(
-    path: str | Path, overrides: Sequence[str] = (), name: str | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    track: str | None = None,
 ) -> Experiment:
     """Read, override (`KEY=VALUE`, the value is YAML) and validate an experiment file.
 
-    An override of `config.*` also wins over what a method sets at the same key. `name` replaces
-    the experiment's own. Raises ExperimentError; Ray is imported but never started.
+    An override of `config.*` also wins over what a method sets at the same key. `name` and
+    `track` replace the experiment's own. Raises ExperimentError; Ray is imported but never started.
     """
     path = Path(path)
     keys: list[str] = []
@@ -132,6 +139,8 @@ def load_experiment(
             _override(raw, override)
         if name is not None:
             raw["name"] = name
+        if track is not None:
+            raw["track"] = track
         return _experiment(path, raw)
     except _Problem as problem:
         place = str(path)
@@ -162,6 +171,7 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     _check_whole("num_threads", resolved["num_threads"], 1)
     if resolved["concurrency"] != "auto":
         _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
+    _check_known("track", "tracker", resolved["track"], TRACKERS)
     _check_type("seeds", resolved["seeds"], list)
     for seed in resolved["seeds"]:
         _check_whole("seeds", seed, 0)
@@ -187,6 +197,7 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
         max_failures=resolved["max_failures"],
         num_threads=resolved["num_threads"],
         concurrency=resolved["concurrency"],
+        track=resolved["track"],
     )
 
 

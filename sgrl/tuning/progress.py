@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
 from sgrl.tuning.metrics import MEASURE_NAMES, Score, read_metrics, score
 from sgrl.tuning.trial import (
@@ -25,7 +26,6 @@ from sgrl.tuning.trial import (
     read_status,
     seconds_per_iteration,
     write_status,
-    write_text,
 )
 
 LOG_FILE = "sweep.log"

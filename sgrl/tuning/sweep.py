@@ -25,7 +25,7 @@ from rich.table import Table
 
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
-from sgrl.tuning.checkpoints import CheckpointError, verify
+from sgrl.tuning.checkpoints import CheckpointError, verify, write_text
 from sgrl.tuning.experiment import (
     Experiment,
     Trial,
@@ -46,6 +46,7 @@ from sgrl.tuning.progress import (
     write_summary,
 )
 from sgrl.tuning.provenance import record_start
+from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
     TrialRunner,
     first_line,
@@ -53,7 +54,6 @@ from sgrl.tuning.trial import (
     read_status,
     read_yaml,
     write_status,
-    write_text,
 )
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -81,7 +81,8 @@ def run_sweep(
 
     A trial that fails does not stop the others; `failed_trials` lists them. Raises SweepError or
     ExperimentError, before Ray is started, where the folder is taken or a trial asks for more
-    than there is, and KeyboardInterrupt once Ctrl-C has stopped the trials.
+    than there is, TrackingError where its tracker cannot be used, and KeyboardInterrupt once Ctrl-C
+    has stopped the trials.
     """
     directory = Path(results_dir).absolute() / (name or experiment.name)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
@@ -89,6 +90,7 @@ def run_sweep(
         raise SweepError(
             f"{display(directory)} already exists: {how}--name NAME starts another sweep"
         )
+    check_tracker(experiment.track)
     requests = _resource_requests(experiment)
     _prepare_environments(experiment)
     try:
@@ -99,14 +101,16 @@ def run_sweep(
     return _run(directory, experiment, requests)
 
 
-def resume_sweep(directory: str | Path) -> Path:
+def resume_sweep(directory: str | Path, track: str | None = None) -> Path:
     """Continue a sweep that was killed, or whose trials failed, and return its folder.
 
-    Completed trials are left alone, and so are those whose loss became NaN or infinite. Raises
-    as `run_sweep` does, and SweepError where `directory` holds no sweep.
+    Completed trials are left alone, and so are those whose loss became NaN or infinite. `track`
+    replaces the tracker that the sweep was started with. Raises as `run_sweep` does, and SweepError
+    where `directory` holds no sweep.
     """
     directory = Path(directory).absolute()
-    experiment = _load(directory)
+    experiment = _load(directory, track)
+    check_tracker(experiment.track)
     requests = _resource_requests(experiment)
     _prepare_environments(experiment)
     return _run(directory, experiment, requests)
@@ -124,11 +128,11 @@ def is_sweep(directory: Path) -> bool:
     return (directory / EXPERIMENT_FILE).is_file()
 
 
-def _load(directory: Path) -> Experiment:
+def _load(directory: Path, track: str | None = None) -> Experiment:
     if not is_sweep(directory):
         what = "holds no sweep" if directory.exists() else "does not exist"
         raise SweepError(f"{display(directory)} {what}: give a folder such as results/quickstart")
-    return load_experiment(directory / EXPERIMENT_FILE)
+    return load_experiment(directory / EXPERIMENT_FILE, track=track)
 
 
 def _prepare_environments(experiment: Experiment) -> None:
@@ -152,6 +156,9 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
         raise SweepError(f"{display(directory)} is being run by another process")
     with lock, quiet(directory / LOG_FILE) as console:
         record_start(directory)
+        prepare_tracker(experiment.track, directory)
+        if read_yaml(directory / EXPERIMENT_FILE).get("track", "none") != experiment.track:
+            write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
@@ -163,6 +170,9 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
         head = f"{len(progress)} trials{over}; results in {display(directory)}"
         console.print(head, soft_wrap=True, highlight=False)
+        if experiment.track != "none":
+            hint = how_to_look(experiment.track, display(directory))
+            console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
         if todo:
             view = SweepView(directory, progress)
             with view.shown_on(console):
@@ -213,6 +223,8 @@ def _run_trials(
             param_space={
                 "sweep": str(directory),
                 "trial": tune.grid_search([trial.name for trial in trials]),
+                "tracker": experiment.track,
+                "wandb_mode": os.environ.get("WANDB_MODE"),
             },
             tune_config=tune.TuneConfig(
                 reuse_actors=True,

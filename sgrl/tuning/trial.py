@@ -18,7 +18,12 @@ import yaml
 from ray import tune
 
 from sgrl.nn.policies import save_policy
-from sgrl.tuning.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
+from sgrl.tuning.checkpoints import (
+    discard_after,
+    newest_valid_checkpoint,
+    write_checkpoint,
+    write_text,
+)
 from sgrl.tuning.experiment import build_algorithm_config
 from sgrl.tuning.metrics import (
     Row,
@@ -30,6 +35,7 @@ from sgrl.tuning.metrics import (
     score,
     truncate_metrics,
 )
+from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60
 REPORT_SECONDS = 1.0
@@ -44,9 +50,11 @@ class TrialRunner(tune.Trainable):
 
     algorithm: Any = None
     lock: TextIO | None = None
+    tracking: Tracking | None = None
 
     def setup(self, config: dict) -> None:
         self.directory = Path(config["sweep"]) / config["trial"]
+        self.tracker, self.wandb_mode = config["tracker"], config["wandb_mode"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.last_iteration = 0
@@ -102,6 +110,10 @@ class TrialRunner(tune.Trainable):
         discard_after(checkpoints, self.saved)
         self.rows = read_metrics(metrics)
         self.notes = [f"{problem}; going on from iteration {self.saved}" for problem in problems]
+        self.tracking = Tracking(
+            self.directory, self.trial, self.tracker, self.wandb_mode, self.notes
+        )
+        self.tracking.send(self.rows)
         self._write_status("running")
 
     def _train(self) -> None:
@@ -118,6 +130,8 @@ class TrialRunner(tune.Trainable):
                 self._checkpoint()
             if time.monotonic() >= deadline:
                 break
+        assert self.tracking is not None
+        self.tracking.send(self.rows)
         if len(self.rows) >= self.last_iteration:
             self._checkpoint()
             self._finish("completed")
@@ -146,7 +160,7 @@ class TrialRunner(tune.Trainable):
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
         self._write_status(state, reason=reason, **more)
-        self._release()
+        self._release(state)
 
     def _write_status(self, state: str, **more: Any) -> None:
         write_status(self.directory, {"state": state, "notes": self.notes, **more})
@@ -158,10 +172,14 @@ class TrialRunner(tune.Trainable):
         if self.lock is None:
             raise TimeoutError(f"{self.directory} is in use by another process")
 
-    def _release(self) -> None:
+    def _release(self, state: str = "interrupted") -> None:
         algorithm, self.algorithm = self.algorithm, None
         lock, self.lock = self.lock, None
+        tracking, self.tracking = self.tracking, None
         try:
+            if tracking is not None:
+                tracking.send(self.rows)
+                tracking.close(state)
             if algorithm is not None:
                 algorithm.stop()
         finally:
@@ -206,13 +224,6 @@ def lock_file(path: Path, seconds: float) -> TextIO | None:
             time.sleep(0.1)
         else:
             return file
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_yaml(path: Path) -> dict:

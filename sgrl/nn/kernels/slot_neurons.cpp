@@ -634,11 +634,14 @@ void encode(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
     for (real* feature : features) store(feature + b, (load(feature + b) - mean) * scale);
   }
   multiply(s.E, p.features, p.weight_2, features.data(), s.B, out.data(), p.bias_2);
-  for (real* row : out)
+  for (real* row : out) {
     for (Index b = 0; b < s.B; b += V) {
       const vec value = load(row + b);
       store(row + b, value < 0 ? value * real(0.01) : value);
     }
+    // The bias stands there too, and what follows the last sample spills into the next neuron row.
+    std::fill(row + s.B, row + s.lanes, real(0));
+  }
 }
 
 // Logits [B][A] from the states after step t.

@@ -1,0 +1,542 @@
+"""One episode of a trained policy, to watch: an animation (GIF) or a filmstrip (PNG).
+
+    episode = record_episode("results/NAME/TRIAL/checkpoints/000100", seed=0, number=3)
+    write_episode(episode, Path("episode.gif"))
+
+`record_episode` plays the very episode that `sgrl evaluate` plays, the same maze and the same
+sampled actions, and returns all that there is to show as arrays; drawing only draws them. Neither
+needs Ray.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+from PIL import Image
+from popgym.core.maze import Actions, Cell
+
+from sgrl.analysis.figures import method_styles
+from sgrl.envs.labyrinth import VectorLabyrinth
+from sgrl.envs.registry import evaluation_config, make_vector, validate_env_config
+from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.policy import Policy
+from sgrl.nn.recurrent import SparseRNN
+from sgrl.tuning.checkpoints import EVALUATION_BATCH, evaluation_rollout, open_policy
+
+SUFFIXES = (".gif", ".png")
+#: Of walls, free cells, the start and the goal, in the order of `Cell`.
+CELL_COLOURS = ["#FFFFFF", "#4D4D4D", "#D9D9D9", "#F0E442"]
+AGENT_COLOUR = "#D55E00"
+#: The last frame of an animation stays so many seconds.
+LAST_FRAME_SECONDS = 2.0
+
+
+class RenderError(Exception):
+    """An episode cannot be drawn; the message is one line that says what to do."""
+
+
+# ---------------------------------------------------------------- what happened
+
+
+@dataclass(frozen=True)
+class Episode:
+    """S steps of one policy in one environment with A actions.
+
+    Attributes:
+        method: the policy, by the name that experiments give it.
+        env: the environment's name.
+        seed, number: it is episode `number`, from 0, of `sgrl evaluate --seed SEED`.
+        observations: float32 [S + 1, F], the last one after the last step.
+        actions: int64 [S].
+        rewards: float32 [S].
+        probabilities: the policy's, float32 [S, A].
+        success: whether the episode ended by success rather than by its length.
+        mixing_weights: lambda of each neuron, [layers, W]; None unless the policy uses sgprop.
+    """
+
+    method: str
+    env: str
+    seed: int
+    number: int
+    observations: NDArray[np.float32]
+    actions: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    success: bool
+    mixing_weights: NDArray[np.float32] | None
+
+    @property
+    def title(self) -> str:
+        """What it is and how it ended."""
+        end = "success" if self.success else "no success"
+        return f"{self.method}, {self.env}, seed {self.seed}, episode {self.number}: {end}"
+
+
+@dataclass(frozen=True)
+class LabyrinthEpisode(Episode):
+    """An episode in a maze.
+
+    Attributes:
+        maze: `Cell` codes, int8 [H, W], borders included.
+        positions: row and column of the agent, at first and after each step, [S + 1, 2].
+        seen: the cells in its view, [S + 1, 3, 3]: indices into the maze row by row, H * W where
+            the view is padded.
+        views: their codes as the policy reads them, int8 [S + 1, 3, 3].
+        hidden: output of the policy's core at each step, [S, W, N]; of a dense core [S, H, 1].
+        memory: whether the core has memory, and `hidden` is its state.
+    """
+
+    maze: NDArray[np.int8]
+    positions: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    views: NDArray[np.int8]
+    hidden: NDArray[np.float32]
+    memory: bool
+
+
+@dataclass(frozen=True)
+class BanditEpisode(Episode):
+    """The only step of a bandit: an image and a guess.
+
+    Attributes:
+        classes: the digits that the actions stand for, A of them.
+        right: the action that is right.
+    """
+
+    classes: list[int]
+    right: int
+
+
+def record_episode(
+    checkpoint: str | Path, seed: int = 0, number: int = 0
+) -> LabyrinthEpisode | BanditEpisode:
+    """Play episode `number` of `sgrl evaluate CHECKPOINT --seed SEED`, without Ray or pickle.
+
+    Evaluation plays a hundred episodes side by side, their actions drawn together; so does this.
+
+    Args:
+        checkpoint: as in `open_policy`.
+        seed: as in `evaluate`.
+        number: which of evaluation's episodes, from 0.
+
+    Raises:
+        CheckpointError: as `open_policy`.
+        DataError: the bandit's images cannot be had.
+    """
+    policy, environment = open_policy(Path(checkpoint))
+    env, place = environment["env"], number % EVALUATION_BATCH
+    rollout = evaluation_rollout(policy, environment, seed + number - place)
+    batch = rollout.collect()
+    steps = int(batch.lengths[place])
+    actions = batch.actions[:steps, place].numpy()
+    observations = batch.observations[:steps, place : place + 1]
+    with torch.inference_mode():
+        state = policy.initial_state(1)
+        hidden, _ = policy.run_core(policy.encoder(observations.to(_dtype(policy))), state, None)
+        probabilities = policy.actor(hidden).softmax(-1)
+    core: Any = policy.core
+    if isinstance(core, SparseRNN):
+        hidden = hidden.unflatten(-1, (core.num_neurons, core.neuron_size))
+    else:
+        hidden = hidden.unsqueeze(-1)
+
+    # The episode once more, alone, for what observations do not tell.
+    settings = evaluation_config(env, environment["env_config"]) | {"vectorized": True}
+    environment_seed = rollout.seed * rollout.env.seed_spacing + place
+    shared: dict[str, Any] = {
+        "method": method_name(policy),
+        "env": env,
+        "seed": seed,
+        "number": number,
+        "actions": actions,
+        "rewards": batch.rewards[:steps, place].numpy(),
+        "probabilities": probabilities[:, 0].float().numpy(),
+        "success": bool(batch.success[place]),
+        "mixing_weights": _mixing_weights(core),
+    }
+    if env == "mnist_bandit":
+        vector = make_vector(env, policy.num_actions, settings)
+        vector.reset([environment_seed] * policy.num_actions)
+        _, _, right, _ = vector.step(np.arange(policy.num_actions))
+        return BanditEpisode(
+            **shared,
+            observations=batch.observations[:1, place].numpy(),
+            classes=validate_env_config(env, settings)["classes"],
+            right=int(right.argmax()),
+        )
+    labyrinth = make_vector(env, 1, settings)
+    assert isinstance(labyrinth, VectorLabyrinth)
+    seen_observations = [labyrinth.reset([environment_seed])[0]]
+    positions, seen = [labyrinth.position(0)], [labyrinth.seen(0)]
+    for action in actions:
+        seen_observations.append(labyrinth.step(action[None])[0][0])
+        positions.append(labyrinth.position(0))
+        seen.append(labyrinth.seen(0))
+    all_observations = np.stack(seen_observations)
+    one_hot = all_observations[:, : 9 * len(Cell)].reshape(-1, 3, 3, len(Cell))
+    return LabyrinthEpisode(
+        **shared,
+        observations=all_observations,
+        maze=labyrinth.maze(0),
+        positions=np.array(positions),
+        seen=np.stack(seen),
+        views=one_hot.argmax(-1).astype(np.int8),
+        hidden=hidden[:, 0].float().numpy(),
+        memory=bool(state),
+    )
+
+
+def _dtype(policy: Policy) -> torch.dtype:
+    return next(policy.parameters()).dtype
+
+
+def method_name(policy: Policy) -> str:
+    """The name that the shipped experiments give a policy, and figures its colour by."""
+    name = {"sparse_mlp": "sparse"}.get(policy.name, policy.name)
+    propagation = getattr(policy.settings, "propagation", None)
+    return f"{name}_{propagation}" if propagation else name
+
+
+def _mixing_weights(core: Any) -> NDArray[np.float32] | None:
+    if getattr(core, "propagation", None) != "sgprop":
+        return None
+    layers = core.layers if isinstance(core, SparseMLP) else [core.neurons]
+    return np.stack([layer.mixing_weight.float().numpy() for layer in layers])
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_out(out: Path) -> None:
+    """Raise RenderError unless the file's name says what to write, and its folder is or can be
+    made."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise RenderError(f"{out}: give a name that ends in {' or '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise RenderError(f"{out} is a folder: give the name of a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RenderError(f"{out} cannot be written: {error.strerror}") from None
+
+
+def write_episode(
+    episode: LabyrinthEpisode | BanditEpisode,
+    out: Path,
+    fps: int = 5,
+    frames: int = 6,
+    advance: Callable[[int], object] = lambda total: None,
+) -> None:
+    """Draw an episode into a file.
+
+    Args:
+        episode: from `record_episode`.
+        out: `.gif`: an animation with a frame before each step and one after the last; `.png`:
+            a filmstrip of evenly spaced steps. A bandit's only step makes a `.png`.
+        fps: steps a second in the animation, at most 50.
+        frames: pictures in the filmstrip.
+        advance: called after each picture with how many there are.
+
+    Raises:
+        RenderError: a name of another kind, or a file that cannot be written.
+    """
+    check_out(out)
+    animated = out.suffix.lower() == ".gif"
+    if isinstance(episode, BanditEpisode):
+        if animated:
+            raise RenderError(
+                f"{out}: an episode of {episode.env} has a single step: give a name that ends in "
+                ".png"
+            )
+        pictures = [draw_bandit(episode)]
+    else:
+        last = len(episode.actions)
+        count = last + 1 if animated else min(frames, last + 1)
+        steps = np.linspace(0, last, count).round().astype(int) if count > 1 else [last]
+        drawing = LabyrinthDrawing(episode)
+        pictures = []
+        for step in steps:
+            pictures.append(drawing.draw(int(step)))
+            advance(count)
+        drawing.close()
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if animated:
+                _write_gif(pictures, file, fps)
+            else:
+                _tile(pictures).save(file, "png")
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RenderError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _write_gif(pictures: list[Image.Image], file: Any, fps: int) -> None:
+    # One palette for all frames, from the first, a middle and the last one: colours do not flicker.
+    samples = [pictures[0], pictures[len(pictures) // 2], pictures[-1]]
+    palette = _tile(samples).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
+    durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
+    frames[0].save(
+        file,
+        "gif",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=False,
+    )
+
+
+def _tile(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size, two in a row."""
+    width, height = pictures[0].size
+    columns = min(2, len(pictures))
+    rows = -(-len(pictures) // columns)
+    tiled = Image.new("RGB", (columns * width, rows * height), "white")
+    for place, picture in enumerate(pictures):
+        tiled.paste(picture, (place % columns * width, place // columns * height))
+    return tiled
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class LabyrinthDrawing:
+    """The picture of each step of an episode.
+
+    What does not change is drawn once; each step draws the rest over it.
+
+    Attributes:
+        maze: the axes of the maze; cell (row, column) is at (column, row) in its data.
+    """
+
+    def __init__(self, episode: LabyrinthEpisode) -> None:
+        self.episode = episode
+        self.colour = method_styles([episode.method])[episode.method]["color"]
+        self.figure = plt.figure(figsize=(9.6, 5.2), dpi=100)
+        self.moving: list[Any] = []
+        self._titles()
+        self._maze()
+        self._view()
+        self._probabilities()
+        self._hidden()
+        for artist in self.moving:
+            artist.set_animated(True)
+        self.figure.canvas.draw()
+        self.canvas: Any = self.figure.canvas
+        self.still = self.canvas.copy_from_bbox(self.figure.bbox)
+
+    def close(self) -> None:
+        plt.close(self.figure)
+
+    def draw(self, step: int) -> Image.Image:
+        """The picture before `step`, or, with as many steps as there are, after the last."""
+        self._update(step)
+        self.canvas.restore_region(self.still)
+        for artist in self.moving:
+            artist.axes.draw_artist(artist) if artist.axes else self.figure.draw_artist(artist)
+        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+    def _titles(self) -> None:
+        self.figure.text(0.02, 0.945, self.episode.title, fontsize=12, weight="bold")
+        self.state = self.figure.text(0.02, 0.895, "", fontsize=10.5)
+        self.moving.append(self.state)
+
+    def _maze(self) -> None:
+        episode = self.episode
+        self.maze = self.figure.add_axes((0.02, 0.04, 0.41, 0.80))
+        _show_cells(self.maze, episode.maze)
+        height, width = episode.maze.shape
+        size = 0.45 * 72 * min(0.41 * 9.6 / width, 0.80 * 5.2 / height)  # of the agent, in points
+        for code, letter in ((Cell.START, "S"), (Cell.GOAL, "G")):
+            for row, column in np.argwhere(episode.maze == code):
+                corner = (column - 0.44, row - 0.44)
+                self.maze.text(*corner, letter, ha="left", va="top", fontsize=min(9, 0.6 * size))
+        # What it sees, legible on walls too.
+        self.outline = Rectangle((0, 0), 1, 1, fill=False, edgecolor="black", lw=1.5, ls=":")
+        self.outline.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        self.maze.add_patch(self.outline)
+        (self.path,) = self.maze.plot(
+            [], [], color=self.colour, lw=max(1.2, 0.3 * size), alpha=0.75, solid_capstyle="round"
+        )
+        (self.agent,) = self.maze.plot([], [], "o", markersize=size, **_AGENT)
+        self.moving += [self.outline, self.path, self.agent]
+
+    def _view(self) -> None:
+        axes = self.figure.add_axes((0.455, 0.53, 0.17, 0.31))
+        axes.set_title("3x3 view", fontsize=10)
+        self.view = _show_cells(axes, self.episode.views[0])
+        (self.viewer,) = axes.plot([], [], "o", markersize=15, **_AGENT)
+        self.moving += [self.view, self.viewer]
+
+    def _probabilities(self) -> None:
+        axes = self.figure.add_axes((0.495, 0.09, 0.13, 0.33))
+        axes.set_title("action probabilities", fontsize=10, x=0.35)
+        names = [action.name.lower() for action in Actions if action != Actions.NONE]
+        self.bars = axes.barh(names, np.zeros(len(names)), color=self.colour, height=0.7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axes.tick_params(labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        (self.choice,) = axes.plot([], [], "o", markersize=8, clip_on=False, **_AGENT)
+        self.moving += [*self.bars, self.choice]
+
+    def _hidden(self) -> None:
+        episode = self.episode
+        steps, neurons, size = episode.hidden.shape
+        has_weights = episode.mixing_weights is not None
+        width = 0.225 if has_weights else 0.275
+        axes = self.figure.add_axes((0.695, 0.20, width, 0.64))
+        what = "hidden state" if episode.memory else "activations (no memory)"
+        axes.set_title(what, fontsize=10)
+        axes.set_xlabel("step", fontsize=9, labelpad=1)
+        axes.set_ylabel("neuron" if size > 1 else "unit", fontsize=9, labelpad=1)
+        axes.tick_params(labelsize=8)
+        # A row for each number of the state; the axis counts neurons.
+        rows = episode.hidden.reshape(steps, -1).T
+        self.rows = np.ma.masked_array(rows, mask=True)
+        limit = max(float(np.percentile(np.abs(rows), 99)), 1e-6)
+        self.hidden = axes.imshow(
+            self.rows,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(-0.5, steps - 0.5, neurons - 0.5, -0.5),
+        )
+        axes.set_facecolor("#F2F2F2")
+        (self.now,) = axes.plot([], [], color="black", lw=1)
+        self.moving += [self.hidden, self.now]
+        self._scale(self.hidden, (0.695, 0.085, width, 0.022))
+        if episode.mixing_weights is not None:
+            strip = self.figure.add_axes((0.945, 0.20, 0.03, 0.64))
+            strip.set_title("$\\lambda$", fontsize=11)
+            strip.set_xticks([])
+            strip.set_yticks([])
+            weights = strip.imshow(
+                episode.mixing_weights.T,
+                cmap="viridis",
+                vmin=0,
+                vmax=1,
+                aspect="auto",
+                interpolation="nearest",
+            )
+            self._scale(weights, (0.94, 0.085, 0.04, 0.022))
+
+    def _scale(self, image: Any, place: tuple[float, float, float, float]) -> None:
+        axes = self.figure.add_axes(place)
+        bar = self.figure.colorbar(image, cax=axes, orientation="horizontal")
+        low, high = image.get_clim()
+        bar.set_ticks([low, high], labels=[f"{low:.2g}", f"{high:.2g}"])
+        bar.ax.tick_params(labelsize=8, length=0)
+        for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+            label.set_horizontalalignment(side)
+
+    def _update(self, step: int) -> None:
+        episode = self.episode
+        last = len(episode.actions)
+        earned = float(episode.rewards[:step].sum())
+        if step < last:
+            name = Actions(episode.actions[step]).name.lower()
+            wall = (episode.positions[step] == episode.positions[step + 1]).all()
+            doing = f"goes {name}" + (", into a wall" if wall else "")
+        else:
+            doing = "success" if episode.success else "out of time"
+        self.state.set_text(f"step {step} of {last}   return {earned:+.3f}   {doing}")
+
+        rows, columns = episode.positions[: step + 1].T
+        self.path.set_data(columns, rows)
+        self.agent.set_data(columns[-1:], rows[-1:])
+        # In mazes that are not square the view can lack the agent, or be all padding.
+        seen = episode.seen[step]
+        height, width = episode.maze.shape
+        inside_y, inside_x = np.divmod(seen[seen < height * width], width)
+        self.outline.set_visible(inside_x.size > 0)
+        if inside_x.size:
+            self.outline.set_xy((inside_x.min() - 0.5, inside_y.min() - 0.5))
+            self.outline.set_width(np.ptp(inside_x) + 1)
+            self.outline.set_height(np.ptp(inside_y) + 1)
+
+        self.view.set_data(episode.views[step])
+        here = np.argwhere(seen == rows[-1] * width + columns[-1])
+        self.viewer.set_data(here[:, 1], here[:, 0])
+
+        shown = episode.probabilities[step] if step < last else np.zeros(len(self.bars))
+        for bar, probability in zip(self.bars, shown, strict=True):
+            bar.set_width(probability)
+        chosen = episode.actions[step : step + 1]
+        self.choice.set_data(shown[chosen], chosen)
+
+        acted = min(step + 1, last)
+        self.rows.mask = np.arange(last)[None, :] >= acted
+        self.hidden.set_data(self.rows)
+        self.now.set_data([acted - 1, acted - 1], self.hidden.axes.get_ylim())
+
+
+_AGENT: dict[str, Any] = {"color": AGENT_COLOUR, "markeredgecolor": "white", "markeredgewidth": 1.2}
+
+
+def _show_cells(axes: Any, cells: NDArray[np.int8]) -> Any:
+    count = len(CELL_COLOURS)
+    image = axes.imshow(
+        cells,
+        cmap=ListedColormap(CELL_COLOURS),
+        norm=BoundaryNorm(np.arange(count + 1) - 0.5, count),
+    )
+    height, width = cells.shape
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.vlines(np.arange(1, width) - 0.5, -0.5, height - 0.5, color="#BFBFBF", lw=0.6)
+    axes.hlines(np.arange(1, height) - 0.5, -0.5, width - 0.5, color="#BFBFBF", lw=0.6)
+    axes.spines[:].set_color("#4D4D4D")
+    return image
+
+
+def draw_bandit(episode: BanditEpisode) -> Image.Image:
+    """The image, the probability of each class, and the mixing weights of each layer."""
+    colour = method_styles([episode.method])[episode.method]["color"]
+    weights = episode.mixing_weights
+    figure, axes = plt.subplots(1, 2 if weights is None else 3, figsize=(9.6, 3.4), dpi=100)
+    guess = int(episode.actions[0])
+    figure.suptitle(episode.title, x=0.02, ha="left", fontsize=12, weight="bold")
+    axes[0].imshow(episode.observations[0].reshape(28, 28), cmap="gray")
+    axes[0].set_title(f"a {episode.classes[episode.right]}", fontsize=10)
+    axes[0].set_axis_off()
+
+    bars = axes[1].barh(np.arange(len(episode.classes)), episode.probabilities[0], color=colour)
+    axes[1].plot(bars[guess].get_width(), guess, "o", markersize=9, clip_on=False, **_AGENT)
+    axes[1].set_yticks(np.arange(len(episode.classes)), map(str, episode.classes))
+    axes[1].invert_yaxis()
+    axes[1].set_xlim(0, 1)
+    axes[1].set_xlabel("probability", fontsize=9)
+    axes[1].set_title(f"guesses {episode.classes[guess]}", fontsize=10)
+    axes[1].spines[["top", "right"]].set_visible(False)
+    if weights is not None:
+        layers = np.arange(1, len(weights) + 1)
+        axes[2].boxplot(weights.T, positions=layers, whis=(0, 100), medianprops={"color": colour})
+        axes[2].set_ylim(-0.02, 1.02)
+        axes[2].set_xlabel("layer", fontsize=9)
+        axes[2].set_title("mixing weights $\\lambda$", fontsize=10)
+        axes[2].spines[["top", "right"]].set_visible(False)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.canvas.draw()
+    canvas: Any = figure.canvas
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    return picture
