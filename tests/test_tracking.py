@@ -243,6 +243,9 @@ def test_wandb_without_a_login(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(TrackingError, match="no login for wandb: run `wandb login`, or set WANDB"):
         check_tracker("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(TrackingError, match="wandb cannot be used: "):
+        check_tracker("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_tracker("wandb")
 

@@ -12,10 +12,12 @@ Tracking changes no number of a trial, and a tracker that fails is given up with
 import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +59,12 @@ def check_tracker(tracker: str) -> None:
     if tracker == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         import wandb
 
-        if not wandb.login(prompt=False, verify=False):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                known = wandb.login(prompt=False, verify=False)
+        except Exception as error:
+            raise TrackingError(f"wandb cannot be used: {_one_line(error)}") from None
+        if not known:
             raise TrackingError(
                 "no login for wandb: run `wandb login`, or set WANDB_MODE=offline to keep the "
                 "runs in the results"
@@ -241,6 +248,9 @@ class WandbRun:
     def __init__(self, folder: Path, trial: dict, mode: str | None) -> None:
         if mode is not None:
             os.environ["WANDB_MODE"] = mode  # for Ray, which looks for a login
+        if "wandb" not in sys.modules:
+            # Of the process that started Ray: its service would hold on to the run of a killed one.
+            os.environ.pop("WANDB_SERVICE", None)
         import wandb
         from ray.air.integrations.wandb import setup_wandb
 
