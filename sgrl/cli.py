@@ -37,6 +37,12 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Train every trial up to this one.")]
+Add = Annotated[
+    list[str] | None,
+    typer.Option("--add", metavar="KEY=VALUES", help="As in seeds=6..11; repeatable."),
+]
+Plan = Annotated[bool, typer.Option("--dry-run", help="Check, and list what would run.")]
 Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
 Checkpoint = Annotated[
     Path,
@@ -92,13 +98,25 @@ def sweep(
 
 
 @app.command()
-def resume(directory: Experiment) -> None:
-    """Finish the trials of an interrupted sweep."""
+def resume(
+    directory: Experiment, iterations: Iterations = None, add: Add = None, dry_run: Plan = False
+) -> None:
+    """Finish the trials of an interrupted sweep; train on, or add trials.
+
+    --add takes seeds, and values of any key that the experiment sweeps, as in
+    config.training.lr=[1e-4,2e-4].
+    """
     from sgrl.tuning.experiment import ExperimentError
-    from sgrl.tuning.sweep import SweepError, resume_sweep
+    from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
 
     with _one_line_errors(ExperimentError, SweepError, resume=directory):
-        resume_sweep(directory)
+        if dry_run:
+            trials, todo = resume_plan(directory, iterations, add or [])
+            typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
+            for row in todo:
+                typer.echo(f"  {row.trial.name}: from {row.iteration} to {row.last_iteration}")
+            return
+        resume_sweep(directory, iterations, add or [])
     _compare(directory)
 
 

@@ -21,6 +21,7 @@ value. One trial is one method, one grid point and one seed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -31,7 +32,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Experiment:
 
 
 class _Problem(Exception):
-    """What is wrong with one key; `load_experiment` adds where it stands."""
+    """What is wrong with one key; `_placed` adds where it stands."""
 
     def __init__(self, key: str | Sequence[str], message: str) -> None:
         self.key = key if isinstance(key, str) else ".".join(key)
@@ -124,20 +125,55 @@ def load_experiment(
     the experiment's own. Raises ExperimentError; Ray is imported but never started.
     """
     path = Path(path)
-    keys: list[str] = []
-    try:
+    with _placed(path, "--set", overrides):
         raw = _read(path)
         for override in overrides:
-            keys.append(override.partition("=")[0])
             _override(raw, override)
         if name is not None:
             raw["name"] = name
         return _experiment(path, raw)
+
+
+def extend_experiment(
+    path: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
+) -> Experiment:
+    """Read an experiment file and make it longer (`iterations`: its trials' new last one) or
+    wider (`KEY=VALUES`: more seeds, as in seeds=6..11, or more values of a key that is swept).
+
+    Every trial of the file is still one, under the same name. Values that are there already
+    change nothing, so the same extension can be asked for again. Raises ExperimentError.
+    """
+    path = Path(path)
+    with _placed(path, "--add", additions):
+        before = _experiment(path, _read(path))
+        raw = copy.deepcopy(before.resolved)
+        for addition in additions:
+            _add(path, raw, addition)
+        if iterations is not None:
+            if isinstance(raw["stop"].get("training_iteration"), dict):
+                key = "stop.training_iteration"
+                raise _Problem(key, "is swept: the trials' names say when they end")
+            raw["stop"]["training_iteration"] = iterations
+        after = _experiment(path, raw)
+        if raw["seeds"] == before.resolved["seeds"] and len(after.trials) == len(before.trials):
+            for key in ("config", "methods"):
+                if raw[key] != before.resolved[key]:
+                    message = "every method sets this itself: add to methods.<name>.config..."
+                    raise _Problem(key, message)
+        return after
+
+
+@contextlib.contextmanager
+def _placed(path: Path, option: str, settings: Sequence[str]) -> Iterator[None]:
+    """Turn a problem into an ExperimentError that says where it stands: in the file, or in one
+    of the `settings` (KEY=VALUE) of the command line."""
+    try:
+        yield
     except _Problem as problem:
         place = str(path)
-        for key in keys:
+        for key in (setting.partition("=")[0] for setting in settings):
             if f"{problem.key}.".startswith(f"{key}."):
-                place = f"{path} with --set {key}"
+                place = f"{path} with {option} {key}"
         where = f"{place}: {problem.key}" if problem.key else place
         raise ExperimentError(f"{where}: {problem.message}") from None
     except RecursionError:
@@ -289,6 +325,45 @@ def _forget(entry: Any, path: Sequence[str], where: str) -> None:
         if depth == len(path) - 1:
             entry.pop(step, None)
         entry = entry.get(step)
+
+
+def _add(path: Path, raw: dict[str, Any], addition: str) -> None:
+    """Add the values of `KEY=VALUES` to the seeds, or to the grid at that key."""
+    key, equals, text = addition.partition("=")
+    if not equals or not key:
+        raise _Problem("", f"--add {addition}: expected KEY=VALUES, as in seeds=6..11")
+    values = _parse(text, key)
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text.strip())
+    if span:
+        first, last = map(int, span.groups())
+        if not first <= last < MAX_SEED:
+            raise _Problem(key, f"{text.strip()} is no range; write the lower number first")
+        values = list(range(first, last + 1))
+    if values is None or values == []:
+        raise _Problem(key, "no value given")
+
+    there = raw["seeds"] if key == "seeds" else _grid_at(path, raw, key)
+    # A list beside values that are lists, such as maze_dims, is one of them.
+    one = not isinstance(values, list) or (
+        isinstance(there[0], list) and not isinstance(values[0], list)
+    )
+    there += [value for value in ([values] if one else values) if value not in there]
+
+
+def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
+    tree: Any = raw
+    for step in [*key.split("."), "grid"]:
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    if isinstance(tree, list):
+        return tree
+    roots = {root: raw[root] for root in ("config", "methods", "stop")}
+    swept = [".".join(grid) for grid, _ in _grids((), roots)]
+    # Its value would have to enter the names of trials that are there already.
+    raise _Problem(
+        key,
+        f"not swept here (seeds{''.join(f', {other}' for other in swept)} can be added to); "
+        f"compare other values in another sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
+    )
 
 
 # Checks of single values ----------------------------------------------------------------------
