@@ -145,22 +145,15 @@ def extend_experiment(
     """
     path = Path(path)
     with _placed(path, "--add", additions):
-        before = _experiment(path, _read(path))
-        raw = copy.deepcopy(before.resolved)
+        raw = _experiment(path, _read(path)).resolved
         for addition in additions:
             _add(path, raw, addition)
         if iterations is not None:
-            if isinstance(raw["stop"].get("training_iteration"), dict):
+            if isinstance(raw["stop"]["training_iteration"], dict):
                 key = "stop.training_iteration"
                 raise _Problem(key, "is swept: the trials' names say when they end")
             raw["stop"]["training_iteration"] = iterations
-        after = _experiment(path, raw)
-        if raw["seeds"] == before.resolved["seeds"] and len(after.trials) == len(before.trials):
-            for key in ("config", "methods"):
-                if raw[key] != before.resolved[key]:
-                    message = "every method sets this itself: add to methods.<name>.config..."
-                    raise _Problem(key, message)
-        return after
+        return _experiment(path, raw)
 
 
 @contextlib.contextmanager
@@ -351,19 +344,21 @@ def _add(path: Path, raw: dict[str, Any], addition: str) -> None:
 
 
 def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
-    tree: Any = raw
-    for step in [*key.split("."), "grid"]:
-        tree = tree.get(step) if isinstance(tree, dict) else None
-    if isinstance(tree, list):
-        return tree
+    """The values that are swept at a key of the file."""
+    steps = tuple(key.split("."))
     roots = {root: raw[root] for root in ("config", "methods", "stop")}
-    swept = [".".join(grid) for grid, _ in _grids((), roots)]
-    # Its value would have to enter the names of trials that are there already.
-    raise _Problem(
-        key,
-        f"not swept here (seeds{''.join(f', {other}' for other in swept)} can be added to); "
-        f"compare other values in another sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
-    )
+    grids = dict(_grids((), roots))
+    if steps not in grids:
+        others = "".join(f", {'.'.join(grid)}" for grid in grids)
+        # Its value would have to enter the names of trials that are there already.
+        raise _Problem(
+            key,
+            f"not swept here (seeds{others} can be added to); compare other values in another "
+            f"sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
+        )
+    if steps[0] == "config" and all(_place(raw, m, key) != key for m in raw["methods"]):
+        raise _Problem(key, f"every method sets this itself: add to methods.NAME.{key}")
+    return grids[steps]
 
 
 # Checks of single values ----------------------------------------------------------------------
