@@ -126,7 +126,7 @@ def _compare(directory: Path) -> None:
     from sgrl.analysis.runs import ResultsError
     from sgrl.tuning.sweep import failed_trials
 
-    with _one_line_errors(ResultsError):
+    with _one_line_errors(ResultsError, OSError):
         write_comparison(directory)
     if failed_trials(directory):
         raise typer.Exit(1)

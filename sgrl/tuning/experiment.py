@@ -11,7 +11,8 @@
     seeds: [0, 1, 2]
     stop: {training_iteration: 300}
     checkpoint: {every: 25, keep: 2}
-    max_failures: 2                      # restarts of a trial whose process died
+    max_failures: 2                      # restarts of a trial without a new checkpoint in between
+    iteration_timeout: null              # seconds after which an iteration counts as hung
     num_threads: 1                       # torch threads of one trial
     concurrency: auto                    # trials at a time: as many as fit, or a number
 
@@ -47,13 +48,14 @@ DEFAULTS: dict[str, Any] = {
     "seeds": [0],
     "checkpoint": {"every": 25, "keep": 2},
     "max_failures": 2,
+    "iteration_timeout": None,
     "num_threads": 1,
     "concurrency": "auto",
 }
 TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
 TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
-KEYS += ["max_failures", "num_threads", "concurrency"]
+KEYS += ["max_failures", "iteration_timeout", "num_threads", "concurrency"]
 
 # Bounds RLlib does not check before a trial's processes have started: (low, high, low allowed).
 BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
@@ -83,7 +85,7 @@ class Trial:
 
     `swept` maps the short names of the swept values (as in `name`) to this trial's values.
     `config` is plain YAML: algorithm, config (its sections), model, seed, method, stop,
-    checkpoint, num_threads and max_failures.
+    checkpoint, num_threads, max_failures and iteration_timeout.
     """
 
     name: str
@@ -188,6 +190,10 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     for key in ("every", "keep"):
         _check_whole(f"checkpoint.{key}", resolved["checkpoint"][key], 1)
     _check_whole("max_failures", resolved["max_failures"], 0)
+    timeout = resolved["iteration_timeout"]
+    if timeout is not None:
+        _check_type("iteration_timeout", timeout, float)
+        _check_bounds(("iteration_timeout",), resolved, 0, 1e9, False)
     _check_whole("num_threads", resolved["num_threads"], 1)
     if resolved["concurrency"] != "auto":
         _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
@@ -549,6 +555,7 @@ def _trials(resolved: dict[str, Any]) -> list[Trial]:
                             "checkpoint": resolved["checkpoint"],
                             "num_threads": resolved["num_threads"],
                             "max_failures": resolved["max_failures"],
+                            "iteration_timeout": resolved["iteration_timeout"],
                         },
                     )
                 )

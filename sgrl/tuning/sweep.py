@@ -50,6 +50,7 @@ from sgrl.tuning.progress import (
 from sgrl.tuning.trial import (
     TrialRunner,
     first_line,
+    is_disk_full,
     lock_file,
     read_status,
     read_yaml,
@@ -59,7 +60,7 @@ from sgrl.tuning.trial import (
 
 EXPERIMENT_FILE = "experiment.yaml"
 # What a trial's numbers do not depend on may change from one start to the next.
-CHANGEABLE = {"stop", "checkpoint", "max_failures"}
+CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
 
 # Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
 ENVIRONMENT = {
@@ -180,11 +181,24 @@ def _check_is_sweep(directory: Path) -> None:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep other processes from running the sweep, or changing what it is to run."""
-    lock = lock_file(directory / ".lock", seconds=2)
+    try:
+        lock = lock_file(directory / ".lock", seconds=2)
+    except OSError as error:
+        raise SweepError(f"{display(directory)} cannot be used: {error.strerror}") from None
     if lock is None:
         raise SweepError(f"{display(directory)} is being run by another process")
-    with lock:
-        yield
+    try:
+        with lock:
+            yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise SweepError(_disk_full(directory)) from None
+        raise
+
+
+def _disk_full(directory: Path) -> str:
+    folder = display(directory)
+    return f"no space left on the disk of {folder}: make some, then `sgrl resume {folder}` goes on"
 
 
 def _prepare_environments(experiment: Experiment) -> None:
@@ -287,6 +301,7 @@ def _run_trials(
                 failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[view],
+                stop=view,
                 verbose=0,
             ),
         ).fit()
@@ -297,6 +312,8 @@ def _run_trials(
         if started_ray:
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+    if view.disk_full:
+        raise SweepError(_disk_full(directory))
 
 
 def _start_ray() -> None:
