@@ -72,19 +72,21 @@ def assert_undisturbed(directory, whole):
 
 
 def test_a_sweep_under_a_random_killer(tmp_path, ray_session):
-    experiment = make_experiment(
-        tmp_path / "small.yaml",
-        CHAOS_METHODS,
-        stop={"training_iteration": 200},
-        checkpoint={"every": 25, "keep": 2},
-        concurrency=2,
-        max_failures=3,
-    )
+    methods = CHAOS_METHODS | {
+        "lstm": {"model": {"policy": "lstm", "hidden_size": 8}},
+        "mlp": {"model": {"policy": "mlp", "hidden_size": 8}},
+        "sparsenet_backprop": {"model": {"policy": "sparsenet", "propagation": "backprop"}},
+    }
+    changes = {"stop": {"training_iteration": 90}, "checkpoint": {"every": 20, "keep": 2}}
+    changes |= {"seeds": [0], "max_failures": 3}
+    experiment = make_experiment(tmp_path / "small.yaml", methods, **changes)
+    assert len(experiment.trials) == 6
     whole = run_sweep(experiment, tmp_path, "whole")
-    killer, over = Killer(seed=0, seconds=(1, 3)), threading.Event()
+    experiment = make_experiment(tmp_path / "small.yaml", methods, **changes, concurrency=2)
+    killer, over = Killer(seed=0, seconds=(0.5, 1.5)), threading.Event()
 
     def kill():
-        while len(killer.killed) < 4 and not over.is_set():
+        while len(killer.killed) < 3 and not over.is_set():
             killer.wait()
             killer.strike()
 
@@ -95,7 +97,7 @@ def test_a_sweep_under_a_random_killer(tmp_path, ray_session):
     finally:
         over.set()
         thread.join()
-    assert len(killer.killed) == 4
+    assert len(killer.killed) == 3
     assert_undisturbed(directory, whole)
 
 

@@ -174,39 +174,46 @@ def test_a_killed_trial_process_is_replaced(tmp_path, ray_session, finished, cap
     assert metrics_without_times(directory)["gru_seed=0"][: len(start)] == start
 
 
-def test_a_sweep_whose_driver_is_killed_loses_nothing(tmp_path, ray_session):
+def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_session):
     experiment = make_experiment(
         tmp_path / "small.yaml",
         concurrency=2,
-        stop={"training_iteration": 150},
+        stop={"training_iteration": 250},
         checkpoint={"every": 25, "keep": 2},
     )
-    code = (
-        "import sys; from sgrl.tuning.experiment import load_experiment\n"
-        "from sgrl.tuning.sweep import run_sweep\n"
-        f"run_sweep(load_experiment({str(tmp_path / 'small.yaml')!r}), {str(tmp_path)!r}, 'killed')"
-    )
-    # A session of its own: Ray must not find the one of these tests.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
-    driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
     killed = tmp_path / "killed"
     names = ["sparsenet_sgprop_seed=0", "sparsenet_sgprop_seed=1"]
 
-    def between_checkpoints(name):
-        rows = count_rows(killed / name / "metrics.csv")
-        return 25 < rows < 140 and 2 < rows % 25 < 20
+    def kill_between_checkpoints(start, least):
+        code = (
+            "from sgrl.tuning.experiment import load_experiment\n"
+            f"from sgrl.tuning.sweep import resume_sweep, run_sweep\n{start}"
+        )
+        # A session of its own: Ray must not find the one of these tests.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
 
-    try:
-        while not all(between_checkpoints(name) for name in names):
-            assert driver.poll() is None, "the sweep ended before it was killed"
-            time.sleep(0.01)
-    finally:
-        driver.kill()
-        driver.wait()
-    for name in names:
-        rows = count_rows(killed / name / "metrics.csv")
-        assert 25 < rows < 150
-        assert rows > int(list_checkpoints(killed / name / "checkpoints")[-1].name)
+        def between_checkpoints(name):
+            rows = count_rows(killed / name / "metrics.csv")
+            return least[name] < rows < 240 and 2 < rows % 25 < 20
+
+        try:
+            while not all(between_checkpoints(name) for name in names):
+                assert driver.poll() is None, "the sweep ended before it was killed"
+                time.sleep(0.01)
+        finally:
+            driver.kill()
+            driver.wait()
+        for name in names:
+            rows = count_rows(killed / name / "metrics.csv")
+            assert least[name] < rows < 250
+            assert rows > int(list_checkpoints(killed / name / "checkpoints")[-1].name)
+
+    config = str(tmp_path / "small.yaml")
+    start = f"run_sweep(load_experiment({config!r}), {str(tmp_path)!r}, 'killed')"
+    kill_between_checkpoints(start, dict.fromkeys(names, 25))
+    done = {name: count_rows(killed / name / "metrics.csv") for name in names}
+    kill_between_checkpoints(f"resume_sweep({str(killed)!r})", done)
 
     resume_sweep(killed)
     whole = run_sweep(experiment, tmp_path, "whole")
