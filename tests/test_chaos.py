@@ -220,8 +220,16 @@ def large_experiment(path, seeds, iterations, **changes):
     )
 
 
+@pytest.fixture(scope="module")
+def report():
+    """Lines that are printed when all is over."""
+    lines = []
+    yield lines
+    print("", "Report", *(f"- {line}" for line in lines), sep="\n")
+
+
 @pytest.mark.slow
-def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path):
+def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path, report):
     from ray.cluster_utils import Cluster
 
     config = tmp_path / "small.yaml"
@@ -255,14 +263,14 @@ def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path):
     assert {"trial", "worker"} <= set(killer.killed)
     assert_undisturbed(directory, tmp_path / "whole")
     counts = {kind: killer.killed.count(kind) for kind in ("trial", "worker", "node")}
-    print(
-        f"\nchaos: 24 trials on three nodes, killed {counts}: all complete and equal, "
+    report.append(
+        f"24 trials on three nodes, killed {counts}: all complete and equal, "
         f"{disturbed:.0f} s (undisturbed {undisturbed:.0f} s)"
     )
 
 
 @pytest.mark.slow
-def test_ten_kills_of_the_driver(tmp_path, ray_session):
+def test_ten_kills_of_the_driver(tmp_path, ray_session, report):
     config, directory = tmp_path / "small.yaml", tmp_path / "small"
     experiment = large_experiment(config, 4, 1500)
     moments = random.Random(2)
@@ -273,16 +281,16 @@ def test_ten_kills_of_the_driver(tmp_path, ray_session):
     assert after[-1] < 12 * 1500
     resume_sweep(directory)
     assert_undisturbed(directory, run_sweep(experiment, tmp_path, "whole"))
-    print(f"\nchaos: driver killed ten times, after {after} iterations: all complete and equal")
+    report.append(f"driver killed ten times, after {after} iterations: all complete and equal")
 
 
 @pytest.mark.slow
-def test_five_hundred_short_trials(tmp_path, ray_session, monkeypatch):
-    print(f"\nchaos: {run_many_trials(tmp_path, monkeypatch, 500, slots=2)}")
+def test_five_hundred_short_trials(tmp_path, ray_session, monkeypatch, report):
+    report.append(run_many_trials(tmp_path, monkeypatch, 500, slots=2))
 
 
 @pytest.mark.slow
-def test_every_slot_is_kept_busy(tmp_path, ray_session):
+def test_every_slot_is_kept_busy(tmp_path, ray_session, report):
     """Trials of a minute: the wall time is at most 1.15 times their compute over the slots."""
     model = {"policy": "sparsenet", "num_input_neurons": 4, "adaptive": True, **SPARSE}
     methods = {"sparsenet_sgprop": {"model": model}}
@@ -309,8 +317,8 @@ def test_every_slot_is_kept_busy(tmp_path, ray_session):
     ]
     assert min(compute) >= 60
     ratio = wall / (sum(compute) / 2)
-    print(
-        f"\nchaos: {len(compute)} trials of {min(compute):.0f} to {max(compute):.0f} s on two "
+    report.append(
+        f"{len(compute)} trials of {min(compute):.0f} to {max(compute):.0f} s on two "
         f"slots: wall time {wall:.0f} s, {ratio:.3f} of their compute over the slots"
     )
     assert ratio <= 1.15
