@@ -36,9 +36,12 @@ def victims():
     found = {"trial": [], "worker": []}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[0].startswith("ray::EpisodeRunner"):
+            title = process.cmdline()[0]
+            if title.startswith("ray::EpisodeRunner"):
                 found["worker"].append(process)
-            elif any(file.path.endswith("/.lock") for file in process.open_files()):
+            elif title.startswith("ray::") and any(
+                file.path.endswith("/.lock") for file in process.open_files()
+            ):
                 found["trial"].append(process)
     return found
 
