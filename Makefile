@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check study bench asan clean
+.PHONY: quickstart test check study chaos bench asan clean
 
 quickstart: .venv/installed
 	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
@@ -23,7 +23,12 @@ check: .venv/installed-for-tests
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests
-	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -m slow -s --ignore=tests/test_chaos.py
+
+# Sweeps under a random killer on a cluster of three nodes, ten kills of the driver, 500 trials, and
+# how busy the slots are: half an hour on two cores, a report at the end.
+chaos: .venv/installed-for-tests
+	$(BIN)/python -m pytest -m slow -q -s tests/test_chaos.py
 
 # The compiled core under the address sanitizer, which also watches the gaps between its arrays.
 asan: .venv/installed-for-tests

@@ -41,6 +41,12 @@ Track = Annotated[
     str | None,
     typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
 ]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Train every trial up to this one.")]
+Add = Annotated[
+    list[str] | None,
+    typer.Option("--add", metavar="KEY=VALUES", help="As in seeds=6..11; repeatable."),
+]
+Plan = Annotated[bool, typer.Option("--dry-run", help="Check, and list what would run.")]
 Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
 Checkpoint = Annotated[
     Path,
@@ -99,14 +105,30 @@ def sweep(
 
 
 @app.command()
-def resume(directory: Experiment, track: Track = None) -> None:
-    """Finish the trials of an interrupted sweep."""
+def resume(
+    directory: Experiment,
+    iterations: Iterations = None,
+    add: Add = None,
+    track: Track = None,
+    dry_run: Plan = False,
+) -> None:
+    """Finish the trials of an interrupted sweep; train on, or add trials.
+
+    --add takes seeds, and values of any key that the experiment sweeps, as in
+    config.training.lr=[1e-4,2e-4].
+    """
     from sgrl.tuning.experiment import ExperimentError
-    from sgrl.tuning.sweep import SweepError, resume_sweep
+    from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
     from sgrl.tuning.tracking import TrackingError
 
     with _one_line_errors(ExperimentError, SweepError, TrackingError, resume=directory):
-        resume_sweep(directory, track)
+        if dry_run:
+            trials, todo = resume_plan(directory, iterations, add or [])
+            typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
+            for row in todo:
+                typer.echo(f"  {row.trial.name}: from {row.iteration} to {row.last_iteration}")
+            return
+        resume_sweep(directory, iterations, add or [], track)
     _compare(directory)
 
 
@@ -116,7 +138,7 @@ def _compare(directory: Path) -> None:
     from sgrl.analysis.tables import write_comparison
     from sgrl.tuning.sweep import failed_trials
 
-    with _one_line_errors(ResultsError):
+    with _one_line_errors(ResultsError, OSError):
         write_comparison(directory)
     if failed_trials(directory):
         raise typer.Exit(1)

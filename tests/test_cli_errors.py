@@ -129,6 +129,8 @@ def test_the_good_file_is_good(run):
         ("seeds: [0]", "checkpoint: {every: 0}", "checkpoint.every:", "at least 1"),
         ("seeds: [0]", "checkpoint: {often: 1}", "checkpoint.often:", "did you mean"),
         ("seeds: [0]", "num_threads: 0", "num_threads:", "at least 1"),
+        ("seeds: [0]", "iteration_timeout: 0", "iteration_timeout:", "greater than 0"),
+        ("seeds: [0]", "iteration_timeout: soon", "iteration_timeout:", "expected a number"),
         ("seeds: [0]", "concurrency: all", "concurrency:", "expected auto or a whole number"),
         # Names, doubles and holes.
         ("name: good", "name: ../good", "name:", "is no safe name"),

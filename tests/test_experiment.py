@@ -111,6 +111,7 @@ def test_a_trial_is_fully_resolved(load):
         "checkpoint": {"every": 25, "keep": 2},
         "num_threads": 1,
         "max_failures": 2,
+        "iteration_timeout": None,
     }
 
 

@@ -41,6 +41,9 @@ SMALL_BANDIT = {
 
 
 def cut_down(arguments: list[str]) -> list[str]:
+    if arguments[0] == "resume":
+        text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
+        return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
     small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
@@ -85,7 +88,7 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
         if arguments[0] in ("evaluate", "render"):
             shutil.copytree(checkpoints / "000100", checkpoints / "moved", dirs_exist_ok=True)
             arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
-        run(cut_down(arguments) if arguments[0] == "sweep" else arguments)
+        run(cut_down(arguments) if arguments[0] in ("sweep", "resume") else arguments)
     docs = (ROOT / "docs" / "results.md").read_text()
     commands = [line for line in docs.split("\n") if line.startswith(".venv/bin/sgrl ")]
     assert len(commands) >= 4
@@ -130,6 +133,20 @@ def test_commands_of_the_results(folder: Path) -> None:
     assert len(commands) >= 3
     for command in commands:
         run([*shlex.split(command), "--dry-run"])
+
+
+def test_commands_that_extend(folder: Path, ray_session: None) -> None:
+    """Those of docs/faults.md, in their order."""
+    text = (ROOT / "docs" / "faults.md").read_text()
+    commands = re.findall(r"^\.venv/bin/sgrl (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    one = ["--set", "methods={gru: {model: {policy: gru, hidden_size: 8}}}"]
+    for command in commands:
+        arguments = cut_down(shlex.split(command))
+        run([*arguments, *(one if arguments[0] == "sweep" else [])])
+    summary = (folder / "results" / "entropy" / "summary.csv").read_text().splitlines()
+    assert len(summary) == 1 + 4 * 2
+    assert all(",completed,3," in line for line in summary[1:])
 
 
 def test_links_lead_somewhere() -> None:

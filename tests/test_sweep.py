@@ -14,11 +14,12 @@ import psutil
 import pytest
 import yaml
 from rich.console import Console
+from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
 from sgrl.tuning import sweep
 from sgrl.tuning.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
 from sgrl.tuning.experiment import ExperimentError, load_experiment
-from sgrl.tuning.metrics import COLUMNS, count_rows
+from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.sweep import (
     SweepError,
     failed_trials,
@@ -27,54 +28,6 @@ from sgrl.tuning.sweep import (
     status_table,
 )
 from sgrl.tuning.trial import lock_file, read_status
-
-SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
-METHODS = {
-    "sparsenet_sgprop": {
-        "model": {"policy": "sparsenet", "num_input_neurons": 4, "adaptive": True, **SPARSE}
-    },
-    "gru": {"model": {"policy": "gru", "hidden_size": 8}},
-    "diverging": {
-        "model": {"policy": "gru", "hidden_size": 8},
-        "config": {"training": {"lr": 1e30}},
-    },
-}
-
-
-def make_experiment(path, methods=("sparsenet_sgprop", "gru"), **changes):
-    environment = {
-        "env": "labyrinth_escape",
-        "env_config": {"maze_dims": [6, 6], "episode_length": 10},
-    }
-    experiment = {
-        "name": "small",
-        "config": {
-            "environment": environment,
-            "env_runners": {"num_envs_per_env_runner": 4},
-        },
-        "methods": methods if isinstance(methods, dict) else {n: METHODS[n] for n in methods},
-        "seeds": [0, 1],
-        "stop": {"training_iteration": 5},
-        "checkpoint": {"every": 2, "keep": 2},
-        "concurrency": 1,
-        "max_failures": 1,
-        **changes,
-    }
-    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
-    return load_experiment(path)
-
-
-def metrics_without_times(directory):
-    """Each trial's metrics.csv as bytes, without its last column."""
-    assert COLUMNS[-1] == "iteration_seconds"
-    return {
-        path.parent.name: [line.rsplit(b",", 1)[0] for line in path.read_bytes().splitlines()]
-        for path in Path(directory).glob("*/metrics.csv")
-    }
-
-
-def summary(directory):
-    return pd.read_csv(directory / "summary.csv", index_col="trial")
 
 
 @pytest.fixture(scope="module")
@@ -221,39 +174,46 @@ def test_a_killed_trial_process_is_replaced(tmp_path, ray_session, finished, cap
     assert metrics_without_times(directory)["gru_seed=0"][: len(start)] == start
 
 
-def test_a_sweep_whose_driver_is_killed_loses_nothing(tmp_path, ray_session):
+def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_session):
     experiment = make_experiment(
         tmp_path / "small.yaml",
         concurrency=2,
-        stop={"training_iteration": 150},
+        stop={"training_iteration": 250},
         checkpoint={"every": 25, "keep": 2},
     )
-    code = (
-        "import sys; from sgrl.tuning.experiment import load_experiment\n"
-        "from sgrl.tuning.sweep import run_sweep\n"
-        f"run_sweep(load_experiment({str(tmp_path / 'small.yaml')!r}), {str(tmp_path)!r}, 'killed')"
-    )
-    # A session of its own: Ray must not find the one of these tests.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
-    driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
     killed = tmp_path / "killed"
     names = ["sparsenet_sgprop_seed=0", "sparsenet_sgprop_seed=1"]
 
-    def between_checkpoints(name):
-        rows = count_rows(killed / name / "metrics.csv")
-        return 25 < rows < 140 and 2 < rows % 25 < 20
+    def kill_between_checkpoints(start, least):
+        code = (
+            "from sgrl.tuning.experiment import load_experiment\n"
+            f"from sgrl.tuning.sweep import resume_sweep, run_sweep\n{start}"
+        )
+        # A session of its own: Ray must not find the one of these tests.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
 
-    try:
-        while not all(between_checkpoints(name) for name in names):
-            assert driver.poll() is None, "the sweep ended before it was killed"
-            time.sleep(0.01)
-    finally:
-        driver.kill()
-        driver.wait()
-    for name in names:
-        rows = count_rows(killed / name / "metrics.csv")
-        assert 25 < rows < 150
-        assert rows > int(list_checkpoints(killed / name / "checkpoints")[-1].name)
+        def between_checkpoints(name):
+            rows = count_rows(killed / name / "metrics.csv")
+            return least[name] < rows < 240 and 2 < rows % 25 < 20
+
+        try:
+            while not all(between_checkpoints(name) for name in names):
+                assert driver.poll() is None, "the sweep ended before it was killed"
+                time.sleep(0.01)
+        finally:
+            driver.kill()
+            driver.wait()
+        for name in names:
+            rows = count_rows(killed / name / "metrics.csv")
+            assert least[name] < rows < 250
+            assert rows > int(list_checkpoints(killed / name / "checkpoints")[-1].name)
+
+    config = str(tmp_path / "small.yaml")
+    start = f"run_sweep(load_experiment({config!r}), {str(tmp_path)!r}, 'killed')"
+    kill_between_checkpoints(start, dict.fromkeys(names, 25))
+    done = {name: count_rows(killed / name / "metrics.csv") for name in names}
+    kill_between_checkpoints(f"resume_sweep({str(killed)!r})", done)
 
     resume_sweep(killed)
     whole = run_sweep(experiment, tmp_path, "whole")

@@ -39,12 +39,19 @@ def write_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save(temporary)
-    files = {path.relative_to(temporary).as_posix(): _digest(path) for path in _files(temporary)}
-    manifest = {"format": 1, "iteration": iteration, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
+    try:
+        save(temporary)
+        files = {
+            file.relative_to(temporary).as_posix(): _digest(file) for file in _files(temporary)
+        }
+        manifest = {"format": 1, "iteration": iteration, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+    except BaseException:
+        # On a full disk its place is needed.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     # A folder that is already there was found damaged, else its trial would be past it.
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
@@ -198,8 +205,15 @@ def evaluation_rollout(
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _files(directory: Path) -> list[Path]:

@@ -11,7 +11,8 @@
     seeds: [0, 1, 2]
     stop: {training_iteration: 300}
     checkpoint: {every: 25, keep: 2}
-    max_failures: 2                      # restarts of a trial whose process died
+    max_failures: 2                      # restarts of a trial without a new checkpoint in between
+    iteration_timeout: null              # seconds after which an iteration counts as hung
     num_threads: 1                       # torch threads of one trial
     concurrency: auto                    # trials at a time: as many as fit, or a number
     track: none                          # where else the curves go: tensorboard, wandb or mlflow
@@ -22,6 +23,7 @@ value. One trial is one method, one grid point and one seed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -32,7 +34,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "seeds": [0],
     "checkpoint": {"every": 25, "keep": 2},
     "max_failures": 2,
+    "iteration_timeout": None,
     "num_threads": 1,
     "concurrency": "auto",
     "track": "none",
@@ -55,7 +58,7 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
 TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
-KEYS += ["max_failures", "num_threads", "concurrency", "track"]
+KEYS += ["max_failures", "iteration_timeout", "num_threads", "concurrency", "track"]
 
 # Bounds RLlib does not check before a trial's processes have started: (low, high, low allowed).
 BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
@@ -85,7 +88,7 @@ class Trial:
 
     `swept` maps the short names of the swept values (as in `name`) to this trial's values.
     `config` is plain YAML: algorithm, config (its sections), model, seed, method, stop,
-    checkpoint, num_threads and max_failures.
+    checkpoint, num_threads, max_failures and iteration_timeout.
     """
 
     name: str
@@ -112,7 +115,7 @@ class Experiment:
 
 
 class _Problem(Exception):
-    """What is wrong with one key; `load_experiment` adds where it stands."""
+    """What is wrong with one key; `_placed` adds where it stands."""
 
     def __init__(self, key: str | Sequence[str], message: str) -> None:
         self.key = key if isinstance(key, str) else ".".join(key)
@@ -131,22 +134,56 @@ def load_experiment(
     `track` replace the experiment's own. Raises ExperimentError; Ray is imported but never started.
     """
     path = Path(path)
-    keys: list[str] = []
-    try:
+    with _placed(path, "--set", overrides):
         raw = _read(path)
         for override in overrides:
-            keys.append(override.partition("=")[0])
             _override(raw, override)
         if name is not None:
             raw["name"] = name
         if track is not None:
             raw["track"] = track
         return _experiment(path, raw)
+
+
+def extend_experiment(
+    path: str | Path,
+    iterations: int | None = None,
+    additions: Sequence[str] = (),
+    track: str | None = None,
+) -> Experiment:
+    """Read an experiment file and make it longer (`iterations`: its trials' new last one) or
+    wider (`KEY=VALUES`: more seeds, as in seeds=6..11, or more values of a key that is swept).
+
+    Every trial of the file is still one, under the same name. Values that are there already
+    change nothing, so the same extension can be asked for again. `track` replaces the tracker.
+    Raises ExperimentError.
+    """
+    path = Path(path)
+    with _placed(path, "--add", additions):
+        raw = _experiment(path, _read(path)).resolved
+        for addition in additions:
+            _add(path, raw, addition)
+        if iterations is not None:
+            if isinstance(raw["stop"]["training_iteration"], dict):
+                key = "stop.training_iteration"
+                raise _Problem(key, "is swept: the trials' names say when they end")
+            raw["stop"]["training_iteration"] = iterations
+        if track is not None:
+            raw["track"] = track
+        return _experiment(path, raw)
+
+
+@contextlib.contextmanager
+def _placed(path: Path, option: str, settings: Sequence[str]) -> Iterator[None]:
+    """Turn a problem into an ExperimentError that says where it stands: in the file, or in one
+    of the `settings` (KEY=VALUE) of the command line."""
+    try:
+        yield
     except _Problem as problem:
         place = str(path)
-        for key in keys:
+        for key in (setting.partition("=")[0] for setting in settings):
             if f"{problem.key}.".startswith(f"{key}."):
-                place = f"{path} with --set {key}"
+                place = f"{path} with {option} {key}"
         where = f"{place}: {problem.key}" if problem.key else place
         raise ExperimentError(f"{where}: {problem.message}") from None
     except RecursionError:
@@ -168,6 +205,10 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     for key in ("every", "keep"):
         _check_whole(f"checkpoint.{key}", resolved["checkpoint"][key], 1)
     _check_whole("max_failures", resolved["max_failures"], 0)
+    timeout = resolved["iteration_timeout"]
+    if timeout is not None:
+        _check_type("iteration_timeout", timeout, float)
+        _check_bounds(("iteration_timeout",), resolved, 0, 1e9, False)
     _check_whole("num_threads", resolved["num_threads"], 1)
     if resolved["concurrency"] != "auto":
         _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
@@ -300,6 +341,47 @@ def _forget(entry: Any, path: Sequence[str], where: str) -> None:
         if depth == len(path) - 1:
             entry.pop(step, None)
         entry = entry.get(step)
+
+
+def _add(path: Path, raw: dict[str, Any], addition: str) -> None:
+    """Add the values of `KEY=VALUES` to the seeds, or to the grid at that key."""
+    key, equals, text = addition.partition("=")
+    if not equals or not key:
+        raise _Problem("", f"--add {addition}: expected KEY=VALUES, as in seeds=6..11")
+    values = _parse(text, key)
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", text.strip())
+    if span:
+        first, last = map(int, span.groups())
+        if not first <= last < MAX_SEED:
+            raise _Problem(key, f"{text.strip()} is no range; write the lower number first")
+        values = list(range(first, last + 1))
+    if values is None or values == []:
+        raise _Problem(key, "no value given")
+
+    there = raw["seeds"] if key == "seeds" else _grid_at(path, raw, key)
+    # A list beside values that are lists, such as maze_dims, is one of them.
+    one = not isinstance(values, list) or (
+        isinstance(there[0], list) and not isinstance(values[0], list)
+    )
+    there += [value for value in ([values] if one else values) if value not in there]
+
+
+def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
+    """The values that are swept at a key of the file."""
+    steps = tuple(key.split("."))
+    roots = {root: raw[root] for root in ("config", "methods", "stop")}
+    grids = dict(_grids((), roots))
+    if steps not in grids:
+        others = "".join(f", {'.'.join(grid)}" for grid in grids)
+        # Its value would have to enter the names of trials that are there already.
+        raise _Problem(
+            key,
+            f"not swept here (seeds{others} can be added to); compare other values in another "
+            f"sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
+        )
+    if steps[0] == "config" and all(_place(raw, m, key) != key for m in raw["methods"]):
+        raise _Problem(key, f"every method sets this itself: add to methods.NAME.{key}")
+    return grids[steps]
 
 
 # Checks of single values ----------------------------------------------------------------------
@@ -490,6 +572,7 @@ def _trials(resolved: dict[str, Any]) -> list[Trial]:
                             "checkpoint": resolved["checkpoint"],
                             "num_threads": resolved["num_threads"],
                             "max_failures": resolved["max_failures"],
+                            "iteration_timeout": resolved["iteration_timeout"],
                         },
                     )
                 )

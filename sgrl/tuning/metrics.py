@@ -56,14 +56,22 @@ def _is_of_layer(column: str) -> bool:
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Append one iteration, with the header first where the file is new.
 
-    NaN and columns that `row` lacks are left empty; floats read back bit for bit.
+    NaN and columns that `row` lacks are left empty; floats read back bit for bit. Raises OSError
+    where the disk is full, and then leaves the file as it was.
     """
     columns = columns_of(row)
     line = ",".join(_format(column, row.get(column, math.nan)) for column in columns) + "\n"
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
-        header = "" if file.tell() else ",".join(columns) + "\n"
-        file.write((header + line).encode())
+        size = file.tell()
+        data = (("" if size else ",".join(columns) + "\n") + line).encode()
+        try:
+            # On a disk that fills up a write is cut short, and the next one raises.
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -1,6 +1,7 @@
 """Where the trials of a sweep stand, on the terminal while they run and whenever asked."""
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -22,7 +23,9 @@ from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
 from sgrl.tuning.metrics import MEASURE_NAMES, Score, read_metrics, score
 from sgrl.tuning.trial import (
+    HANG_FILE,
     first_line,
+    is_disk_full,
     read_status,
     seconds_per_iteration,
     write_status,
@@ -108,9 +111,9 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     write_text(directory / "summary.csv", frame.to_csv(index=False))
 
 
-class SweepView(tune.Callback):
+class SweepView(tune.Callback, tune.Stopper):
     """Follows the trials as Tune reports them: a table that fits the terminal, or, where stdout
-    is none, one line for every trial that ends.
+    is none, one line for every trial that ends. Stops them all once the disk is full.
 
     Args:
         directory: of the sweep.
@@ -120,6 +123,8 @@ class SweepView(tune.Callback):
     def __init__(self, directory: Path, trials: dict[str, Progress]) -> None:
         self.directory = directory
         self.trials = trials
+        self.disk_full = False
+        self.saved: dict[str, int] = {}
         self.said: set[str] = set()
         self.console = Console()
         self.live: Live | None = None
@@ -152,18 +157,35 @@ class SweepView(tune.Callback):
         row.seconds_per_iteration = result["seconds_per_iteration"]
         for note in result["notes"]:
             self._say(note)
-        if result["done"]:
+        if result["disk_full"]:
+            self.disk_full = True
+        elif result["done"]:
             self._end(row.trial)
+        if result["saved"] > self.saved.get(row.trial.name, 0):
+            # Only failures without a new checkpoint in between add up.
+            self.saved[row.trial.name] = result["saved"]
+            trial.run_metadata.num_failures = 0
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self.trials[trial.config["trial"]]
         row.state = "pending"
-        self._say(f"{row.trial.name} is started again after {_error(trial)}")
+        if not self._is_disk_full(trial):
+            self._say(f"{row.trial.name} is started again after {self._reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
-        write_status(self.directory / name, {"state": "failed", "reason": _error(trial)})
-        self._end(self.trials[name].trial)
+        if not self._is_disk_full(trial):
+            reason = self._reason(trial)
+            write_status(self.directory / name, {"state": "failed", "reason": reason})
+            self._end(self.trials[name].trial)
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        """Whether a trial is to end with this result; none is."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all trials are to end."""
+        return self.disk_full
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         if self.live is not None and time.monotonic() >= self.next_refresh:
@@ -173,6 +195,21 @@ class SweepView(tune.Callback):
     def __reduce__(self) -> tuple:
         # Tune pickles its callbacks into a file that nothing reads; a console cannot be.
         return tune.Callback, ()
+
+    def _is_disk_full(self, trial: Any) -> bool:
+        error = _error(trial)
+        self.disk_full |= error is not None and is_disk_full(error)
+        return self.disk_full
+
+    def _reason(self, trial: Any) -> str:
+        """Why a trial's process ended, in one line."""
+        config = self.trials[trial.config["trial"]].trial.config
+        hang = self.directory / trial.config["trial"] / HANG_FILE
+        if hang.is_file() and hang.stat().st_size:
+            timeout = config["iteration_timeout"]
+            return f"an iteration of more than {timeout:g} s ({HANG_FILE} says where it hung)"
+        error = _error(trial)
+        return first_line(error) if error is not None else f"an error that {LOG_FILE} holds"
 
     def _end(self, trial: Trial) -> None:
         row = self.trials[trial.name] = read_progress(self.directory, trial)
@@ -262,11 +299,11 @@ def number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else ""
 
 
-def _error(trial: Any) -> str:
+def _error(trial: Any) -> BaseException | None:
     # Tune's own `get_pickled_error` looks where the file will be once the sweep is over.
     if trial.pickled_error_file is None:
-        return f"an error that {LOG_FILE} holds"
-    return first_line(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+        return None
+    return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
 
 
 @contextlib.contextmanager
@@ -290,6 +327,16 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
         bars.stop()
 
 
+class _LogFile(io.FileIO):
+    """A log must not end a sweep: what a full disk does not take is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[Console]:
     """Send all that this process and its libraries print to a log file.
@@ -305,7 +352,8 @@ def quiet(log: Path) -> Iterator[Console]:
     except (OSError, ValueError):
         direct = False
     screen = os.fdopen(os.dup(1), "w") if direct else sys.stdout
-    with log.open("a", buffering=1) as file:
+    raw = _LogFile(log, "a")
+    with io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", line_buffering=True) as file:
         try:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

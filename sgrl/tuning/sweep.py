@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ from rich.table import Table
 
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
-from sgrl.tuning.checkpoints import CheckpointError, verify, write_text
+from sgrl.tuning.checkpoints import (
+    CheckpointError,
+    newest_valid_checkpoint,
+    verify,
+    write_text,
+)
 from sgrl.tuning.experiment import (
     Experiment,
     Trial,
@@ -33,8 +38,10 @@ from sgrl.tuning.experiment import (
     build_algorithm_config,
     check_resources,
     dump_yaml,
+    extend_experiment,
     load_experiment,
 )
+from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.progress import (
     LOG_FILE,
     Progress,
@@ -50,6 +57,7 @@ from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
     TrialRunner,
     first_line,
+    is_disk_full,
     lock_file,
     read_status,
     read_yaml,
@@ -58,7 +66,7 @@ from sgrl.tuning.trial import (
 
 EXPERIMENT_FILE = "experiment.yaml"
 # What a trial's numbers do not depend on may change from one start to the next.
-CHANGEABLE = {"stop", "checkpoint", "max_failures"}
+CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
 
 # Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
 ENVIRONMENT = {
@@ -97,23 +105,72 @@ def run_sweep(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SweepError(f"{display(directory)} cannot be made: {error.strerror}") from None
-    write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
-    return _run(directory, experiment, requests)
+    with _locked(directory):
+        write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+        return _run(directory, experiment, requests)
 
 
-def resume_sweep(directory: str | Path, track: str | None = None) -> Path:
+def resume_sweep(
+    directory: str | Path,
+    iterations: int | None = None,
+    additions: Sequence[str] = (),
+    track: str | None = None,
+) -> Path:
     """Continue a sweep that was killed, or whose trials failed, and return its folder.
 
-    Completed trials are left alone, and so are those whose loss became NaN or infinite. `track`
-    replaces the tracker that the sweep was started with. Raises as `run_sweep` does, and SweepError
-    where `directory` holds no sweep.
+    `iterations` and `additions` (KEY=VALUES) extend it first, as `extend_experiment` does: trials
+    that are there go on to the new end from their last checkpoints. `track` replaces the tracker
+    that the sweep was started with. Completed trials are left alone, and so are those whose loss
+    became NaN or infinite. Raises as `run_sweep` does, and SweepError where `directory` holds no
+    sweep or a trial has passed the new end.
     """
     directory = Path(directory).absolute()
-    experiment = _load(directory, track)
-    check_tracker(experiment.track)
-    requests = _resource_requests(experiment)
-    _prepare_environments(experiment)
-    return _run(directory, experiment, requests)
+    _check_is_sweep(directory)
+    with _locked(directory):
+        experiment = _extended(directory, iterations, additions, track)
+        check_tracker(experiment.track)
+        requests = _resource_requests(experiment)
+        _prepare_environments(experiment)
+        if iterations is not None or additions or track is not None:
+            write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+        return _run(directory, experiment, requests)
+
+
+def resume_plan(
+    directory: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
+) -> tuple[list[Trial], list[Progress]]:
+    """What `resume_sweep` would do: all trials, and of those that would run the iteration they
+    would go on from. Changes nothing; raises as `resume_sweep` does."""
+    directory = Path(directory).absolute()
+    _check_is_sweep(directory)
+    with _locked(directory):
+        experiment = _extended(directory, iterations, additions)
+        todo = []
+        for row in (read_progress(directory, trial) for trial in experiment.trials):
+            if not _is_settled(directory, row):
+                checkpoints = directory / row.trial.name / "checkpoints"
+                newest, _ = newest_valid_checkpoint(checkpoints, at_most=row.iteration)
+                row.iteration = int(newest.name) if newest else 0
+                todo.append(row)
+    return experiment.trials, todo
+
+
+def _extended(
+    directory: Path,
+    iterations: int | None,
+    additions: Sequence[str],
+    track: str | None = None,
+) -> Experiment:
+    experiment = extend_experiment(directory / EXPERIMENT_FILE, iterations, additions, track)
+    for trial in experiment.trials:
+        _check_config(directory / trial.name, trial)
+        done = count_rows(directory / trial.name / "metrics.csv")
+        if iterations is not None and done > iterations:
+            raise SweepError(
+                f"{display(directory)}: {trial.name} has trained for {done} iterations already: "
+                f"--iterations must be at least {done}"
+            )
+    return experiment
 
 
 def failed_trials(directory: str | Path) -> list[str]:
@@ -128,11 +185,38 @@ def is_sweep(directory: Path) -> bool:
     return (directory / EXPERIMENT_FILE).is_file()
 
 
-def _load(directory: Path, track: str | None = None) -> Experiment:
+def _load(directory: Path) -> Experiment:
+    _check_is_sweep(directory)
+    return load_experiment(directory / EXPERIMENT_FILE)
+
+
+def _check_is_sweep(directory: Path) -> None:
     if not is_sweep(directory):
         what = "holds no sweep" if directory.exists() else "does not exist"
         raise SweepError(f"{display(directory)} {what}: give a folder such as results/quickstart")
-    return load_experiment(directory / EXPERIMENT_FILE, track=track)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from running the sweep, or changing what it is to run."""
+    try:
+        lock = lock_file(directory / ".lock", seconds=2)
+    except OSError as error:
+        raise SweepError(f"{display(directory)} cannot be used: {error.strerror}") from None
+    if lock is None:
+        raise SweepError(f"{display(directory)} is being run by another process")
+    try:
+        with lock:
+            yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise SweepError(_disk_full(directory)) from None
+        raise
+
+
+def _disk_full(directory: Path) -> str:
+    folder = display(directory)
+    return f"no space left on the disk of {folder}: make some, then `sgrl resume {folder}` goes on"
 
 
 def _prepare_environments(experiment: Experiment) -> None:
@@ -151,14 +235,9 @@ def _prepare_environments(experiment: Experiment) -> None:
 
 
 def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> Path:
-    lock = lock_file(directory / ".lock", seconds=2)
-    if lock is None:
-        raise SweepError(f"{display(directory)} is being run by another process")
-    with lock, quiet(directory / LOG_FILE) as console:
+    with quiet(directory / LOG_FILE) as console:
         record_start(directory)
         prepare_tracker(experiment.track, directory)
-        if read_yaml(directory / EXPERIMENT_FILE).get("track", "none") != experiment.track:
-            write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
@@ -184,21 +263,31 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
     return directory
 
 
+def _config(trial: Trial) -> dict[str, Any]:
+    return {"name": trial.name, "swept": trial.swept, **trial.config}
+
+
+def _check_config(folder: Path, trial: Trial) -> None:
+    """Refuse to change what a trial's first iterations were trained with (the resolved backend
+    and the threads among it)."""
+    path, config = folder / "config.yaml", _config(trial)
+    if not path.is_file():
+        return
+    before = read_yaml(path)
+    for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
+        if before.get(key) != config.get(key):
+            raise SweepError(
+                f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
+                f"{config.get(key)}: undo the change or start another sweep with --name"
+            )
+
+
 def _write_config(folder: Path, trial: Trial) -> None:
-    """Write a trial's config.yaml; refuses to change what its first iterations were trained with
-    (the resolved backend and the threads among it)."""
-    config = {"name": trial.name, "swept": trial.swept, **trial.config}
-    path = folder / "config.yaml"
-    if path.is_file():
-        before = read_yaml(path)
-        for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
-            if before.get(key) != config.get(key):
-                raise SweepError(
-                    f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
-                    f"{config.get(key)}: undo the change or start another sweep with --name"
-                )
-    folder.mkdir(exist_ok=True)
-    write_text(path, dump_yaml(config))
+    """Write a trial's config.yaml, where it is not there or says otherwise."""
+    path, config = folder / "config.yaml", _config(trial)
+    if not path.is_file() or read_yaml(path) != config:
+        folder.mkdir(exist_ok=True)
+        write_text(path, dump_yaml(config))
 
 
 def _run_trials(
@@ -237,6 +326,7 @@ def _run_trials(
                 failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[view],
+                stop=view,
                 verbose=0,
             ),
         ).fit()
@@ -247,6 +337,8 @@ def _run_trials(
         if started_ray:
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+    if view.disk_full:
+        raise SweepError(_disk_full(directory))
 
 
 def _start_ray() -> None:

@@ -5,9 +5,12 @@ All that a trial has reached stands in `<sweep>/<trial>/`: `config.yaml`, `metri
 from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
 """
 
+import errno
+import faulthandler
 import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 from ray import tune
+from ray.exceptions import RayError
 
 from sgrl.nn.policies import save_policy
 from sgrl.tuning.checkpoints import (
@@ -39,6 +43,9 @@ from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60
 REPORT_SECONDS = 1.0
+#: Where each thread of a trial's process was when an iteration took too long.
+HANG_FILE = "hung.txt"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TrialRunner(tune.Trainable):
@@ -51,6 +58,7 @@ class TrialRunner(tune.Trainable):
     algorithm: Any = None
     lock: TextIO | None = None
     tracking: Tracking | None = None
+    hang: TextIO | None = None
 
     def setup(self, config: dict) -> None:
         self.directory = Path(config["sweep"]) / config["trial"]
@@ -58,6 +66,8 @@ class TrialRunner(tune.Trainable):
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.last_iteration = 0
+        self.saved = 0
+        self.failure: list | None = None
 
     def reset_config(self, new_config: dict) -> bool:
         self._release()
@@ -68,19 +78,33 @@ class TrialRunner(tune.Trainable):
         self._release()
 
     def step(self) -> dict:
-        """Train for about a second, or to the trial's end, and report where it stands."""
+        """Train for about a second, or to the trial's end, and report where it stands.
+
+        Raises what may not happen again: Tune then starts the trial again.
+        """
+        disk_full = False
         try:
-            if self.algorithm is None:
-                self._start()
-            self._train()
-        except FloatingPointError as error:
-            # Training again would only come to the same number.
-            self._finish("failed", first_line(error), diverged=True)
-        except BaseException:
+            try:
+                if self.algorithm is None:
+                    self._start()
+                self._train()
+            except FloatingPointError as error:
+                # Training again would only come to the same number.
+                self._finish("failed", first_line(error), diverged=True)
+            except Exception as error:
+                if not self._fails_again(error):
+                    raise
+                reason = f"{first_line(error)} (again, after iteration {len(self.rows)})"
+                self._finish("failed", reason)
+        except BaseException as error:
             self._release()
-            raise
+            disk_full = is_disk_full(error)
+            if not disk_full:
+                raise
         return {
             "iteration": len(self.rows),
+            "saved": self.saved,
+            "disk_full": disk_full,
             "score": score(self.rows),
             "seconds_per_iteration": seconds_per_iteration(self.rows),
             "notes": self.notes,
@@ -91,6 +115,10 @@ class TrialRunner(tune.Trainable):
         self._acquire()
         self.trial = read_yaml(self.directory / "config.yaml")
         self.last_iteration = self.trial["stop"]["training_iteration"]
+        self.failure = read_status(self.directory).get("failure")
+        (self.directory / HANG_FILE).unlink(missing_ok=True)
+        if self.trial["iteration_timeout"] is not None:
+            self.hang = (self.directory / HANG_FILE).open("w")
         torch.set_num_threads(self.trial["num_threads"])
         config = build_algorithm_config(self.trial)
         # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
@@ -120,7 +148,7 @@ class TrialRunner(tune.Trainable):
         deadline = time.monotonic() + REPORT_SECONDS
         while len(self.rows) < self.last_iteration:
             iteration, start = len(self.rows) + 1, time.perf_counter()
-            result = self.algorithm.train()
+            result = self._train_once()
             row = metrics_row(result, iteration, time.perf_counter() - start)
             # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
             # no checkpoint followed are cut off on restart.
@@ -135,6 +163,28 @@ class TrialRunner(tune.Trainable):
         if len(self.rows) >= self.last_iteration:
             self._checkpoint()
             self._finish("completed")
+
+    def _train_once(self) -> dict:
+        """One iteration; a process in which it takes too long is ended."""
+        if self.hang is None:
+            return self.algorithm.train()
+        # The watching thread is C's own: it also ends a process that is stuck outside Python.
+        timeout = self.trial["iteration_timeout"]
+        faulthandler.dump_traceback_later(timeout, file=self.hang, exit=True)
+        try:
+            return self.algorithm.train()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _fails_again(self, error: Exception) -> bool:
+        """Whether the error is the trial's own: the same one, at the same iteration, as when it
+        was last started. Those of disks and of other processes are not."""
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, OSError | RayError) or is_disk_full(error):
+            return False
+        before, self.failure = self.failure, [len(self.rows), first_line(error)]
+        self._write_status("running")
+        return before == self.failure
 
     def _checkpoint(self) -> None:
         if self.saved == len(self.rows):
@@ -159,10 +209,13 @@ class TrialRunner(tune.Trainable):
             save_policy(policy, directory, environment=environment, iteration=self.saved)
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
+        self.failure = None
         self._write_status(state, reason=reason, **more)
         self._release(state)
 
     def _write_status(self, state: str, **more: Any) -> None:
+        if self.failure is not None:
+            more = {"failure": self.failure} | more
         write_status(self.directory, {"state": state, "notes": self.notes, **more})
 
     def _acquire(self) -> None:
@@ -176,6 +229,7 @@ class TrialRunner(tune.Trainable):
         algorithm, self.algorithm = self.algorithm, None
         lock, self.lock = self.lock, None
         tracking, self.tracking = self.tracking, None
+        hang, self.hang = self.hang, None
         try:
             if tracking is not None:
                 tracking.send(self.rows)
@@ -183,13 +237,17 @@ class TrialRunner(tune.Trainable):
             if algorithm is not None:
                 algorithm.stop()
         finally:
+            if hang is not None:
+                hang.close()
+                (self.directory / HANG_FILE).unlink(missing_ok=True)
             if lock is not None:
                 lock.close()
 
 
 def read_status(folder: Path) -> dict:
     """A trial's status.json: its state (running, completed or failed), the reason of a failure,
-    whether it diverged, and notes on damaged checkpoints. Empty before its first start."""
+    whether it diverged, notes on damaged checkpoints, and the iteration and text of an error that
+    would be its own if it happened again. Empty before its first start."""
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -236,3 +294,16 @@ def first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or ["no message"]
     return f"{type(cause).__name__}: {lines[0]}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception comes from a full disk or a used up quota, in whatever it is wrapped:
+    libraries and other processes hand on the text alone."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
+            return True
+        if any(os.strerror(code) in str(seen) for code in DISK_FULL):
+            return True
+        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,57 @@
+"""Small sweeps, and what is compared of them."""
+
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.metrics import COLUMNS
+
+SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
+METHODS = {
+    "sparsenet_sgprop": {
+        "model": {"policy": "sparsenet", "num_input_neurons": 4, "adaptive": True, **SPARSE}
+    },
+    "gru": {"model": {"policy": "gru", "hidden_size": 8}},
+    "diverging": {
+        "model": {"policy": "gru", "hidden_size": 8},
+        "config": {"training": {"lr": 1e30}},
+    },
+}
+
+
+def make_experiment(path, methods=("sparsenet_sgprop", "gru"), **changes):
+    environment = {
+        "env": "labyrinth_escape",
+        "env_config": {"maze_dims": [6, 6], "episode_length": 10},
+    }
+    experiment = {
+        "name": "small",
+        "config": {
+            "environment": environment,
+            "env_runners": {"num_envs_per_env_runner": 4},
+        },
+        "methods": methods if isinstance(methods, dict) else {n: METHODS[n] for n in methods},
+        "seeds": [0, 1],
+        "stop": {"training_iteration": 5},
+        "checkpoint": {"every": 2, "keep": 2},
+        "concurrency": 1,
+        "max_failures": 1,
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
+    return load_experiment(path)
+
+
+def metrics_without_times(directory):
+    """Each trial's metrics.csv as bytes, without its last column."""
+    assert COLUMNS[-1] == "iteration_seconds"
+    return {
+        path.parent.name: [line.rsplit(b",", 1)[0] for line in path.read_bytes().splitlines()]
+        for path in Path(directory).glob("*/metrics.csv")
+    }
+
+
+def summary(directory):
+    return pd.read_csv(directory / "summary.csv", index_col="trial")
