@@ -428,7 +428,7 @@ def test_a_resumed_sweep_can_change_its_tracker(tmp_path, ray_session):
     directory = run_sweep(experiment, tmp_path)
     stored = (directory / "experiment.yaml").read_text()
     assert "track: none\n" in stored
-    resume_sweep(directory, "tensorboard")
+    resume_sweep(directory, track="tensorboard")
     changed = (directory / "experiment.yaml").read_text()
     assert changed == stored.replace("track: none\n", "track: tensorboard\n")
     resume_sweep(directory)
