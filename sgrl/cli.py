@@ -37,6 +37,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on: auto, HOST:PORT or ray://HOST:PORT; here if none."),
+]
 Track = Annotated[
     str | None,
     typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
@@ -82,6 +86,7 @@ def sweep(
     name: Name = None,
     set_: Set = None,
     track: Track = None,
+    address: Address = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
@@ -95,6 +100,7 @@ def sweep(
             typer.echo(f"  {trial.name}")
         return
 
+    _join(address)
     from sgrl.tuning.sweep import SweepError, run_sweep
     from sgrl.tuning.tracking import TrackingError
 
@@ -110,6 +116,7 @@ def resume(
     iterations: Iterations = None,
     add: Add = None,
     track: Track = None,
+    address: Address = None,
     dry_run: Plan = False,
 ) -> None:
     """Finish the trials of an interrupted sweep; train on, or add trials.
@@ -117,6 +124,7 @@ def resume(
     --add takes seeds, and values of any key that the experiment sweeps, as in
     config.training.lr=[1e-4,2e-4].
     """
+    _join(address)
     from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
     from sgrl.tuning.tracking import TrackingError
@@ -130,6 +138,12 @@ def resume(
             return
         resume_sweep(directory, iterations, add or [], track)
     _compare(directory)
+
+
+def _join(address: str | None) -> None:
+    """Name the cluster as Ray expects it; RAY_ADDRESS does the same."""
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
 
 
 def _compare(directory: Path) -> None:

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from sgrl.local_ray import start_local_ray
+
 
 class TheoryError(ValueError):
     """Settings that make no sense; the message is one line."""
@@ -23,11 +25,11 @@ def in_ray(function: Callable[..., Any], pieces: Iterable[tuple], parallel: int)
 
     started = not ray.is_initialized()
     if started:
-        # As sweeps do: without an address, Ray would join any cluster it finds on the machine.
-        local = {"address": "local", "num_cpus": parallel, "include_dashboard": False}
-        settings = {} if os.environ.get("RAY_ADDRESS") else local
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                start_local_ray(parallel)
         except (ConnectionError, ValueError) as error:
             raise TheoryError(f"Ray did not start: {str(error).splitlines()[0]}") from None
     try:

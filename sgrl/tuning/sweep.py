@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
 from rich.table import Table
 
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
+from sgrl.local_ray import start_local_ray
 from sgrl.tuning.checkpoints import (
     CheckpointError,
     newest_valid_checkpoint,
@@ -300,6 +304,29 @@ def _run_trials(
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
     _start_ray()
+    try:
+        _check_visible(directory)
+        if ray.util.client.ray.is_connected():
+            _run_on_head(directory, experiment, trials, requests, view)
+        else:
+            _tune(directory, experiment, trials, requests, view)
+    finally:
+        # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
+        with contextlib.suppress(ValueError, TypeError):
+            signal.signal(signal.SIGINT, interrupt)
+        if started_ray:
+            ray.shutdown()
+    if view.disk_full:
+        raise SweepError(_disk_full(directory))
+
+
+def _tune(
+    directory: Path,
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    requests: dict[str, Any],
+    view: SweepView,
+) -> None:
     # Tune keeps notes of its own, which nothing reads.
     scratch = directory / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -331,14 +358,72 @@ def _run_trials(
             ),
         ).fit()
     finally:
-        # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
-        with contextlib.suppress(ValueError, TypeError):
-            signal.signal(signal.SIGINT, interrupt)
-        if started_ray:
-            ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
-    if view.disk_full:
-        raise SweepError(_disk_full(directory))
+
+
+def _run_on_head(
+    directory: Path,
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    requests: dict[str, Any],
+    view: SweepView,
+) -> None:
+    """Run the trials from the head of a cluster that this process is only a client of (ray://),
+    and show what their folders say meanwhile."""
+    settings = {name: os.environ[name] for name in ENVIRONMENT}
+    task = ray.remote(num_cpus=0, max_retries=0)(_on_head).remote(
+        directory, experiment, trials, requests, settings
+    )
+    try:
+        while not ray.wait([task], timeout=1)[0]:
+            view.read(trials)
+        view.disk_full = ray.get(task)
+        view.read(trials)
+    except KeyboardInterrupt:
+        ray.cancel(task)
+        raise
+
+
+def _on_head(
+    directory: Path,
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    requests: dict[str, Any],
+    settings: dict[str, str],
+) -> bool:
+    os.environ.update(settings)
+    view = SweepView(directory, {t.name: read_progress(directory, t) for t in experiment.trials})
+    with Path(os.devnull).open("w") as nowhere, view.shown_on(Console(file=nowhere)):
+        _tune(directory, experiment, trials, requests, view)
+    return view.disk_full
+
+
+def _check_visible(directory: Path) -> None:
+    """Refuse a cluster of which some machine does not see the sweep's folder."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1 and not ray.util.client.ray.is_connected():
+        return
+    path = directory / EXPERIMENT_FILE
+    text = path.read_text(encoding="utf-8")
+    reads = {
+        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(_reads)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(path)
+        for node in nodes
+    }
+    blind = [address for address, read in reads.items() if ray.get(read) != text]
+    if blind:
+        raise SweepError(
+            f"{display(directory)} is not there on {', '.join(sorted(blind))}: give --results a "
+            "folder that all machines of the cluster share"
+        )
+
+
+def _reads(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _start_ray() -> None:
@@ -348,23 +433,24 @@ def _start_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        print(f"joining the Ray cluster that RAY_ADDRESS names: {address}")
+        print(f"joining the Ray cluster at {address}")
         try:
+            _reach(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise SweepError(
-                f"no Ray cluster at RAY_ADDRESS={address} ({first_line(error)}): start one, or "
-                "unset RAY_ADDRESS"
+                f"no Ray cluster at {address} ({first_line(error)}): start one, or run here, "
+                "without --address and RAY_ADDRESS"
             ) from None
     else:
-        # "local": without an address, Ray would join any cluster it finds on the machine.
-        ray.init(
-            address="local",
-            num_cpus=count_cpus(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_local_ray(count_cpus())
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nothing answers at HOST:PORT: Ray would wait for it for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _resource_requests(experiment: Experiment) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""A Ray of this machine alone, which nothing outside it can reach."""
+
+import logging
+import os
+
+
+def start_local_ray(num_cpus: int) -> None:
+    """Start Ray with so many processors, listening on loopback only.
+
+    On Linux its servers listen on all addresses, where anyone who reaches them can run code. A Ray
+    that is told to form no clusters, which is its default on other systems, keeps to loopback.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[variable] = "0"  # for the processes that are started
+    try:
+        # "local": without an address, Ray would join any cluster it finds on the machine.
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[variable]

@@ -1,0 +1,71 @@
+"""Sweeps on a cluster, and what a sweep on this machine lets others reach."""
+
+import ipaddress
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+EXPERIMENT = {
+    "name": "small",
+    "config": {
+        "environment": {
+            "env": "labyrinth_escape",
+            "env_config": {"maze_dims": [6, 6], "episode_length": 10},
+        },
+        "env_runners": {"num_envs_per_env_runner": 4},
+    },
+    "methods": {"gru": {"model": {"policy": "gru", "hidden_size": 8}}},
+    "stop": {"training_iteration": 3},
+}
+SWEEP = [sys.executable, "-c", "from sgrl.cli import main; main()", "sweep"]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(EXPERIMENT))
+    return path
+
+
+def environment(**more):
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")} | more
+
+
+def listening(process):
+    """Addresses that a process and all below it listen on."""
+    found = set()
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            connections = one.net_connections(kind="inet")
+        except psutil.Error:
+            continue
+        found |= {(one.pid, c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def test_a_local_sweep_listens_on_loopback_only(experiment, tmp_path):
+    command = [*SWEEP, str(experiment), "--results", str(tmp_path)]
+    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    process, found = psutil.Process(running.pid), set()
+    while running.poll() is None:
+        found |= listening(process)
+        time.sleep(0.1)
+    assert running.returncode == 0
+    assert len({pid for pid, _ in found}) >= 4  # driver, two servers of Ray's, a worker
+    for _, address in found:
+        ip = ipaddress.ip_address(address.ip)
+        assert (getattr(ip, "ipv4_mapped", None) or ip).is_loopback, address
+
+
+def test_no_cluster_at_the_address(experiment, tmp_path):
+    command = [*SWEEP, str(experiment), "--results", str(tmp_path), "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("sgrl: no Ray cluster at 127.0.0.1:1 (")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "small").exists()
