@@ -247,7 +247,7 @@ def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path, report):
         undisturbed = time.monotonic() - begin
         killer, directory = Killer(seed=1, seconds=(4, 10)), tmp_path / "killed"
         driver = subprocess.Popen([*command, "killed"], env=environment)
-        begin = time.monotonic()
+        begin, enough = time.monotonic(), 0
         while driver.poll() is None:
             killer.wait()
             # Nodes come and go from the main thread only.
@@ -257,9 +257,10 @@ def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path, report):
                 killer.killed.append("node")
                 killer.wait()
                 cluster.add_node(num_cpus=2)
-            # Not for ever: once few trials are left, each would die sooner than it starts.
-            if len(killer.killed) < 40:
+            # Not before there is something new to lose: a slow machine would only start trials.
+            if rows(directory) >= enough:
                 killer.strike()
+                enough = rows(directory) + 200
         disturbed = time.monotonic() - begin
         assert driver.returncode == 0
     finally:
