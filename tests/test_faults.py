@@ -25,7 +25,7 @@ from sgrl.tuning.checkpoints import (
 from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.metrics import score
 from sgrl.tuning.progress import SweepView, read_progress
-from sgrl.tuning.sweep import resume_sweep, run_sweep
+from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
 
 TRIAL = "sparsenet_sgprop_seed=0"
@@ -190,6 +190,21 @@ def test_a_disk_is_full_in_whatever_words():
     wrapped = RuntimeError("wrapped")
     wrapped.__cause__ = OSError(122, "Disk quota exceeded")
     assert is_disk_full(wrapped)
+
+
+def test_a_sweep_that_ended_before_it_had_begun_starts_again(tmp_path, monkeypatch):
+    def no_space(path, text):
+        path.with_name(f".{path.name}.tmp").touch()
+        raise OSError(28, "No space left on device")
+
+    experiment = make_experiment(tmp_path / "small.yaml")
+    monkeypatch.setattr(sweep, "_run", lambda directory, *more: directory)
+    with monkeypatch.context() as full:
+        full.setattr(sweep, "write_text", no_space)
+        with pytest.raises(SweepError, match=r"no space left .*: make some, then start the sweep"):
+            run_sweep(experiment, tmp_path)
+    assert run_sweep(experiment, tmp_path) == tmp_path / "small"
+    assert is_sweep(tmp_path / "small")
 
 
 #: Kilobytes of the disk: room for some of the first checkpoints, for some trials, for all.

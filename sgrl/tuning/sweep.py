@@ -97,7 +97,8 @@ def run_sweep(
     has stopped the trials.
     """
     directory = Path(results_dir).absolute() / (name or experiment.name)
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    # Hidden files are all there is of a sweep that ended before it had begun.
+    if directory.is_file() or (directory.is_dir() and any(directory.glob("[!.]*"))):
         how = f"`sgrl resume {display(directory)}` continues it, " if is_sweep(directory) else ""
         raise SweepError(
             f"{display(directory)} already exists: {how}--name NAME starts another sweep"
@@ -220,7 +221,8 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _disk_full(directory: Path) -> str:
     folder = display(directory)
-    return f"no space left on the disk of {folder}: make some, then `sgrl resume {folder}` goes on"
+    go_on = f"`sgrl resume {folder}` goes on" if is_sweep(directory) else "start the sweep again"
+    return f"no space left on the disk of {folder}: make some, then {go_on}"
 
 
 def _prepare_environments(experiment: Experiment) -> None:
