@@ -20,7 +20,6 @@ from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.metrics import COLUMNS
 from sgrl.tuning.sweep import run_sweep
 
-
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
 BIN = Path(sys.executable).parent
@@ -99,6 +98,40 @@ def test_files_hold_no_names_and_no_secrets(path: Path) -> None:
     for bucket in re.findall(r"(?:s3|gs)://(\w+)", text):
         assert bucket.startswith("CHANGE_ME"), bucket
     assert max(map(len, text.splitlines())) <= 140
+
+
+# Plain `ray start` lines
+
+
+def test_ray_start_lines_of_the_readme(tmp_path: Path) -> None:
+    """They make one cluster of two hosts, which turns away who lacks the token."""
+    text = (CLUSTER / "README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # One home for both hosts is as good as a copied token. Files apart from those of other Rays.
+    environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{environment['PATH']}"}
+    folder = f"/tmp/sgrl-lines-{os.getpid()}"
+    few = f" --num-cpus=1 --object-store-memory=100000000 --temp-dir={folder}"
+    with network_hosts(2) as hosts:
+        head = f"{hosts[0].address}:6379"
+        for host, block in zip(hosts, blocks, strict=True):
+            lines = block.replace("HEAD", hosts[0].address).splitlines()
+            check_ray_start(lines[-1])
+            lines[-1] += few
+            host.run("bash", "-euc", "\n".join(lines), env=environment)
+        count = "import ray; ray.init(address='auto'); print(len(ray.nodes()))"
+        trusted = environment | {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": head}
+        done = hosts[0].run(sys.executable, "-c", count, env=trusted)
+        assert done.stdout.split()[-1] == "2"
+        stranger = trusted | {"RAY_AUTH_TOKEN": "0" * 64}
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            hosts[1].run("ray", "health-check", "--address", head, env=stranger)
+        assert "auth" in refused.value.stderr.lower()
+        listening = [line.split()[3] for line in hosts[0].run("ss", "-ltnH").stdout.splitlines()]
+        dashboards = [address for address in listening if address.endswith(":8265")]
+        assert all(address == "127.0.0.1:8265" for address in dashboards)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # SLURM: the script runs for real; srun and scontrol are stand-ins that know two hosts.
