@@ -2,7 +2,7 @@
 # Runs a sweep on every node of a SLURM allocation, or resumes it; slurm_cpu.sbatch and
 # slurm_gpu.sbatch start it with: CONFIG RESULTS NAME (RESULTS: seen by all nodes).
 set -euo pipefail
-config=$1 results=$2 name=$3
+config=${1:?CONFIG is missing} results=${2:?RESULTS is missing} name=${3:?NAME is missing}
 export PATH=$SLURM_SUBMIT_DIR/.venv/bin:$PATH # sgrl, where `make quickstart` installed it
 
 # One thread per process: trials run side by side. No draining of nodes when they are told to stop:
@@ -36,9 +36,9 @@ stop() { # what this script started, and nothing else: `ray stop` would end ever
     kill "$process" 2>/dev/null || true
     wait "$process" || true
   done
-  rm -rf "/tmp/sgrl-$SLURM_JOB_ID"
+  timeout 20 srun --ntasks-per-node=1 rm -rf "/tmp/sgrl-$SLURM_JOB_ID" || true
 }
-preempted() { # or out of time: SLURM said so some minutes ahead
+preempted() { # or out of time: SLURM gives notice of it (--signal)
   echo "stopping: the job is queued again and resumes the sweep"
   trap - EXIT
   stop

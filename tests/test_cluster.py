@@ -240,7 +240,7 @@ def metrics(directory: Path) -> dict[str, list[bytes]]:
     }
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -263,7 +263,17 @@ def test_slurm_runs_a_sweep_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
         "sparsenet_sgprop_seed=0": 7,
     }
     assert not any(host.processes() for host in slurm.hosts)
+    assert not Path(job_folder(slurm)).exists()
     assert not slurm.log.exists()
+
+
+@pytest.mark.parametrize("name", ["slurm_cpu.sbatch", "slurm_gpu.sbatch"])
+def test_slurm_headers(name: str) -> None:
+    """What the script relies on: one Ray a node, notice to the script alone, leave to requeue."""
+    text = (CLUSTER / name).read_text()
+    asked = set(re.findall(r"^#SBATCH (--[a-z-]+(?:=\S+)?)", text, flags=re.MULTILINE))
+    assert {"--ntasks-per-node=1", "--requeue", "--no-kill", "--signal=B:USR1@120"} <= asked
+    assert ("--gpus-per-node=1" in asked) == ("gpu" in name)
 
 
 @pytest.mark.slow
@@ -276,8 +286,6 @@ def test_slurm_preempted_and_resumed(slurm: Slurm, tmp_path: Path, ray_session: 
         stop={"training_iteration": 600},
         checkpoint={"every": 10, "keep": 2},
     )
-    undisturbed = metrics(run_sweep(load_experiment(config), tmp_path / "undisturbed"))
-
     # Someone else's Ray on the first node, of the same user.
     port, folder = "6500", f"/tmp/sgrl-other-{os.getpid()}"
     environment = slurm.environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
@@ -306,7 +314,7 @@ def test_slurm_preempted_and_resumed(slurm: Slurm, tmp_path: Path, ray_session: 
     job.send_signal(signal.SIGUSR1)
     assert job.wait() == 0, slurm.output()
     assert slurm.log.read_text() == f"requeue {slurm.environment['SLURM_JOB_ID']}\n"
-    assert metrics(results / "small") != undisturbed
+    stopped = metrics(results / "small")
     assert not slurm.hosts[1].processes()
     assert not [line for line in command_lines(slurm.hosts[0]) if job_folder(slurm) in line]
     assert other_is_well()
@@ -314,6 +322,8 @@ def test_slurm_preempted_and_resumed(slurm: Slurm, tmp_path: Path, ray_session: 
     assert slurm.submit(*submission).wait() == 0, slurm.output()
     starts = json.loads((results / "small" / "provenance.json").read_text())
     assert len(starts) == 2
+    undisturbed = metrics(run_sweep(load_experiment(config), tmp_path / "undisturbed"))
+    assert stopped != undisturbed
     assert metrics(results / "small") == undisturbed
     assert len(slurm.log.read_text().splitlines()) == 1
     assert other_is_well()
