@@ -39,7 +39,7 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to run on: auto, HOST:PORT or ray://HOST:PORT; here if none."),
+    typer.Option(help="Ray cluster to join: auto or HOST:PORT; without, one of this machine."),
 ]
 Track = Annotated[
     str | None,

@@ -8,7 +8,10 @@ import time
 
 import psutil
 import pytest
+import ray
 import yaml
+
+from sgrl.tuning import sweep
 
 EXPERIMENT = {
     "name": "small",
@@ -69,3 +72,24 @@ def test_no_cluster_at_the_address(experiment, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("sgrl: no Ray cluster at 127.0.0.1:1 (")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "small").exists()
+
+
+def test_a_client_of_a_cluster_is_told_where_to_go(experiment, tmp_path):
+    command = [*SWEEP, str(experiment), "--results", str(tmp_path), "--address", "ray://h:10001"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "sgrl: a sweep runs on a machine of the cluster: start it there, with --address auto in "
+        "place of ray://h:10001"
+    ]
+    assert not (tmp_path / "small").exists()
+
+
+def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
+    (tmp_path / sweep.EXPERIMENT_FILE).write_text("name: small")
+    (node,) = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node])
+    sweep._check_visible(tmp_path)
+    monkeypatch.setattr(sweep, "_reads", lambda path: None)
+    with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
+        sweep._check_visible(tmp_path)

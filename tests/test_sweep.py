@@ -72,6 +72,7 @@ def test_finished_sweep(finished, capsys):
     assert sorted(path.name for path in finished.iterdir() if path.is_file()) == [
         ".lock",
         "experiment.yaml",
+        "provenance.json",
         "summary.csv",
         "sweep.log",
     ]

@@ -192,15 +192,6 @@ class SweepView(tune.Callback, tune.Stopper):
             self.live.refresh()
             self.next_refresh = time.monotonic() + 0.5
 
-    def read(self, trials: Sequence[Trial]) -> None:
-        """Take from their folders where trials stand that another process runs."""
-        for trial in trials:
-            if not self.trials[trial.name].is_over:
-                row = self.trials[trial.name] = read_progress(self.directory, trial)
-                if row.is_over:
-                    self._end(trial)
-        self.on_step_end(0, [])
-
     def __reduce__(self) -> tuple:
         # Tune pickles its callbacks into a file that nothing reads; a console cannot be.
         return tune.Callback, ()

@@ -23,7 +23,6 @@ import ray
 import torch
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
 from rich.table import Table
 
 from sgrl.envs.mnist import DataError
@@ -308,10 +307,7 @@ def _run_trials(
     _start_ray()
     try:
         _check_visible(directory)
-        if ray.util.client.ray.is_connected():
-            _run_on_head(directory, experiment, trials, requests, view)
-        else:
-            _tune(directory, experiment, trials, requests, view)
+        _tune(directory, experiment, trials, requests, view)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
@@ -363,47 +359,10 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run_on_head(
-    directory: Path,
-    experiment: Experiment,
-    trials: Sequence[Trial],
-    requests: dict[str, Any],
-    view: SweepView,
-) -> None:
-    """Run the trials from the head of a cluster that this process is only a client of (ray://),
-    and show what their folders say meanwhile."""
-    settings = {name: os.environ[name] for name in ENVIRONMENT}
-    task = ray.remote(num_cpus=0, max_retries=0)(_on_head).remote(
-        directory, experiment, trials, requests, settings
-    )
-    try:
-        while not ray.wait([task], timeout=1)[0]:
-            view.read(trials)
-        view.disk_full = ray.get(task)
-        view.read(trials)
-    except KeyboardInterrupt:
-        ray.cancel(task)
-        raise
-
-
-def _on_head(
-    directory: Path,
-    experiment: Experiment,
-    trials: Sequence[Trial],
-    requests: dict[str, Any],
-    settings: dict[str, str],
-) -> bool:
-    os.environ.update(settings)
-    view = SweepView(directory, {t.name: read_progress(directory, t) for t in experiment.trials})
-    with Path(os.devnull).open("w") as nowhere, view.shown_on(Console(file=nowhere)):
-        _tune(directory, experiment, trials, requests, view)
-    return view.disk_full
-
-
 def _check_visible(directory: Path) -> None:
     """Refuse a cluster of which some machine does not see the sweep's folder."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and not ray.util.client.ray.is_connected():
+    if len(nodes) == 1:
         return
     path = directory / EXPERIMENT_FILE
     text = path.read_text(encoding="utf-8")
@@ -433,7 +392,12 @@ def _start_ray() -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise SweepError(
+            f"a sweep runs on a machine of the cluster: start it there, with --address auto in "
+            f"place of {address}"
+        )
     if address:
         print(f"joining the Ray cluster at {address}")
         try:
