@@ -141,7 +141,7 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
         ("gru",),
         seeds=[0, 1, 2],
         stop={"training_iteration": 6},
-        iteration_timeout=3,
+        iteration_timeout=5,
         concurrency=3,
     )
     monkeypatch.setattr(sweep, "TrialRunner", faulty_runner())
@@ -151,7 +151,7 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
     assert said.count("gru_seed=0 is started again after ValueError: no fourth iteration") == 1
     assert "gru_seed=0 failed at iteration 3, ValueError: no fourth iteration (again, " in said
     # max_failures is 1, and the second trial needs one restart, the third two.
-    hanging = "an iteration of more than 3 s (hung.txt says where it hung)"
+    hanging = "an iteration of more than 5 s (hung.txt says where it hung)"
     assert said.count(f"gru_seed=1 is started again after {hanging}") == 1
     assert said.count(f"gru_seed=2 is started again after {hanging}") == 1
     assert f"gru_seed=2 failed at iteration 3, {hanging}" in said
