@@ -93,3 +93,13 @@ def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_reads", lambda path: None)
     with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
         sweep._check_visible(tmp_path)
+
+
+def test_results_go_to_a_folder(experiment, tmp_path):
+    command = [*SWEEP, str(experiment), "--results", "s3://bucket/results"]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert "is no folder: results go to one that all machines see" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]

@@ -12,6 +12,7 @@ checkpoint with exactly the numbers of an uninterrupted one.
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -95,6 +96,11 @@ def run_sweep(
     than there is, TrackingError where its tracker cannot be used, and KeyboardInterrupt once Ctrl-C
     has stopped the trials.
     """
+    if re.match(r"\w+:/", str(results_dir)):
+        raise SweepError(
+            f"{results_dir} is no folder: results go to one that all machines see, as on a "
+            "shared file system"
+        )
     directory = Path(results_dir).absolute() / (name or experiment.name)
     # Hidden files are all there is of a sweep that ended before it had begun.
     if directory.is_file() or (directory.is_dir() and any(directory.glob("[!.]*"))):
