@@ -1,4 +1,4 @@
-"""sgrl on RLlib: the algorithm `Reinforce`, and the policies for any other algorithm.
+"""sgrl on RLlib: the algorithm `Reinforce`, and the policies for RLlib's own algorithms.
 
 Importing this registers, for RLlib scripts, the environments of `sgrl.envs.registry` by name, and
 the old API stack's models `sgrl_gru`, `sgrl_lstm` and `sgrl_sparsenet`.
@@ -13,10 +13,14 @@ from sgrl.envs.registry import ENVIRONMENTS, make_single
 from sgrl.rllib.algorithm import Reinforce, ReinforceConfig
 from sgrl.rllib.module import PolicyModule
 from sgrl.rllib.recurrent_network import GRUNetwork, LSTMNetwork, SparseNetwork
+from sgrl.rllib.stock import APPOConfig, IMPALAConfig, PPOConfig
 
 __all__ = [
+    "APPOConfig",
     "GRUNetwork",
+    "IMPALAConfig",
     "LSTMNetwork",
+    "PPOConfig",
     "PolicyModule",
     "Reinforce",
     "ReinforceConfig",

@@ -1,22 +1,124 @@
-"""The RLlib Learner around `sgrl.reinforce.update` (new API stack)."""
+"""RLlib Learners for policies with predictors, and that around `sgrl.reinforce.update` (new stack).
+
+`PolicyLearner` is for any algorithm's loss; `ReinforceLearner` computes its own.
+"""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import tree
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
-from sgrl.nn.policy import Acting
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.policies import mixing_statistics
+from sgrl.nn.policy import Acting, Policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 
-class ReinforceLearner(TorchLearner):
+class ExactLearner(TorchLearner):
+    """A learner whose state keeps the policy's precision and comes back as it was saved."""
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return RLlib's learner state, as a copy: its own arrays change as training goes on."""
+        return copy.deepcopy(super().get_state(*args, **kwargs))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set RLlib's learner state, also where it is older than the current one."""
+        if COMPONENT_RL_MODULE in state:
+            # RLlib passes over weights that count fewer updates than the current ones.
+            self._weights_seq_no = 0
+        super().set_state(state)
+
+    # RLlib's own versions of these two cast float64 to float32, and bring back the checkpoint's
+    # learning rates where the config's were changed.
+    def _get_optimizer_state(self) -> dict[str, Any]:
+        return {
+            name: {
+                "module_id": self._optimizer_name_to_module[name],
+                "moments": tree.map_structure(
+                    lambda moment: moment.cpu().numpy(), optimizer.state_dict()["state"]
+                ),
+            }
+            for name, optimizer in self._named_optimizers.items()
+        }
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        for name, saved in state.items():
+            optimizer = self._named_optimizers[name]
+            moments = tree.map_structure(torch.tensor, saved["moments"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+class PolicyLearner(ExactLearner):
+    """To be put before any algorithm's learner: predictors get an optimizer of their own.
+
+    Registers Adam as "policy", at the config's lr (a number or a schedule), and where the policy
+    has predictors as "predictor", at its predictor_lr. RLlib clips the gradients of each optimizer
+    by themselves. Modules that hold no policy of ours are left to the algorithm's own learner.
+    A minibatch holds at least one sequence.
+    """
+
+    def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
+        """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
+        policy = self._policy(module_id)
+        if policy is None:
+            super().configure_optimizers_for_module(module_id, config)
+            return
+        rates = {"policy": config.lr, "predictor": config.predictor_lr}
+        groups = zip(rates.items(), split_parameters(policy), strict=True)
+        for (name, rate), parameters in groups:
+            if parameters:
+                self.register_optimizer(
+                    module_id=module_id,
+                    optimizer_name=name,
+                    optimizer=torch.optim.Adam(parameters),
+                    params=parameters,
+                    lr_or_lr_schedule=rate,
+                )
+
+    def _create_iterator_if_necessary(
+        self,
+        *,
+        training_data: TrainingData,
+        minibatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Iterable[MultiAgentBatch]:
+        if minibatch_size and not training_data.data_iterators:
+            # RLlib takes minibatch_size / (mean length) sequences, rounded down, and where that
+            # is 0 it waits for the end of an epoch for ever.
+            batch = self._make_batch_if_necessary(training_data)
+            training_data = TrainingData(batch=batch)
+            for columns in batch.policy_batches.values():
+                lengths = columns.get(Columns.SEQ_LENS)
+                if lengths is not None:
+                    minibatch_size = max(minibatch_size, len(columns) // len(lengths) + 1)
+        return super()._create_iterator_if_necessary(
+            training_data=training_data, minibatch_size=minibatch_size, **kwargs
+        )
+
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        """Report what sgprop measured in the update's last backward pass, under "sgrl"."""
+        super().after_gradient_based_update(timesteps=timesteps)
+        for module_id in self.module.keys():
+            policy = self._policy(module_id)
+            measured = {} if policy is None else mixing_statistics(policy)
+            self.metrics.log_dict(measured, key=(module_id, "sgrl"), window=1)
+
+    def _policy(self, module_id: str) -> Policy | None:
+        policy = getattr(self.module[module_id].unwrapped(), "policy", None)
+        return policy if isinstance(policy, Policy) else None
+
+
+class ReinforceLearner(ExactLearner):
     """One REINFORCE step per batch: one backward pass, two optimizers clipped separately.
 
     The batch holds an `EpisodeBatch`'s tensors under their own names, time first. Everything keeps
@@ -81,36 +183,6 @@ class ReinforceLearner(TorchLearner):
             lambda value: torch.as_tensor(value, device=device), batch.policy_batches
         )
         return MultiAgentBatch(columns, env_steps=batch.env_steps())
-
-    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return RLlib's learner state, as a copy: its own arrays change as training goes on."""
-        return copy.deepcopy(super().get_state(*args, **kwargs))
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Set RLlib's learner state, also where it is older than the current one."""
-        if COMPONENT_RL_MODULE in state:
-            # RLlib passes over weights that count fewer updates than the current ones.
-            self._weights_seq_no = 0
-        super().set_state(state)
-
-    # RLlib's own versions of these two cast float64 to float32, and bring back the checkpoint's
-    # learning rates where the config's were changed.
-    def _get_optimizer_state(self) -> dict[str, Any]:
-        return {
-            name: {
-                "module_id": self._optimizer_name_to_module[name],
-                "moments": tree.map_structure(
-                    lambda moment: moment.cpu().numpy(), optimizer.state_dict()["state"]
-                ),
-            }
-            for name, optimizer in self._named_optimizers.items()
-        }
-
-    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
-        for name, saved in state.items():
-            optimizer = self._named_optimizers[name]
-            moments = tree.map_structure(torch.tensor, saved["moments"])
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def learner_batch(batch: EpisodeBatch, module_id: str) -> MultiAgentBatch:

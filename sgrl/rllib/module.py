@@ -1,11 +1,6 @@
 """The RLlib module around any registered policy (new API stack).
 
-Stock RLlib algorithms use it too::
-
-    PPOConfig().environment("labyrinth_escape").rl_module(
-        rl_module_spec=RLModuleSpec(module_class=PolicyModule),
-        model_config={"policy": "gru", "value_head": True, "max_seq_len": 80},
-    )
+RLlib's own algorithms use it too; see `sgrl.rllib.stock`.
 """
 
 from collections.abc import Mapping
@@ -15,24 +10,30 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.learner.utils import make_target_network
+from ray.rllib.core.rl_module.apis import (
+    TARGET_NETWORK_ACTION_DIST_INPUTS,
+    TargetNetworkAPI,
+    ValueFunctionAPI,
+)
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgrl.nn.policies import Policy, make_policy, policy_settings
 
 # Keys of a model_config that RLlib itself adds or reads; all others are the policy's.
 RLLIB_KEYS = {"max_seq_len", "vf_share_layers"}
+TARGET = "target."
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class PolicyModule(TorchRLModule, ValueFunctionAPI):
+class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     """A registered policy as an RLModule.
 
     `model_config` holds "policy" (a name in `sgrl.nn.policies.POLICIES`), the policy's settings,
     and optionally "seed" (of its initial weights and connections, default 0), "dtype" ("float32",
-    the default, or "float64") and RLlib's own "max_seq_len" (steps a training sequence of stock
-    algorithms is cut into, default 20, RLlib's own default).
+    the default, or "float64") and RLlib's own "max_seq_len" (steps of the sequences that stock
+    algorithms cut episodes into for truncated BPTT, default 20, RLlib's own default).
 
     Observations are a Box of any shape (put RLlib's FlattenObservations connector before it for
     other spaces); actions are Discrete. The state is a dict of arrays, empty for policies without
@@ -40,6 +41,8 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
     """
 
     policy: Policy
+    #: A slowly following copy, in learners whose algorithm asks for one (APPO).
+    target: Policy | None
 
     def setup(self) -> None:
         """Build the policy.
@@ -60,6 +63,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
             num_actions=int(self.action_space.n),
             **policy_arguments(self.model_config),
         )
+        self.target = None
 
     def get_initial_state(self) -> dict[str, np.ndarray]:
         """Return the state before an episode's first step, one array each without batch axis."""
@@ -67,7 +71,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         return {key: value[0].detach().cpu().numpy() for key, value in state.items()}
 
     def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
-        logits, values, state = self._run_policy(batch)
+        logits, values, state = self._run(self.policy, batch)
         output = {Columns.ACTION_DIST_INPUTS: logits}
         if state:
             output[Columns.STATE_OUT] = state
@@ -83,40 +87,73 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         Raises:
             ValueError: if the policy has no value head.
         """
-        values = embeddings if embeddings is not None else self._run_policy(batch)[1]
+        values = embeddings if embeddings is not None else self._run(self.policy, batch)[1]
         if values is None:
             raise ValueError('the policy has no value head: add "value_head": True to model_config')
         return values
 
-    def _run_policy(
-        self, batch: Mapping[str, Any]
+    def make_target_networks(self) -> None:
+        """Make the copy of the policy that `forward_target` runs."""
+        self.target = make_target_network(self.policy)
+
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the parameters of policy and copy; RLlib moves the second towards the first."""
+        # Without the buffers: RLlib's averaging would round connections down to other neurons.
+        assert self.target is not None
+        policies = (self.policy, self.target)
+        main, target = (nn.ParameterList(policy.parameters()) for policy in policies)
+        return [(main, target)]
+
+    def forward_target(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the copy's logits, as `_forward` does the policy's."""
+        assert self.target is not None
+        with torch.no_grad():
+            return {TARGET_NETWORK_ACTION_DIST_INPUTS: self._run(self.target, batch)[0]}
+
+    @staticmethod
+    def _run(
+        policy: Policy, batch: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        # RLlib's batches are [B, T, ...] for stateful modules and [B, ...] for others.
-        stateful = self.is_stateful()
-        dtype = next(self.policy.parameters()).dtype
+        # RLlib's batches are [B, T, ...] for stateful modules and [B, ...] for others. The mask
+        # is False at padding, and at the step RLlib adds to each episode for its last value.
+        dtype = next(policy.parameters()).dtype
         observations = batch[Columns.OBS].to(dtype)
-        if not stateful:
-            output = self.policy(observations.flatten(start_dim=1)[None])
+        mask = batch.get(Columns.LOSS_MASK)
+        if not policy.initial_state(1):
+            mask = None if mask is None else mask.bool()[None]
+            output = policy(observations.flatten(start_dim=1)[None], mask=mask)
             values = None if output.values is None else output.values[0]
             return output.logits[0], values, {}
         observations = observations.flatten(start_dim=2).transpose(0, 1)
         state = {key: value.to(dtype) for key, value in batch[Columns.STATE_IN].items()}
-        mask = batch.get(Columns.LOSS_MASK)
         mask = None if mask is None else mask.bool().transpose(0, 1)
-        output = self.policy(observations, state, mask)
+        output = policy(observations, state, mask)
         values = None if output.values is None else output.values.transpose(0, 1)
         return output.logits.transpose(0, 1), values, output.state
 
     # RLlib's own versions of these two cast float64 to float32.
-    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
-        """Return weights and buffers by name, in the policy's own precision."""
-        return {key: value.detach().cpu().numpy() for key, value in self.state_dict().items()}
+    def get_state(
+        self, *args: Any, inference_only: bool = False, **kwargs: Any
+    ) -> dict[str, np.ndarray]:
+        """Return weights and buffers by name, in the policy's own precision.
+
+        Args:
+            inference_only: leave out the copy that only learners have.
+        """
+        return {
+            key: value.detach().cpu().numpy()
+            for key, value in self.state_dict().items()
+            if not (inference_only and key.startswith(TARGET))
+        }
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Load what `get_state` returns."""
+        """Load what `get_state` returns; a copy of the policy on one side only is left alone."""
         # A copy, since Ray's arrays are read-only.
         arrays = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-        self.load_state_dict(arrays)
+        missing, unexpected = self.load_state_dict(arrays, strict=False)
+        strange = [key for key in (*missing, *unexpected) if not key.startswith(TARGET)]
+        if strange:
+            raise ValueError(f"not the state of this policy: {', '.join(strange)}")
 
 
 def policy_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Experiment files: one YAML in, a validated list of trials out, before Ray is started.
 
     name: labyrinth_escape               # also the name of the results folder
-    algorithm: Reinforce                 # or PPO, or any other algorithm RLlib has registered
+    algorithm: Reinforce                 # or PPO, APPO, IMPALA, or another that takes the policies
     config:                              # sections: AlgorithmConfig methods; keys: their arguments
       environment: {env: labyrinth_escape, env_config: {maze_dims: [6, 6]}}
       training: {lr: {grid: [5.0e-4, 1.0e-3]}}
@@ -73,6 +73,9 @@ BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
     ("config", "learners", "num_gpus_per_learner"): (0, math.inf, True),
     ("stop", "training_iteration"): (1, math.inf, True),
 }
+
+# RLlib's algorithms that learn from recorded episodes and can train the policies.
+OFFLINE_ALGORITHMS = ("BC", "MARWIL")
 
 # Names of swept values in trial names and in summary.csv, where the key itself is too long.
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
@@ -652,7 +655,10 @@ def _label(value: Any) -> str:
 
 
 def algorithm_class(name: str) -> Any:
-    """The Algorithm subclass of that name: Reinforce or any algorithm RLlib has registered."""
+    """The Algorithm subclass of that name: Reinforce, or RLlib's where it can train the policies.
+
+    PPO, APPO and IMPALA are those of `sgrl.rllib.stock`, which know `predictor_lr`.
+    """
     from ray.rllib.algorithms.registry import ALGORITHMS
 
     # RLlib greets every stock configuration with a warning about its new API stack.
@@ -663,7 +669,15 @@ def algorithm_class(name: str) -> Any:
         from sgrl.rllib.algorithm import Reinforce
 
         return Reinforce
-    return ALGORITHMS[name]()[0]
+
+    from sgrl.rllib.stock import STOCK_ALGORITHMS
+
+    if name in STOCK_ALGORITHMS:
+        return STOCK_ALGORITHMS[name]
+    if name in OFFLINE_ALGORITHMS:
+        return ALGORITHMS[name]()[0]
+    known = ", ".join(["Reinforce", *STOCK_ALGORITHMS, *OFFLINE_ALGORITHMS])
+    raise _Problem("algorithm", f"{name} has networks of its own and cannot train these: use {known}")
 
 
 def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
@@ -674,6 +688,7 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
     from sgrl.rllib import PolicyModule
+    from sgrl.rllib.stock import STOCK_ALGORITHMS
 
     algorithm, seed = trial_config["algorithm"], trial_config["seed"]
     config = algorithm_class(algorithm).get_default_config()
@@ -681,7 +696,7 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
     config.resources(num_cpus_for_main_process=trial_config["num_threads"])
     for section, arguments in trial_config["config"].items():
         getattr(config, section)(**arguments)
-    if algorithm == "Reinforce":
+    if algorithm == "Reinforce" or algorithm in STOCK_ALGORITHMS:
         config.rl_module(model_config=dict(trial_config["model"]))
     else:
         config.rl_module(
@@ -776,6 +791,8 @@ def _check_sections(config_class: type, sections: dict[str, Any]) -> None:
         _check_keys(("config", section), given, arguments)
         if section == "rl_module":
             raise _Problem("config.rl_module", "the model belongs under methods.<name>.model")
+        if section == "api_stack":
+            raise _Problem("config.api_stack", "experiments run on RLlib's new API stack")
         if section == "debugging" and "seed" in given:
             raise _Problem("config.debugging.seed", "seeds belong under 'seeds'")
         for key, value in given.items():

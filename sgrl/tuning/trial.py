@@ -20,6 +20,8 @@ import torch
 import yaml
 from ray import tune
 from ray.exceptions import RayError
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.rl_module import RLModule
 
 from sgrl.nn.policies import save_policy
 from sgrl.tuning.checkpoints import (
@@ -201,12 +203,13 @@ class TrialRunner(tune.Trainable):
     def _save(self, directory: Path) -> None:
         self.algorithm.save_checkpoint(str(directory))
         policy = getattr(self.algorithm, "policy", None)
-        if policy is None and self.algorithm.config.enable_rl_module_and_learner:
-            policy = getattr(self.algorithm.get_module(), "policy", None)
-        if policy is not None:
-            section = self.trial["config"]["environment"]
-            environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
-            save_policy(policy, directory, environment=environment, iteration=self.saved)
+        if policy is None:
+            # As it was saved: APPO and IMPALA train on in another thread.
+            module = directory / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
+            policy = RLModule.from_checkpoint(module).policy
+        section = self.trial["config"]["environment"]
+        environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
+        save_policy(policy, directory, environment=environment, iteration=self.saved)
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
         self.failure = None

@@ -1,0 +1,330 @@
+"""RLlib's own algorithms around any registered policy: PPO, APPO and IMPALA.
+
+A script changes one import; everything else is RLlib's::
+
+    from sgrl.rllib import PPOConfig
+
+    config = (
+        PPOConfig()
+        .environment("labyrinth_escape")
+        .env_runners(batch_mode="complete_episodes")
+        .rl_module(model_config={"policy": "sparsenet"})
+        .training(lr=5e-4, predictor_lr=1e-5, grad_clip=0.5)
+        .debugging(seed=0)
+    )
+
+Loss, sampling and update are RLlib's. Different are the module (`PolicyModule`, with a value head),
+the optimizers (predictors of synthetic gradients have a learning rate of their own, and RLlib clips
+each optimizer's gradients by themselves) and the runner (`StockRunner`). Sequences are as long as
+the environment's episodes; "max_seq_len" in model_config shortens them.
+
+On the old API stack `PPOConfig` takes the models of `sgrl.rllib.recurrent_network`, and gives the
+predictors a parameter group of their own.
+"""
+
+import math
+import random
+from collections.abc import Collection
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.algorithms import Algorithm, AlgorithmConfig, appo, impala, ppo
+from ray.rllib.algorithms.algorithm_config import NotProvided
+from ray.rllib.algorithms.appo.torch.appo_torch_learner import APPOTorchLearner
+from ray.rllib.algorithms.impala.torch.impala_torch_learner import IMPALATorchLearner
+from ray.rllib.algorithms.ppo.ppo_torch_policy import PPOTorchPolicy
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.policy import Policy as OldPolicy
+from ray.util.debug import log_once
+from torch.optim import Optimizer
+
+from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.policies import POLICIES
+from sgrl.nn.policy import Policy
+from sgrl.rllib.learner import PolicyLearner
+from sgrl.rllib.module import PolicyModule, policy_arguments
+
+COMPONENT_EPISODES = "episodes"
+
+
+class StockRunner(SingleAgentEnvRunner):
+    """RLlib's runner with new episodes in every sample, sums over those that ended, exact state.
+
+    RLlib's own starts every sample of whole episodes (`batch_mode="complete_episodes"`) from
+    `config.seed` again, so training would see the same few episodes for ever. Here reset k of
+    runner w is seeded from (seed, w, k). Evaluation always starts from the same seeds, which
+    training never uses.
+
+    Under "sgrl" it reports, of the episodes that ended: episodes, return_sum, length_sum, and
+    where the environment tells success from failure, success_sum.
+    """
+
+    resets = 0
+
+    def _reset_envs(self, *args: Any, **kwargs: Any) -> None:
+        evaluating = bool(self.config.in_evaluation)
+        if self.config.seed is not None:
+            entropy = [self.config.seed, self.worker_index or 0, 0 if evaluating else self.resets]
+            drawn = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+            # Environment e gets seed + e. Halves of the seeds: for training and for evaluation.
+            self._seed = drawn % (2**31 - self.num_envs) + 2**31 * evaluating
+            self._needs_initial_reset = True
+        self.resets += 1
+        super()._reset_envs(*args, **kwargs)
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Return what was logged since the last call, and the sums over the ended episodes."""
+        tells_success = self.config.env in ENVIRONMENTS
+        for last in self._done_episodes_for_metrics:
+            chunks = [*self._ongoing_episodes_for_metrics.get(last.id_, ()), last]
+            sums = {
+                "episodes": 1,
+                "return_sum": sum(chunk.get_return() for chunk in chunks),
+                "length_sum": sum(len(chunk) for chunk in chunks),
+            }
+            if tells_success:
+                success = last.is_terminated and last.get_infos(-1).get("success", True)
+                sums["success_sum"] = int(success)
+            self.metrics.log_dict(sums, key="sgrl", reduce="sum")
+        return super().get_metrics()
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return RLlib's state, the number of resets and the process's random generators."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if components is None and not_components is None:
+            state[COMPONENT_EPISODES] = {
+                "worker_index": self.worker_index,
+                "resets": self.resets,
+                # Actions are drawn from torch's generator, minibatches from NumPy's.
+                "random": random.getstate(),
+                "numpy": np.random.get_state(),  # noqa: NPY002
+                "torch": torch.get_rng_state().numpy(),
+            }
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set whatever `state` holds of what `get_state` returns."""
+        super().set_state(state)
+        episodes = state.get(COMPONENT_EPISODES)
+        # A remote runner is handed the local one's state.
+        if episodes is not None and episodes["worker_index"] == self.worker_index:
+            self.resets = episodes["resets"]
+            random.setstate(episodes["random"])
+            np.random.set_state(episodes["numpy"])  # noqa: NPY002
+            torch.set_rng_state(torch.tensor(episodes["torch"], dtype=torch.uint8))
+
+
+class PolicyAlgorithmConfig(AlgorithmConfig):
+    """What the configs below share; to be put before RLlib's config of the algorithm."""
+
+    learner_class_of_policies: type[PolicyLearner]
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class=algo_class)
+        self.predictor_lr = 1e-5
+        self.env_runner_cls = StockRunner
+
+    def training(self, *, predictor_lr: float = NotProvided, **kwargs: Any) -> Self:
+        """Set the training settings.
+
+        Args:
+            predictor_lr: learning rate of the predictors of synthetic gradients, default 1e-5.
+            **kwargs: the algorithm's own.
+        """
+        super().training(**kwargs)
+        if predictor_lr is not NotProvided:
+            self.predictor_lr = predictor_lr
+        return self
+
+    def api_stack(self, **kwargs: Any) -> Self:
+        """Choose the API stack; `StockRunner` is for the new one."""
+        super().api_stack(**kwargs)
+        if not self.enable_env_runner_and_connector_v2 and self.env_runner_cls is StockRunner:
+            self.env_runner_cls = None
+        return self
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """Return the spec of `PolicyModule`."""
+        return RLModuleSpec(module_class=PolicyModule)
+
+    def get_default_learner_class(self) -> type[PolicyLearner]:
+        """Return the algorithm's learner with optimizers for policy and predictors."""
+        return self.learner_class_of_policies
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        included = super()._model_config_auto_includes | {"value_head": True}
+        if self.seed is not None:
+            included["seed"] = self.seed
+        length = episode_length(self.env, self.env_config)
+        if length is not None:
+            # RLlib adds a step to every episode, for the value of the last observation.
+            included["max_seq_len"] = length + 1
+        return included
+
+    def validate(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: one line that names the setting.
+        """
+        rate = self.predictor_lr
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ValueError(f"predictor_lr must be a number at least 0, got {rate!r}")
+        if self.enable_rl_module_and_learner and self._rl_module_spec is None:
+            self._check_policy()
+        # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
+        for note in (
+            f"{self.algo_class.__name__}_on_new_api_stack",
+            "RLModule(config=[RLModuleConfig object])",
+        ):
+            log_once(note)
+        super().validate()
+
+    def _check_policy(self) -> None:
+        model = self.model_config
+        arguments = policy_arguments(model)
+        if not arguments["value_head"]:
+            raise ValueError(f"value_head must be true for {self.algo_class.__name__}")
+        if self.num_learners > 1 and arguments.get("propagation", "sgprop") == "sgprop":
+            if "propagation" in vars(POLICIES[arguments["name"]].Settings()):
+                raise ValueError(
+                    f"num_learners must be 0 or 1 under sgprop, got {self.num_learners}: several "
+                    "learners would each estimate mixing weights of their own"
+                )
+        if POLICIES[arguments["name"]].initial_state is Policy.initial_state:
+            return
+        steps = model.get("max_seq_len")
+        if steps is None:
+            raise ValueError(
+                "max_seq_len is missing in the model: the length of this environment's episodes "
+                "plus 1, or less for truncated BPTT"
+            )
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"max_seq_len must be a whole number of at least 1, got {steps!r}")
+
+
+def episode_length(env: Any, env_config: dict[str, Any]) -> int | None:
+    """The greatest number of steps of an episode, None where that is not known beforehand.
+
+    Raises:
+        ValueError: impossible settings of one of our environments.
+    """
+    if env in ENVIRONMENTS:
+        # Without that setting an environment's episodes have one step.
+        return validate_env_config(env, env_config).get("episode_length", 1)
+    if isinstance(env, str) and env in gym.registry:
+        return gym.registry[env].max_episode_steps
+    return None
+
+
+class PPOLearner(PolicyLearner, PPOTorchLearner):
+    """PPO's learner with an optimizer for the predictors."""
+
+
+class APPOLearner(PolicyLearner, APPOTorchLearner):
+    """APPO's learner with an optimizer for the predictors."""
+
+
+class IMPALALearner(PolicyLearner, IMPALATorchLearner):
+    """IMPALA's learner with an optimizer for the predictors."""
+
+
+class PPOConfig(PolicyAlgorithmConfig, ppo.PPOConfig):
+    """RLlib's PPOConfig, with `predictor_lr`."""
+
+    learner_class_of_policies = PPOLearner
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class=algo_class or PPO)
+
+
+class APPOConfig(PolicyAlgorithmConfig, appo.APPOConfig):
+    """RLlib's APPOConfig, with `predictor_lr`."""
+
+    learner_class_of_policies = APPOLearner
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class=algo_class or APPO)
+
+
+class IMPALAConfig(PolicyAlgorithmConfig, impala.IMPALAConfig):
+    """RLlib's IMPALAConfig, with `predictor_lr`."""
+
+    learner_class_of_policies = IMPALALearner
+
+    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
+        super().__init__(algo_class=algo_class or IMPALA)
+
+
+class PPO(ppo.PPO):
+    """RLlib's PPO around a policy, on either API stack."""
+
+    @classmethod
+    def get_default_config(cls) -> PPOConfig:
+        """Return the default settings."""
+        return PPOConfig()
+
+    @classmethod
+    def get_default_policy_class(cls, config: AlgorithmConfig) -> type[OldPolicy]:
+        """Return the old stack's policy."""
+        return PPOPolicy
+
+
+class APPO(appo.APPO):
+    """RLlib's APPO around a policy (new API stack)."""
+
+    @classmethod
+    def get_default_config(cls) -> APPOConfig:
+        """Return the default settings."""
+        return APPOConfig()
+
+
+class IMPALA(impala.IMPALA):
+    """RLlib's IMPALA around a policy (new API stack)."""
+
+    @classmethod
+    def get_default_config(cls) -> IMPALAConfig:
+        """Return the default settings."""
+        return IMPALAConfig()
+
+
+#: RLlib's algorithms around our policies, by RLlib's name.
+STOCK_ALGORITHMS: dict[str, type[Algorithm]] = {"PPO": PPO, "APPO": APPO, "IMPALA": IMPALA}
+
+
+class PPOPolicy(PPOTorchPolicy):
+    """PPO of the old API stack, with a parameter group for the predictors.
+
+    RLlib clips the gradients of each group by themselves. A schedule of learning rates is for the
+    other parameters alone.
+    """
+
+    def optimizer(self) -> list[Optimizer]:
+        """Make Adam with a group for the predictors, if there are any."""
+        rates = (self.config["lr"], self.config["predictor_lr"])
+        groups = [
+            {"params": parameters, "lr": rate}
+            for parameters, rate in zip(split_parameters(self.model), rates, strict=True)
+            if parameters
+        ]
+        optimizers = [torch.optim.Adam(groups)]
+        return self.exploration.get_exploration_optimizer(optimizers)
+
+    def on_global_var_update(self, global_vars: dict[str, Any]) -> None:
+        """Follow RLlib's schedules, but for the predictors' learning rate."""
+        super().on_global_var_update(global_vars)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups[1:]:
+                group["lr"] = self.config["predictor_lr"]
