@@ -40,6 +40,30 @@ def normalize_returns(returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, normalized, 0.0)
 
 
+def subtract_batch_mean(returns: Tensor, mask: Tensor) -> Tensor:
+    """From every return the mean of the other episodes' returns at the same time step.
+
+    The others' alone, so that the policy gradient's expectation stays what it is; where no other
+    episode has got that far, nothing is subtracted.
+
+    Args:
+        returns: [T, B].
+        mask: bool [T, B].
+
+    Returns:
+        [T, B], 0 at padded steps.
+    """
+    valid = torch.where(mask, returns, 0.0)
+    others = mask.sum(1, keepdim=True) - 1
+    mean = (valid.sum(1, keepdim=True) - valid) / others.clamp(min=1)
+    return torch.where(mask & (others > 0), returns - mean, valid)
+
+
+def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Masked mean of (value - return)^2; all [T, B], the result 0-dim."""
+    return torch.where(mask, (values - returns).square(), 0.0).sum() / mask.sum().clamp(min=1)
+
+
 class LossTerms(NamedTuple):
     """loss = policy_loss - entropy_coeff * entropy, 0-dim tensors."""
 

@@ -8,6 +8,7 @@ import ctypes
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ from torch.optim import Adam, Optimizer
 from sgrl.nn.mixing import backward_phase, split_parameters
 from sgrl.nn.policies import Policy, mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
-from sgrl.reinforce.loss import LossTerms, discounted_returns, normalize_returns, reinforce_loss
+from sgrl.reinforce.loss import (
+    LossTerms,
+    discounted_returns,
+    normalize_returns,
+    reinforce_loss,
+    subtract_batch_mean,
+    value_loss,
+)
 
 #: Updates between two calls of `release_freed_memory`; at full size the heap grows by some 8 MB
 #: an update.
@@ -50,6 +58,8 @@ class UpdateSettings:
     grad_clip: float | None = 0.5
     normalize_returns: bool = True
     two_phase: bool = False
+    baseline: Literal["none", "batch_mean", "value_head"] = "none"
+    value_coeff: float = 0.5
 
 
 def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:
@@ -87,12 +97,22 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     """
     dtype = next(policy.parameters()).dtype
     returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
+    output = policy(batch.observations.to(dtype), mask=batch.mask, acted=batch.acted)
+    advantages = returns
+    if settings.baseline == "batch_mean":
+        advantages = subtract_batch_mean(returns, batch.mask)
+    elif settings.baseline == "value_head":
+        if output.values is None:
+            raise ValueError('baseline "value_head" needs a policy with value_head true')
+        advantages = torch.where(batch.mask, returns - output.values.detach(), 0.0)
     if settings.normalize_returns:
-        returns = normalize_returns(returns, batch.mask)
-    logits = policy(batch.observations.to(dtype), mask=batch.mask, acted=batch.acted).logits
+        advantages = normalize_returns(advantages, batch.mask)
     terms = reinforce_loss(
-        logits, batch.actions, returns.to(dtype), batch.mask, settings.entropy_coeff
+        output.logits, batch.actions, advantages.to(dtype), batch.mask, settings.entropy_coeff
     )
+    if settings.baseline == "value_head" and output.values is not None:
+        error = value_loss(output.values, returns.to(dtype), batch.mask)
+        terms = terms._replace(loss=terms.loss + settings.value_coeff * error)
     if not torch.isfinite(terms.loss):
         raise NonFiniteLoss(f"the loss is {terms.loss.item()}; try a smaller learning rate")
     return terms

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Collection
 from operator import itemgetter
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 import ray
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig
@@ -40,6 +40,7 @@ from sgrl.envs.registry import validate_env_config
 from sgrl.nn.policies import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
+from sgrl.reinforce.update import UpdateSettings
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
@@ -53,6 +54,7 @@ CHECKED_NUMBERS: dict[str, tuple[Any, float, float]] = {
     "gamma": (int | float, 0, 1),
     "entropy_coeff": (int | float, 0, math.inf),
     "grad_clip": (int | float, 0, math.inf),
+    "value_coeff": (int | float, 0, math.inf),
     "seed": (int, 0, MAX_SEED - 1),
     "num_envs_per_env_runner": (int, 1, math.inf),
     "num_env_runners": (int, 0, math.inf),
@@ -77,6 +79,8 @@ class ReinforceConfig(AlgorithmConfig):
         self.grad_clip = 0.5
         self.normalize_returns = True
         self.two_phase = False
+        self.baseline: Literal["none", "batch_mean", "value_head"] = "none"
+        self.value_coeff = 0.5
         self.total_updates: int | None = None
         self.total_iterations: int | None = None
         self.num_env_runners = 0
@@ -99,6 +103,8 @@ class ReinforceConfig(AlgorithmConfig):
         entropy_coeff: float = NotProvided,
         normalize_returns: bool = NotProvided,
         two_phase: bool = NotProvided,
+        baseline: Literal["none", "batch_mean", "value_head"] = NotProvided,
+        value_coeff: float = NotProvided,
         total_updates: int | None = NotProvided,
         total_iterations: int | None = NotProvided,
         **kwargs: Any,
@@ -111,6 +117,10 @@ class ReinforceConfig(AlgorithmConfig):
             normalize_returns: whether returns are normalised over the batch, default True.
             two_phase: whether the predictors take their step before the policy's backward pass,
                 default False (see `sgrl.reinforce.UpdateSettings`).
+            baseline: what is subtracted from the returns before they are normalised: "none" (the
+                default), "batch_mean" (at each time step, of the batch's other episodes) or
+                "value_head" (what the policy's value head says; it is then on by default).
+            value_coeff: weight of the value head's squared error in the loss, default 0.5.
             total_updates: with `total_iterations`, the updates of the whole run, spread evenly:
                 iteration i ends after update int(linspace(1, total_updates, total_iterations))[i].
                 Default None: every iteration is one update.
@@ -128,6 +138,10 @@ class ReinforceConfig(AlgorithmConfig):
             self.normalize_returns = normalize_returns
         if two_phase is not NotProvided:
             self.two_phase = two_phase
+        if baseline is not NotProvided:
+            self.baseline = baseline
+        if value_coeff is not NotProvided:
+            self.value_coeff = value_coeff
         if total_updates is not NotProvided:
             self.total_updates = total_updates
         if total_iterations is not NotProvided:
@@ -153,7 +167,8 @@ class ReinforceConfig(AlgorithmConfig):
 
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
-        return super()._model_config_auto_includes | {"policy": "sparsenet", "seed": self.seed}
+        included = super()._model_config_auto_includes | {"policy": "sparsenet", "seed": self.seed}
+        return included | ({"value_head": True} if self.baseline == "value_head" else {})
 
     def validate(self) -> None:
         """Check the settings.
@@ -177,6 +192,10 @@ class ReinforceConfig(AlgorithmConfig):
         for name in ("normalize_returns", "two_phase"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        baselines = get_args(get_type_hints(UpdateSettings)["baseline"])
+        if self.baseline not in baselines:
+            known = ", ".join(baselines)
+            raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
         updates, iterations = self.total_updates, self.total_iterations
         if updates is None or iterations is None:
             if updates is not iterations:
@@ -209,7 +228,10 @@ class ReinforceConfig(AlgorithmConfig):
             )
         validate_env_config(self.env, self.env_config)
         if self._rl_module_spec is None:
-            policy = policy_arguments(self.model_config)["name"]
+            model = policy_arguments(self.model_config)
+            policy = model["name"]
+            if self.baseline == "value_head" and not model["value_head"]:
+                raise ValueError('value_head must be true for the baseline "value_head"')
             if self.two_phase and not POLICIES[policy].two_phase:
                 raise ValueError(f"two_phase must be false for the policy {policy!r}")
         # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.

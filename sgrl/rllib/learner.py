@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.core.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from sgrl.nn.policies import mixing_statistics
 from sgrl.nn.policy import Acting, Policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+
+COMPONENT_KL = "kl_coefficients"
 
 
 class ExactLearner(TorchLearner):
@@ -69,7 +72,7 @@ class PolicyLearner(ExactLearner):
 
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
-        policy = self._policy(module_id)
+        policy = _policy_of(self.module[module_id])
         if policy is None:
             super().configure_optimizers_for_module(module_id, config)
             return
@@ -108,14 +111,35 @@ class PolicyLearner(ExactLearner):
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         """Report what sgprop measured in the update's last backward pass, under "sgrl"."""
         super().after_gradient_based_update(timesteps=timesteps)
-        for module_id in self.module.keys():
-            policy = self._policy(module_id)
+        for module_id, module in self.module.items():
+            policy = _policy_of(module)
             measured = {} if policy is None else mixing_statistics(policy)
             self.metrics.log_dict(measured, key=(module_id, "sgrl"), window=1)
 
-    def _policy(self, module_id: str) -> Policy | None:
-        policy = getattr(self.module[module_id].unwrapped(), "policy", None)
-        return policy if isinstance(policy, Policy) else None
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return RLlib's learner state and the KL coefficients, which RLlib forgets."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(COMPONENT_KL, components, not_components):
+            coefficients = getattr(self, "curr_kl_coeffs_per_module", {})
+            state[COMPONENT_KL] = {key: value.item() for key, value in coefficients.items()}
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set whatever `state` holds of what `get_state` returns."""
+        super().set_state(state)
+        for module_id, value in state.get(COMPONENT_KL, {}).items():
+            self.curr_kl_coeffs_per_module[module_id].data.fill_(value)
+
+
+def _policy_of(module: RLModule) -> Policy | None:
+    policy = getattr(module.unwrapped(), "policy", None)
+    return policy if isinstance(policy, Policy) else None
 
 
 class ReinforceLearner(ExactLearner):
@@ -167,6 +191,8 @@ class ReinforceLearner(ExactLearner):
                 grad_clip=config.grad_clip,
                 normalize_returns=config.normalize_returns,
                 two_phase=config.two_phase,
+                baseline=config.baseline,
+                value_coeff=config.value_coeff,
             ),
         )
 

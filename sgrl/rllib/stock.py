@@ -37,6 +37,7 @@ from ray.rllib.algorithms.impala.torch.impala_torch_learner import IMPALATorchLe
 from ray.rllib.algorithms.ppo.ppo_torch_policy import PPOTorchPolicy
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.policy import Policy as OldPolicy
 from ray.util.debug import log_once
@@ -102,7 +103,7 @@ class StockRunner(SingleAgentEnvRunner):
     ) -> dict[str, Any]:
         """Return RLlib's state, the number of resets and the process's random generators."""
         state = super().get_state(components, not_components=not_components, **kwargs)
-        if components is None and not_components is None:
+        if self._check_component(COMPONENT_EPISODES, components, not_components):
             state[COMPONENT_EPISODES] = {
                 "worker_index": self.worker_index,
                 "resets": self.resets,
@@ -133,7 +134,7 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
         super().__init__(algo_class=algo_class)
         self.predictor_lr = 1e-5
-        self.env_runner_cls = StockRunner
+        self.env_runner_cls: type[EnvRunner] | None = StockRunner
 
     def training(self, *, predictor_lr: float = NotProvided, **kwargs: Any) -> Self:
         """Set the training settings.
@@ -197,12 +198,12 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
         arguments = policy_arguments(model)
         if not arguments["value_head"]:
             raise ValueError(f"value_head must be true for {self.algo_class.__name__}")
-        if self.num_learners > 1 and arguments.get("propagation", "sgprop") == "sgprop":
-            if "propagation" in vars(POLICIES[arguments["name"]].Settings()):
-                raise ValueError(
-                    f"num_learners must be 0 or 1 under sgprop, got {self.num_learners}: several "
-                    "learners would each estimate mixing weights of their own"
-                )
+        default = getattr(POLICIES[arguments["name"]].Settings(), "propagation", "backprop")
+        if self.num_learners > 1 and arguments.get("propagation", default) == "sgprop":
+            raise ValueError(
+                f"num_learners must be 0 or 1 under sgprop, got {self.num_learners}: several "
+                "learners would each estimate mixing weights of their own"
+            )
         if POLICIES[arguments["name"]].initial_state is Policy.initial_state:
             return
         steps = model.get("max_seq_len")

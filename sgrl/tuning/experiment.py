@@ -55,6 +55,8 @@ DEFAULTS: dict[str, Any] = {
     "track": "none",
 }
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+# Written out in every experiment. A baseline is so only where it is set: sweeps that were started
+# before there was one go on.
 TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
 TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
@@ -67,6 +69,7 @@ BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
     ("config", "training", "gamma"): (0, 1, True),
     ("config", "training", "entropy_coeff"): (0, math.inf, True),
     ("config", "training", "grad_clip"): (0, math.inf, False),
+    ("config", "training", "value_coeff"): (0, math.inf, True),
     ("config", "env_runners", "num_envs_per_env_runner"): (1, math.inf, True),
     ("config", "env_runners", "num_env_runners"): (0, math.inf, True),
     ("config", "learners", "num_learners"): (0, math.inf, True),
@@ -677,7 +680,7 @@ def algorithm_class(name: str) -> Any:
     if name in OFFLINE_ALGORITHMS:
         return ALGORITHMS[name]()[0]
     known = ", ".join(["Reinforce", *STOCK_ALGORITHMS, *OFFLINE_ALGORITHMS])
-    raise _Problem("algorithm", f"{name} has networks of its own and cannot train these: use {known}")
+    raise _Problem("algorithm", f"{name} has networks of its own, not these policies; use {known}")
 
 
 def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
