@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.policy import Policy
@@ -70,7 +71,7 @@ class Rollout:
         actions = np.zeros((length, num_envs), np.int64)
         rewards = np.zeros((length, num_envs), np.float32)
         mask = np.zeros((length, num_envs), bool)
-        success = np.zeros(num_envs, bool)
+        success: NDArray[Any] = np.zeros(num_envs, bool)
         running = np.ones(num_envs, bool)
         current = env.reset(self._reset_seeds())
         acting = policy.acting(length, num_envs, self.keep)
@@ -86,6 +87,8 @@ class Rollout:
                 if not running.any():
                     break
         self.batches += 1
+        if not env.has_success:
+            success = np.full(num_envs, np.nan, np.float32)
         arrays = (observations, actions, rewards, mask, success, mask.sum(0))
         batch = EpisodeBatch(*map(torch.from_numpy, arrays)).to(parameter.device)
         batch.acted = acting if self.keep else None
