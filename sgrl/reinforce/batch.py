@@ -17,8 +17,9 @@ class EpisodeBatch:
     Attributes:
         observations: float32 [T, B, F]. After an episode's end its terminal observation is
             repeated while others run; zeros once all are done.
-        actions: int64 [T, B]; after an episode's end without effect: sampled from the policy while
-            others run, zeros once all are done.
+        actions: int64 [T, B], of actions in parts [T, B, number of parts] (float32 if real
+            numbers, as sampled: the environment clips them); after an episode's end without
+            effect: sampled from the policy while others run, zeros once all are done.
         rewards: float32 [T, B], 0 at padded steps.
         mask: bool [T, B], True at the steps of the episode.
         success: bool [B], whether the episode terminated (rather than ran out of time); float32,

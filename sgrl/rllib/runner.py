@@ -74,7 +74,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         """Make the environments, `config.num_envs_per_env_runner` of them."""
         self.env = self._make_vector(evaluating=self.config.in_evaluation)
         observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
-        spaces = (observations, gym.spaces.Discrete(self.env.num_actions))
+        spaces = (observations, self.env.action_space)
         self.spaces = {
             DEFAULT_MODULE_ID: spaces,
             INPUT_ENV_SPACES: spaces,
