@@ -54,7 +54,7 @@ class DensePolicy(Policy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return _xavier(core_size, self.num_actions, generator, dtype)
+        return _xavier(core_size, self.num_outputs, generator, dtype)
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -200,7 +200,7 @@ class SparseMLPPolicy(Policy):
     ) -> nn.Module:
         key_std = (self.settings.num_parents * self.settings.neuron_size) ** -0.5
         predictor = self.settings.propagation == "sgprop"
-        return ActionHead(core_size, self.num_actions, key_std, predictor, generator, dtype)
+        return ActionHead(core_size, self.num_outputs, key_std, predictor, generator, dtype)
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -224,7 +224,7 @@ class SparseMLPPolicy(Policy):
             return super().forward(observations, acted=acted)
         # Masked steps are passed over: their logits and values are zeros.
         valid = super().forward(observations[mask].unsqueeze(0))
-        logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
+        logits = valid.logits.new_zeros(*mask.shape, self.num_outputs)
         logits[mask] = valid.logits[0]
         values = valid.values
         if values is not None:

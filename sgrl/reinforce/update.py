@@ -108,7 +108,12 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     if settings.normalize_returns:
         advantages = normalize_returns(advantages, batch.mask)
     terms = reinforce_loss(
-        output.logits, batch.actions, advantages.to(dtype), batch.mask, settings.entropy_coeff
+        output.logits,
+        batch.actions,
+        advantages.to(dtype),
+        batch.mask,
+        settings.entropy_coeff,
+        policy.action_space,
     )
     if settings.baseline == "value_head" and output.values is not None:
         error = value_loss(output.values, returns.to(dtype), batch.mask)

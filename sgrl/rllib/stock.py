@@ -24,10 +24,9 @@ predictors a parameter group of their own.
 
 import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
-import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig, appo, impala, ppo
@@ -216,7 +215,7 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
             raise ValueError(f"max_seq_len must be a whole number of at least 1, got {steps!r}")
 
 
-def episode_length(env: Any, env_config: dict[str, Any]) -> int | None:
+def episode_length(env: Any, env_config: Mapping[str, Any]) -> int | None:
     """The greatest number of steps of an episode, None where that is not known beforehand.
 
     Raises:
@@ -225,9 +224,10 @@ def episode_length(env: Any, env_config: dict[str, Any]) -> int | None:
     if env in ENVIRONMENTS:
         # Without that setting an environment's episodes have one step.
         return validate_env_config(env, env_config).get("episode_length", 1)
-    if isinstance(env, str) and env in gym.registry:
-        return gym.registry[env].max_episode_steps
-    return None
+    try:
+        return validate_env_config(env, env_config)["episode_length"]
+    except ValueError:
+        return None
 
 
 class PPOLearner(PolicyLearner, PPOTorchLearner):

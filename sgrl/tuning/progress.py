@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
-from sgrl.tuning.metrics import MEASURE_NAMES, Score, read_metrics, score
+from sgrl.tuning.metrics import MEASURE_NAMES, Score, common_measure, read_metrics, score
 from sgrl.tuning.trial import (
     HANG_FILE,
     first_line,
@@ -83,8 +83,7 @@ def read_progress(directory: Path, trial: Trial) -> Progress:
 
 def measure_of(progress: Iterable[Progress]) -> str:
     """What a sweep's trials are judged by: the test reward if one evaluates."""
-    measures = {row.score.measure for row in progress}
-    return "eval_reward" if "eval_reward" in measures else "success_rate"
+    return common_measure(row.score.measure for row in progress)
 
 
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
