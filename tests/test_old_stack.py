@@ -13,6 +13,7 @@ from ray.rllib.examples.envs.classes.random_env import RandomEnv
 
 from sgrl.nn.policies import make_policy, predictor_parameters
 from sgrl.rllib import GRUNetwork, LSTMNetwork, PolicyModule, SparseNetwork
+from sgrl.rllib import PPOConfig as OwnPPOConfig
 
 DENSE = {"feature_size": 16, "embedding_size": 16, "hidden_size": 16}
 SPARSE = {
@@ -29,9 +30,11 @@ SETTINGS = {"gru": DENSE, "lstm": DENSE, "sparsenet": SPARSE}
 NETWORKS = {"gru": GRUNetwork, "lstm": LSTMNetwork, "sparsenet": SparseNetwork}
 
 
-def ppo_config(name: str, env: Any, env_config: dict[str, Any]) -> PPOConfig:
+def ppo_config(
+    name: str, env: Any, env_config: dict[str, Any], kind: type[PPOConfig] = PPOConfig
+) -> PPOConfig:
     return (
-        PPOConfig()
+        kind()
         .api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
         .environment(env, env_config=env_config)
         .env_runners(
@@ -78,6 +81,44 @@ def test_ppo_trains_saves_and_restores(name: str, tmp_path: Path) -> None:
     assert restored_state.keys() == after.keys()
     for key, value in after.items():
         assert torch.equal(restored_state[key], value), key
+    algorithm.stop()
+    restored.stop()
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", ["gru", "sparsenet"])
+def test_predictors_have_a_learning_rate_of_their_own(name: str, tmp_path: Path) -> None:
+    config = ppo_config(name, "labyrinth_escape", {"episode_length": 12}, OwnPPOConfig)
+    config.training(lr_schedule=[[0, 1e-3], [96, 5e-4]], predictor_lr=2e-4, grad_clip=0.5)
+    algorithm = config.build_algo()
+    rllib_policy = algorithm.get_policy()
+    policy = rllib_policy.model.policy
+    predictors = predictor_parameters(policy)
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    for _ in range(3):
+        algorithm.train()
+    after = {key: value.clone() for key, value in policy.state_dict().items()}
+    [optimizer] = rllib_policy._optimizers
+    groups = optimizer.param_groups
+    # RLlib's schedule is for the other parameters.
+    assert [group["lr"] for group in groups] == [5e-4] + [2e-4] * bool(predictors)
+    assert sum(len(group["params"]) for group in groups) == len(list(policy.parameters()))
+    if predictors:
+        assert [id(p) for p in groups[1]["params"]] == [id(p) for p in predictors]
+        assert all(p.grad.abs().max() > 0 for p in predictors)
+        mixing_weight = "core.neurons.mixing_weight"
+        assert not torch.equal(after[mixing_weight], before[mixing_weight])
+        # Each group is clipped by itself.
+        for group in groups:
+            assert torch.nn.utils.get_total_norm([p.grad for p in group["params"]]) <= 0.5001
+
+    algorithm.save(str(tmp_path))
+    restored = type(algorithm).from_checkpoint(str(tmp_path))
+    for key, value in restored.get_policy().model.policy.state_dict().items():
+        assert torch.equal(after[key], value), key
+    restored.train()
+    rates = [group["lr"] for group in restored.get_policy()._optimizers[0].param_groups]
+    assert rates == [5e-4] + [2e-4] * bool(predictors)
     algorithm.stop()
     restored.stop()
 

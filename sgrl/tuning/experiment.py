@@ -789,6 +789,8 @@ def _section_arguments(config_class: type, section: str) -> dict[str, Any]:
 
 def _check_sections(config_class: type, sections: dict[str, Any]) -> None:
     _check_type("config", sections, dict)
+    if "api_stack" in sections:
+        raise _Problem("config.api_stack", "experiments run on RLlib's new API stack")
     _check_keys(("config",), sections, _sections(config_class), "section")
     for section, given in sections.items():
         _check_type(("config", section), given, dict)
@@ -796,8 +798,6 @@ def _check_sections(config_class: type, sections: dict[str, Any]) -> None:
         _check_keys(("config", section), given, arguments)
         if section == "rl_module":
             raise _Problem("config.rl_module", "the model belongs under methods.<name>.model")
-        if section == "api_stack":
-            raise _Problem("config.api_stack", "experiments run on RLlib's new API stack")
         if section == "debugging" and "seed" in given:
             raise _Problem("config.debugging.seed", "seeds belong under 'seeds'")
         for key, value in given.items():

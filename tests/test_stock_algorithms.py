@@ -1,0 +1,348 @@
+"""RLlib's own algorithms around the policies: PPO, APPO and IMPALA (new API stack)."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ray.rllib.algorithms import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.utils import update_target_network
+from ray.rllib.core.rl_module import RLModule
+from ray.rllib.policy.sample_batch import MultiAgentBatch
+from sweeps import make_experiment, metrics_without_times, summary
+from typer.testing import CliRunner
+
+from sgrl.cli import app
+from sgrl.nn.policies import predictor_parameters
+from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
+from sgrl.rllib.learner import PolicyLearner
+from sgrl.tuning.checkpoints import newest_valid_checkpoint
+from sgrl.tuning.experiment import ExperimentError
+from sgrl.tuning.metrics import metrics_row
+from sgrl.tuning.sweep import resume_sweep, run_sweep
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SPARSE = {
+    "policy": "sparsenet",
+    "feature_size": 16,
+    "embedding_size": 16,
+    "num_neurons": 12,
+    "neuron_size": 3,
+    "num_parents": 3,
+    "num_slots": 2,
+    "num_input_neurons": 4,
+    "actor_slots": 2,
+}
+#: An environment of each kind, its settings, and how long its episodes are.
+MEMORY = "popgym-RepeatPreviousEasy-v0"
+TASKS = {"labyrinth_escape": ({"episode_length": 12}, 12), MEMORY: ({}, 51)}
+register_environment(MEMORY)
+
+
+def ppo(env: str = "labyrinth_escape", seed: int = 5, **model: Any) -> PPOConfig:
+    env_config, length = TASKS[env]
+    return (
+        PPOConfig()
+        .environment(env, env_config=env_config)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=4, batch_mode="complete_episodes")
+        .rl_module(model_config={**SPARSE, **model})
+        .training(
+            train_batch_size_per_learner=4 * length,
+            minibatch_size=2 * length + 2,
+            num_epochs=2,
+            lr=1e-3,
+            predictor_lr=2e-4,
+            grad_clip=0.5,
+        )
+        .debugging(seed=seed)
+    )
+
+
+def asynchronous(kind: type[APPOConfig | IMPALAConfig], env: str) -> APPOConfig | IMPALAConfig:
+    env_config, length = TASKS[env]
+    return (
+        kind()
+        .environment(env, env_config=env_config)
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=4, rollout_fragment_length=length)
+        .learners(num_learners=0)
+        .rl_module(model_config=SPARSE)
+        .training(train_batch_size_per_learner=4 * length, lr=1e-3, predictor_lr=2e-4)
+        .reporting(min_time_s_per_iteration=0)
+        .debugging(seed=5)
+    )
+
+
+def learner_of(algorithm: Algorithm) -> PolicyLearner:
+    return algorithm.learner_group._learner
+
+
+def policy_state(algorithm: Algorithm) -> dict[str, torch.Tensor]:
+    policy = learner_of(algorithm).module[DEFAULT_MODULE_ID].policy
+    return {key: value.clone() for key, value in policy.state_dict().items()}
+
+
+CASES = [("PPO", env) for env in TASKS] + [("APPO", env) for env in TASKS]
+CASES += [("IMPALA", "labyrinth_escape")]
+
+
+@pytest.mark.parametrize(("name", "env"), CASES)
+def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
+    kinds = {"APPO": APPOConfig, "IMPALA": IMPALAConfig}
+    config = ppo(env) if name == "PPO" else asynchronous(kinds[name], env)
+    algorithm = config.build_algo()
+    learner = learner_of(algorithm)
+    module = learner.module[DEFAULT_MODULE_ID]
+    # RLlib adds a step to each episode.
+    assert module.model_config["max_seq_len"] == TASKS[env][1] + 1
+    before = policy_state(algorithm)
+    while learner._weights_seq_no < 3:
+        row = metrics_row(algorithm.train(), algorithm.iteration, 0.0)
+    algorithm.stop()
+    after = policy_state(algorithm)
+    assert {key for key in before if torch.equal(before[key], after[key])} == {"core.parents"}
+    assert all(p.grad.abs().max() > 0 for p in predictor_parameters(module.policy))
+    mixing_weight = after["core.neurons.mixing_weight"]
+    assert ((mixing_weight >= 0) & (mixing_weight <= 1)).all()
+    for column in ("policy_loss", "entropy", "grad_norm", "predictor_loss", "mixing_weight_mean"):
+        assert np.isfinite(row[column]), column
+    assert row["episode_length_mean"] == TASKS[env][1] - (env == "labyrinth_escape")
+    # Its episodes end, but nothing says whether they were a success.
+    assert np.isnan(row["success_rate"]) == (env == MEMORY)
+    rates = {
+        key: o.param_groups[0]["lr"]
+        for key, o in learner.get_optimizers_for_module("default_policy")
+    }
+    assert rates == {"policy": 1e-3, "predictor": 2e-4}
+
+    algorithm.save_to_path(tmp_path)
+    restored = type(algorithm).from_checkpoint(tmp_path)
+    saved = RLModule.from_checkpoint(
+        tmp_path / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
+    )
+    for state in (policy_state(restored), saved.policy.state_dict()):
+        assert state.keys() == after.keys()
+        for key, value in after.items():
+            assert torch.equal(state[key], value), key
+    restored.train()
+    restored.stop()
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.05])
+def test_lambda_one_is_backprop(grad_clip: float | None) -> None:
+    """Three iterations of several minibatches: the same weights to 1e-9, clipped or not."""
+    states, predictors = [], []
+    for propagation in ("sgprop", "backprop"):
+        settings = {"propagation": propagation, "mixing_weight": 1.0, "adaptive": False}
+        config = ppo(dtype="float64", **settings).training(grad_clip=grad_clip)
+        algorithm = config.build_algo()
+        before = policy_state(algorithm)
+        for _ in range(3):
+            algorithm.train()
+        states.append(policy_state(algorithm))
+        policy = learner_of(algorithm).module[DEFAULT_MODULE_ID].policy
+        predictors.append(len(predictor_parameters(policy)))
+        algorithm.stop()
+    sgprop, backprop = states
+    assert predictors[0] > 0 == predictors[1]
+    for key, value in backprop.items():
+        assert value.dtype in (torch.float64, torch.int64)
+        torch.testing.assert_close(sgprop[key], value, rtol=0, atol=1e-9)
+    moved = [key for key in backprop if not torch.equal(before[key], backprop[key])]
+    assert len(moved) >= len(backprop) - 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ppo_continues_to_the_last_bit(dtype: str, tmp_path: Path) -> None:
+    config = ppo(dtype=dtype).evaluation(evaluation_interval=2, evaluation_duration=4)
+    algorithm = config.build_algo()
+    rows = []
+    for iteration in range(1, 6):
+        rows.append(metrics_row(algorithm.train(), iteration, 0.0))
+        if iteration == 3:
+            algorithm.save_to_path(tmp_path)
+    expected = policy_state(algorithm)
+    algorithm.stop()
+    assert [np.isnan(row["eval_reward"]) for row in rows] == [True, False, True, False, True]
+    assert [row["env_steps"] for row in rows] == [4 * 11 * 2 * i for i in range(1, 6)]
+
+    restored = type(algorithm).from_checkpoint(tmp_path)
+    for iteration in (4, 5):
+        np.testing.assert_equal(metrics_row(restored.train(), iteration, 0.0), rows[iteration - 1])
+    for key, value in policy_state(restored).items():
+        assert torch.equal(value, expected[key]), key
+    restored.stop()
+
+
+def test_a_sweep_of_ppo_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    model = {key: value for key, value in SPARSE.items() if key != "policy"}
+    experiment = make_experiment(
+        tmp_path / "ppo.yaml",
+        algorithm="PPO",
+        config={
+            "environment": {"env": "labyrinth_escape", "env_config": {"episode_length": 12}},
+            "env_runners": {
+                "num_env_runners": 0,
+                "num_envs_per_env_runner": 4,
+                "batch_mode": "complete_episodes",
+            },
+            "training": {
+                "train_batch_size_per_learner": 44,
+                "minibatch_size": 26,
+                "num_epochs": 2,
+                "predictor_lr": 2e-4,
+            },
+            "evaluation": {"evaluation_interval": 2, "evaluation_duration": 4},
+        },
+        methods={"sparse": {"model": {"policy": "sparsenet", **model}}},
+        seeds=[3],
+        stop={"training_iteration": 4},
+        checkpoint={"every": 1, "keep": 4},
+    )
+    directory = run_sweep(experiment, tmp_path, "ppo")
+    trial = directory / "sparse_seed=3"
+    before = metrics_without_times(directory)
+    metrics = pd.read_csv(trial / "metrics.csv")
+    assert metrics["success_rate"].notna().all()
+    assert metrics["mixing_weight_mean"].is_monotonic_decreasing
+    assert list(metrics["eval_reward"].notna()) == [False, True, False, True]
+    assert list(summary(directory)["final_eval_reward"]) == [metrics["eval_reward"].iloc[-1]]
+    weights = (trial / "checkpoints" / "000004" / "policy.safetensors").read_bytes()
+
+    for name in ("000003", "000004"):
+        (trial / "checkpoints" / name / "policy.json").unlink()
+    resume_sweep(directory)
+    assert metrics_without_times(directory) == before
+    newest, _ = newest_valid_checkpoint(trial / "checkpoints")
+    assert (newest / "policy.safetensors").read_bytes() == weights
+    result = CliRunner().invoke(app, ["evaluate", str(newest), "--episodes", "4"])
+    assert result.exit_code == 0, result.output
+    assert "success_rate" in result.output
+
+
+def test_every_sample_has_new_episodes_and_every_evaluation_the_same() -> None:
+    algorithm = ppo().evaluation(evaluation_interval=1, evaluation_duration=4).build_algo()
+    runners = (algorithm.env_runner, algorithm.eval_env_runner_group.local_env_runner)
+    seeds: list[list[int]] = []
+    for runner in runners:
+        drawn = []
+        for _ in range(3):
+            runner.sample(num_episodes=4)
+            drawn.append(runner._seed)
+        seeds.append(drawn)
+    training, evaluation = seeds
+    assert len(set(training)) == 3
+    assert len(set(evaluation)) == 1
+    assert max(training) + 4 <= 2**31 <= min(evaluation)
+    algorithm.stop()
+
+
+def test_a_minibatch_holds_a_sequence() -> None:
+    """RLlib would wait for ever for one that holds less."""
+    algorithm = ppo().training(minibatch_size=3).build_algo()
+    sizes = []
+    learner = learner_of(algorithm)
+    update = learner._update
+
+    def spy(batch: MultiAgentBatch, **kwargs: Any) -> Any:
+        sizes.append(batch[DEFAULT_MODULE_ID]["obs"].shape[0])
+        return update(batch, **kwargs)
+
+    learner._update = spy
+    algorithm.train()
+    # Two epochs over the episodes, one by one.
+    assert set(sizes) == {1}
+    assert len(sizes) >= 8
+    algorithm.stop()
+
+
+def test_truncated_bptt_is_a_setting() -> None:
+    algorithm = ppo(max_seq_len=5).training(minibatch_size=None, num_epochs=1).build_algo()
+    shapes = []
+    learner = learner_of(algorithm)
+    update = learner._update
+
+    def spy(batch: MultiAgentBatch, **kwargs: Any) -> Any:
+        shapes.append(copy.copy(batch[DEFAULT_MODULE_ID]["obs"].shape))
+        return update(batch, **kwargs)
+
+    learner._update = spy
+    algorithm.train()
+    # Episodes of 11 steps and the one that RLlib adds, in pieces of 5.
+    assert {(s[0] % 3, s[1]) for s in shapes} == {(0, 5)}
+    algorithm.stop()
+
+
+def test_the_target_network_keeps_its_connections() -> None:
+    """RLlib averages buffers too, and would round indices down."""
+    algorithm = asynchronous(APPOConfig, "labyrinth_escape").build_algo()
+    module = learner_of(algorithm).module[DEFAULT_MODULE_ID]
+    algorithm.stop()
+    [(main, target)] = module.get_target_network_pairs()
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(1.0)
+    update_target_network(main_net=main, target_net=target, tau=0.005)
+    assert torch.equal(module.target.core.parents, module.policy.core.parents)
+    for followed, following in zip(
+        module.policy.parameters(), module.target.parameters(), strict=True
+    ):
+        torch.testing.assert_close(followed - following, torch.full_like(followed, 0.995))
+    # Runners have no such copy; learners' checkpoints do.
+    assert any(key.startswith("target.") for key in module.get_state())
+    assert not any(key.startswith("target.") for key in module.get_state(inference_only=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.training(predictor_lr=-1.0), "predictor_lr must be a number at least 0"),
+        (lambda c: c.rl_module(model_config={"hidden_size": 3}), "model_config names no policy"),
+        (lambda c: c.rl_module(model_config={**SPARSE, "value_head": False}), "value_head must"),
+        (lambda c: c.rl_module(model_config={**SPARSE, "max_seq_len": 0}), "max_seq_len must be"),
+        (lambda c: c.learners(num_learners=2), "num_learners must be 0 or 1 under sgprop"),
+        (lambda c: c.environment("my_env"), "max_seq_len is missing"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        change(ppo()).validate()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "DQN"}, "algorithm: DQN has networks of its own, not these policies; use "),
+        ({"config": {"api_stack": {}}}, "config.api_stack: experiments run on RLlib's new API"),
+        (
+            {"config": {"training": {"predictor_rl": 1}}},
+            "config.training.predictor_rl: unknown key; did you mean 'predictor_lr'",
+        ),
+        ({"config": {"training": {"predictor_lr": -1}}}, "predictor_lr: must be at least 0"),
+    ],
+)
+def test_bad_experiments_are_refused_in_one_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    changes = copy.deepcopy(changes)
+    if "config" in changes:
+        changes["config"]["environment"] = {"env": "labyrinth_escape"}
+    with pytest.raises(ExperimentError, match=message) as error:
+        make_experiment(tmp_path / "bad.yaml", **{"algorithm": "PPO", **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_remote_runners_draw_different_actions() -> None:
+    algorithm = ppo().env_runners(num_env_runners=2).build_algo()
+    state = algorithm.env_runner.get_state()
+    runners = algorithm.env_runner_group
+    runners.foreach_env_runner(lambda runner: runner.set_state(state), local_env_runner=False)
+    drawn = runners.foreach_env_runner(lambda runner: float(torch.rand(())), local_env_runner=False)
+    assert drawn[0] != drawn[1]
+
+    algorithm.stop()
