@@ -1,6 +1,7 @@
 """Returns, loss, update, rollout and the plain loop, against their definitions."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -10,11 +11,17 @@ from sgrl.envs.registry import make_vector
 from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameters
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.loop import train
-from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
+from sgrl.reinforce.loss import (
+    discounted_returns,
+    normalize_returns,
+    reinforce_loss,
+    subtract_batch_mean,
+)
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.reinforce.update import (
     NonFiniteLoss,
     UpdateSettings,
+    batch_loss,
     clip_gradients,
     make_optimizers,
     update,
@@ -61,6 +68,59 @@ def test_loss_by_hand() -> None:
     assert terms.policy_loss.item() == pytest.approx(policy_loss, rel=1e-12)
     assert terms.entropy.item() == pytest.approx(entropy, rel=1e-12)
     assert terms.loss.item() == pytest.approx(policy_loss - 0.01 * entropy, rel=1e-12)
+
+
+def test_batch_mean_by_hand() -> None:
+    returns = torch.tensor([[1.0, 2.0, 6.0], [3.0, 5.0, 9.0], [4.0, 8.0, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    # The mean of the other episodes that are still running; the last one has none.
+    expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5], [3 - 5.0, 5 - 3.0, 0], [4.0, 0, 0]])
+    torch.testing.assert_close(subtract_batch_mean(returns, mask), expected)
+
+
+def test_batch_mean_leaves_the_expected_gradient() -> None:
+    """Two episodes of one step, action 1 with probability 0.7 for a reward of 3, action 0 for 1."""
+    probability, rewards = 0.7, torch.tensor([1.0, 3.0], dtype=torch.float64)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    expected, mean = 0.0, 0.0
+    for actions in itertools.product((0, 1), repeat=2):
+        chance = np.prod([probability if action else 1 - probability for action in actions])
+        returns = rewards[list(actions)][None]
+        # Of log pi(action), with respect to the logit of action 1.
+        scores = torch.tensor(actions, dtype=torch.float64) - probability
+        expected += chance * (scores * returns).mean().item()
+        mean += chance * (scores * subtract_batch_mean(returns, mask)).mean().item()
+    assert mean == pytest.approx(expected, rel=1e-12)
+
+
+def test_value_head_by_hand() -> None:
+    env = make_env(episode_length=10)
+    policy = make_sparse(env, value_head=True, propagation="backprop")
+    batch = Rollout(env, policy, seed=0).collect()
+    settings = UpdateSettings(baseline="value_head", value_coeff=0.3, normalize_returns=False)
+    terms = batch_loss(policy, batch, settings)
+    output = policy(batch.observations, mask=batch.mask)
+    returns, valid = discounted_returns(batch.rewards, batch.mask, 0.95), batch.mask
+    error = (output.values - returns)[valid].square().mean()
+    plain = reinforce_loss(
+        output.logits, batch.actions, returns - output.values.detach(), valid, 0.01
+    )
+    torch.testing.assert_close(terms.policy_loss, plain.policy_loss)
+    torch.testing.assert_close(terms.loss, plain.loss + 0.3 * error)
+    optimizers = make_optimizers(policy, 5e-3, 0.0)
+    for _ in range(30):
+        update(policy, optimizers, copy.copy(batch), settings)
+    output = policy(batch.observations, mask=batch.mask)
+    assert (output.values - returns)[valid].square().mean() < 0.5 * error
+
+
+def test_baselines_without_what_they_need() -> None:
+    with pytest.raises(ValueError, match="baseline must be one of none, batch_mean, value_head"):
+        UpdateSettings(baseline="mean")
+    env = make_env(episode_length=4)
+    policy = make_sparse(env)
+    with pytest.raises(ValueError, match="needs a policy with value_head true"):
+        batch_loss(policy, Rollout(env, policy, 0).collect(), UpdateSettings(baseline="value_head"))
 
 
 def test_clipping() -> None:

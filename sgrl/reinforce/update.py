@@ -29,6 +29,7 @@ from sgrl.reinforce.loss import (
 #: Updates between two calls of `release_freed_memory`; at full size the heap grows by some 8 MB
 #: an update.
 TRIM_EVERY = 20
+BASELINES = ("none", "batch_mean", "value_head")
 _updates = itertools.count(1)
 
 
@@ -60,6 +61,11 @@ class UpdateSettings:
     two_phase: bool = False
     baseline: Literal["none", "batch_mean", "value_head"] = "none"
     value_coeff: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            known = ", ".join(BASELINES)
+            raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
 
 
 def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Collection
 from operator import itemgetter
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self
 
 import ray
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig
@@ -40,7 +40,7 @@ from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.policies import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
-from sgrl.reinforce.update import UpdateSettings
+from sgrl.reinforce.update import BASELINES
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
@@ -192,9 +192,8 @@ class ReinforceConfig(AlgorithmConfig):
         for name in ("normalize_returns", "two_phase"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        baselines = get_args(get_type_hints(UpdateSettings)["baseline"])
-        if self.baseline not in baselines:
-            known = ", ".join(baselines)
+        if self.baseline not in BASELINES:
+            known = ", ".join(BASELINES)
             raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
         updates, iterations = self.total_updates, self.total_iterations
         if updates is None or iterations is None:
