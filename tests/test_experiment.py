@@ -267,6 +267,7 @@ def test_the_experiments_shipped():
         *PUBLISHED,
         "mnist_quickstart",
         *PUBLISHED_ON_MNIST,
+        "ppo_memory",
     }
 
 

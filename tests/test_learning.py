@@ -87,3 +87,15 @@ def test_published_budget_of_the_bandit(tmp_path: Path) -> None:
     sgprop = trials[trials["method"] == "sparse_sgprop"]["final_eval_reward"]
     assert len(sgprop) == 2
     assert (sgprop >= 0.70).all()
+
+
+@pytest.mark.slow
+def test_ppo_learns_what_needs_memory(tmp_path: Path) -> None:
+    """Answers of whole episodes, from -1 (all wrong) to 1: by chance -0.5, which is about all that
+    can be had without memory."""
+    experiment = load_experiment(ROOT / "tune_configs" / "ppo_memory.yaml", ["seeds=[0]"])
+    trials = pd.read_csv(run_sweep(experiment, tmp_path) / "summary.csv")
+    print(trials.pivot_table(index="seed", columns="method", values="final_episode_return_mean"))
+    final = trials.set_index("method")["final_episode_return_mean"]
+    assert (final[["gru", "sparsenet_sgprop", "sparsenet_backprop"]] >= 0.9).all()
+    assert final["mlp"] <= -0.3

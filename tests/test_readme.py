@@ -39,12 +39,24 @@ SMALL_BANDIT = {
     "config.evaluation.evaluation_config.num_envs_per_env_runner": "20",
 }
 
+SMALL_PPO = {
+    "stop.training_iteration": "2",
+    "seeds": "[0]",
+    "concurrency": "1",
+    "config.training.train_batch_size_per_learner": "12",
+    "config.training.minibatch_size": "7",
+    "config.training.num_epochs": "1",
+    "config.env_runners.num_envs_per_env_runner": "2",
+    "config.environment.env_config.episode_length": "6",
+}
+
 
 def cut_down(arguments: list[str]) -> list[str]:
     if arguments[0] == "resume":
         text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
     small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
+    small = SMALL_PPO if "ppo" in arguments[1] else small
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
@@ -107,6 +119,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
     measure = "eval_reward" if "mnist" in config else "success_rate"
+    measure = "episode_return_mean" if "ppo" in config else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
     methods = yaml.safe_load((results / "experiment.yaml").read_text())["methods"]
@@ -147,6 +160,31 @@ def test_commands_that_extend(folder: Path, ray_session: None) -> None:
     summary = (folder / "results" / "entropy" / "summary.csv").read_text().splitlines()
     assert len(summary) == 1 + 4 * 2
     assert all(",completed,3," in line for line in summary[1:])
+
+
+def test_rllib(folder: Path, ray_session: None) -> None:
+    """The commands and scripts of docs/rllib.md."""
+    text = (ROOT / "docs" / "rllib.md").read_text()
+    commands = re.findall(r"^\.venv/bin/sgrl (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        arguments = shlex.split(command)
+        if "--name" not in arguments:  # it is among the experiments tested above
+            continue
+        length = 4 if "truncated" in arguments else 7
+        model = f"{{policy: gru, hidden_size: 8, max_seq_len: {length}}}"
+        last = ["--set", f"methods={{gru: {{model: {model}}}}}"]
+        if "appo" in arguments:
+            last += ["--set", "config.training.minibatch_size=null"]
+        run([*cut_down(arguments), *last])
+    scripts = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(scripts) == 2
+    for code in scripts:
+        small = code.replace("num_envs_per_env_runner=20", "num_envs_per_env_runner=2")
+        small = small.replace('"maze_dims": [6, 6]', '"episode_length": 12')
+        small = small.replace("1600", "130")
+        small = small.replace("lr=5e-4,", "lr=5e-4, num_epochs=1,")
+        exec(compile(small, "docs/rllib.md", "exec"), {})
 
 
 def test_links_lead_somewhere() -> None:
