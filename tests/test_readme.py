@@ -39,12 +39,15 @@ SMALL_BANDIT = {
     "config.evaluation.evaluation_config.num_envs_per_env_runner": "20",
 }
 
+SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
+
 
 def cut_down(arguments: list[str]) -> list[str]:
     if arguments[0] == "resume":
         text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
     small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
+    small = SMALL_SUITE if "popgym" in arguments[1] else small
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
@@ -107,6 +110,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
     measure = "eval_reward" if "mnist" in config else "success_rate"
+    measure = "episode_return_mean" if "popgym" in config else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
     methods = yaml.safe_load((results / "experiment.yaml").read_text())["methods"]
