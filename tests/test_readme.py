@@ -49,6 +49,7 @@ SMALL_PPO = {
     "config.env_runners.num_envs_per_env_runner": "2",
     "config.environment.env_config.episode_length": "6",
 }
+SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
 
 
 def cut_down(arguments: list[str]) -> list[str]:
@@ -57,6 +58,7 @@ def cut_down(arguments: list[str]) -> list[str]:
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
     small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
     small = SMALL_PPO if "ppo" in arguments[1] else small
+    small = SMALL_SUITE if "popgym" in arguments[1] else small
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
@@ -119,7 +121,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
     measure = "eval_reward" if "mnist" in config else "success_rate"
-    measure = "episode_return_mean" if "ppo" in config else measure
+    measure = "episode_return_mean" if re.match("ppo|popgym", config) else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
     methods = yaml.safe_load((results / "experiment.yaml").read_text())["methods"]

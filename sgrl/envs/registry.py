@@ -13,6 +13,7 @@ import gymnasium as gym
 
 from sgrl.envs import by_id
 from sgrl.envs.by_id import nearest
+from sgrl.envs.cards import GAMES
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
 from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
@@ -249,9 +250,9 @@ def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.En
 def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = None) -> VectorEnv:
     """B = num_envs environments behind the `VectorEnv` interface.
 
-    With `vectorized: false` in env_config they are `make_single` environments stepped one by
-    one; the episodes are the same. Raises ValueError as `validate_env_config` and if num_envs
-    is not positive.
+    With `vectorized: false` in env_config, and where there is no vectorised version, they are
+    `make_single` environments stepped one by one; the episodes are the same. Raises ValueError as
+    `validate_env_config` and if num_envs is not positive.
     """
     config = validate_env_config(env, env_config)
     if num_envs < 1:
@@ -259,6 +260,9 @@ def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = 
     vectorized = config.pop("vectorized")
     if env not in ENVIRONMENTS:
         check_flat(env, config)
+        # Laid out for popgym's own settings, not for further ones.
+        if vectorized and env in GAMES and set(config) == set(by_id.DEFAULTS):
+            return GAMES[env](num_envs, config["episode_length"], config["previous_action"])
         singles = [by_id.make(env, **config) for _ in range(num_envs)]
         length = config["episode_length"]
         return PythonVectorEnv(singles, length, GYMNASIUM_SEED_SPACING, has_success=False)
