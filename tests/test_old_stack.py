@@ -12,7 +12,13 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.examples.envs.classes.random_env import RandomEnv
 
 from sgrl.nn.policies import make_policy, predictor_parameters
-from sgrl.rllib import GRUNetwork, LSTMNetwork, PolicyModule, SparseNetwork
+from sgrl.rllib import (
+    GRUNetwork,
+    LSTMNetwork,
+    PolicyModule,
+    SparseNetwork,
+    register_environment,
+)
 from sgrl.rllib import PPOConfig as OwnPPOConfig
 
 DENSE = {"feature_size": 16, "embedding_size": 16, "hidden_size": 16}
@@ -28,6 +34,9 @@ SPARSE = {
 }
 SETTINGS = {"gru": DENSE, "lstm": DENSE, "sparsenet": SPARSE}
 NETWORKS = {"gru": GRUNetwork, "lstm": LSTMNetwork, "sparsenet": SparseNetwork}
+
+MEMORY = "popgym-RepeatPreviousEasy-v0"
+register_environment(MEMORY)
 
 
 def ppo_config(
@@ -86,9 +95,12 @@ def test_ppo_trains_saves_and_restores(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("name", ["gru", "sparsenet"])
-def test_predictors_have_a_learning_rate_of_their_own(name: str, tmp_path: Path) -> None:
-    config = ppo_config(name, "labyrinth_escape", {"episode_length": 12}, OwnPPOConfig)
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [("gru", "labyrinth_escape"), ("sparsenet", "labyrinth_escape"), ("sparsenet", MEMORY)],
+)
+def test_predictors_have_a_learning_rate_of_their_own(name: str, env: str, tmp_path: Path) -> None:
+    config = ppo_config(name, env, {"episode_length": 12}, OwnPPOConfig)
     config.training(lr_schedule=[[0, 1e-3], [96, 5e-4]], predictor_lr=2e-4, grad_clip=0.5)
     algorithm = config.build_algo()
     rllib_policy = algorithm.get_policy()
