@@ -332,7 +332,10 @@ def test_bad_settings_are_refused_in_one_line(change: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm": "DQN"}, "algorithm: DQN has networks of its own, not these policies; use "),
+        (
+            {"algorithm": "DQN"},
+            "algorithm: DQN does not train these policies here; use Reinforce, PPO, APPO, IMPALA",
+        ),
         ({"config": {"api_stack": {}}}, "config.api_stack: experiments run on RLlib's new API"),
         (
             {"config": {"training": {"predictor_rl": 1}}},

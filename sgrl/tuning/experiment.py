@@ -1,7 +1,7 @@
 """Experiment files: one YAML in, a validated list of trials out, before Ray is started.
 
     name: labyrinth_escape               # also the name of the results folder
-    algorithm: Reinforce                 # or PPO, APPO, IMPALA, or another that takes the policies
+    algorithm: Reinforce                 # or RLlib's PPO, APPO or IMPALA
     config:                              # sections: AlgorithmConfig methods; keys: their arguments
       environment: {env: labyrinth_escape, env_config: {maze_dims: [6, 6]}}
       training: {lr: {grid: [5.0e-4, 1.0e-3]}}
@@ -76,9 +76,6 @@ BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
     ("config", "learners", "num_gpus_per_learner"): (0, math.inf, True),
     ("stop", "training_iteration"): (1, math.inf, True),
 }
-
-# RLlib's algorithms that learn from recorded episodes and can train the policies.
-OFFLINE_ALGORITHMS = ("BC", "MARWIL")
 
 # Names of swept values in trial names and in summary.csv, where the key itself is too long.
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
@@ -658,29 +655,22 @@ def _label(value: Any) -> str:
 
 
 def algorithm_class(name: str) -> Any:
-    """The Algorithm subclass of that name: Reinforce, or RLlib's where it can train the policies.
-
-    PPO, APPO and IMPALA are those of `sgrl.rllib.stock`, which know `predictor_lr`.
-    """
+    """The Algorithm subclass of that name: Reinforce, or one of `sgrl.rllib.stock`."""
     from ray.rllib.algorithms.registry import ALGORITHMS
+
+    from sgrl.rllib.algorithm import Reinforce
+    from sgrl.rllib.stock import STOCK_ALGORITHMS
 
     # RLlib greets every stock configuration with a warning about its new API stack.
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
 
-    _check_known("algorithm", "algorithm", name, ["Reinforce", *ALGORITHMS])
-    if name == "Reinforce":
-        from sgrl.rllib.algorithm import Reinforce
-
-        return Reinforce
-
-    from sgrl.rllib.stock import STOCK_ALGORITHMS
-
-    if name in STOCK_ALGORITHMS:
-        return STOCK_ALGORITHMS[name]
-    if name in OFFLINE_ALGORITHMS:
-        return ALGORITHMS[name]()[0]
-    known = ", ".join(["Reinforce", *STOCK_ALGORITHMS, *OFFLINE_ALGORITHMS])
-    raise _Problem("algorithm", f"{name} has networks of its own, not these policies; use {known}")
+    known: dict[str, Any] = {"Reinforce": Reinforce, **STOCK_ALGORITHMS}
+    _check_known("algorithm", "algorithm", name, [*known, *ALGORITHMS])
+    if name not in known:
+        raise _Problem(
+            "algorithm", f"{name} does not train these policies here; use {', '.join(known)}"
+        )
+    return known[name]
 
 
 def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
@@ -688,27 +678,17 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
 
     Algorithms other than Reinforce get a policy with a value head unless its settings say no.
     """
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from sgrl.rllib import register_environment
 
-    from sgrl.rllib import PolicyModule, register_environment
-    from sgrl.rllib.stock import STOCK_ALGORITHMS
-
-    algorithm, seed = trial_config["algorithm"], trial_config["seed"]
-    config = algorithm_class(algorithm).get_default_config()
+    config = algorithm_class(trial_config["algorithm"]).get_default_config()
     # A trial holds as many CPUs as it computes with.
     config.resources(num_cpus_for_main_process=trial_config["num_threads"])
     for section, arguments in trial_config["config"].items():
         getattr(config, section)(**arguments)
-    if algorithm != "Reinforce":
+    if trial_config["algorithm"] != "Reinforce":
         register_environment(config.env)
-    if algorithm == "Reinforce" or algorithm in STOCK_ALGORITHMS:
-        config.rl_module(model_config=dict(trial_config["model"]))
-    else:
-        config.rl_module(
-            rl_module_spec=RLModuleSpec(module_class=PolicyModule),
-            model_config={"value_head": True, "seed": seed, **trial_config["model"]},
-        )
-    return config.debugging(seed=seed)
+    config.rl_module(model_config=dict(trial_config["model"]))
+    return config.debugging(seed=trial_config["seed"])
 
 
 def required_resources(trial: Trial) -> dict[str, float]:
