@@ -19,6 +19,7 @@ from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summ
 
 from sgrl.tuning import sweep
 from sgrl.tuning.metrics import count_rows, read_metrics
+from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import failed_trials, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import TrialRunner
 
@@ -108,7 +109,11 @@ def kill_driver(folder, directory, config, seconds, further):
     """Start or go on with a sweep in a process of its own, and kill that after `seconds`, from
     its start or, if it is to get `further`, from its first iteration beyond what was done."""
     done = rows(directory)
-    start = ["resume", directory] if is_sweep(directory) else ["sweep", config, "--results", folder]
+    start = (
+        ["resume", directory]
+        if is_sweep(Store(directory))
+        else ["sweep", config, "--results", folder]
+    )
     driver = subprocess.Popen(
         [*SGRL, *map(str, start)],
         # Ray must not find the one of these tests.

@@ -12,6 +12,7 @@ import ray
 import yaml
 
 from sgrl.tuning import sweep
+from sgrl.tuning.storage import Mirror, Store
 
 EXPERIMENT = {
     "name": "small",
@@ -89,17 +90,12 @@ def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
     (tmp_path / sweep.EXPERIMENT_FILE).write_text("name: small")
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
-    sweep._check_visible(tmp_path)
-    monkeypatch.setattr(sweep, "_reads", lambda path: None)
+    sweep._check_visible(Store(tmp_path))
+    monkeypatch.setattr(sweep, "_look", lambda location: (None, ""))
     with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
-        sweep._check_visible(tmp_path)
-
-
-def test_results_go_to_a_folder(experiment, tmp_path):
-    command = [*SWEEP, str(experiment), "--results", "s3://bucket/results"]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 2
-    assert "is no folder: results go to one that all machines see" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+        sweep._check_visible(Store(tmp_path))
+    # What is only in this process's memory is nowhere else.
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / sweep.EXPERIMENT_FILE).write_text("name: small")
+    with pytest.raises(sweep.SweepError, match=r"memory://small cannot be read on .*: other mach"):
+        sweep._check_visible(Mirror("memory://small", tmp_path / "mirror"))

@@ -25,6 +25,7 @@ from sgrl.tuning.checkpoints import (
 from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.metrics import score
 from sgrl.tuning.progress import SweepView, read_progress
+from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
 
@@ -172,7 +173,7 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
 
 def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     trial = load_experiment(finished / "experiment.yaml").trials[0]
-    view = SweepView(finished, {trial.name: read_progress(finished, trial)})
+    view = SweepView(Store(finished), {trial.name: read_progress(finished, trial)})
     metadata = SimpleNamespace(num_failures=0)
     tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
     result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}
