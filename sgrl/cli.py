@@ -162,7 +162,7 @@ def _compare(location: str | Path) -> None:
 
     with _one_line_errors(ResultsError, OSError):
         store = open_store(location, "driver")
-        write_comparison(store.folder)
+        write_comparison(store.folder, shown_as=str(store))
         figures = store.folder.glob("figures/*.png")
         store.push("comparison.csv", *(f"figures/{path.name}" for path in figures))
     if failed_trials(store.folder):

@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import ThreadedFTPServer
+from sweeps import make_experiment, metrics_without_times
 from typer.testing import CliRunner
 
 from sgrl.cli import app
@@ -31,7 +32,6 @@ from sgrl.tuning.storage import (
     reading_checkpoint,
 )
 from sgrl.tuning.sweep import run_sweep
-from tests.sweeps import make_experiment, metrics_without_times
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,7 @@ def test_a_killed_sweep_goes_on_on_another_machine(s3, tmp_path, monkeypatch):
     out, error = second.communicate()
     assert second.returncode == 1, error  # a trial failed
     assert f"results in {there}" in out
+    assert f"written: {there}/comparison.csv" in out
     whole = run_sweep(experiment, tmp_path, "whole")
     with reading(there) as folder:
         assert metrics_without_times(folder) == metrics_without_times(whole)
