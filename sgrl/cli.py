@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,7 +42,7 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join: auto or HOST:PORT; without, one of this machine."),
+    typer.Option(help="Ray cluster: auto or HOST:PORT to join it, ray://HOST:PORT from outside."),
 ]
 Track = Annotated[
     str | None,
@@ -103,6 +103,11 @@ def sweep(
             typer.echo(f"  {trial.name}")
         return
 
+    if client := _client_address(address):
+        words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
+        words += [word for setting in set_ or [] for word in ("--set", setting)]
+        words += ["--track", track] if track else []
+        _run_on_cluster(client, words, results, {"experiment.yaml": config.read_text("utf-8")})
     _join(address)
     from sgrl.tuning.storage import StorageError, join
     from sgrl.tuning.sweep import SweepError, run_sweep
@@ -129,6 +134,12 @@ def resume(
     --add takes seeds, and values of any key that the experiment sweeps, as in
     config.training.lr=[1e-4,2e-4].
     """
+    if client := _client_address(address):
+        words = ["resume", directory, *(["--dry-run"] if dry_run else [])]
+        words += ["--iterations", str(iterations)] if iterations else []
+        words += [word for addition in add or [] for word in ("--add", addition)]
+        words += ["--track", track] if track else []
+        _run_on_cluster(client, words, directory)
     _join(address)
     from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.storage import StorageError
@@ -145,6 +156,22 @@ def resume(
             return
         resume_sweep(directory, iterations, add or [], track)
     _compare(directory)
+
+
+def _client_address(address: str | None) -> str | None:
+    """The cluster's, where this machine is no part of it."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    return address if address.startswith("ray://") else None
+
+
+def _run_on_cluster(
+    address: str, words: list[str], results: str, files: dict[str, str] | None = None
+) -> NoReturn:
+    """Run the command there, and end as it does."""
+    from sgrl.tuning.client import ClientError, run_on_cluster
+
+    with _one_line_errors(ClientError):
+        raise typer.Exit(run_on_cluster(address, words, results, files))
 
 
 def _join(address: str | None) -> None:

@@ -199,13 +199,13 @@ def test_a_sweep_that_ended_before_it_had_begun_starts_again(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     experiment = make_experiment(tmp_path / "small.yaml")
-    monkeypatch.setattr(sweep, "_run", lambda directory, *more: directory)
+    monkeypatch.setattr(sweep, "_run", lambda store, *more: store.folder)
     with monkeypatch.context() as full:
         full.setattr(sweep, "write_text", no_space)
         with pytest.raises(SweepError, match=r"no space left .*: make some, then start the sweep"):
             run_sweep(experiment, tmp_path)
     assert run_sweep(experiment, tmp_path) == tmp_path / "small"
-    assert is_sweep(tmp_path / "small")
+    assert is_sweep(Store(tmp_path / "small"))
 
 
 #: Kilobytes of the disk: room for some of the first checkpoints, for some trials, for all.

@@ -294,7 +294,7 @@ def test_addresses_that_lead_nowhere(s3, tmp_path, monkeypatch):
     make_experiment(config)
     for words, reason in (
         (["sweep", config, "--results", "s3://nosuchbucket"], "s3://nosuchbucket/small: "),
-        (["resume", f"{s3}/nothing"], f"{s3}/nothing does not exist: give a folder such as"),
+        (["resume", f"{s3}/nothing"], f"{s3}/nothing holds no sweep: give a folder such as"),
         (["status", f"{s3}/nothing"], f"{s3}/nothing holds nothing"),
         (["evaluate", f"{s3}/nothing"], f"{s3}/nothing holds nothing"),
         (["sweep", config, "--results", f"{s3}/new", "--track", "mlflow"], "MLFLOW_TRACKING_URI"),

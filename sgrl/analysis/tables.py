@@ -21,7 +21,8 @@ def write_comparison(
     directory: str | Path, console: Console | None = None, shown_as: str | None = None
 ) -> pd.DataFrame:
     """Compare the methods of a sweep: print the table, and write `comparison.csv` and
-    `figures/success_rate.png` (or `figures/eval_reward.png`) into its folder, which the lines printed call `shown_as`.
+    `figures/success_rate.png` (or `figures/eval_reward.png`) into its folder, which the lines
+    printed call `shown_as`.
 
     Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
     """

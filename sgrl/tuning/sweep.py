@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.local_ray import start_local_ray
 from sgrl.tuning.checkpoints import write_text
+from sgrl.tuning.client import reach
 from sgrl.tuning.experiment import (
     Experiment,
     Trial,
@@ -203,7 +203,7 @@ def _load(directory: Path) -> Experiment:
 
 def _check_is_sweep(store: Store) -> None:
     if not is_sweep(store):
-        what = "does not exist" if store.is_free() else "holds no sweep"
+        what = "holds no sweep" if store.folder.exists() else "does not exist"
         raise SweepError(f"{store} {what}: give a folder such as results/quickstart")
 
 
@@ -421,13 +421,13 @@ def _start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise SweepError(
-            f"a sweep runs on a machine of the cluster: start it there, with --address auto in "
-            f"place of {address}"
+            f"the driver of a sweep runs on the cluster: start it there, or from here with `sgrl "
+            f"sweep --address {address}`"
         )
     if address:
         print(f"joining the Ray cluster at {address}")
         try:
-            _reach(address)
+            reach(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise SweepError(
@@ -436,13 +436,6 @@ def _start_ray() -> None:
             ) from None
     else:
         start_local_ray(count_cpus())
-
-
-def _reach(address: str) -> None:
-    """Raise OSError where nothing answers at HOST:PORT: Ray would wait for it for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _resource_requests(experiment: Experiment) -> dict[str, Any]:
