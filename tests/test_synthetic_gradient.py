@@ -228,6 +228,27 @@ def test_adaptive_weights_by_the_definition(shape: str, projected: bool) -> None
     assert inside >= 2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_samples(shape: str) -> None:
+    """They pass their gradient on as it is; all else is as if they were not there."""
+    block, plain = make_block(shape), make_block(shape)
+    x, gradient, *context = make_inputs(shape, (4, 2))
+    mask = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    block(x, *context, mask=mask).backward(gradient)
+    valid = x.detach()[mask].requires_grad_()
+    plain(valid, *(c[mask] for c in context)).backward(gradient[mask])
+    assert torch.equal(x.grad[mask], valid.grad)
+    assert torch.equal(x.grad[~mask], gradient[~mask])
+    for parameter, expected in zip(block.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+    assert torch.equal(block.mixing_weight, plain.mixing_weight)
+    # Nothing but masked samples.
+    block.zero_grad()
+    block(x, *context, mask=torch.zeros_like(mask)).sum().backward()
+    assert block.predictor_weight.grad is None
+    assert torch.equal(block.mixing_weight, plain.mixing_weight)
+
+
 def mlp(block: nn.Module | None, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     generator = torch.Generator().manual_seed(3)
     layers = [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, WIDTH * SIZE), nn.Tanh()]
@@ -299,6 +320,15 @@ def test_nothing_happens_without_gradients() -> None:
     # One sample tells nothing about lambda.
     block(x[0]).backward(gradient[0])
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_a_single_neuron_and_a_single_sample() -> None:
+    block = SyntheticGradient(1, 3, context_size=2, mixing_weight=0.5, adaptive=False)
+    torch.nn.init.ones_(block.predictor_weight)
+    x = torch.zeros(1, 3, requires_grad=True)
+    context = torch.tensor([[1.0, 2.0]])
+    block(x, context, torch.tensor([True])).backward(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert x.grad.tolist() == [[2.0, 2.5, 3.0]]
 
 
 def test_gradients_that_are_not_finite_leave_the_mixing_weights_alone() -> None:
@@ -442,6 +472,13 @@ def test_impossible_inputs(x: tuple, context: tuple, context_size: int, message:
     block = SyntheticGradient(WIDTH, SIZE, context_size=context_size)
     with pytest.raises(ValueError, match=re.escape(message)):
         block(torch.zeros(x), None if context is None else torch.zeros(context))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(2)])
+def test_impossible_masks(mask: Tensor) -> None:
+    message = f"mask must be bool [2], got {mask.dtype} {list(mask.shape)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SyntheticGradient(WIDTH, SIZE)(torch.zeros(2, 12), mask=mask)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -117,23 +117,28 @@ class SyntheticGradient(nn.Module):
         adaptive = self.rule.adaptive
         return f"{self.num_neurons}, {self.neuron_size}, {self.context_size}, {adaptive=}"
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return x.
 
         Args:
             x: activations [..., W*N] or [..., W, N].
             context: [..., C], seen by all neurons, or [..., W, C], each neuron's own; the leading
                 axes are those of x.
+            mask: bool, of the leading axes, True at valid samples; all if None. The others pass
+                the received gradient on as it is, and teach predictor and lambda nothing.
 
         Raises:
-            ValueError: x or context of another shape, a context but no `context_size`, or the
-                reverse.
+            ValueError: x, context or mask of another shape, a mask that is not bool, a context but
+                no `context_size`, or the reverse.
         """
         shape = (self.num_neurons, self.neuron_size)
-        if x.shape[-2:] == shape:
-            leading = x.shape[:-2]
-        elif x.dim() and x.shape[-1] == self.num_neurons * self.neuron_size:
+        # In this order, since the [1, N] of a single neuron is a batch of one sample.
+        if x.dim() and x.shape[-1] == self.num_neurons * self.neuron_size:
             leading = x.shape[:-1]
+        elif x.shape[-2:] == shape:
+            leading = x.shape[:-2]
         else:
             raise ValueError(
                 f"x must be [..., {shape[0] * shape[1]}] or [..., {shape[0]}, {shape[1]}], "
@@ -149,10 +154,16 @@ class SyntheticGradient(nn.Module):
         if seen.shape not in allowed:
             shared, own = map(list, allowed)
             raise ValueError(f"context must be {shared} or {own}, got {list(seen.shape)}")
-        if not torch.is_grad_enabled() or x.numel() == 0:
+        if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {list(leading)}, got {mask.dtype} {list(mask.shape)}"
+            )
+        if not torch.is_grad_enabled():
             return x
         seen = seen.detach().reshape(-1, *seen.shape[len(leading) :])
-        return _MixPrediction.apply(x, seen, self, self.predictor_weight, self.predictor_bias)
+        valid = None if mask is None else mask.flatten()
+        predictor = self.predictor_weight, self.predictor_bias
+        return _MixPrediction.apply(x, seen, valid, self, *predictor)
 
     def mix(self, gradient: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The backward pass: predict, mix, learn.
@@ -164,6 +175,8 @@ class SyntheticGradient(nn.Module):
         Returns:
             (mixed gradient, gradients of the predictor's weights and biases).
         """
+        if not len(gradient):
+            return gradient, None, None
         rule, weight = self.rule, self.mixing_weight.unsqueeze(-1)
         axes = "kc" if context.dim() == 2 else "kwc"
         prediction = torch.einsum(f"{axes},wnc->kwn", context, self.predictor_weight)
@@ -231,19 +244,29 @@ class _MixPrediction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, context: Tensor, block: SyntheticGradient, *predictor: Tensor
+        ctx: Any,
+        x: Tensor,
+        context: Tensor,
+        valid: Tensor | None,
+        block: SyntheticGradient,
+        *predictor: Tensor,
     ) -> Tensor:
         ctx.block = block
-        ctx.save_for_backward(context)
+        ctx.save_for_backward(context, valid)
         return x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         block: SyntheticGradient = ctx.block
-        (context,) = ctx.saved_tensors
+        context, valid = ctx.saved_tensors
         # Under automatic mixed precision the activations may be narrower than the predictor.
         dtype = block.mixing_weight.dtype
         received = gradient.reshape(-1, block.num_neurons, block.neuron_size).to(dtype)
-        mixed, *regression = block.mix(received, context.to(dtype))
-        return mixed.reshape(gradient.shape).to(gradient.dtype), None, None, *regression
+        context = context.to(dtype)
+        if valid is None:
+            mixed, *regression = block.mix(received, context)
+        else:
+            mixed = received.clone()
+            mixed[valid], *regression = block.mix(received[valid], context[valid])
+        return mixed.reshape(gradient.shape).to(gradient.dtype), None, None, None, *regression
