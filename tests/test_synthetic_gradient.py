@@ -331,6 +331,18 @@ def test_a_single_neuron_and_a_single_sample() -> None:
     assert x.grad.tolist() == [[2.0, 2.5, 3.0]]
 
 
+def test_channels_of_an_image() -> None:
+    """As docs/extending.md has it: each place is a sample."""
+    block = make_block()
+    image, gradient = torch.randn(2, 5, 12, 3, 2, dtype=torch.float64)
+    block(image.requires_grad_().movedim(1, -1)).movedim(-1, 1).backward(gradient)
+    pixels = make_block()
+    rows = image.detach().permute(0, 2, 3, 1).reshape(-1, 12).requires_grad_()
+    pixels(rows).backward(gradient.permute(0, 2, 3, 1).reshape(-1, 12))
+    torch.testing.assert_close(image.grad.permute(0, 2, 3, 1).reshape(-1, 12), rows.grad)
+    torch.testing.assert_close(block.mixing_weight, pixels.mixing_weight)
+
+
 def test_gradients_that_are_not_finite_leave_the_mixing_weights_alone() -> None:
     block = make_block()
     x, gradient = make_inputs()
