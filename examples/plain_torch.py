@@ -8,7 +8,7 @@ on new vectors and the mean mixing weight.
 
     python examples/plain_torch.py
 
-Takes about ten seconds on one core; needs torch only.
+Takes about fifteen seconds on one core; needs torch only.
 """
 
 import argparse

@@ -9,7 +9,7 @@ script trains one of sgrl's policies instead, such as sparsenet or gru, through
     python examples/rllib_ppo.py
     python examples/rllib_ppo.py --policy sparsenet
 
-Takes about a minute on one core.
+Takes about half a minute on one core.
 """
 
 import argparse
