@@ -5,6 +5,8 @@ line in `DEFINITIONS`.
 """
 
 import copy
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,27 @@ def test_an_unknown_rule_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown mixing_rule") as error:
         make_policy(name, 60, 4, mixing_rule="runing")
     assert str(error.value) == message
+
+
+def test_the_example_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class and a line in the registry are a rule."""
+    page = (Path(__file__).parent.parent / "docs" / "mixing_rules.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(textwrap.dedent(code), "mixing_rules.md", "exec"), names)
+    monkeypatch.setitem(MIXING_RULES, "cautious", names["CautiousRule"])
+    cautious, published = (build("recurrent", r, "native") for r in ("cautious", "published"))
+    for built in (cautious, published):
+        built.neurons.mixing_weight.fill_(0.1)
+        go_back(built, 0)
+    assert (weights_of(cautious) >= weights_of(published)).all()
+    assert (weights_of(cautious) > 0.1).any()
+
+
+def test_the_docs_name_every_rule() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "mixing_rules.md").read_text()
+    named = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert list(dict.fromkeys(named)) == list(MIXING_RULES)
 
 
 def test_the_published_rule_saves_what_it_always_did() -> None:

@@ -130,11 +130,12 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
         run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
-def test_commands_of_the_results(folder: Path) -> None:
-    """The sweeps behind docs/learning.md are valid; that they run is tested above."""
-    text = (ROOT / "docs" / "learning.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("learning.md", 3), ("mixing_rules.md", 2)])
+def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
+    """The sweeps behind these pages are valid; that they run is tested above."""
+    text = (ROOT / "docs" / page).read_text()
     commands = re.findall(r"^\.venv/bin/sgrl (sweep .*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 3
+    assert len(commands) >= least
     for command in commands:
         run([*shlex.split(command), "--dry-run"])
 
