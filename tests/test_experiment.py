@@ -282,7 +282,7 @@ def test_shipped_experiment(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     if path.stem in MIXING_RULE_STUDIES:
-        assert set(experiment.resolved["methods"]) == set(MIXING_RULES)
+        assert set(experiment.resolved["methods"]) == {*MIXING_RULES, "backprop"}
     elif "mnist" not in path.stem:
         assert set(experiment.resolved["methods"]) == set(METHODS)
 
@@ -315,7 +315,9 @@ def test_studies_of_mixing_rules(name):
                 for model in (dict(t.config["model"]) for t in (trial, published))
             )
             assert ours == theirs | {"mixing_rule": rule}
-    assert len(trials[name]) == 3 * len(MIXING_RULES)
+        (control,) = (t for t in trials[name] if (t.method, t.seed) == ("backprop", seed))
+        assert control.config["config"] == published.config["config"]
+    assert len(trials[name]) == 3 * (len(MIXING_RULES) + 1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
