@@ -73,8 +73,8 @@ def without_methods() -> str:
     return yaml.safe_dump(experiment)
 
 
-def test_links_to_code_lead_somewhere() -> None:
-    links = set(re.findall(r"\]\((\.\./[^)#:]+)\)", TEXT))
+def test_its_links_lead_somewhere() -> None:
+    links = set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
     assert len(links) >= 8
     for link in links:
         assert (ROOT / "docs" / link).exists(), link

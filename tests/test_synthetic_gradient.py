@@ -11,7 +11,8 @@ from golden_cases import Case, assert_close, golden_files, load_case
 from torch import Tensor, nn
 
 from sgrl.nn import SyntheticGradient
-from sgrl.nn.mixing import backward_phase, split_parameters
+from sgrl.nn.mixing import Moments, backward_phase, split_parameters
+from sgrl.nn.mixing_rules import MIXING_RULES
 
 
 def routed(attention: Tensor, inputs: Tensor) -> Tensor:
@@ -319,7 +320,8 @@ def test_nothing_happens_without_gradients() -> None:
     assert block.statistics == {}
     # One sample tells nothing about lambda.
     block(x[0]).backward(gradient[0])
-    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    for name, value in block.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-15, atol=0)
 
 
 def test_a_single_neuron_and_a_single_sample() -> None:
@@ -349,7 +351,30 @@ def test_gradients_that_are_not_finite_leave_the_mixing_weights_alone() -> None:
     before = block.mixing_weight.clone()
     gradient[2] = math.inf
     block(x).backward(gradient)
-    assert torch.equal(block.mixing_weight, before)
+    torch.testing.assert_close(block.mixing_weight, before, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("rule", MIXING_RULES)
+def test_any_mixing_rule(rule: str) -> None:
+    """What the rule makes of the moments of the samples' gradients, and of what it remembers."""
+    block = make_block(mixing_rule=rule, mixing_momentum=0.75)
+    weight, memory = block.mixing_weight.clone(), block.mixing_memory.clone()
+    for seed in range(3):
+        x, gradient = make_inputs(batch=(9,), seed=seed)
+        with torch.no_grad():
+            g, s, _ = by_definition(block, x, gradient)
+        block(x).backward(gradient)
+        if block.rule.unit_gradients:
+            g, s = (v / v.norm(dim=-1, keepdim=True) for v in (g, s))
+        u = s - g
+        means = [(a * b).sum(-1).mean(0) for a, b in ((u, u), (g, u))]
+        means += [(a.mean(0) * b.mean(0)).sum(-1) for a, b in ((u, u), (g, u))]
+        weight = block.rule.next_weight(Moments(*means, 9), weight, memory)
+        torch.testing.assert_close(block.mixing_weight, weight)
+        torch.testing.assert_close(block.mixing_memory, memory)
+    restored = make_block(mixing_rule=rule, seed=5)
+    restored.load_state_dict(block.state_dict())
+    assert torch.equal(restored.mixing_memory, block.mixing_memory)
 
 
 def test_phases() -> None:
@@ -460,6 +485,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         ({"context_size": 0}, "context_size must be at least 1, got 0"),
         ({"mixing_weight": 1.5}, "mixing_weight must be between 0 and 1, got 1.5"),
         ({"mixing_momentum": -1}, "mixing_momentum must be between 0 and 1, got -1"),
+        ({"mixing_rule": "runing"}, "unknown mixing_rule 'runing'"),
         ({"predictor_target": "x"}, "predictor_target must be 'mixed' or 'received', got 'x'"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import child_counts
-from sgrl.nn.neuron import Activation, SlotNeurons
+from sgrl.nn.neuron import Activation
 
 #: Lengths below this are taken as this when a vector is divided by its length.
 MIN_LENGTH = 1e-12
@@ -50,7 +50,7 @@ class MixingRule:
         unit_gradients: whether each sample's received gradient and prediction are brought to
             length 1 before the moments are taken.
         memory: names of what the rule remembers, one number per neuron each; the rows of
-            `SlotNeurons.mixing_memory`.
+            the layer's `mixing_memory`.
         adaptive: lambda follows the estimate from each batch; otherwise it stays as it is.
         update_enabled: switch of the adaptive update, for a backward pass that must leave
             lambda alone (the predictor step of the two-phase update).
@@ -83,8 +83,12 @@ class MixingRule:
         """What the estimate's denominator must exceed."""
         return self.eps if self.unit_gradients else 0.0
 
-    def update(self, neurons: SlotNeurons, moments: Moments) -> None:
-        """Move the layer's lambda, after a backward pass that has mixed with the old one."""
+    def update(self, neurons: nn.Module, moments: Moments) -> None:
+        """Move the layer's lambda, after a backward pass that has mixed with the old one.
+
+        `neurons` holds `mixing_weight` and `mixing_memory`, as `SlotNeurons` and
+        `SyntheticGradient` do.
+        """
         precision = moments.mean_u_square.dtype  # not always that of the layer
         memory = neurons.mixing_memory.to(precision, copy=True)
         weight = self.next_weight(moments, neurons.mixing_weight.to(precision), memory)

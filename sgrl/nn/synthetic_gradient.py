@@ -17,14 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.mixing import (
-    MixingRule,
-    check_mixing,
-    length,
-    optimal_mixing_weight,
-    positive_projection,
-    unit,
-)
+from sgrl.nn.mixing import Moments, check_mixing, length, positive_projection, unit
+from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 
 
 class SyntheticGradient(nn.Module):
@@ -49,19 +43,22 @@ class SyntheticGradient(nn.Module):
         neuron_size: N.
         context_size: C, length of the context given to `forward`; None: x is the context.
         mixing_weight: initial lambda, in [0, 1]; 1 is exactly backpropagation.
-        adaptive: whether lambda follows its estimate from each batch (`estimate_from_outputs`).
-        mixing_momentum: momentum of that update.
+        adaptive: whether lambda follows what each batch tells (`output_moments`).
+        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
+        mixing_momentum: weight of the past in that update.
         positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
         predictor_target: gradient the predictor regresses on, "received" or "mixed".
 
     Shapes:
-        predictor_weight [W, N, C], predictor_bias [W, N], mixing_weight [W] (a persistent buffer).
+        predictor_weight [W, N, C], predictor_bias [W, N], mixing_weight [W] and mixing_memory
+        [numbers its rule remembers, W] (buffers; persistent, the second unless empty).
 
     Raises:
         ValueError: a size or setting that is impossible.
     """
 
     mixing_weight: Tensor
+    mixing_memory: Tensor
 
     def __init__(
         self,
@@ -71,6 +68,7 @@ class SyntheticGradient(nn.Module):
         context_size: int | None = None,
         mixing_weight: float = 1.0,
         adaptive: bool = True,
+        mixing_rule: str = "published",
         mixing_momentum: float = 0.9,
         positive_projection: bool = False,
         predictor_target: Literal["received", "mixed"] = "received",
@@ -95,7 +93,7 @@ class SyntheticGradient(nn.Module):
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
         self.context_size = context_size
-        self.rule = MixingRule(
+        self.rule = rule_of_name(mixing_rule)(
             adaptive=adaptive,
             momentum=mixing_momentum,
             positive_projection=positive_projection,
@@ -108,6 +106,8 @@ class SyntheticGradient(nn.Module):
         self.register_buffer(
             "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
+        memory = torch.zeros(len(self.rule.memory), num_neurons, dtype=dtype)
+        self.register_buffer("mixing_memory", memory, persistent=bool(self.rule.memory))
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
         #: neurons and dimensions), and true_grad_norm, mixed_grad_norm, prediction_norm (mean
         #: length, per neuron and sample, of g, of the mixed gradient and of s).
@@ -198,41 +198,31 @@ class SyntheticGradient(nn.Module):
             regression = torch.einsum(f"kwn,{axes}->wnc", residual, context), residual.sum(0)
         self.statistics = {**self.statistics, **measured}
         if rule.updates:
-            previous = self.mixing_weight
-            estimate = estimate_from_outputs(gradient, substitute, previous, rule.eps)
-            previous.lerp_(estimate, 1 - rule.momentum)
+            rule.update(self, output_moments(gradient, substitute, rule.unit_gradients))
         return mixed, *regression
 
 
-def estimate_from_outputs(
-    gradient: Tensor, prediction: Tensor, previous: Tensor, eps: float
-) -> Tensor:
-    """Estimate of lambda* from one batch where a neuron's parameters are out of sight.
+def output_moments(gradient: Tensor, prediction: Tensor, unit_gradients: bool = True) -> Moments:
+    """Moments of one batch where a neuron's parameters are out of sight.
 
-    As `sgrl.nn.mixing.estimate_mixing_weight`, with the gradients of the neuron's output, brought
-    to unit length per sample, in place of those of its parameters. For neurons of one number that
-    leaves their signs.
+    As `sgrl.nn.mixing.batch_moments`, with the gradients of the neuron's output in place of those
+    of its parameters. For neurons of one number unit length leaves their signs.
 
     Args:
         gradient: received gradient g [K, W, N].
         prediction: s [K, W, N].
-        previous: lambda before [W].
-        eps: see `MixingRule`.
-
-    Returns:
-        [W], in [0, 1].
+        unit_gradients: see `MixingRule`.
     """
-    w = unit(gradient)
-    u = unit(prediction) - w
+    if unit_gradients:
+        gradient, prediction = unit(gradient), unit(prediction)
+    w, u = gradient, prediction - gradient
     w_bar, u_bar = w.mean(0), u.mean(0)
-    return optimal_mixing_weight(
+    return Moments(
         mean_u_square=u.square().sum(-1).mean(0),
         mean_wu=(w * u).sum(-1).mean(0),
         square_mean_u=u_bar.square().sum(-1),
         mean_w_mean_u=(w_bar * u_bar).sum(-1),
         num_samples=len(w),
-        previous=previous,
-        eps=eps,
     )
 
 
