@@ -10,9 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(
     help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
@@ -80,6 +83,15 @@ def _one_line_errors(*errors: type[Exception], resume: str | Path | None = None)
         hint = f"; go on with: sgrl resume {resume}" if resume else ""
         typer.echo(f"sgrl: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
+
+
+def _bar() -> Progress:
+    """A progress bar on stderr, where that is a terminal; it is gone once done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 @app.command()
@@ -291,9 +303,6 @@ def render(
     frames: Annotated[int, typer.Option(min=1, help="Pictures in the filmstrip (.png).")] = 6,
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
@@ -303,8 +312,7 @@ def render(
         check_out(out)
         with reading_checkpoint(checkpoint) as folder:
             recorded = record_episode(folder, seed, episode)
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with _bar() as progress:
             task = progress.add_task("drawing", total=None)
             write_episode(
                 recorded,
@@ -351,9 +359,6 @@ def probe(
     ),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.envs.mnist import DataError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
@@ -370,8 +375,7 @@ def probe(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TheoryError(f"{out}: {error.strerror}") from None
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with _bar() as progress:
             task = progress.add_task("probing", total=NUM_SHARDS)
             report = probe_policy(
                 fresh_policy(policy, seed) if fresh else policy,
@@ -416,9 +420,6 @@ def experts(
     ),
 ) -> None:
     """Simulate the expert network: how many samples synthetic gradients save."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
 
     with _one_line_errors(TheoryError):
@@ -429,8 +430,7 @@ def experts(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TheoryError(f"{out}: {error.strerror}") from None
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with _bar() as progress:
             task = progress.add_task("simulating", total=work(cells, trials))
             results = simulate(
                 cells, trials, seed, parallel, lambda states: progress.advance(task, states)
