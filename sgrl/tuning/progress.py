@@ -62,6 +62,11 @@ class Progress:
     def seconds_left(self) -> float:
         return (self.last_iteration - self.iteration) * self.seconds_per_iteration
 
+    def judged_by(self, measure: str) -> Score:
+        """The score, empty where it is of another measure."""
+        same = self.score.measure == measure
+        return self.score if same else Score(measure, math.nan, math.nan)
+
     @property
     def is_over(self) -> bool:
         return self.state in ("completed", "failed")
@@ -89,7 +94,8 @@ def measure_of(progress: Iterable[Progress]) -> str:
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     """Write summary.csv: one row a trial."""
     progress = list(progress)
-    final = f"final_{measure_of(progress)}"
+    measure = measure_of(progress)
+    final = f"final_{measure}"
     rows = [
         {
             "trial": row.trial.name,
@@ -98,8 +104,8 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
             "seed": row.trial.seed,
             "state": row.state,
             "iterations": row.iteration,
-            final: row.score.final,
-            "auc": row.score.auc,
+            final: row.judged_by(measure).final,
+            "auc": row.judged_by(measure).auc,
             "reason": row.reason,
         }
         for row in progress
@@ -248,7 +254,8 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
     table.add_column("method", no_wrap=True, overflow="ellipsis")
-    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure_of(rows)], "time left"]:
+    measure = measure_of(rows)
+    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure], "time left"]:
         table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for row in shown:
         values = [str(row.trial.swept.get(name, "")) for name in swept]
@@ -259,7 +266,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             *values,
             str(row.trial.seed),
             f"{row.iteration}/{row.last_iteration}",
-            number(row.score.final),
+            number(row.judged_by(measure).final),
             time_left,
             style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
         )
