@@ -26,6 +26,7 @@ SMALL = {
     "config.env_runners.num_envs_per_env_runner": "2",
     "config.environment.env_config.episode_length": "6",
 }
+SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
 SMALL_BANDIT = {
     "stop.training_iteration": "2",
     "seeds": "[0]",
@@ -39,18 +40,17 @@ SMALL_BANDIT = {
     "config.evaluation.evaluation_config.num_envs_per_env_runner": "20",
 }
 
-SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
-
 
 def cut_down(arguments: list[str]) -> list[str]:
     if arguments[0] == "resume":
         text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
     small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
-    small = SMALL_SUITE if "popgym" in arguments[1] else small
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
+    if "popgym" in arguments[1]:
+        small = SMALL_SUITE
     return arguments + [word for item in small.items() for word in ("--set", "=".join(item))]
 
 
