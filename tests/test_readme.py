@@ -41,11 +41,15 @@ SMALL_BANDIT = {
 }
 
 
+def is_bandit(config: str) -> bool:
+    return "mnist" in config or "bandit" in config
+
+
 def cut_down(arguments: list[str]) -> list[str]:
     if arguments[0] == "resume":
         text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
-    small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
+    small = SMALL_BANDIT if is_bandit(arguments[1]) else SMALL
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
@@ -109,7 +113,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     """Every shipped experiment runs to its table and figure."""
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
-    measure = "eval_reward" if "mnist" in config else "success_rate"
+    measure = "eval_reward" if is_bandit(config) else "success_rate"
     measure = "episode_return_mean" if "popgym" in config else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
@@ -130,11 +134,12 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
         run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
-def test_commands_of_the_results(folder: Path) -> None:
-    """The sweeps behind docs/learning.md are valid; that they run is tested above."""
-    text = (ROOT / "docs" / "learning.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("learning.md", 3), ("mixing_rules.md", 2)])
+def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
+    """The sweeps behind these pages are valid; that they run is tested above."""
+    text = (ROOT / "docs" / page).read_text()
     commands = re.findall(r"^\.venv/bin/sgrl (sweep .*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 3
+    assert len(commands) >= least
     for command in commands:
         run([*shlex.split(command), "--dry-run"])
 

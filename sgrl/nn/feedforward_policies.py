@@ -85,6 +85,7 @@ class SparseMLPSettings(PolicySettings):
     propagation: Literal["sgprop", "backprop"] = "sgprop"
     mixing_weight: float = 0.9
     adaptive: bool = True
+    mixing_rule: str = "published"
     mixing_momentum: float = 0.9
     predictor_target: Literal["received", "mixed"] = "received"
     backend: str = "auto"

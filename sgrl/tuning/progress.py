@@ -22,6 +22,7 @@ from rich.table import Table
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
 from sgrl.tuning.metrics import MEASURE_NAMES, Score, common_measure, read_metrics, score
+from sgrl.tuning.storage import Store
 from sgrl.tuning.trial import (
     HANG_FILE,
     first_line,
@@ -32,6 +33,7 @@ from sgrl.tuning.trial import (
 )
 
 LOG_FILE = "sweep.log"
+SUMMARY_FILE = "summary.csv"
 
 
 @dataclass
@@ -113,7 +115,7 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     last = ["seed", "state", "iterations", final, "auc", "reason"]
     frame = pd.DataFrame(rows)
     frame = frame[[*frame.columns.drop(last), *last]]
-    write_text(directory / "summary.csv", frame.to_csv(index=False))
+    write_text(directory / SUMMARY_FILE, frame.to_csv(index=False))
 
 
 class SweepView(tune.Callback, tune.Stopper):
@@ -121,12 +123,12 @@ class SweepView(tune.Callback, tune.Stopper):
     is none, one line for every trial that ends. Stops them all once the disk is full.
 
     Args:
-        directory: of the sweep.
+        store: of the sweep.
         trials: all of them by name, those already over included. Kept up to date.
     """
 
-    def __init__(self, directory: Path, trials: dict[str, Progress]) -> None:
-        self.directory = directory
+    def __init__(self, store: Store, trials: dict[str, Progress]) -> None:
+        self.store, self.directory = store, store.folder
         self.trials = trials
         self.disk_full = False
         self.saved: dict[str, int] = {}
@@ -182,6 +184,7 @@ class SweepView(tune.Callback, tune.Stopper):
         if not self._is_disk_full(trial):
             reason = self._reason(trial)
             write_status(self.directory / name, {"state": "failed", "reason": reason})
+            self.store.push(f"{name}/status.json")
             self._end(self.trials[name].trial)
 
     def __call__(self, trial_id: str, result: dict) -> bool:
@@ -217,6 +220,7 @@ class SweepView(tune.Callback, tune.Stopper):
         return first_line(error) if error is not None else f"an error that {LOG_FILE} holds"
 
     def _end(self, trial: Trial) -> None:
+        self.store.pull(f"{trial.name}/metrics.csv", f"{trial.name}/status.json")
         row = self.trials[trial.name] = read_progress(self.directory, trial)
         # Written each time: a sweep that is killed later has its table of what ended before.
         write_summary(self.directory, self.trials.values())
