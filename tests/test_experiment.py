@@ -250,6 +250,31 @@ def test_stock_algorithms_run_gymnasium_environments(load):
     assert build_algorithm_config(experiment.trials[0].config).env == "CartPole-v1"
 
 
+def test_environments_are_swept_like_any_value(load):
+    grid = "config.environment.env={grid: [popgym-BattleshipEasy-v0, CartPole-v1]}"
+    settings = "config.environment.env_config={previous_action: true, episode_length: 9}"
+    trials = load(SMALL, grid, settings, "seeds=[0]", "config.training.lr=1e-3").trials
+    assert len(trials) == 2 * (2 + 2)
+    assert "gru_env=popgym-BattleshipEasy-v0_envs=2_seed=0" in {trial.name for trial in trials}
+    for trial in trials:
+        assert build_algorithm_config(trial.config).env == trial.swept["env"]
+
+
+@pytest.mark.parametrize("algorithm", ["Reinforce", "PPO"])
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("CartPole-v7", "config.environment.env: unknown environment 'CartPole-v7'; did you mean"),
+        ("Blackjack-v1", "env_config: Blackjack-v1: its episodes have no end of their own"),
+        ("phys2d/CartPole-v1", "env_config: phys2d/CartPole-v1: cannot be built"),
+    ],
+)
+def test_environments_that_cannot_be_had(load, algorithm, env, words):
+    with pytest.raises(ExperimentError, match=re.escape(words)) as caught:
+        load(SMALL, f"algorithm={algorithm}", f"config.environment={{env: {env}}}")
+    assert "\n" not in str(caught.value)
+
+
 def test_required_resources(load):
     assert required_resources(load().trials[0]) == {"CPU": 1, "GPU": 0}
     assert required_resources(load(SMALL, "num_threads=2").trials[0]) == {"CPU": 2, "GPU": 0}
@@ -271,6 +296,7 @@ def test_the_experiments_shipped():
         "quickstart",
         "labyrinth_comparison",
         *PUBLISHED,
+        "popgym_suite",
         "mnist_quickstart",
         *PUBLISHED_ON_MNIST,
         *MIXING_RULE_STUDIES,

@@ -12,8 +12,9 @@ from popgym.envs.labyrinth_escape import LabyrinthEscape
 from popgym.envs.labyrinth_explore import LabyrinthExplore
 from popgym.wrappers import Antialias, Flatten, PreviousAction
 
-from sgrl.envs.labyrinth import make_layout, preserved_random_state
+from sgrl.envs.labyrinth import make_layout
 from sgrl.envs.registry import VectorEnv, make_single, make_vector, validate_env_config
+from sgrl.envs.wrappers import preserved_random_state
 
 LABYRINTHS = {"labyrinth_escape": LabyrinthEscape, "labyrinth_explore": LabyrinthExplore}
 PUBLISHED_LENGTH = {"labyrinth_escape": 80, "labyrinth_explore": 40}

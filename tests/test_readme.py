@@ -26,6 +26,7 @@ SMALL = {
     "config.env_runners.num_envs_per_env_runner": "2",
     "config.environment.env_config.episode_length": "6",
 }
+SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
 SMALL_BANDIT = {
     "stop.training_iteration": "2",
     "seeds": "[0]",
@@ -52,6 +53,8 @@ def cut_down(arguments: list[str]) -> list[str]:
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
+    if "popgym" in arguments[1]:
+        small = SMALL_SUITE
     return arguments + [word for item in small.items() for word in ("--set", "=".join(item))]
 
 
@@ -111,6 +114,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
     measure = "eval_reward" if is_bandit(config) else "success_rate"
+    measure = "episode_return_mean" if "popgym" in config else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
     methods = yaml.safe_load((results / "experiment.yaml").read_text())["methods"]

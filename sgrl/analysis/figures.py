@@ -104,8 +104,8 @@ def _is_number(values: pd.Series) -> bool:
 
 
 def learning_curves(results: Results, path: Path) -> Path:
-    """Success rate, or test reward, against environment steps: mean over seeds, with a band of
-    one SEM.
+    """What trials are judged by (success rate, test reward or episode return) against environment
+    steps: mean over seeds, with a band of one SEM.
 
     One panel for each combination of swept values other than learning rates; of several learning
     rates each method shows its best (see `statistics.BEST_RULE`). Failed trials are left out, and a
@@ -133,7 +133,8 @@ def learning_curves(results: Results, path: Path) -> Path:
             _draw(axis, lines, f"{label}, n={lines.shape[1]}", styles[row["method"]])
         axis.set_title(title)
         axis.set_xlabel("environment steps")
-        axis.set_ylim(-0.02, 1.02)
+        if results.measure != "episode_return_mean":
+            axis.set_ylim(-0.02, 1.02)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:

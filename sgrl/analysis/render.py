@@ -29,7 +29,12 @@ from popgym.core.maze import Actions, Cell
 
 from sgrl.analysis.figures import method_styles
 from sgrl.envs.labyrinth import VectorLabyrinth
-from sgrl.envs.registry import evaluation_config, make_vector, validate_env_config
+from sgrl.envs.registry import (
+    ENVIRONMENTS,
+    evaluation_config,
+    make_vector,
+    validate_env_config,
+)
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
@@ -134,9 +139,13 @@ def record_episode(
     Raises:
         CheckpointError: as `open_policy`.
         DataError: the bandit's images cannot be had.
+        RenderError: there is no drawing of its environment.
     """
     policy, environment = open_policy(Path(checkpoint))
     env, place = environment["env"], number % EVALUATION_BATCH
+    if env not in ENVIRONMENTS:
+        drawn = ", ".join(ENVIRONMENTS)
+        raise RenderError(f"{checkpoint}: episodes of {env} are not drawn, only those of {drawn}")
     rollout = evaluation_rollout(policy, environment, seed + number - place)
     batch = rollout.collect()
     steps = int(batch.lengths[place])

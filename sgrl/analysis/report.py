@@ -184,7 +184,8 @@ def _sweep(directory: Path, threshold: float) -> Section:
 def _final_note(results: Results) -> str:
     if results.measure == "eval_reward":
         return "Final: the last evaluation's test reward."
-    return f"Final: the mean success rate over the last {MEASURES['success_rate']} batches."
+    name, count = MEASURE_NAMES[results.measure], MEASURES[results.measure]
+    return f"Final: the mean {name} over the last {count} batches."
 
 
 def _pairs_note(chosen: bool) -> str:

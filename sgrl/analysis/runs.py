@@ -25,6 +25,7 @@ from sgrl.tuning.metrics import (
     INTEGER_COLUMNS,
     MEASURES,
     columns_of,
+    common_measure,
     read_metrics,
     score_of,
 )
@@ -48,12 +49,13 @@ class Results:
         trials: one row a trial, in the experiment's order. Columns: trial, method, one for each
             swept value, seed, state (pending, running, interrupted, completed or failed),
             iterations, planned (iterations when complete), final_success_rate (mean over the last
-            five batches) or, where trials evaluate, final_eval_reward (of the last evaluation),
+            five batches), where trials evaluate final_eval_reward (of the last evaluation), where
+            the environment knows no success final_episode_return_mean (over five batches),
             auc (area under that measure against environment steps, trapezoid, divided by their
             span), env_steps (of the last iteration), seconds (spent training), reason (of a
-            failure). `attrs["swept"]` lists the swept columns, `attrs["measure"]` is
-            "success_rate" or "eval_reward". With several folders, `experiment` is the first of
-            the swept columns and part of the trials' names.
+            failure). `attrs["swept"]` lists the swept columns, `attrs["measure"]` is the key of
+            `MEASURES` they are judged by. With several folders, `experiment` is the first of the
+            swept columns and part of the trials' names.
         curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
             each other in the order of `trials`.
         problems: one line for each trial that is not complete and sound.
@@ -71,7 +73,7 @@ class Results:
 
     @property
     def measure(self) -> str:
-        """What trials are judged by: "success_rate" or "eval_reward"."""
+        """What trials are judged by, a key of `MEASURES`."""
         return self.trials.attrs["measure"]
 
     def curves_of(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -142,7 +144,11 @@ def load_results(*directories: str | Path) -> Results:
         measures.add(measure)
     for row, (_, dropped) in zip(rows, metrics, strict=True):
         problems += _problems(row, dropped)
-    measure = "eval_reward" if "eval_reward" in measures else "success_rate"
+    measure = common_measure(measures)
+    if measure == "episode_return_mean" and "success_rate" in measures:
+        for row, (frame, _) in zip(rows, metrics, strict=True):
+            column = {measure: frame[measure].tolist()} if measure in frame else {}
+            _, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), column)
     first = ["trial", "method", *swept, "seed", "state", "iterations", "planned"]
     trials = pd.DataFrame(rows)[[*first, "final", "auc", "env_steps", "seconds", "reason"]]
     trials = trials.rename(columns={"final": f"final_{measure}"})

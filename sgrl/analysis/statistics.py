@@ -222,8 +222,8 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row a method and swept point, in the order of `trials`: method, the swept columns,
-        trials (completed ones), failed, unfinished, then for final_success_rate (final_eval_reward
-        where trials are judged by that) and auc: the mean under that name, and with _sem, _median,
+        trials (completed ones), failed, unfinished, then for final_success_rate (or another measure
+        that trials are judged by) and auc: the mean under that name, and with _sem, _median,
         _iqm, _iqm_ci_low and _iqm_ci_high.
     """
     final = f"final_{measure_of(trials)}"
@@ -251,7 +251,7 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_of(frame: pd.DataFrame) -> str:
-    """What the trials of a frame are judged by: "success_rate" or "eval_reward"."""
+    """What the trials of a frame are judged by, a key of `MEASURES`."""
     return frame.attrs.get("measure", "success_rate")
 
 

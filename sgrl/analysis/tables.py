@@ -21,8 +21,8 @@ def write_comparison(
     directory: str | Path, console: Console | None = None, shown_as: str | None = None
 ) -> pd.DataFrame:
     """Compare the methods of a sweep: print the table, and write `comparison.csv` and
-    `figures/success_rate.png` (or `figures/eval_reward.png`) into its folder, which the lines
-    printed call `shown_as`.
+    `figures/success_rate.png` (or of another measure) into its folder, which the lines printed
+    call `shown_as`.
 
     Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
     """
@@ -32,11 +32,11 @@ def write_comparison(
     comparison = compare_methods(results.trials)
     comparison.to_csv(directory / "comparison.csv", index=False)
     figure = learning_curves(results, directory / "figures" / f"{results.measure}.png")
-    last = {"success_rate": f"the last {MEASURES['success_rate']} batches"}
+    count = MEASURES[results.measure]
+    last = "the last evaluation" if count == 1 else f"the last {count} batches"
     console.print(
-        f"{MEASURE_NAMES[results.measure].capitalize()} of "
-        f"{last.get(results.measure, 'the last evaluation')}, and AUC: mean ± SEM over completed "
-        "trials"
+        f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC: mean ± SEM over "
+        "completed trials"
     )
     console.print(comparison_table(comparison))
     for problem in results.problems:

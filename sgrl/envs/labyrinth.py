@@ -18,8 +18,7 @@ previous action (4) and the first-step flag (2). The last three blocks come from
 import random
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,36 +32,9 @@ from popgym.envs.labyrinth_explore import LabyrinthExplore
 from popgym.wrappers import Antialias, Flatten, PreviousAction
 
 from sgrl.envs.vector import Observations, StepResult, VectorEnv
+from sgrl.envs.wrappers import IsolateRandomState
 
 # ---------------------------------------------------------------- popgym's own environments
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put the process-wide `random` and `np.random` states back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-class IsolateRandomState(gym.Wrapper):
-    """Keeps popgym's use of the process-wide generators inside the environment.
-
-    popgym reseeds `random` and `np.random` in `reset(seed)` and draws its maze from them. Here
-    both are put back afterwards, and a reset without a seed takes its seed from the
-    environment's own `np_random`, so the episodes follow from the last seed alone.
-    """
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        if seed is None:
-            seed = int(self.np_random.integers(2**32))
-        with preserved_random_state():
-            return self.env.reset(seed=seed, options=options)
 
 
 class SparseReward(gym.Wrapper):

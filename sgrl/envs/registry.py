@@ -1,13 +1,19 @@
-"""Environments by name, as experiment files write them."""
+"""Environments by name, as experiment files write them.
+
+A name is one of `ENVIRONMENTS` or any id of gymnasium, POPGym's among them (see `sgrl.envs.by_id`).
+Of those, "success" is unknown: a policy is judged by the return of its episodes.
+"""
 
 import copy
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
 
+from sgrl.envs import by_id
+from sgrl.envs.by_id import nearest
+from sgrl.envs.cards import GAMES
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
 from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
@@ -17,9 +23,11 @@ __all__ = [
     "ENVIRONMENTS",
     "EnvEntry",
     "VectorEnv",
+    "check_flat",
     "evaluation_config",
     "make_single",
     "make_vector",
+    "observation_size",
     "prepare",
     "validate_env_config",
 ]
@@ -122,17 +130,20 @@ ENVIRONMENTS: dict[str, EnvEntry] = {
 }
 
 
-def _nearest(name: Any, valid: list[str]) -> str:
-    return difflib.get_close_matches(str(name), valid, n=1, cutoff=0)[0]
+#: The seeds of a run of one gymnasium environment are a stretch of their own, as the bandit's are.
+GYMNASIUM_SEED_SPACING = 2**32
 
 
 def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Check an environment's name and settings before anything is built.
 
+    An environment of gymnasium is built once, to see that it can be.
+
     Args:
-        env: a name in `ENVIRONMENTS`.
+        env: a name in `ENVIRONMENTS`, or an id of gymnasium.
         env_config: settings that differ from the entry's defaults; besides them `vectorized`
-            (true; false steps the Python environments one by one).
+            (true; false steps the Python environments one by one). Of a gymnasium environment:
+            `sgrl.envs.by_id.make`'s, `vectorized`, and any keyword the environment itself takes.
 
     Returns:
         The settings with every default filled in, `vectorized` included.
@@ -140,24 +151,26 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: unknown name or key (with the nearest valid one), or an impossible value.
     """
-    if not isinstance(env, str) or env not in ENVIRONMENTS:
-        valid = list(ENVIRONMENTS)
+    if not isinstance(env, str) or (env not in ENVIRONMENTS and not by_id.is_known(env)):
         raise ValueError(
-            f"unknown environment {env!r}, nearest is {_nearest(env, valid)!r} "
-            f"(there are {', '.join(valid)})"
+            f"unknown environment {env!r}, nearest is "
+            f"{nearest(env, [*ENVIRONMENTS, *by_id.known_ids()])!r} (there are "
+            f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
+            "yours registers is written module:Id-v0)"
         )
     if not isinstance(env_config, Mapping | None):
         raise ValueError(f"{env}: env_config must hold keys and values, got {env_config!r}")
+    if env not in ENVIRONMENTS:
+        return _validate_by_id(env, env_config or {})
     entry = ENVIRONMENTS[env]
     config = {**copy.deepcopy(entry.defaults), "vectorized": True}
     for key, value in (env_config or {}).items():
         if key not in config:
             raise ValueError(
-                f"{env}: unknown env_config key {key!r}, nearest is {_nearest(key, list(config))!r}"
+                f"{env}: unknown env_config key {key!r}, nearest is {nearest(key, config)!r}"
             )
         config[key] = value
-    if not isinstance(config["vectorized"], bool):
-        raise ValueError(f"{env}: vectorized must be true or false, got {config['vectorized']!r}")
+    _check_vectorized(env, config)
     try:
         entry.check(config)
     except ValueError as error:
@@ -165,24 +178,59 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     return config
 
 
+def _validate_by_id(env: str, env_config: Mapping[str, Any]) -> dict[str, Any]:
+    config = {**by_id.DEFAULTS, "vectorized": True, **copy.deepcopy(dict(env_config))}
+    _check_vectorized(env, config)
+    settings = {key: value for key, value in config.items() if key != "vectorized"}
+    try:
+        config["episode_length"] = by_id.describe(env, settings).episode_length
+    except ValueError as error:
+        raise ValueError(f"{env}: {error}") from None
+    return config
+
+
+def _check_vectorized(env: str, config: Mapping[str, Any]) -> None:
+    if not isinstance(config["vectorized"], bool):
+        raise ValueError(f"{env}: vectorized must be true or false, got {config['vectorized']!r}")
+
+
+def check_flat(env: str, env_config: Mapping[str, Any]) -> None:
+    """Raise ValueError where settings leave observations as they are; episode batches hold flat
+    ones."""
+    if not env_config.get("flatten", True):
+        raise ValueError(
+            f"{env}: flatten must be true here: episode batches hold flat observations"
+        )
+
+
+def observation_size(env: str, env_config: Mapping[str, Any] | None = None) -> int:
+    """F, the length of an environment's flat observation. Raises as `validate_env_config`."""
+    config = validate_env_config(env, env_config)
+    if env in ENVIRONMENTS:
+        return ENVIRONMENTS[env].vector.observation_size
+    del config["vectorized"]
+    return by_id.describe(env, config).observation_size
+
+
 def evaluation_config(env: str, env_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings under which a policy trained with `env_config` is evaluated."""
-    return {**(env_config or {}), **ENVIRONMENTS[env].evaluation}
+    entry = ENVIRONMENTS.get(env)
+    return {**(env_config or {}), **(entry.evaluation if entry else {})}
 
 
 def prepare(env: str, env_config: Mapping[str, Any] | None, report: Report) -> None:
     """Fetch what an environment needs, once, before many processes build it.
 
     Args:
-        env: a name in `ENVIRONMENTS`.
+        env: a name in `ENVIRONMENTS`, or an id of gymnasium (which needs nothing).
         env_config: its settings.
         report: told of progress; see `sgrl.envs.mnist`.
 
     Raises:
         DataError: it cannot be had.
     """
-    entry = ENVIRONMENTS[env]
-    if entry.prepare is not None:
+    entry = ENVIRONMENTS.get(env)
+    if entry is not None and entry.prepare is not None:
         entry.prepare(validate_env_config(env, env_config), report)
 
 
@@ -190,24 +238,36 @@ def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.En
     """One gymnasium environment with flat observations, its random state kept to itself.
 
     For the labyrinths it is popgym's own, wrapped. Raises ValueError as `validate_env_config`.
+    Actions are as `sgrl.envs.wrappers.PlainActions` has them.
     """
     config = validate_env_config(env, env_config)
     del config["vectorized"]
-    return ENVIRONMENTS[env].single(**config)
+    if env in ENVIRONMENTS:
+        return ENVIRONMENTS[env].single(**config)
+    return by_id.make(env, **config)
 
 
 def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = None) -> VectorEnv:
     """B = num_envs environments behind the `VectorEnv` interface.
 
-    With `vectorized: false` in env_config they are `make_single` environments stepped one by
-    one; the episodes are the same. Raises ValueError as `validate_env_config` and if num_envs
-    is not positive.
+    With `vectorized: false` in env_config, and where there is no vectorised version, they are
+    `make_single` environments stepped one by one; the episodes are the same. Raises ValueError as
+    `validate_env_config` and if num_envs is not positive.
     """
     config = validate_env_config(env, env_config)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    vectorized = config.pop("vectorized")
+    if env not in ENVIRONMENTS:
+        check_flat(env, config)
+        # Laid out for popgym's own settings, not for further ones.
+        if vectorized and env in GAMES and set(config) == set(by_id.DEFAULTS):
+            return GAMES[env](num_envs, config["episode_length"], config["previous_action"])
+        singles = [by_id.make(env, **config) for _ in range(num_envs)]
+        length = config["episode_length"]
+        return PythonVectorEnv(singles, length, GYMNASIUM_SEED_SPACING, has_success=False)
     vector = ENVIRONMENTS[env].vector
-    if config.pop("vectorized"):
+    if vectorized:
         return vector(num_envs, **config)
     singles = [make_single(env, config) for _ in range(num_envs)]
     # Without that setting an environment's episodes have one step.

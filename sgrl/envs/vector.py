@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +23,9 @@ class VectorEnv(ABC):
         num_envs: B.
         episode_length: configured length T; every episode ends within T steps.
         observation_size: F, length of a flat observation.
-        num_actions: number of discrete actions.
+        num_actions: number of discrete actions; of environments with Discrete actions only.
+        has_success: whether "terminated" means that the episode was a success. Where it only means
+            that the episode is over, there is no success rate.
         seed_spacing: distance between the environment seeds of neighbouring run seeds. The
             published labyrinths have 1: run s + 1 starts with all but the first maze of run s.
     """
@@ -31,7 +34,13 @@ class VectorEnv(ABC):
     episode_length: int
     observation_size: int
     num_actions: int
+    has_success: bool = True
     seed_spacing: int = 1
+
+    @property
+    def action_space(self) -> gym.Space:
+        """Of one environment: Discrete and MultiDiscrete from 0, or a Box [D] without bounds."""
+        return gym.spaces.Discrete(self.num_actions)
 
     @abstractmethod
     def reset(self, seeds: Sequence[int]) -> Observations:
@@ -49,16 +58,17 @@ class VectorEnv(ABC):
         """
 
     @abstractmethod
-    def step(self, actions: NDArray[np.int64]) -> StepResult:
+    def step(self, actions: NDArray[Any]) -> StepResult:
         """Advance every unfinished environment by one step.
 
         Args:
-            actions: int64 [B], each in [0, num_actions); ignored where finished.
+            actions: ignored where finished. Discrete: int64 [B], each in [0, num_actions);
+                MultiDiscrete: int64 [B, number of factors]; Box: float32 [B, D].
 
         Returns:
             Observations float32 [B, F], rewards float32 [B], terminated bool [B] (the episode
-            ended by success), truncated bool [B] (it ended by its length). The arrays are new
-            and the caller's to keep.
+            ended, where `has_success` by success), truncated bool [B] (it ended by its length).
+            The arrays are new and the caller's to keep.
         """
 
     def _check_seeds(self, seeds: Sequence[int]) -> None:
@@ -75,18 +85,31 @@ class PythonVectorEnv(VectorEnv):
         envs: B environments of one kind. One that terminates without success says so with
             "success" in its info.
         episode_length: their configured length T.
-        seed_spacing: see `VectorEnv`.
+        seed_spacing, has_success: see `VectorEnv`.
     """
 
-    def __init__(self, envs: Sequence[gym.Env], episode_length: int, seed_spacing: int = 1) -> None:
+    def __init__(
+        self,
+        envs: Sequence[gym.Env],
+        episode_length: int,
+        seed_spacing: int = 1,
+        has_success: bool = True,
+    ) -> None:
         self.envs = list(envs)
         self.seed_spacing = seed_spacing
+        self.has_success = has_success
         self.num_envs = len(self.envs)
         self.episode_length = episode_length
         self.observation_size = self.envs[0].observation_space.shape[0]
-        self.num_actions = int(self.envs[0].action_space.n)
+        self._discrete = isinstance(self.action_space, gym.spaces.Discrete)
+        if self._discrete:
+            self.num_actions = int(self.action_space.n)
         self._observations = np.zeros((self.num_envs, self.observation_size), np.float32)
         self._finished = np.ones(self.num_envs, bool)
+
+    @property
+    def action_space(self) -> gym.Space:
+        return self.envs[0].action_space
 
     def reset(self, seeds: Sequence[int]) -> Observations:
         self._check_seeds(seeds)
@@ -95,14 +118,13 @@ class PythonVectorEnv(VectorEnv):
         self._finished[:] = False
         return self._observations.copy()
 
-    def step(self, actions: NDArray[np.int64]) -> StepResult:
+    def step(self, actions: NDArray[Any]) -> StepResult:
         rewards = np.zeros(self.num_envs, np.float32)
         terminated = np.zeros(self.num_envs, bool)
         truncated = np.zeros(self.num_envs, bool)
         for e in np.flatnonzero(~self._finished):
-            self._observations[e], rewards[e], ended, truncated[e], info = self.envs[e].step(
-                int(actions[e])
-            )
+            action = int(actions[e]) if self._discrete else actions[e]
+            self._observations[e], rewards[e], ended, truncated[e], info = self.envs[e].step(action)
             terminated[e] = ended and info.get("success", True)
             truncated[e] |= ended and not terminated[e]
         self._finished |= terminated | truncated

@@ -54,7 +54,7 @@ class DensePolicy(Policy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return _xavier(core_size, self.num_actions, generator, dtype)
+        return _xavier(core_size, self.num_outputs, generator, dtype)
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -111,7 +111,8 @@ class ActionHead(nn.Module):
 
     logits_a = <h, key_a> / sqrt(H). The prediction of d loss / d logits is
     sum_a softmax(logits)_a (predictor_A[a]^T h + predictor_bias[a]); it is trained, on the
-    received gradient, and not mixed.
+    received gradient, and not mixed. Of actions that are not Discrete, all outputs take the
+    logits' place.
 
     Shapes: keys [A, H], predictor_A [A, H, A], predictor_bias [A, A]; h [..., H] -> [..., A].
     Source: the paper, Section H.3.
@@ -201,7 +202,7 @@ class SparseMLPPolicy(Policy):
     ) -> nn.Module:
         key_std = (self.settings.num_parents * self.settings.neuron_size) ** -0.5
         predictor = self.settings.propagation == "sgprop"
-        return ActionHead(core_size, self.num_actions, key_std, predictor, generator, dtype)
+        return ActionHead(core_size, self.num_outputs, key_std, predictor, generator, dtype)
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -225,7 +226,7 @@ class SparseMLPPolicy(Policy):
             return super().forward(observations, acted=acted)
         # Masked steps are passed over: their logits and values are zeros.
         valid = super().forward(observations[mask].unsqueeze(0))
-        logits = valid.logits.new_zeros(*mask.shape, self.num_actions)
+        logits = valid.logits.new_zeros(*mask.shape, self.num_outputs)
         logits[mask] = valid.logits[0]
         values = valid.values
         if values is not None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
 from sgrl.nn.mixing import mixing_summary, split_parameters
 from sgrl.nn.policy import Policy, PolicySettings
@@ -63,7 +64,7 @@ def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
 def make_policy(
     name: str,
     observation_size: int,
-    num_actions: int,
+    num_actions: int | ActionSpace,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -74,7 +75,7 @@ def make_policy(
     Args:
         name: a key of `POLICIES`.
         observation_size: F.
-        num_actions: A.
+        num_actions: A of Discrete actions, or another kind of `sgrl.nn.actions`.
         seed: of connectivity and initial weights.
         dtype: of the parameters.
         settings: fields of the policy's `Settings`.
@@ -134,13 +135,19 @@ def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
         "format": FORMAT_VERSION,
         "policy": policy.name,
         "observation_size": policy.observation_size,
-        "num_actions": policy.num_actions,
+        "action_space": policy.action_space.description(),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "settings": dataclasses.asdict(policy.settings),
         **extra,
     }
     save_file(state, directory / "policy.safetensors")
     (directory / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _action_space(description: Mapping[str, Any]) -> ActionSpace:
+    if "num_actions" in description:  # written before there were other actions than Discrete
+        return Discrete(description["num_actions"])
+    return action_space_from(description["action_space"])
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -165,7 +172,7 @@ def load_policy(path: str | Path) -> Policy:
         policy = make_policy(
             description["policy"],
             description["observation_size"],
-            description["num_actions"],
+            _action_space(description),
             dtype=getattr(torch, description["dtype"]),
             **description["settings"],
         )

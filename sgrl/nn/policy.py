@@ -13,11 +13,16 @@ from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 from torch import Tensor, nn
 
+from sgrl.nn.actions import ActionSpace, Discrete
+
 State = dict[str, Tensor]
 
 
 class PolicyOutput(NamedTuple):
-    """logits [T, B, A], values [T, B] (None without a value head), state after the last step."""
+    """logits [T, B, A], values [T, B] (None without a value head), state after the last step.
+
+    Of actions that are not Discrete, "logits" are the outputs that `Policy.action_space` reads.
+    """
 
     logits: Tensor
     values: Tensor | None
@@ -62,7 +67,8 @@ class Policy(nn.Module):
 
     Args:
         observation_size: F, length of a flat observation.
-        num_actions: A.
+        num_actions: A, of Discrete actions; other kinds as `sgrl.nn.actions` has them, and A is
+            then their number of outputs.
         settings: an instance of the class's `Settings`.
         generator: source of all initial weights, a CPU generator.
         dtype: floating-point type of the parameters.
@@ -76,19 +82,22 @@ class Policy(nn.Module):
     def __init__(
         self,
         observation_size: int,
-        num_actions: int,
+        num_actions: int | ActionSpace,
         settings: PolicySettings,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        if observation_size < 1 or num_actions < 1:
+        if observation_size < 1 or (not isinstance(num_actions, ActionSpace) and num_actions < 1):
             raise ValueError(
                 "observation_size and num_actions must be at least 1, "
                 f"got {observation_size} and {num_actions}"
             )
         self.observation_size = observation_size
-        self.num_actions = num_actions
+        if not isinstance(num_actions, ActionSpace):
+            num_actions = Discrete(int(num_actions))
+        self.action_space = num_actions
+        self.num_outputs = self.action_space.num_outputs
         self.settings = settings
         self.encoder = self._build_encoder(generator, dtype)
         core_size = self._build_core(generator, dtype)
@@ -96,6 +105,13 @@ class Policy(nn.Module):
         self.value_head = (
             orthogonal_linear(core_size, 1, generator, dtype) if settings.value_head else None
         )
+
+    @property
+    def num_actions(self) -> int:
+        """A, of Discrete actions."""
+        if not isinstance(self.action_space, Discrete):
+            raise TypeError(f"{self.action_space} cannot be counted: see num_outputs")
+        return self.action_space.size
 
     def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
         """Make the module between observations [..., F] and the core; none unless overridden."""

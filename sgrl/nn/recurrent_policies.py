@@ -53,7 +53,7 @@ class EncodedPolicy(Policy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        logits = nn.utils.skip_init(nn.Linear, 128, self.num_actions, dtype=dtype)
+        logits = nn.utils.skip_init(nn.Linear, 128, self.num_outputs, dtype=dtype)
         nn.init.normal_(logits.weight, std=0.01, generator=generator)
         nn.init.zeros_(logits.bias)
         return nn.Sequential(
@@ -259,7 +259,7 @@ class SparseNetPolicy(EncodedPolicy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return SlotActor(core_size, self.num_actions, self.settings.actor_slots, generator, dtype)
+        return SlotActor(core_size, self.num_outputs, self.settings.actor_slots, generator, dtype)
 
     def initial_state(self, batch_size: int) -> State:
         return {"h": self.core.initial_state(batch_size)}

@@ -3,7 +3,7 @@
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
-from sgrl.reinforce.rollout import Rollout
+from sgrl.reinforce.rollout import Rollout, action_space_of
 from sgrl.reinforce.update import NonFiniteLoss, UpdateSettings, make_optimizers, update
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "NonFiniteLoss",
     "Rollout",
     "UpdateSettings",
+    "action_space_of",
     "discounted_returns",
     "make_optimizers",
     "normalize_returns",

@@ -17,11 +17,13 @@ class EpisodeBatch:
     Attributes:
         observations: float32 [T, B, F]. After an episode's end its terminal observation is
             repeated while others run; zeros once all are done.
-        actions: int64 [T, B]; after an episode's end without effect: sampled from the policy while
-            others run, zeros once all are done.
+        actions: int64 [T, B], of actions in parts [T, B, number of parts] (float32 if real
+            numbers, as sampled: the environment clips them); after an episode's end without
+            effect: sampled from the policy while others run, zeros once all are done.
         rewards: float32 [T, B], 0 at padded steps.
         mask: bool [T, B], True at the steps of the episode.
-        success: bool [B], whether the episode terminated (rather than ran out of time).
+        success: bool [B], whether the episode terminated (rather than ran out of time); float32,
+            all NaN, where the environment knows no success.
         lengths: int64 [B], steps of each episode.
         acted: what the policy kept while it acted, for `Policy.forward`; one update uses it up.
 
@@ -51,7 +53,7 @@ class EpisodeBatch:
         return EpisodeBatch(**values, acted=self.acted)
 
     def statistics(self) -> dict[str, float]:
-        """success_rate, episode_return_mean (undiscounted) and episode_length_mean."""
+        """success_rate (perhaps NaN), episode_return_mean (undiscounted), episode_length_mean."""
         return {
             "success_rate": self.success.double().mean().item(),
             "episode_return_mean": self.rewards.double().sum(0).mean().item(),

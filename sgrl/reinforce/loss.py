@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgrl.nn.actions import ActionSpace, Discrete
+
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma R_{t+1} within each episode; 0 at padded steps.
@@ -49,20 +51,25 @@ class LossTerms(NamedTuple):
 
 
 def reinforce_loss(
-    logits: Tensor, actions: Tensor, returns: Tensor, mask: Tensor, entropy_coeff: float
+    logits: Tensor,
+    actions: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    entropy_coeff: float,
+    space: ActionSpace | None = None,
 ) -> LossTerms:
     """-masked mean(log pi(a) * return) - entropy_coeff * masked mean(entropy of pi).
 
     Args:
         logits: [T, B, A].
-        actions: int64 [T, B].
+        actions: [T, B], or [T, B, number of parts].
         returns: [T, B].
         mask: bool [T, B].
         entropy_coeff: weight of the entropy bonus.
+        space: what the logits say of the actions; Discrete if None.
     """
-    log_probs = logits.log_softmax(dim=-1)
-    chosen = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    space = Discrete(logits.shape[-1]) if space is None else space
+    chosen, entropies = space.log_prob_and_entropy(logits, actions)
     count = mask.sum().clamp(min=1)
     policy_loss = -torch.where(mask, chosen * returns, 0.0).sum() / count
     entropy = torch.where(mask, entropies, 0.0).sum() / count

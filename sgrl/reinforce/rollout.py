@@ -6,10 +6,13 @@ padded to the configured episode length.
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sgrl.envs.registry import VectorEnv
+from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
 from sgrl.nn.policy import Policy
 from sgrl.reinforce.batch import EpisodeBatch
 
@@ -17,6 +20,28 @@ from sgrl.reinforce.batch import EpisodeBatch
 #: in [0, 2**32), and a run's seed below `MAX_SEED` leaves it a thousand million of them.
 EVALUATION_SEED_OFFSET = 2**31
 MAX_SEED = 2**30
+
+
+def action_space_of(space: gym.Space) -> ActionSpace:
+    """The kind of actions that a space holds, for `make_policy`.
+
+    Args:
+        space: as `VectorEnv.action_space` has it.
+
+    Raises:
+        ValueError: it is none of those.
+    """
+    match space:
+        case gym.spaces.Discrete() if space.start == 0:
+            return Discrete(int(space.n))
+        case gym.spaces.MultiDiscrete() if space.nvec.ndim == 1 and not space.start.any():
+            return MultiDiscrete(tuple(space.nvec.tolist()))
+        case gym.spaces.Box() if len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
+            return Box(space.shape[0])
+    raise ValueError(
+        f"action space {space} is not supported: it must be Discrete or MultiDiscrete, counted "
+        "from 0, or a Box of real numbers, on one axis (sgrl.envs.registry.make_single sees to it)"
+    )
 
 
 class Rollout:
@@ -45,6 +70,7 @@ class Rollout:
         keep: bool = False,
     ) -> None:
         self.env = env
+        self.action_space = action_space_of(env.action_space)
         self.policy = policy
         self.seed = seed
         self.first_env = first_env
@@ -61,16 +87,15 @@ class Rollout:
         env, policy = self.env, self.policy
         length, num_envs = env.episode_length, env.num_envs
         parameter = next(policy.parameters())
-        # argmax(logits - log(exponential noise)) is a sample of the policy (the Gumbel trick);
-        # the noise of a whole batch is drawn at once.
-        noise = torch.empty(length, num_envs, policy.num_actions)
-        noise = noise.exponential_(generator=self.generator).log_().to(parameter)
+        space = self.action_space
+        # The noise of a whole batch is drawn at once.
+        noise = space.noise(length, num_envs, generator=self.generator).to(parameter)
 
         observations = np.zeros((length, num_envs, env.observation_size), np.float32)
-        actions = np.zeros((length, num_envs), np.int64)
+        actions = torch.zeros(length, num_envs, *space.shape, dtype=space.dtype).numpy()
         rewards = np.zeros((length, num_envs), np.float32)
         mask = np.zeros((length, num_envs), bool)
-        success = np.zeros(num_envs, bool)
+        success: NDArray[Any] = np.zeros(num_envs, bool)
         running = np.ones(num_envs, bool)
         current = env.reset(self._reset_seeds())
         acting = policy.acting(length, num_envs, self.keep)
@@ -78,7 +103,7 @@ class Rollout:
             for t, noise_now in enumerate(noise.unbind()):
                 observations[t] = current
                 logits = acting.step(torch.from_numpy(current).to(parameter))
-                actions[t] = (logits - noise_now).argmax(-1).numpy(force=True)
+                actions[t] = space.sample(logits, noise_now).numpy(force=True)
                 current, rewards[t], terminated, truncated = env.step(actions[t])
                 mask[t] = running
                 success |= terminated
@@ -86,6 +111,8 @@ class Rollout:
                 if not running.any():
                     break
         self.batches += 1
+        if not env.has_success:
+            success = np.full(num_envs, np.nan, np.float32)
         arrays = (observations, actions, rewards, mask, success, mask.sum(0))
         batch = EpisodeBatch(*map(torch.from_numpy, arrays)).to(parameter.device)
         batch.acted = acting if self.keep else None

@@ -91,7 +91,12 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
         returns = normalize_returns(returns, batch.mask)
     logits = policy(batch.observations.to(dtype), mask=batch.mask, acted=batch.acted).logits
     terms = reinforce_loss(
-        logits, batch.actions, returns.to(dtype), batch.mask, settings.entropy_coeff
+        logits,
+        batch.actions,
+        returns.to(dtype),
+        batch.mask,
+        settings.entropy_coeff,
+        policy.action_space,
     )
     if not torch.isfinite(terms.loss):
         raise NonFiniteLoss(f"the loss is {terms.loss.item()}; try a smaller learning rate")

@@ -36,7 +36,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.util.debug import log_once
 
-from sgrl.envs.registry import validate_env_config
+from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.policies import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
@@ -207,7 +207,7 @@ class ReinforceConfig(AlgorithmConfig):
                 "every batch needs all environments: leave restart_failed_env_runners and "
                 "ignore_env_runner_failures off, and restart from a checkpoint instead"
             )
-        validate_env_config(self.env, self.env_config)
+        check_flat(self.env, validate_env_config(self.env, self.env_config))
         if self._rl_module_spec is None:
             policy = policy_arguments(self.model_config)["name"]
             if self.two_phase and not POLICIES[policy].two_phase:

@@ -15,11 +15,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
+from sgrl.nn.actions import MultiDiscrete
 from sgrl.nn.policies import Policy, make_policy, policy_settings
+from sgrl.reinforce.rollout import action_space_of
 
 # Keys of a model_config that RLlib itself adds or reads; all others are the policy's.
 RLLIB_KEYS = {"max_seq_len", "vf_share_layers"}
@@ -35,8 +38,8 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
     algorithms is cut into, default 20, RLlib's own default).
 
     Observations are a Box of any shape (put RLlib's FlattenObservations connector before it for
-    other spaces); actions are Discrete. The state is a dict of arrays, empty for policies without
-    memory.
+    other spaces); actions are Discrete, MultiDiscrete or a Box on one axis. The state is a dict of
+    arrays, empty for policies without memory.
     """
 
     policy: Policy
@@ -52,12 +55,15 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
                 f"observation space {self.observation_space} is no Box: add RLlib's "
                 "FlattenObservations connector to env_to_module_connector"
             )
-        if not isinstance(self.action_space, gym.spaces.Discrete):
-            raise ValueError(f"action space {self.action_space} is not supported: use Discrete")
+        actions = action_space_of(self.action_space)
+        if isinstance(actions, MultiDiscrete):  # the one that RLlib does not find by itself
+            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(
+                space=self.action_space, input_lens=list(actions.sizes)
+            )
         self.model_config.setdefault("max_seq_len", 20)
         self.policy = make_policy(
             observation_size=int(np.prod(self.observation_space.shape)),
-            num_actions=int(self.action_space.n),
+            num_actions=actions,
             **policy_arguments(self.model_config),
         )
 

@@ -4,6 +4,7 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -73,7 +74,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         """Make the environments, `config.num_envs_per_env_runner` of them."""
         self.env = self._make_vector(evaluating=self.config.in_evaluation)
         observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
-        spaces = (observations, gym.spaces.Discrete(self.env.num_actions))
+        spaces = (observations, self.env.action_space)
         self.spaces = {
             DEFAULT_MODULE_ID: spaces,
             INPUT_ENV_SPACES: spaces,
@@ -155,7 +156,8 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             (EPISODE_RETURN_MEAN, statistics["episode_return_mean"]),
             (EPISODE_LEN_MEAN, statistics["episode_length_mean"]),
         ):
-            self.metrics.log_value(name, value, reduce="mean")
+            if not math.isnan(value):
+                self.metrics.log_value(name, value, reduce="mean")
         self.metrics.log_value(NUM_EPISODES, len(sampled.lengths), reduce="sum")
         steps = sampled.env_steps()
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")

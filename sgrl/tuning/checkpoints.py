@@ -8,6 +8,7 @@ edited or lost a file is never loaded.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -165,7 +166,8 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
     `2**31 + seed + i`; the bandit shows test images and flips no reward. Actions are sampled as in
     training.
 
-    Returns episodes, success_rate, episode_return_mean, episode_length_mean (steps).
+    Returns episodes, success_rate (unless the environment knows no success), episode_return_mean,
+    episode_length_mean (steps).
 
     Raises CheckpointError as `open_policy`, and ValueError for fewer than one episode.
     """
@@ -180,12 +182,13 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
         successes.append(batch.success.float())
         returns.append((batch.rewards * batch.mask).sum(0))
         lengths.append(batch.lengths.float())
-    return {
+    found = {
         "episodes": episodes,
         "success_rate": torch.cat(successes).mean().item(),
         "episode_return_mean": torch.cat(returns).mean().item(),
         "episode_length_mean": torch.cat(lengths).mean().item(),
     }
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def evaluation_rollout(
@@ -196,9 +199,15 @@ def evaluation_rollout(
     Args:
         policy, environment: from `open_policy`.
         seed: of the first environment, to which `EVALUATION_SEED_OFFSET` is added.
+
+    Raises CheckpointError where the environment cannot be had here.
     """
     settings = evaluation_config(environment["env"], environment["env_config"])
-    vector = make_vector(environment["env"], episodes, settings)
+    try:
+        vector = make_vector(environment["env"], episodes, settings)
+    except ValueError as error:
+        # An environment of gymnasium may not be installed here.
+        raise CheckpointError(str(error)) from None
     return Rollout(vector, policy, seed=EVALUATION_SEED_OFFSET + seed)
 
 

@@ -673,7 +673,7 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
     """
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-    from sgrl.rllib import PolicyModule
+    from sgrl.rllib import PolicyModule, register_environment
 
     algorithm, seed = trial_config["algorithm"], trial_config["seed"]
     config = algorithm_class(algorithm).get_default_config()
@@ -684,6 +684,7 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
     if algorithm == "Reinforce":
         config.rl_module(model_config=dict(trial_config["model"]))
     else:
+        register_environment(config.env)
         config.rl_module(
             rl_module_spec=RLModuleSpec(module_class=PolicyModule),
             model_config={"value_head": True, "seed": seed, **trial_config["model"]},
@@ -728,7 +729,7 @@ def _check_point(algorithm: str, point: dict[str, Any]) -> None:
     _check_sections(config_class, point["config"])
     for path, bounds in BOUNDS.items():
         _check_bounds(path, point, *bounds)
-    _check_environment(algorithm, point["config"])
+    _check_environment(point["config"])
     _check_observations(point)
     trial_config = {"algorithm": algorithm, "seed": 0, "num_threads": 1, **point}
     try:
@@ -801,40 +802,36 @@ def _check_bounds(
         raise _Problem(path, f"must be {least}{most}, got {tree}")
 
 
-def _check_environment(algorithm: str, sections: dict[str, Any]) -> None:
-    import gymnasium
-
+def _check_environment(sections: dict[str, Any]) -> None:
+    from sgrl.envs.by_id import is_known, known_ids
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
 
     section = sections.get("environment", {})
     key = "config.environment.env"
     if section.get("env") is None:
-        raise _Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}")
+        ids = "or an id of gymnasium, as in CartPole-v1 or popgym-RepeatPreviousEasy-v0"
+        raise _Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}, {ids}")
     env = section["env"]
-    # Stock algorithms also run gymnasium's own environments.
-    others = [] if algorithm == "Reinforce" else list(gymnasium.registry)
-    _check_known(key, "environment", env, [*ENVIRONMENTS, *others])
-    if env in ENVIRONMENTS:
-        try:
-            validate_env_config(env, section.get("env_config") or {})
-        except ValueError as error:
-            raise _Problem("config.environment.env_config", _one_line(error)) from None
+    if not is_known(env):
+        _check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
+    try:
+        validate_env_config(env, section.get("env_config") or {})
+    except ValueError as error:
+        raise _Problem("config.environment.env_config", _one_line(error)) from None
 
 
 def _check_observations(point: dict[str, Any]) -> None:
     """Whether the policy can read what the environment shows."""
-    from sgrl.envs.registry import ENVIRONMENTS
+    from sgrl.envs.registry import observation_size
     from sgrl.nn.policies import policy_settings
     from sgrl.rllib.module import policy_arguments
 
-    entry = ENVIRONMENTS.get(point["config"]["environment"]["env"])
-    if entry is None:
-        return
+    section = point["config"]["environment"]
     arguments = policy_arguments(point["model"])
     settings = {key: arguments[key] for key in arguments if key not in ("name", "seed", "dtype")}
     try:
         policy_settings(arguments["name"], settings).check_observations(
-            entry.vector.observation_size
+            observation_size(section["env"], section.get("env_config"))
         )
     except ValueError as error:
         raise _Problem("model", _one_line(error)) from None

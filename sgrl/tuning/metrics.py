@@ -8,7 +8,7 @@ trial continues from, so it holds no gap and no duplicate whatever was killed.
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +36,13 @@ COLUMNS = (
 )
 INTEGER_COLUMNS = ("iteration", "env_steps")
 #: What a trial is judged by, the first one it reports: the mean of its last so many values.
-MEASURES = {"eval_reward": 1, "success_rate": 5}
+MEASURES = {"eval_reward": 1, "success_rate": 5, "episode_return_mean": 5}
 #: The measures in words.
-MEASURE_NAMES = {"eval_reward": "test reward", "success_rate": "success rate"}
+MEASURE_NAMES = {
+    "eval_reward": "test reward",
+    "success_rate": "success rate",
+    "episode_return_mean": "episode return",
+}
 
 Row = dict[str, float]
 
@@ -140,7 +144,8 @@ def _layer_order(column: str) -> tuple[int, int]:
 
 
 class Score(NamedTuple):
-    """How well a trial does: by which measure, its final value and the area under its curve."""
+    """How well a trial does: by which measure (empty where it reports none), its final value and
+    the area under its curve."""
 
     measure: str
     final: float
@@ -154,9 +159,10 @@ def score(rows: Sequence[Row]) -> Score:
 
 
 def score_of(env_steps: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:
-    """Judge a trial by its test reward if it evaluates, else by its success rate.
+    """Judge a trial by its test reward if it evaluates, else by its success rate, or where its
+    environment knows no success by its episodes' mean return.
 
-    final: the last test reward, or the mean success rate over the last five batches. auc: the
+    final: the last test reward, or the mean of the other two over the last five batches. auc: the
     area under the measure against environment steps (trapezoid), divided by their span; a single
     row counts as its own. Both NaN where no row reports the measure.
     """
@@ -170,7 +176,15 @@ def score_of(env_steps: Sequence[float], columns: Mapping[str, Sequence[float]])
         if points:
             last = [value for _, value in points[-count:]]
             return Score(measure, sum(last) / len(last), _area_under(points))
-    return Score("success_rate", math.nan, math.nan)
+    return Score("", math.nan, math.nan)
+
+
+def common_measure(measures: Iterable[str]) -> str:
+    """What trials are compared by that are judged one by one by these (see `Score`): the test
+    reward if one evaluates; the episode return, which all report, if one knows no success."""
+    found = set(measures)
+    order = ("eval_reward", "episode_return_mean")
+    return next((measure for measure in order if measure in found), "success_rate")
 
 
 def _area_under(points: Sequence[tuple[float, float]]) -> float:

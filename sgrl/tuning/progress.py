@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
-from sgrl.tuning.metrics import MEASURE_NAMES, Score, read_metrics, score
+from sgrl.tuning.metrics import MEASURE_NAMES, Score, common_measure, read_metrics, score
 from sgrl.tuning.storage import Store
 from sgrl.tuning.trial import (
     HANG_FILE,
@@ -64,6 +64,11 @@ class Progress:
     def seconds_left(self) -> float:
         return (self.last_iteration - self.iteration) * self.seconds_per_iteration
 
+    def judged_by(self, measure: str) -> Score:
+        """The score, empty where it is of another measure."""
+        same = self.score.measure == measure
+        return self.score if same else Score(measure, math.nan, math.nan)
+
     @property
     def is_over(self) -> bool:
         return self.state in ("completed", "failed")
@@ -85,14 +90,14 @@ def read_progress(directory: Path, trial: Trial) -> Progress:
 
 def measure_of(progress: Iterable[Progress]) -> str:
     """What a sweep's trials are judged by: the test reward if one evaluates."""
-    measures = {row.score.measure for row in progress}
-    return "eval_reward" if "eval_reward" in measures else "success_rate"
+    return common_measure(row.score.measure for row in progress)
 
 
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     """Write summary.csv: one row a trial."""
     progress = list(progress)
-    final = f"final_{measure_of(progress)}"
+    measure = measure_of(progress)
+    final = f"final_{measure}"
     rows = [
         {
             "trial": row.trial.name,
@@ -101,8 +106,8 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
             "seed": row.trial.seed,
             "state": row.state,
             "iterations": row.iteration,
-            final: row.score.final,
-            "auc": row.score.auc,
+            final: row.judged_by(measure).final,
+            "auc": row.judged_by(measure).auc,
             "reason": row.reason,
         }
         for row in progress
@@ -253,7 +258,8 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
     table.add_column("method", no_wrap=True, overflow="ellipsis")
-    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure_of(rows)], "time left"]:
+    measure = measure_of(rows)
+    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure], "time left"]:
         table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for row in shown:
         values = [str(row.trial.swept.get(name, "")) for name in swept]
@@ -264,7 +270,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             *values,
             str(row.trial.seed),
             f"{row.iteration}/{row.last_iteration}",
-            number(row.score.final),
+            number(row.judged_by(measure).final),
             time_left,
             style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
         )

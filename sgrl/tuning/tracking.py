@@ -29,7 +29,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import hparams
 
-from sgrl.envs.labyrinth import preserved_random_state
+from sgrl.envs.wrappers import preserved_random_state
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.metrics import MEASURES, Row
 from sgrl.tuning.storage import is_address

@@ -1,0 +1,161 @@
+"""Any environment that gymnasium knows by an id; POPGym's are registered here.
+
+Ids are gymnasium's, as in `popgym-RepeatPreviousEasy-v0` or `CartPole-v1`; of a module that
+registers its environments when imported, `module:Id-v0`. Observations are flattened to a Box [F]
+(Discrete and MultiDiscrete one-hot, the parts of a Tuple or Dict one after the other).
+
+Source of POPGym: Morad et al., "POPGym", ICLR 2023.
+"""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import popgym.envs
+from popgym.core.env import POPGymEnv
+
+from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
+
+#: Ids of POPGym's environments, every family and difficulty.
+POPGYM_IDS: tuple[str, ...] = tuple(entry["id"] for entry in popgym.envs.ALL.values())
+
+#: The env_config keys that are ours; all others are handed to the environment's constructor.
+DEFAULTS: dict[str, Any] = {"episode_length": None, "previous_action": False, "flatten": True}
+
+
+class Description(NamedTuple):
+    """What an environment turns out to be once built.
+
+    Attributes:
+        observation_size: F of the flattened observation.
+        episode_length: T.
+    """
+
+    observation_size: int
+    episode_length: int
+
+
+def known_ids() -> list[str]:
+    """All ids that gymnasium knows now."""
+    return list(gym.registry)
+
+
+def nearest(name: Any, valid: Iterable[str]) -> str:
+    """The name among the valid ones that is closest in spelling."""
+    lowered = {other.lower(): other for other in valid}
+    return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)[0]]
+
+
+def is_known(env: Any) -> bool:
+    """Whether gymnasium has an environment of that id; imports the module of `module:Id-v0`."""
+    if not isinstance(env, str):
+        return False
+    module, _, name = env.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return False
+    return name in gym.registry
+
+
+def make(
+    env: str,
+    episode_length: int | None = None,
+    previous_action: bool = False,
+    flatten: bool = True,
+    **kwargs: Any,
+) -> gym.Env:
+    """Build one environment, its random state kept to itself, its actions plain.
+
+    Args:
+        env: an id that `is_known`.
+        episode_length: T, after which episodes are truncated; None leaves it to the environment.
+        previous_action: whether observations end with the previous action (one-hot), as POPGym's
+            wrapper of that name has it.
+        flatten: whether observations are flattened to a Box [F].
+        kwargs: of the environment itself.
+
+    Raises:
+        ValueError: in one line, where it cannot be built or its spaces are not supported.
+    """
+    if kwargs and env in POPGYM_IDS and "Easy" not in env:
+        # popgym's medium and hard classes are fixed, and some swallow whatever they are given.
+        key = next(iter(kwargs))
+        raise ValueError(f"unknown env_config key {key!r}, nearest is {nearest(key, DEFAULTS)!r}")
+    try:
+        made = gym.make(env, max_episode_steps=episode_length, disable_env_checker=True, **kwargs)
+    except gym.error.DependencyNotInstalled as error:
+        raise ValueError(f"a package is missing: {_one_line(error)}") from None
+    except Exception as error:
+        # Whatever a constructor that is not ours raises; a keyword it does not take above all.
+        line = _one_line(error).partition(" was raised from the environment creator")[0]
+        raise ValueError(f"cannot be built: {type(error).__name__}: {line}") from None
+    if previous_action:
+        made = PreviousAction(made)
+    if flatten:
+        try:
+            made = gym.wrappers.FlattenObservation(made)
+        except (NotImplementedError, ValueError, TypeError):
+            space = made.observation_space
+            raise ValueError(f"the observation space {space} cannot be flattened") from None
+        if not isinstance(made.observation_space, gym.spaces.Box):
+            raise ValueError(f"the observation space {made.observation_space} has no fixed size")
+    return IsolateRandomState(PlainActions(made))
+
+
+_descriptions: dict[tuple[str, str], Description] = {}
+
+
+def describe(env: str, config: Mapping[str, Any]) -> Description:
+    """Build the environment once and look.
+
+    Args:
+        env: an id that `is_known`.
+        config: arguments of `make`.
+
+    Raises:
+        ValueError: in one line; as `make`, for an impossible setting, or where nothing says how
+            long an episode is.
+    """
+    key = env, repr(sorted(config.items()))
+    if key not in _descriptions:
+        _check(config)
+        made = make(env, **config)
+        length = config["episode_length"] or _own_length(made)
+        if length is None:
+            raise ValueError("its episodes have no end of their own: give episode_length, in steps")
+        space = made.observation_space
+        size = gym.spaces.flatdim(space)
+        made.close()
+        _descriptions[key] = Description(size, length)
+    return _descriptions[key]
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    length = config["episode_length"]
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(f"episode_length must be a whole number of at least 1, got {length!r}")
+    for name in ("previous_action", "flatten"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name} must be true or false, got {config[name]!r}")
+
+
+def _own_length(env: gym.Env) -> int | None:
+    """Steps after which the environment ends its episodes by itself, where it says so."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return env.spec.max_episode_steps
+    plain: Any = env.unwrapped
+    if not isinstance(plain, POPGymEnv):
+        return None
+    # Concentration and HigherLower have names of their own for it.
+    for name in ("max_episode_length", "episode_length"):
+        if hasattr(plain, name):
+            return getattr(plain, name)
+    return plain.deck_size - 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,114 @@
+"""Wrappers around gymnasium environments: random state, actions, previous action."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from popgym.wrappers import PreviousAction as POPGymPreviousAction
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the process-wide `random` and `np.random` states back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def seed_of_32_bits(seed: int) -> int:
+    """The seed itself below 2**32, others hashed: `np.random` and mazelib take no larger ones."""
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+class IsolateRandomState(gym.Wrapper):
+    """Keeps an environment's use of the process-wide generators inside it.
+
+    popgym reseeds `random` and `np.random` in `reset(seed)` and draws its maze from them. Here
+    both are put back afterwards, and a reset without a seed takes its seed from the
+    environment's own `np_random`, so the episodes follow from the last seed alone.
+    """
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is None:
+            seed = int(self.np_random.integers(2**32))
+        with preserved_random_state():
+            return self.env.reset(seed=seed_of_32_bits(seed), options=options)
+
+
+class PreviousAction(gym.Wrapper):
+    """Appends the previous action to the observation, as popgym's wrapper of this name does.
+
+    That one takes popgym's environments only; its rules, which serve any, are used here. Before
+    the first step the action is 0, or the space's lowest where 0 is none.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._inner_space = env.observation_space
+        self._null_action = POPGymPreviousAction.get_null_action(env.action_space)
+        self.observation_space = POPGymPreviousAction.add_act_space_to_obs_space(
+            env.observation_space, env.action_space
+        )
+
+    def _append(self, observation: Any, action: Any) -> Any:
+        return POPGymPreviousAction.add_act_to_obs(self._inner_space, observation, action)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._append(observation, self._null_action), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._append(observation, action), reward, terminated, truncated, info
+
+
+class PlainActions(gym.ActionWrapper):
+    """Actions as policies give them: Discrete or MultiDiscrete counted from 0, or a Box without
+    bounds; MultiDiscrete and Box on one axis.
+
+    MultiBinary becomes MultiDiscrete. What a Box without bounds gives is clipped to the bounds of
+    the environment's own. RLlib rescales actions of a bounded Box only, so the actions of its
+    algorithms mean the same as ours.
+
+    Raises ValueError for another action space.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        space = self._space = env.action_space
+        match space:
+            case gym.spaces.Discrete():
+                self.action_space = gym.spaces.Discrete(int(space.n))
+            case gym.spaces.MultiDiscrete():
+                self.action_space = gym.spaces.MultiDiscrete(space.nvec.ravel())
+            case gym.spaces.MultiBinary():
+                self.action_space = gym.spaces.MultiDiscrete([2] * int(np.prod(space.shape)))
+            case gym.spaces.Box() if np.issubdtype(space.dtype, np.floating):
+                size = (int(np.prod(space.shape)),)
+                self.action_space = gym.spaces.Box(-np.inf, np.inf, size, np.float32)
+            case _:
+                raise ValueError(
+                    f"the action space {space} is not supported: it must be Discrete, "
+                    "MultiDiscrete, MultiBinary or a Box of real numbers"
+                )
+
+    def action(self, action: Any) -> Any:
+        space = self._space
+        if isinstance(space, gym.spaces.Discrete):
+            return int(action) + int(space.start)
+        action = np.reshape(action, space.shape)
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            action = action + space.start
+        elif isinstance(space, gym.spaces.Box):
+            action = np.clip(action, space.low, space.high)
+        return action.astype(space.dtype)
