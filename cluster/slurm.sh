@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a sweep on every node of a SLURM allocation, or resumes it; slurm_cpu.sbatch and
-# slurm_gpu.sbatch start it with: CONFIG RESULTS NAME (RESULTS: seen by all nodes).
+# slurm_gpu.sbatch start it with: CONFIG RESULTS NAME (RESULTS: a folder that all nodes see, or s3://...).
 set -euo pipefail
 config=${1:?CONFIG is missing} results=${2:?RESULTS is missing} name=${3:?NAME is missing}
 export PATH=$SLURM_SUBMIT_DIR/.venv/bin:$PATH # sgrl, where `make quickstart` installed it

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(
     help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
@@ -30,7 +33,10 @@ app.add_typer(data, name="data")
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="Experiment file, as in tune_configs/.")
 ]
-Results = Annotated[Path, typer.Option(help="Folder that holds the experiments' folders.")]
+Results = Annotated[
+    str,
+    typer.Option(help="Folder that holds the experiments' folders, or as in s3://bucket/results."),
+]
 Name = Annotated[str | None, typer.Option(help="Folder under results; the experiment's name.")]
 Set = Annotated[
     list[str] | None,
@@ -39,7 +45,7 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to join: auto or HOST:PORT; without, one of this machine."),
+    typer.Option(help="Ray cluster: auto or HOST:PORT to join it, ray://HOST:PORT from outside."),
 ]
 Track = Annotated[
     str | None,
@@ -51,9 +57,9 @@ Add = Annotated[
     typer.Option("--add", metavar="KEY=VALUES", help="As in seeds=6..11; repeatable."),
 ]
 Plan = Annotated[bool, typer.Option("--dry-run", help="Check, and list what would run.")]
-Experiment = Annotated[Path, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
+Experiment = Annotated[str, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
 Checkpoint = Annotated[
-    Path,
+    str,
     typer.Argument(metavar="CHECKPOINT", help="As in results/NAME/TRIAL/checkpoints/000025."),
 ]
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
@@ -67,7 +73,7 @@ DataDir = Annotated[
 
 
 @contextmanager
-def _one_line_errors(*errors: type[Exception], resume: Path | None = None) -> Iterator[None]:
+def _one_line_errors(*errors: type[Exception], resume: str | Path | None = None) -> Iterator[None]:
     try:
         yield
     except errors as error:
@@ -79,10 +85,19 @@ def _one_line_errors(*errors: type[Exception], resume: Path | None = None) -> It
         raise typer.Exit(130) from None
 
 
+def _bar() -> Progress:
+    """A progress bar on stderr, where that is a terminal; it is gone once done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
 @app.command()
 def sweep(
     config: Config,
-    results: Results = Path("results"),
+    results: Results = "results",
     name: Name = None,
     set_: Set = None,
     track: Track = None,
@@ -100,14 +115,21 @@ def sweep(
             typer.echo(f"  {trial.name}")
         return
 
+    if client := _client_address(address):
+        words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
+        words += [word for setting in set_ or [] for word in ("--set", setting)]
+        words += ["--track", track] if track else []
+        _run_on_cluster(client, words, results, {"experiment.yaml": config.read_text("utf-8")})
     _join(address)
+    from sgrl.tuning.storage import StorageError, join
     from sgrl.tuning.sweep import SweepError, run_sweep
     from sgrl.tuning.tracking import TrackingError
 
-    errors = (ExperimentError, SweepError, TrackingError)
-    with _one_line_errors(*errors, resume=results / experiment.name):
-        directory = run_sweep(experiment, results)
-    _compare(directory)
+    location = join(results, experiment.name)
+    errors = (ExperimentError, SweepError, TrackingError, StorageError)
+    with _one_line_errors(*errors, resume=location):
+        run_sweep(experiment, results)
+    _compare(location)
 
 
 @app.command()
@@ -124,12 +146,20 @@ def resume(
     --add takes seeds, and values of any key that the experiment sweeps, as in
     config.training.lr=[1e-4,2e-4].
     """
+    if client := _client_address(address):
+        words = ["resume", directory, *(["--dry-run"] if dry_run else [])]
+        words += ["--iterations", str(iterations)] if iterations else []
+        words += [word for addition in add or [] for word in ("--add", addition)]
+        words += ["--track", track] if track else []
+        _run_on_cluster(client, words, directory)
     _join(address)
     from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.storage import StorageError
     from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
     from sgrl.tuning.tracking import TrackingError
 
-    with _one_line_errors(ExperimentError, SweepError, TrackingError, resume=directory):
+    errors = (ExperimentError, SweepError, TrackingError, StorageError)
+    with _one_line_errors(*errors, resume=directory):
         if dry_run:
             trials, todo = resume_plan(directory, iterations, add or [])
             typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
@@ -140,21 +170,41 @@ def resume(
     _compare(directory)
 
 
+def _client_address(address: str | None) -> str | None:
+    """The cluster's, where this machine is no part of it."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    return address if address.startswith("ray://") else None
+
+
+def _run_on_cluster(
+    address: str, words: list[str], results: str, files: dict[str, str] | None = None
+) -> NoReturn:
+    """Run the command there, and end as it does."""
+    from sgrl.tuning.client import ClientError, run_on_cluster
+
+    with _one_line_errors(ClientError):
+        raise typer.Exit(run_on_cluster(address, words, results, files))
+
+
 def _join(address: str | None) -> None:
     """Name the cluster as Ray expects it; RAY_ADDRESS does the same."""
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
 
 
-def _compare(directory: Path) -> None:
+def _compare(location: str | Path) -> None:
     """The table and the figure at a sweep's end; exit status 1 where a trial failed."""
     from sgrl.analysis.runs import ResultsError
     from sgrl.analysis.tables import write_comparison
+    from sgrl.tuning.storage import open_store
     from sgrl.tuning.sweep import failed_trials
 
     with _one_line_errors(ResultsError, OSError):
-        write_comparison(directory)
-    if failed_trials(directory):
+        store = open_store(location, "driver")
+        write_comparison(store.folder, shown_as=str(store))
+        figures = store.folder.glob("figures/*.png")
+        store.push("comparison.csv", *(f"figures/{path.name}" for path in figures))
+    if failed_trials(store.folder):
         raise typer.Exit(1)
 
 
@@ -164,16 +214,17 @@ def status(directory: Experiment) -> None:
     from rich.console import Console
 
     from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.storage import StorageError
     from sgrl.tuning.sweep import SweepError, status_table
 
-    with _one_line_errors(ExperimentError, SweepError):
+    with _one_line_errors(ExperimentError, SweepError, StorageError):
         Console().print(status_table(directory))
 
 
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="As in results/quickstart.")
+        list[str], typer.Argument(metavar="DIR...", help="As in results/quickstart.")
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; DIR/report.html.")] = None,
     format: Annotated[str, typer.Option(help="html, markdown or latex.")] = "html",
@@ -184,10 +235,16 @@ def report(
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
     from sgrl.analysis.runs import ResultsError
+    from sgrl.tuning.storage import StorageError, is_address, reading
 
-    with _one_line_errors(ResultsError):
+    with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
+        if out is None and any(map(is_address, directories)):
+            raise ResultsError("say with --out where on this machine the report goes")
+        if format != "html" and any(map(is_address, directories)):
+            raise ResultsError(f"a report in {format} refers to figures in the results: use html")
+        folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(
-            directories, out, format, threshold, lambda title: typer.echo(f"read: {title}")
+            folders, out, format, threshold, lambda title: typer.echo(f"read: {title}")
         )
     typer.echo(f"written: {path}")
 
@@ -202,9 +259,14 @@ def compare(
     from sgrl.analysis.report import compare as compare_results
     from sgrl.analysis.runs import ResultsError
     from sgrl.analysis.tables import print_table
+    from sgrl.tuning.storage import StorageError, reading
 
-    with _one_line_errors(ResultsError):
-        frame, tables = compare_results(first, second)
+    with (
+        _one_line_errors(ResultsError, StorageError),
+        reading(first) as one,
+        reading(second) as other,
+    ):
+        frame, tables = compare_results(one, other)
         for title, note, table in tables:
             print_table(title, note, table)
         if out is not None:
@@ -221,9 +283,11 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
+    from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError):
-        for key, value in evaluate_checkpoint(checkpoint, episodes, seed).items():
+    errors = (CheckpointError, DataError, StorageError)
+    with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
+        for key, value in evaluate_checkpoint(folder, episodes, seed).items():
             typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
 
 
@@ -239,18 +303,16 @@ def render(
     frames: Annotated[int, typer.Option(min=1, help="Pictures in the filmstrip (.png).")] = 6,
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
+    from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, RenderError):
+    with _one_line_errors(CheckpointError, DataError, RenderError, StorageError):
         check_out(out)
-        recorded = record_episode(checkpoint, seed, episode)
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with reading_checkpoint(checkpoint) as folder:
+            recorded = record_episode(folder, seed, episode)
+        with _bar() as progress:
             task = progress.add_task("drawing", total=None)
             write_episode(
                 recorded,
@@ -297,25 +359,23 @@ def probe(
     ),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.envs.mnist import DataError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
     from sgrl.theory.tasks import TheoryError
     from sgrl.tuning.checkpoints import CheckpointError, open_policy
+    from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, TheoryError):
-        policy, environment = open_policy(checkpoint)
+    with _one_line_errors(CheckpointError, DataError, TheoryError, StorageError):
+        with reading_checkpoint(checkpoint) as folder:
+            policy, environment = open_policy(folder)
         env, env_config = environment["env"], environment["env_config"]
         check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TheoryError(f"{out}: {error.strerror}") from None
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with _bar() as progress:
             task = progress.add_task("probing", total=NUM_SHARDS)
             report = probe_policy(
                 fresh_policy(policy, seed) if fresh else policy,
@@ -360,9 +420,6 @@ def experts(
     ),
 ) -> None:
     """Simulate the expert network: how many samples synthetic gradients save."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
 
     with _one_line_errors(TheoryError):
@@ -373,8 +430,7 @@ def experts(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TheoryError(f"{out}: {error.strerror}") from None
-        errors = Console(stderr=True)
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with _bar() as progress:
             task = progress.add_task("simulating", total=work(cells, trials))
             results = simulate(
                 cells, trials, seed, parallel, lambda states: progress.advance(task, states)

@@ -7,18 +7,22 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from network_hosts import network_hosts
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
 from sgrl.tuning import sweep
 from sgrl.tuning.metrics import count_rows, read_metrics
+from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import failed_trials, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import TrialRunner
 
@@ -31,10 +35,14 @@ CHAOS_METHODS = {
 }
 
 
-def victims():
-    """Processes of trials at work below this one, and of their environment runners, by kind."""
+def own_processes():
+    return psutil.Process().children(recursive=True)
+
+
+def victims(processes):
+    """Processes of trials at work among these, and of their environment runners, by kind."""
     found = {"trial": [], "worker": []}
-    for process in psutil.Process().children(recursive=True):
+    for process in processes:
         with contextlib.suppress(psutil.Error):
             title = process.cmdline()[0]
             if title.startswith("ray::EpisodeRunner"):
@@ -47,18 +55,19 @@ def victims():
 
 
 class Killer:
-    """Kills a process of a random kind every so many seconds."""
+    """Kills a process of a random kind, among those it is told of, every so many seconds."""
 
-    def __init__(self, seed, seconds):
+    def __init__(self, seed, seconds, processes=own_processes):
         self.random = random.Random(seed)
         self.seconds = seconds
+        self.processes = processes
         self.killed = []
 
     def wait(self):
         time.sleep(self.random.uniform(*self.seconds))
 
     def strike(self):
-        kinds = {kind: found for kind, found in victims().items() if found}
+        kinds = {kind: found for kind, found in victims(self.processes()).items() if found}
         if kinds:
             kind = self.random.choice(sorted(kinds))
             victim = self.random.choice(sorted(kinds[kind], key=lambda process: process.pid))
@@ -108,7 +117,11 @@ def kill_driver(folder, directory, config, seconds, further):
     """Start or go on with a sweep in a process of its own, and kill that after `seconds`, from
     its start or, if it is to get `further`, from its first iteration beyond what was done."""
     done = rows(directory)
-    start = ["resume", directory] if is_sweep(directory) else ["sweep", config, "--results", folder]
+    start = (
+        ["resume", directory]
+        if is_sweep(Store(directory))
+        else ["sweep", config, "--results", folder]
+    )
     driver = subprocess.Popen(
         [*SGRL, *map(str, start)],
         # Ray must not find the one of these tests.
@@ -233,48 +246,180 @@ def report():
     print("", "Report", *(f"- {line}" for line in lines), sep="\n")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The large sweep as it is without anybody killing, on this machine alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    experiment = large_experiment(folder / "small.yaml", 8, 500)
+    assert len(experiment.trials) == 24
+    command = [*SGRL, "sweep", str(folder / "small.yaml"), "--results", str(folder)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+    subprocess.run(command, env=environment, check=True)
+    return folder / "small"
+
+
+def sweep_under_attack(driver, killer, rows, lose_node, gain_node):
+    """Until the driver ends kill trials and workers, and once, after a fifth, a node."""
+    lost, enough = False, 0
+    while driver.poll() is None:
+        killer.wait()
+        # Nodes come and go from the main thread only.
+        if not lost and rows() > 24 * 500 / 5:
+            lose_node()
+            lost = True
+            killer.killed.append("node")
+            killer.wait()
+            gain_node()
+        # Not before there is something new to lose: a slow machine would only start trials.
+        if rows() >= enough:
+            killer.strike()
+            enough = rows() + 200
+    assert driver.returncode == 0
+    counts = {kind: killer.killed.count(kind) for kind in ("trial", "worker", "node")}
+    assert counts["node"] == 1
+    assert min(counts.values()) > 0
+    return counts
+
+
 @pytest.mark.slow
-def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path, report):
+def test_a_sweep_on_a_cluster_under_a_random_killer(tmp_path, undisturbed, report):
     from ray.cluster_utils import Cluster
 
     config = tmp_path / "small.yaml"
-    assert len(large_experiment(config, 8, 500).trials) == 24
+    large_experiment(config, 8, 500)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    command = [*SGRL, "sweep", str(config), "--results", str(tmp_path), "--name"]
-    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    command = [*SGRL, "sweep", str(config), "--results", str(tmp_path)]
     try:
         begin = time.monotonic()
-        subprocess.run([*command, "whole"], env=environment, check=True, timeout=1800)
-        undisturbed = time.monotonic() - begin
-        killer, directory = Killer(seed=1, seconds=(4, 10)), tmp_path / "killed"
-        driver = subprocess.Popen([*command, "killed"], env=environment)
-        begin, enough = time.monotonic(), 0
-        while driver.poll() is None:
-            killer.wait()
-            # Nodes come and go from the main thread only.
-            if nodes and rows(directory) > 24 * 500 / 5:
-                cluster.remove_node(nodes.pop(0), allow_graceful=False)
-                nodes = []
-                killer.killed.append("node")
-                killer.wait()
-                cluster.add_node(num_cpus=2)
-            # Not before there is something new to lose: a slow machine would only start trials.
-            if rows(directory) >= enough:
-                killer.strike()
-                enough = rows(directory) + 200
-        disturbed = time.monotonic() - begin
-        assert driver.returncode == 0
+        driver = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": cluster.address})
+        counts = sweep_under_attack(
+            driver,
+            Killer(seed=1, seconds=(4, 10)),
+            lambda: rows(tmp_path / "small"),
+            lambda: cluster.remove_node(nodes[0], allow_graceful=False),
+            lambda: cluster.add_node(num_cpus=2),
+        )
+        seconds = time.monotonic() - begin
     finally:
         cluster.shutdown()
-    assert killer.killed.count("node") == 1
-    assert {"trial", "worker"} <= set(killer.killed)
-    assert_undisturbed(directory, tmp_path / "whole")
-    counts = {kind: killer.killed.count(kind) for kind in ("trial", "worker", "node")}
+    assert_undisturbed(tmp_path / "small", undisturbed)
     report.append(
-        f"24 trials on three nodes, killed {counts}: all complete and equal, "
-        f"{disturbed:.0f} s (undisturbed {undisturbed:.0f} s)"
+        f"24 trials on three nodes, killed {counts}: all complete and equal, {seconds:.0f} s"
     )
+
+
+class Bucket:
+    """An S3 server on a host."""
+
+    def __init__(self, host, folder):
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://{host.address}:5000",
+            "AWS_ACCESS_KEY_ID": "a key",
+            "AWS_SECRET_ACCESS_KEY": "a secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        log = (folder / "s3.log").open("w")
+        host.popen(sys.executable, "-m", "moto.server", "-H", host.address, stdout=log, stderr=log)
+        make = "import fsspec; fsspec.filesystem('s3').mkdir('bucket')"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                host.run(sys.executable, "-c", make, env=os.environ | self.environment)
+                return
+            except subprocess.CalledProcessError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_hosts_under_a_random_killer(tmp_path, undisturbed, report):
+    """Three hosts that share nothing but a bucket, and a token."""
+    config = tmp_path / "small.yaml"
+    large_experiment(config, 8, 500)
+    with network_hosts(3) as hosts:
+        bucket = Bucket(hosts[0], tmp_path)
+        address = f"{hosts[0].address}:6379"
+        common = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        common |= bucket.environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        common |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+        def start_ray(i):
+            role = ["--head", "--port=6379", "--include-dashboard=false"]
+            words = role if i == 0 else [f"--address={address}"]
+            hosts[i].popen(
+                *(str(Path(sys.executable).with_name("ray")), "start", "--block", *words),
+                *(f"--node-ip-address={hosts[i].address}", "--num-cpus=2"),
+                f"--temp-dir=/tmp/sgrl-chaos-{os.getpid()}",
+                env=common | {"SGRL_MIRROR_DIR": str(tmp_path / f"mirror{i}")},
+                stdout=(tmp_path / f"ray{i}.log").open("a"),
+                stderr=subprocess.STDOUT,
+            )
+
+        start_ray(0)
+        wait_for_nodes(hosts[0], address, common, 1)
+        start_ray(1)
+        start_ray(2)
+        wait_for_nodes(hosts[0], address, common, 3)
+        begin = time.monotonic()
+        driver = hosts[0].popen(
+            *(*SGRL, "sweep", str(config), "--results", "s3://bucket/results"),
+            env=common | {"RAY_ADDRESS": address, "SGRL_MIRROR_DIR": str(tmp_path / "driver")},
+        )
+
+        def seen():
+            """Rows in the mirrors, of which those of trials that ended are the driver's alone."""
+            counts = {}
+            for path in tmp_path.glob("*/*/small/*/metrics.csv"):
+                name = path.parent.name
+                counts[name] = max(count_rows(path), counts.get(name, 0))
+            return sum(counts.values())
+
+        def processes():
+            for process in (process for host in hosts for process in host.processes()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    yield psutil.Process(process)
+
+        counts = sweep_under_attack(
+            driver,
+            Killer(seed=3, seconds=(4, 10), processes=processes),
+            seen,
+            hosts[2].kill_all,
+            lambda: start_ray(2),
+        )
+        seconds = time.monotonic() - begin
+        copy = (
+            "import shutil\nfrom sgrl.tuning.storage import reading\n"
+            "with reading('s3://bucket/results/small') as folder:\n"
+            f"    shutil.copytree(folder, {str(tmp_path / 'small')!r})"
+        )
+        hosts[0].run(sys.executable, "-c", copy, env=common)
+    shutil.rmtree(f"/tmp/sgrl-chaos-{os.getpid()}", ignore_errors=True)
+    assert_undisturbed(tmp_path / "small", undisturbed)
+    report.append(
+        f"24 trials on three hosts with results in a bucket, killed {counts}: all complete and "
+        f"equal, {seconds:.0f} s"
+    )
+
+
+def wait_for_nodes(host, address, environment, count):
+    look = (
+        "import sys, ray; ray.init(log_to_driver=False, logging_level='ERROR'); "
+        f"sys.exit(sum(node['Alive'] for node in ray.nodes()) < {count})"
+    )
+    deadline = time.monotonic() + 180
+    while True:
+        done = subprocess.run(
+            host.command(sys.executable, "-c", look),
+            env=environment | {"RAY_ADDRESS": address},
+            check=False,
+            capture_output=True,
+            timeout=120,
+        )
+        if done.returncode == 0:
+            return
+        assert time.monotonic() < deadline, done.stderr.decode()[-2000:]
+        time.sleep(1)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import yaml
 from network_hosts import Host, network_hosts
 
 from sgrl.tuning.experiment import load_experiment
-from sgrl.tuning.metrics import COLUMNS
+from sgrl.tuning.metrics import COLUMNS, count_rows
 from sgrl.tuning.sweep import run_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -103,19 +103,20 @@ def test_files_hold_no_names_and_no_secrets(path: Path) -> None:
 # Plain `ray start` lines
 
 
-def test_ray_start_lines_of_the_readme(tmp_path: Path) -> None:
-    """They make one cluster of two hosts, which turns away who lacks the token."""
+def test_lines_of_the_readme(tmp_path: Path, ray_session: None) -> None:
+    """They make one cluster of two hosts, which turns away who lacks the token; a third one runs
+    a sweep on it, stops that by Ctrl-C and resumes it."""
     text = (CLUSTER / "README.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     # One home for both hosts is as good as a copied token. Files apart from those of other Rays.
     environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{environment['PATH']}"}
     folder = f"/tmp/sgrl-lines-{os.getpid()}"
     few = f" --num-cpus=1 --object-store-memory=100000000 --temp-dir={folder}"
-    with network_hosts(2) as hosts:
+    with network_hosts(3) as hosts:
         head = f"{hosts[0].address}:6379"
-        for host, block in zip(hosts, blocks, strict=True):
+        for host, block in zip(hosts[:2], blocks[:2], strict=True):
             lines = block.replace("HEAD", hosts[0].address).splitlines()
             check_ray_start(lines[-1])
             lines[-1] += few
@@ -131,6 +132,40 @@ def test_ray_start_lines_of_the_readme(tmp_path: Path) -> None:
         listening = [line.split()[3] for line in hosts[0].run("ss", "-ltnH").stdout.splitlines()]
         dashboards = [address for address in listening if address.endswith(":8265")]
         assert all(address == "127.0.0.1:8265" for address in dashboards)
+
+        results = tmp_path / "results"
+        config = write_experiment(
+            tmp_path / "quickstart.yaml",
+            methods={"gru": EXPERIMENT["methods"]["gru"]},
+            stop={"training_iteration": 1000},
+        )
+        lines = blocks[2].replace("HEAD", hosts[0].address).replace("/shared/results", str(results))
+        token, *commands = lines.replace("tune_configs/quickstart.yaml", str(config)).splitlines()
+
+        def start(command: str) -> subprocess.Popen:
+            command = command.replace("quickstart ", "small ")  # the experiment's name
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            return hosts[2].popen(
+                "bash", "-euc", f"{token}; exec {command}", env=environment, **pipes
+            )
+
+        def rows() -> int:
+            return count_rows(results / "small/gru_seed=0/metrics.csv")
+
+        sweep = start(commands[0])
+        wait_until(lambda: rows() >= 100 or sweep.poll() is not None)
+        sweep.send_signal(signal.SIGINT)
+        out, error = sweep.communicate()
+        assert sweep.returncode == 130, out + error
+        assert f"sgrl: interrupted; go on with: sgrl resume {results}/small" in out
+        assert 100 <= rows() < 1000
+        resume = start(commands[1])
+        out, error = resume.communicate()
+        assert resume.returncode == 0, out + error
+        assert "[1/1] gru_seed=0 completed at iteration 1000" in out
+        assert f"written: {results}/small/comparison.csv" in out
+    undisturbed = metrics(run_sweep(load_experiment(config), tmp_path / "undisturbed"))
+    assert metrics(results / "small") == undisturbed
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,8 +10,11 @@ import psutil
 import pytest
 import ray
 import yaml
+from typer.testing import CliRunner
 
+from sgrl.cli import app
 from sgrl.tuning import sweep
+from sgrl.tuning.storage import Mirror, Store
 
 EXPERIMENT = {
     "name": "small",
@@ -74,32 +77,32 @@ def test_no_cluster_at_the_address(experiment, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-def test_a_client_of_a_cluster_is_told_where_to_go(experiment, tmp_path):
-    command = [*SWEEP, str(experiment), "--results", str(tmp_path), "--address", "ray://h:10001"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "sgrl: a sweep runs on a machine of the cluster: start it there, with --address auto in "
-        "place of ray://h:10001"
-    ]
-    assert not (tmp_path / "small").exists()
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ("results", "results would be a folder on another machine: give one from the root, as in"),
+        ("/results", "no sweep on the Ray cluster at ray://127.0.0.1:1: ConnectionRefusedError"),
+    ],
+)
+def test_a_client_that_cannot(results, reason, experiment, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    arguments = ["sweep", str(experiment), "--results", results, "--address", "ray://127.0.0.1:1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert line.startswith(f"sgrl: {reason}")
 
 
 def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
     (tmp_path / sweep.EXPERIMENT_FILE).write_text("name: small")
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
-    sweep._check_visible(tmp_path)
-    monkeypatch.setattr(sweep, "_reads", lambda path: None)
+    sweep._check_visible(Store(tmp_path))
+    monkeypatch.setattr(sweep, "_look", lambda location: (None, ""))
     with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
-        sweep._check_visible(tmp_path)
-
-
-def test_results_go_to_a_folder(experiment, tmp_path):
-    command = [*SWEEP, str(experiment), "--results", "s3://bucket/results"]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 2
-    assert "is no folder: results go to one that all machines see" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+        sweep._check_visible(Store(tmp_path))
+    # What is only in this process's memory is nowhere else.
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / sweep.EXPERIMENT_FILE).write_text("name: small")
+    with pytest.raises(sweep.SweepError, match=r"memory://small cannot be read on .*: other mach"):
+        sweep._check_visible(Mirror("memory://small", tmp_path / "mirror"))

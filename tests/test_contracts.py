@@ -17,8 +17,8 @@ import torch
 
 from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector
-from sgrl.nn.policies import POLICIES, load_policy, save_policy
-from sgrl.reinforce import Rollout
+from sgrl.nn.policies import POLICIES, load_policy, make_policy, save_policy
+from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
 from sgrl.tuning.experiment import build_algorithm_config
 
 # RLlib makes its vector of environments under one id, again and again.
@@ -136,6 +136,36 @@ def test_every_policy_trains_on_every_kind_of_action(
     assert all(np.isfinite(value).all() for value in after.values())
     actor = [name for name in after if ".actor." in name and "predictor" not in name]
     assert any((after[name] != before[name]).any() for name in actor)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_plain_loop_gives_the_numbers_of_the_algorithm(
+    space: str, algorithms: list[Any]
+) -> None:
+    algorithm = build("gru", space, "Reinforce")
+    algorithms.append(algorithm)
+    env = make_vector(f"sgrl-contract/{space}-v0", 2, {"episode_length": EPISODE_LENGTH})
+    settings = {key: SMALL[key] for key in ("feature_size", "embedding_size", "hidden_size")}
+    actions = action_space_of(env.action_space)
+    policy = make_policy("gru", env.observation_size, actions, seed=0, **settings)
+    for row in train(policy, env, 2, lr=1e-3, seed=0):
+        reported = algorithm.train()["sgrl"]
+        for name in ("env_steps", "episode_return_mean", "policy_loss", "entropy", "grad_norm"):
+            assert reported[name] == row[name]
+
+
+@pytest.mark.parametrize(("space", "best"), [("discrete", 2), ("multi_discrete", 3), ("box", 4)])
+def test_reinforce_learns_every_kind_of_action(space: str, best: float) -> None:
+    """To more than half of what the best actions earn on average, from nothing."""
+    env = make_vector(f"sgrl-contract/{space}-v0", 20, {"episode_length": EPISODE_LENGTH})
+    actions = action_space_of(env.action_space)
+    policy = make_policy("mlp", env.observation_size, actions, hidden_size=16)
+    settings = UpdateSettings(gamma=0.0)
+    returns = [
+        row["episode_return_mean"] for row in train(policy, env, 60, lr=1e-3, settings=settings)
+    ]
+    assert abs(returns[0]) < 0.25 * best
+    assert np.mean(returns[-5:]) > 0.6 * best
 
 
 def check_restored(

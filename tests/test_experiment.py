@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sgrl.nn.kernels import resolve_backend
-from sgrl.nn.policies import POLICIES
+from sgrl.nn.mixing_rules import MIXING_RULES
+from sgrl.nn.policies import POLICIES, policy_settings
 from sgrl.tuning.experiment import (
     ExperimentError,
     build_algorithm_config,
@@ -20,6 +21,11 @@ from sgrl.tuning.experiment import (
 CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
 METHODS = ["gru", "lstm", "sparsenet_backprop", "sparsenet_sgprop", "mlp"]
 PUBLISHED = ["labyrinth_escape", "labyrinth_explore"]
+#: Each repeats a method of another experiment, under every mixing rule.
+MIXING_RULE_STUDIES = {
+    "mixing_rules_escape": ("labyrinth_comparison", "sparsenet_sgprop"),
+    "mixing_rules_bandit": ("mnist_bandit", "sparse_sgprop"),
+}
 
 SMALL = """
 name: small
@@ -294,6 +300,7 @@ def test_the_experiments_shipped():
         "mnist_quickstart",
         *PUBLISHED_ON_MNIST,
         "ppo_memory",
+        *MIXING_RULE_STUDIES,
     }
 
 
@@ -301,7 +308,9 @@ def test_the_experiments_shipped():
 def test_shipped_experiment(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
-    if "mnist" not in path.stem:
+    if path.stem in MIXING_RULE_STUDIES:
+        assert set(experiment.resolved["methods"]) == {*MIXING_RULES, "backprop"}
+    elif "mnist" not in path.stem:
         assert set(experiment.resolved["methods"]) == set(METHODS)
 
 
@@ -311,6 +320,31 @@ def test_every_key_is_commented(path):
     for line in path.read_text().splitlines():
         if not re.match(r"\s*(#|$)", line):
             assert re.search(r": .*\S  *# \S|: +# \S", line), line
+
+
+@pytest.mark.parametrize("name", MIXING_RULE_STUDIES)
+def test_studies_of_mixing_rules(name):
+    """The rule is all that differs from the published comparison."""
+    of, method = MIXING_RULE_STUDIES[name]
+    trials = {
+        stem: load_experiment(next(path for path in CONFIGS if path.stem == stem)).trials
+        for stem in (name, of)
+    }
+    for seed in range(3):
+        (published,) = (t for t in trials[of] if (t.method, t.seed) == (method, seed))
+        for rule in MIXING_RULES:
+            (trial,) = (t for t in trials[name] if (t.method, t.seed) == (rule, seed))
+            assert trial.config["model"]["mixing_rule"] == rule
+            for key in ("algorithm", "config", "stop", "num_threads"):
+                assert trial.config[key] == published.config[key]
+            ours, theirs = (
+                dataclasses.asdict(policy_settings(model.pop("policy"), model))
+                for model in (dict(t.config["model"]) for t in (trial, published))
+            )
+            assert ours == theirs | {"mixing_rule": rule}
+        (control,) = (t for t in trials[name] if (t.method, t.seed) == ("backprop", seed))
+        assert control.config["config"] == published.config["config"]
+    assert len(trials[name]) == 3 * (len(MIXING_RULES) + 1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -25,6 +25,7 @@ from sgrl.tuning.checkpoints import (
 from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.metrics import score
 from sgrl.tuning.progress import SweepView, read_progress
+from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
 
@@ -172,7 +173,7 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
 
 def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     trial = load_experiment(finished / "experiment.yaml").trials[0]
-    view = SweepView(finished, {trial.name: read_progress(finished, trial)})
+    view = SweepView(Store(finished), {trial.name: read_progress(finished, trial)})
     metadata = SimpleNamespace(num_failures=0)
     tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
     result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}
@@ -198,13 +199,13 @@ def test_a_sweep_that_ended_before_it_had_begun_starts_again(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     experiment = make_experiment(tmp_path / "small.yaml")
-    monkeypatch.setattr(sweep, "_run", lambda directory, *more: directory)
+    monkeypatch.setattr(sweep, "_run", lambda store, *more: store.folder)
     with monkeypatch.context() as full:
         full.setattr(sweep, "write_text", no_space)
         with pytest.raises(SweepError, match=r"no space left .*: make some, then start the sweep"):
             run_sweep(experiment, tmp_path)
     assert run_sweep(experiment, tmp_path) == tmp_path / "small"
-    assert is_sweep(tmp_path / "small")
+    assert is_sweep(Store(tmp_path / "small"))
 
 
 #: Kilobytes of the disk: room for some of the first checkpoints, for some trials, for all.

@@ -8,6 +8,7 @@ import pytest
 from sgrl.tuning.metrics import (
     COLUMNS,
     append_row,
+    common_measure,
     count_rows,
     metrics_row,
     read_metrics,
@@ -103,6 +104,17 @@ def test_trials_that_evaluate_are_judged_by_that():
         for i, value in enumerate([0.1, math.nan, 0.3])
     ]
     assert score(rows) == ("eval_reward", 0.3, pytest.approx(0.2))
+
+
+def test_without_success_trials_are_judged_by_their_return():
+    rows = [
+        {"env_steps": 10 * i, "success_rate": math.nan, "episode_return_mean": value}
+        for i, value in enumerate([-9.0, 1.0, 1.0, 2.0, -1.0, 3.0])
+    ]
+    assert score(rows) == ("episode_return_mean", 1.2, pytest.approx(0.0, abs=1e-12))
+    assert common_measure([]) == common_measure(["", "success_rate"]) == "success_rate"
+    assert common_measure(["success_rate", "episode_return_mean"]) == "episode_return_mean"
+    assert common_measure(["success_rate", "eval_reward"]) == "eval_reward"
 
 
 def test_columns_of_layers(tmp_path):

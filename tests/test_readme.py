@@ -26,6 +26,7 @@ SMALL = {
     "config.env_runners.num_envs_per_env_runner": "2",
     "config.environment.env_config.episode_length": "6",
 }
+SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
 SMALL_BANDIT = {
     "stop.training_iteration": "2",
     "seeds": "[0]",
@@ -38,7 +39,6 @@ SMALL_BANDIT = {
     "config.evaluation.evaluation_duration": "20",
     "config.evaluation.evaluation_config.num_envs_per_env_runner": "20",
 }
-
 SMALL_PPO = {
     "stop.training_iteration": "2",
     "seeds": "[0]",
@@ -49,19 +49,24 @@ SMALL_PPO = {
     "config.env_runners.num_envs_per_env_runner": "2",
     "config.environment.env_config.episode_length": "6",
 }
-SMALL_SUITE = SMALL | {"config.environment.env": "{grid: [popgym-ConcentrationEasy-v0]}"}
+
+
+def is_bandit(config: str) -> bool:
+    return "mnist" in config or "bandit" in config
 
 
 def cut_down(arguments: list[str]) -> list[str]:
     if arguments[0] == "resume":
         text = re.sub(r"--iterations \d+", "--iterations 3", shlex.join(arguments))
         return shlex.split(re.sub(r"seeds=(\d+)\.\.\d+", r"seeds=\1", text))
-    small = SMALL_BANDIT if "mnist" in arguments[1] else SMALL
-    small = SMALL_PPO if "ppo" in arguments[1] else small
-    small = SMALL_SUITE if "popgym" in arguments[1] else small
+    small = SMALL_BANDIT if is_bandit(arguments[1]) else SMALL
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
+    if "popgym" in arguments[1]:
+        small = SMALL_SUITE
+    if "ppo" in arguments[1]:
+        small = SMALL_PPO
     return arguments + [word for item in small.items() for word in ("--set", "=".join(item))]
 
 
@@ -120,7 +125,7 @@ def test_experiments(config: str, folder: Path, ray_session: None) -> None:
     """Every shipped experiment runs to its table and figure."""
     output = run(cut_down(["sweep", f"tune_configs/{config}"]))
     results = folder / "results" / Path(config).stem
-    measure = "eval_reward" if "mnist" in config else "success_rate"
+    measure = "eval_reward" if is_bandit(config) else "success_rate"
     measure = "episode_return_mean" if re.match("ppo|popgym", config) else measure
     for name in ("experiment.yaml", "summary.csv", "comparison.csv", f"figures/{measure}.png"):
         assert (results / name).is_file()
@@ -141,11 +146,12 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
         run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
-def test_commands_of_the_results(folder: Path) -> None:
-    """The sweeps behind docs/learning.md are valid; that they run is tested above."""
-    text = (ROOT / "docs" / "learning.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("learning.md", 3), ("mixing_rules.md", 2)])
+def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
+    """The sweeps behind these pages are valid; that they run is tested above."""
+    text = (ROOT / "docs" / page).read_text()
     commands = re.findall(r"^\.venv/bin/sgrl (sweep .*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 3
+    assert len(commands) >= least
     for command in commands:
         run([*shlex.split(command), "--dry-run"])
 

@@ -142,9 +142,13 @@ def test_same_seed_same_numbers() -> None:
     assert runs[0] != runs[2]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_restored_from_any_checkpoint_continues_exactly(dtype: str, tmp_path: Path) -> None:
-    algorithm = config(dtype=dtype).build_algo()
+@pytest.mark.parametrize(
+    ("dtype", "rule"), [("float32", "published"), ("float64", "published"), ("float32", "running")]
+)
+def test_restored_from_any_checkpoint_continues_exactly(
+    dtype: str, rule: str, tmp_path: Path
+) -> None:
+    algorithm = config(dtype=dtype, mixing_rule=rule).build_algo()
     results, states = [], []
     for iteration in range(5):
         algorithm.save_to_path(tmp_path / str(iteration))

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from sgrl.analysis.figures import COLOURS, learning_curves, method_styles
+from sgrl.analysis.report import write_report
 from sgrl.analysis.runs import ResultsError, load_results
 from sgrl.analysis.statistics import best_learning_rates, compare_methods
 from sgrl.analysis.tables import write_comparison
@@ -257,3 +258,27 @@ def test_analysis_imports_without_ray():
         "assert not any(name.split('.')[0] == 'ray' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_environments_with_and_without_success_are_compared_by_return(tmp_path, capsys):
+    """Each of both kinds alone by what it has."""
+    for env, success in (("maze", 0.5), ("cards", math.nan)):
+        for seed in range(2):
+            folder = tmp_path / f"gru_env={env}_{seed}"
+            folder.mkdir()
+            config = {"name": folder.name, "method": "gru", "seed": seed, "swept": {"env": env}}
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+            (folder / "status.json").write_text('{"state": "completed"}')
+            for iteration in range(1, 8):
+                row = {"iteration": iteration, "env_steps": 10 * iteration, "success_rate": success}
+                append_row(folder / "metrics.csv", row | {"episode_return_mean": -3.0 + iteration})
+    trials = load_results(tmp_path).trials
+    assert trials.attrs["measure"] == "episode_return_mean"
+    assert trials["final_episode_return_mean"].tolist() == [2.0] * 4
+    assert trials["auc"].tolist() == pytest.approx([1.0] * 4)
+    comparison = write_comparison(tmp_path)
+    assert comparison["final_episode_return_mean"].tolist() == [2.0, 2.0]
+    assert "Episode return of the last 5 batches" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "episode_return_mean.png").is_file()
+    path = write_report([tmp_path], None, "markdown", 0.5, lambda title: None)
+    assert "the mean episode return over the last 5 batches" in path.read_text()

@@ -1,37 +1,93 @@
-"""Results in object storage, on a real server: FTP, the lightest that fsspec speaks."""
+"""Results in object storage, on real servers: S3's protocol, which has no folders, and FTP."""
 
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import ThreadedFTPServer
+from sweeps import make_experiment, metrics_without_times
+from typer.testing import CliRunner
 
+from sgrl.cli import app
 from sgrl.tuning.checkpoints import MANIFEST, CheckpointError, verify, write_checkpoint
-from sgrl.tuning.storage import Mirror, StorageError, has_secrets, hide_secrets, is_address, join
+from sgrl.tuning.storage import (
+    StorageError,
+    has_secrets,
+    hide_secrets,
+    is_address,
+    join,
+    open_store,
+    reading,
+    reading_checkpoint,
+)
+from sgrl.tuning.sweep import run_sweep
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A server's address, and the folder behind it."""
-    root = tmp_path_factory.mktemp("storage")
+def ftp(tmp_path_factory):
     authorizer = DummyAuthorizer()
-    authorizer.add_anonymous(str(root), perm="elradfmwMT")
+    authorizer.add_anonymous(str(tmp_path_factory.mktemp("storage")), perm="elradfmwMT")
     handler = type("Handler", (FTPHandler,), {"authorizer": authorizer, "log_prefix": ""})
-    ftp = ThreadedFTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=ftp.serve_forever, kwargs={"timeout": 0.1}, daemon=True)
+    server = ThreadedFTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"timeout": 0.1}, daemon=True)
     thread.start()
-    yield f"ftp://127.0.0.1:{ftp.address[1]}", root
-    ftp.close_all()
+    yield f"ftp://127.0.0.1:{server.address[1]}"
+    server.close_all()
     thread.join()
 
 
-@pytest.fixture
-def mirrors(server, tmp_path, monkeypatch):
-    """Two mirrors of one sweep, as two machines have them."""
+@pytest.fixture(scope="module")
+def s3():
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "a key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["s3", "ftp"])
+def address(request, tmp_path, monkeypatch):
+    """Of a sweep that is not there yet."""
     monkeypatch.setenv("SGRL_MIRROR_DIR", str(tmp_path / "mirrors"))
-    address = join(f"{server[0]}/{tmp_path.name}", "sweep")
-    return Mirror(address, "driver"), Mirror(address, "trials")
+    return join(f"{request.getfixturevalue(request.param)}/{tmp_path.name}", "sweep")
+
+
+@pytest.fixture
+def mirrors(address):
+    """Two mirrors of one sweep, as two machines have them."""
+    return open_store(address, "driver"), open_store(address, "trials")
+
+
+@pytest.fixture
+def storage(address):
+    """What the storage holds: a function from a name in the sweep to its contents."""
+    files, root = fsspec.core.url_to_fs(address, use_listings_cache=False)
+
+    def look(name):
+        return files.cat_file(f"{root}/{name}")
+
+    def names(name):
+        return sorted(path.rpartition("/")[2] for path in files.ls(f"{root}/{name}", detail=False))
+
+    look.names, look.files, look.root = names, files, root
+    return look
 
 
 def checkpoint(mirror, trial, iteration, keep=2):
@@ -47,21 +103,17 @@ def write(mirror, trial, rows, state="running"):
     (mirror.folder / trial / "status.json").write_text(state)
 
 
-def test_a_trial_goes_up_and_down(mirrors, server, tmp_path):
+def test_a_trial_goes_up_and_down(mirrors, storage):
     one, other = mirrors
-    behind = server[1] / tmp_path.name / "sweep"
     one.claim("trial")
     for iteration in (2, 4, 6):
         write(one, "trial", range(iteration))
         checkpoint(one, "trial", iteration)
         one.push_trial("trial")
-    assert sorted(path.name for path in (behind / "trial/checkpoints").iterdir()) == [
-        "000004",
-        "000006",
-    ]
-    verify(behind / "trial/checkpoints/000006")
+    assert storage.names("trial/checkpoints") == ["000004", "000006"]
+    assert storage("trial/checkpoints/000006/deep/weights") == bytes([6]) * 1000
     checkpoint(other, "trial", 8)  # of a start that the storage does not know of
-    other.pull_trial("trial")
+    other.claim("trial")
     theirs = other.folder / "trial"
     assert (theirs / "metrics.csv").read_text() == "iteration\n012345"
     assert sorted(path.name for path in (theirs / "checkpoints").iterdir()) == ["000004", "000006"]
@@ -70,29 +122,35 @@ def test_a_trial_goes_up_and_down(mirrors, server, tmp_path):
     # What is there already is not downloaded again, unless it is damaged.
     weights = theirs / "checkpoints/000004/deep/weights"
     modified = weights.stat().st_mtime_ns
-    other.pull_trial("trial")
+    other.claim("trial")
     assert weights.stat().st_mtime_ns == modified
     weights.write_bytes(b"short")
-    other.pull_trial("trial")
+    other.claim("trial")
     verify(theirs / "checkpoints/000004")
 
 
-def test_a_cut_upload_is_no_checkpoint(mirrors, server, tmp_path):
+def test_a_cut_upload_is_no_checkpoint(mirrors, storage):
     one, other = mirrors
-    behind = server[1] / tmp_path.name / "sweep/trial/checkpoints"
     one.claim("trial")
     write(one, "trial", range(4))
     for iteration in (2, 4):
         checkpoint(one, "trial", iteration)
     one.push_trial("trial")
-    (behind / "000004" / MANIFEST).unlink()  # it is uploaded last
-    (behind / "000004/deep/weights").write_bytes(b"part")
-    other.pull_trial("trial")
+    newest = f"{storage.root}/trial/checkpoints/000004"
+    storage.files.rm(f"{newest}/{MANIFEST}")  # it is uploaded last
+    storage.files.pipe_file(f"{newest}/deep/weights", b"part")
+    assert [other.newest_checkpoint("trial", n) for n in (5, 3, 1)] == [2, 2, 0]
+    assert other.has_checkpoint("trial", 2)
+    assert not other.has_checkpoint("trial", 4)
+    other.claim("trial")
     with pytest.raises(CheckpointError):
         verify(other.folder / "trial/checkpoints/000004")
     verify(other.folder / "trial/checkpoints/000002")
+    one.claim("trial")
+    checkpoint(one, "trial", 4)
     one.push_trial("trial")  # what lacks its manifest goes up again
-    verify(behind / "000004")
+    assert storage("trial/checkpoints/000004/deep/weights") == bytes([4]) * 1000
+    assert storage.names("trial/checkpoints/000004") == ["deep", MANIFEST]
 
 
 def test_only_the_last_start_writes(mirrors):
@@ -128,9 +186,11 @@ def test_what_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setenv("SGRL_MIRROR_DIR", str(tmp_path))
     monkeypatch.setattr("sgrl.tuning.storage.ATTEMPTS", 1)
     with pytest.raises(StorageError, match="nosuch://bucket/x: Protocol not known: nosuch"):
-        Mirror("nosuch://bucket/x", "driver")
+        open_store("nosuch://bucket/x", "driver")
     with pytest.raises(StorageError, match=r"ftp://127.0.0.1:1/x: ConnectionRefusedError"):
-        Mirror("ftp://someone:password@127.0.0.1:1/x", "driver")
+        open_store("ftp://127.0.0.1:1/x", "driver")
+    with pytest.raises(StorageError, match=r"^ftp://127.0.0.1/x: keep the password out"):
+        open_store("ftp://someone:password@127.0.0.1/x", "driver")
 
 
 def test_addresses():
@@ -141,3 +201,106 @@ def test_addresses():
     assert has_secrets("ftp://someone:password@host/x")
     assert not has_secrets("gs://bucket/a:b@c")
     assert hide_secrets("ftp://someone:password@host/x") == "ftp://host/x"
+
+
+def run(*words, mirror, **options):
+    """Start `sgrl` as on a machine whose mirrors are in one folder of their own."""
+    environment = {**os.environ, "SGRL_MIRROR_DIR": str(mirror), "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-c", "from sgrl.cli import main; main()", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def answer(*words, code=0):
+    """What `sgrl` says, run in this process."""
+    result = CliRunner().invoke(app, [*map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_sweep_goes_on_on_another_machine(s3, tmp_path, monkeypatch):
+    config = tmp_path / "small.yaml"
+    methods = ("sparsenet_sgprop", "gru", "diverging")
+    stop = {"training_iteration": 20}
+    experiment = make_experiment(config, methods, stop=stop, seeds=[0], concurrency=2)
+    results = f"{s3}/{tmp_path.name}"
+    there = f"{results}/small"
+
+    first = run(
+        "sweep", config, "--results", results, mirror=tmp_path / "one", start_new_session=True
+    )
+    files, root = fsspec.core.url_to_fs(there, use_listings_cache=False)
+    deadline = time.monotonic() + 120
+    while len(files.glob(f"{root}/*/checkpoints/*/{MANIFEST}")) < 3:
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    # Nothing but the storage goes on: not even a process of the first machine.
+    monkeypatch.setenv("SGRL_MIRROR_DIR", str(tmp_path / "other"))
+    taken = answer("sweep", config, "--results", results, code=2)
+    assert taken.endswith(
+        f"sgrl: {there} already exists: `sgrl resume {there}` continues it, --name NAME starts "
+        "another sweep\n"
+    )
+    assert "3 trials, " in answer("resume", there, "--dry-run")
+
+    second = run("resume", there, mirror=tmp_path / "other")
+    out, error = second.communicate()
+    assert second.returncode == 1, error  # a trial failed
+    assert f"results in {there}" in out
+    assert f"written: {there}/comparison.csv" in out
+    whole = run_sweep(experiment, tmp_path, "whole")
+    with reading(there) as folder:
+        assert metrics_without_times(folder) == metrics_without_times(whole)
+        assert folder.name == "small"
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        assert names >= {"experiment.yaml", "summary.csv", "comparison.csv", "provenance.json"}
+    assert files.exists(f"{root}/figures/success_rate.png")
+    trial = f"{there}/gru_seed=0"
+    assert files.glob(f"{root}/gru_seed=0/events.out.tfevents.*")
+    assert sorted(files.ls(f"{root}/gru_seed=0/checkpoints", detail=False)) == [
+        f"{root}/gru_seed=0/checkpoints/0000{iteration}" for iteration in (18, 20)
+    ]
+    weights = whole / "gru_seed=0/checkpoints/000020/policy.safetensors"
+    with reading_checkpoint(f"{trial}/checkpoints/000020") as checkpoint:
+        verify(checkpoint)
+        assert (checkpoint / weights.name).read_bytes() == weights.read_bytes()
+
+    assert "20/20" in answer("status", there)
+    assert "--out" in answer("report", there, code=2)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs/faults.md").read_text()
+    commands = re.findall("^sgrl (.* s3://.*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 4
+    said = ""
+    for command in commands:
+        command = command.replace("s3://BUCKET/results/quickstart", there).replace("0100", "0020")
+        words = shlex.split(command.replace("s3://BUCKET/results", results))
+        words[1] = words[1].replace("tune_configs/quickstart.yaml", str(config))
+        said += answer(*words, *(["--dry-run"] if words[0] in ("sweep", "resume") else []))
+    assert "gru_seed=0" in (tmp_path / "report.html").read_text()
+    assert "episodes: 100" in said
+    settled = answer("resume", there, "--dry-run")
+    assert "3 trials, 0 to run" in settled
+
+
+def test_addresses_that_lead_nowhere(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGRL_MIRROR_DIR", str(tmp_path / "mirror"))
+    config = tmp_path / "small.yaml"
+    make_experiment(config)
+    for words, reason in (
+        (["sweep", config, "--results", "s3://nosuchbucket"], "s3://nosuchbucket/small: "),
+        (["resume", f"{s3}/nothing"], f"{s3}/nothing holds no sweep: give a folder such as"),
+        (["status", f"{s3}/nothing"], f"{s3}/nothing holds nothing"),
+        (["evaluate", f"{s3}/nothing"], f"{s3}/nothing holds nothing"),
+        (["sweep", config, "--results", f"{s3}/new", "--track", "mlflow"], "MLFLOW_TRACKING_URI"),
+        (["sweep", config, "--results", "nosuch://x"], "nosuch://x/small: Protocol not known"),
+    ):
+        said = answer(*words, code=2)
+        (line,) = [line for line in said.splitlines() if line.startswith("sgrl: ")]
+        assert reason in line
+        assert "Traceback" not in said

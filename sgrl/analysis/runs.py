@@ -145,6 +145,10 @@ def load_results(*directories: str | Path) -> Results:
     for row, (_, dropped) in zip(rows, metrics, strict=True):
         problems += _problems(row, dropped)
     measure = common_measure(measures)
+    if measure == "episode_return_mean" and "success_rate" in measures:
+        for row, (frame, _) in zip(rows, metrics, strict=True):
+            column = {measure: frame[measure].tolist()} if measure in frame else {}
+            _, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), column)
     first = ["trial", "method", *swept, "seed", "state", "iterations", "planned"]
     trials = pd.DataFrame(rows)[[*first, "final", "auc", "env_steps", "seconds", "reason"]]
     trials = trials.rename(columns={"final": f"final_{measure}"})

@@ -17,9 +17,12 @@ from sgrl.theory.probe import Report
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
-def write_comparison(directory: str | Path, console: Console | None = None) -> pd.DataFrame:
+def write_comparison(
+    directory: str | Path, console: Console | None = None, shown_as: str | None = None
+) -> pd.DataFrame:
     """Compare the methods of a sweep: print the table, and write `comparison.csv` and
-    `figures/success_rate.png` (or of another measure) into its folder.
+    `figures/success_rate.png` (or of another measure) into its folder, which the lines printed
+    call `shown_as`.
 
     Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
     """
@@ -39,7 +42,8 @@ def write_comparison(directory: str | Path, console: Console | None = None) -> p
     for problem in results.problems:
         console.print(problem, soft_wrap=True, highlight=False, markup=False)
     for path in (directory / "comparison.csv", figure):
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+        name = f"{shown_as or directory}/{path.relative_to(directory).as_posix()}"
+        console.print(f"written: {name}", soft_wrap=True, highlight=False)
     return comparison
 
 

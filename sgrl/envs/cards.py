@@ -69,11 +69,8 @@ class VectorCards(VectorEnv):
         self.num_envs = num_envs
         self.episode_length = episode_length
         self.num_cards = DECK * num_decks
+        self.observation_size = sum(self.sizes) + (self.num_actions if previous_action else 0)
         self._previous_action = previous_action
-
-    @property
-    def observation_size(self) -> int:  # type: ignore[override]
-        return sum(self.sizes) + (self.num_actions if self._previous_action else 0)
 
     @abstractmethod
     def _lay_out(self, *cards: Codes) -> Game:
@@ -189,10 +186,10 @@ class VectorCountRecall(VectorCards):
     def __init__(
         self, num_envs: int, episode_length: int, previous_action: bool, num_decks: int, kind: str
     ) -> None:
-        super().__init__(num_envs, episode_length, previous_action, num_decks)
         self.num_kinds, self._kind_of = KINDS[kind]
         self.sizes = (self.num_kinds, self.num_kinds)
-        self.num_actions = self.num_cards // self.num_kinds + 1
+        self.num_actions = DECK * num_decks // self.num_kinds + 1
+        super().__init__(num_envs, episode_length, previous_action, num_decks)
 
     def _lay_out(self, *cards: Codes) -> Game:
         shown, asked = map(self._kind_of, cards)

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from sgrl.nn.connectivity import random_connectivity
 from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.stack import stack
-from sgrl.nn.mixing import MixingRule, check_mixing, estimate_mixing_weight, length
+from sgrl.nn.mixing import batch_moments, check_mixing, length
+from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
 
 _SIZES = ("input_size", "num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
@@ -51,7 +52,8 @@ class SparseMLP(nn.Module):
         propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
         mixing_weight: initial lambda, in [0, 1].
         adaptive: whether lambda follows its estimate from each batch.
-        mixing_momentum: momentum of that update.
+        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
+        mixing_momentum: weight of the past in that update.
         predictor_target: gradient the predictor regresses on, "received" or "mixed".
         flatten: True gives output [B, W*N].
         backend: "auto", "eager", "torch" or "native".
@@ -78,6 +80,7 @@ class SparseMLP(nn.Module):
         propagation: Literal["backprop", "sgprop"] = "sgprop",
         mixing_weight: float = 0.9,
         adaptive: bool = True,
+        mixing_rule: str = "published",
         mixing_momentum: float = 0.9,
         predictor_target: Literal["received", "mixed"] = "received",
         flatten: bool = False,
@@ -95,6 +98,7 @@ class SparseMLP(nn.Module):
             num_slots=num_slots,
             propagation=propagation,
             mixing_weight=mixing_weight,
+            mixing_rule=mixing_rule,
             mixing_momentum=mixing_momentum,
             predictor_target=predictor_target,
             backend=backend,
@@ -106,7 +110,7 @@ class SparseMLP(nn.Module):
         self.residual = residual
         self.propagation = propagation
         self.flatten = flatten
-        self.rule = MixingRule(
+        self.rule = rule_of_name(mixing_rule)(
             adaptive=adaptive,
             momentum=mixing_momentum,
             eps=1e-6,
@@ -132,6 +136,7 @@ class SparseMLP(nn.Module):
                 predictor=propagation == "sgprop",
                 predictor_std=read**-0.5,
                 mixing_weight=mixing_weight,
+                memory_rows=len(self.rule.memory) if propagation == "sgprop" else 0,
                 generator=generator,
                 predictor_generator=of_predictors,
                 dtype=dtype,
@@ -166,6 +171,7 @@ class SparseMLP(nn.Module):
                 f"({settings['input_size']}): neurons of the first layer read that many inputs"
             )
         check_mixing(settings)
+        rule_of_name(settings["mixing_rule"])
         resolve_backend(settings["backend"])
 
     def extra_repr(self) -> str:
@@ -261,16 +267,14 @@ class _BackwardRecord:
             slope: Tensor | float = 1.0
             if mlp.is_residual(layer):
                 slope = 1 - torch.tanh(activation.output).square()
-            previous = neurons.mixing_weight
-            estimate = estimate_mixing_weight(
+            moments = batch_moments(
                 activation,
                 gradient * slope,
                 synthetic * slope,
                 neurons.scale,
-                previous,
-                rule.eps,
+                rule.unit_gradients,
             )
-            previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+            rule.update(neurons, moments)
         if layer == 0:
             mlp.statistics = {**mlp.statistics, **self.sums}
         return mixed, *regression

@@ -85,6 +85,7 @@ class SparseMLPSettings(PolicySettings):
     propagation: Literal["sgprop", "backprop"] = "sgprop"
     mixing_weight: float = 0.9
     adaptive: bool = True
+    mixing_rule: str = "published"
     mixing_momentum: float = 0.9
     predictor_target: Literal["received", "mixed"] = "received"
     backend: str = "auto"
@@ -110,7 +111,8 @@ class ActionHead(nn.Module):
 
     logits_a = <h, key_a> / sqrt(H). The prediction of d loss / d logits is
     sum_a softmax(logits)_a (predictor_A[a]^T h + predictor_bias[a]); it is trained, on the
-    received gradient, and not mixed.
+    received gradient, and not mixed. Of actions that are not Discrete, all outputs take the
+    logits' place.
 
     Shapes: keys [A, H], predictor_A [A, H, A], predictor_bias [A, A]; h [..., H] -> [..., A].
     Source: the paper, Section H.3.

@@ -3,14 +3,16 @@
 A neuron that receives the gradient g and predicts s uses and passes on
 lambda * g + (1 - lambda) * s. Lambda = 1 everywhere is exactly backpropagation.
 
-Here are the mixture, its schedule over time in BPTT (`temporal_schedule`), and the estimate of
-the best lambda from one batch (`estimate_mixing_weight`). Source: the paper, Sections 4 and H.2.
+Here are the mixture, its schedule over time in BPTT (`temporal_schedule`), the estimate of the
+best lambda from one batch (`estimate_mixing_weight`), and the published rule by which lambda
+follows it (`MixingRule`); the others are in `mixing_rules.py`. Source: the paper, Sections 4 and
+H.2.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +24,46 @@ from sgrl.nn.neuron import Activation
 MIN_LENGTH = 1e-12
 
 
+class Moments(NamedTuple):
+    """What lambda is estimated from: means over the B samples of a batch, per neuron.
+
+    With w the parameter gradient from the received gradient, s that from the prediction and
+    u = s - w.
+    """
+
+    mean_u_square: Tensor  # mean of |u|^2 [W]
+    mean_wu: Tensor  # mean of <w, u> [W]
+    square_mean_u: Tensor  # |mean u|^2 [W]
+    mean_w_mean_u: Tensor  # <mean w, mean u> [W]
+    num_samples: int  # B
+
+
 @dataclass
 class MixingRule:
-    """How a layer mixes predictions into its gradients during the backward pass.
+    """How a layer mixes predictions into its gradients, and how lambda follows: as published.
+
+    The other rules are its subclasses (`mixing_rules.py`). A rule says what lambda becomes after a
+    batch (`next_weight`), of which gradients it wants the moments (`unit_gradients`), and what it
+    remembers between batches (`memory`).
 
     Attributes:
+        unit_gradients: whether each sample's received gradient and prediction are brought to
+            length 1 before the moments are taken.
+        memory: names of what the rule remembers, one number per neuron each; the rows of
+            the layer's `mixing_memory`.
         adaptive: lambda follows the estimate from each batch; otherwise it stays as it is.
         update_enabled: switch of the adaptive update, for a backward pass that must leave
             lambda alone (the predictor step of the two-phase update).
-        momentum: m in lambda <- m * lambda + (1 - m) * estimate.
-        eps: the estimate is used only where its denominator exceeds this.
+        momentum: m, weight of the past: lambda <- m * lambda + (1 - m) * estimate.
+        eps: the estimate is used only where its denominator exceeds this. Made for vectors of
+            length 1: without them 0 serves (the denominator is at least mean |u|^2 / B).
         positive_projection: mix max(<g, s>, 0) s / |s|^2 instead of s.
         predictor_target: what the predictor regresses on: the "mixed" gradient or the "received".
         phase: what a backward pass is for (see `backward_phase`).
     """
+
+    unit_gradients: ClassVar[bool] = True
+    memory: ClassVar[tuple[str, ...]] = ()
 
     adaptive: bool = True
     update_enabled: bool = True
@@ -49,6 +77,37 @@ class MixingRule:
     def updates(self) -> bool:
         """Whether a backward pass changes lambda."""
         return self.adaptive and self.update_enabled and self.phase != "predictor"
+
+    @property
+    def least_denominator(self) -> float:
+        """What the estimate's denominator must exceed."""
+        return self.eps if self.unit_gradients else 0.0
+
+    def update(self, neurons: nn.Module, moments: Moments) -> None:
+        """Move the layer's lambda, after a backward pass that has mixed with the old one.
+
+        `neurons` holds `mixing_weight` and `mixing_memory`, as `SlotNeurons` and
+        `SyntheticGradient` do.
+        """
+        precision = moments.mean_u_square.dtype  # not always that of the layer
+        memory = neurons.mixing_memory.to(precision, copy=True)
+        weight = self.next_weight(moments, neurons.mixing_weight.to(precision), memory)
+        neurons.mixing_memory.copy_(memory)
+        neurons.mixing_weight.copy_(weight)
+
+    def next_weight(self, moments: Moments, previous: Tensor, memory: Tensor) -> Tensor:
+        """Lambda after a batch.
+
+        Args:
+            moments: of the batch.
+            previous: lambda before it [W].
+            memory: [rows named in the class's `memory`, W], zeros at first; changed in place.
+
+        Returns:
+            [W], in [0, 1].
+        """
+        estimate = optimal_mixing_weight(*moments, previous, self.least_denominator)
+        return self.momentum * previous + (1 - self.momentum) * estimate
 
 
 @contextmanager
@@ -165,6 +224,16 @@ def optimal_mixing_weight(
         return previous.clone()
     variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)
     covariance = (mean_wu - mean_w_mean_u) / (num_samples - 1)
+    return best_mixture(variance, covariance, square_mean_u, previous, eps)
+
+
+def best_mixture(
+    variance: Tensor, covariance: Tensor, square_mean_u: Tensor, previous: Tensor, eps: float
+) -> Tensor:
+    """Lambda* from estimates of Var(mean u), Cov(mean w, mean u) and the raw |mean u|^2, all [W].
+
+    `previous` [W] is kept where the denominator is not above `eps`. Returns [W], in [0, 1].
+    """
     squared_bias = (square_mean_u - variance).clamp(min=0)
     denominator = variance + squared_bias
     known = denominator > eps
@@ -182,10 +251,6 @@ def estimate_mixing_weight(
 ) -> Tensor:
     """Estimate of lambda* from one batch of K samples, by the formulas of the paper's H.2.
 
-    The per-sample parameter gradients w and u are never materialised: with t the gradient of b_m
-    and dq that of the slot's score, their squared norms and dot products are
-    (1 + |x|^2) <t, t'> + scale^2 |x|^2 <dq, dq'>.
-
     Args:
         activation: of the same K samples.
         gradient: received gradient g [K, W, N].
@@ -197,8 +262,33 @@ def estimate_mixing_weight(
     Returns:
         [W], in [0, 1].
     """
+    moments = batch_moments(activation, gradient, prediction, scale)
+    return optimal_mixing_weight(*moments, previous, eps)
+
+
+def batch_moments(
+    activation: Activation,
+    gradient: Tensor,
+    prediction: Tensor,
+    scale: float,
+    unit_gradients: bool = True,
+) -> Moments:
+    """Moments of the parameter gradients of one batch of K samples.
+
+    The per-sample parameter gradients w and u are never materialised: with t the gradient of b_m
+    and dq that of the slot's score, their squared norms and dot products are
+    (1 + |x|^2) <t, t'> + scale^2 |x|^2 <dq, dq'>.
+
+    Args:
+        activation: of the same K samples.
+        gradient: received gradient g [K, W, N].
+        prediction: s [K, W, N].
+        scale: 1 / sqrt(I).
+        unit_gradients: see `MixingRule`.
+    """
     inputs, attention, slots, _ = activation
-    gradient, prediction = unit(gradient), unit(prediction)
+    if unit_gradients:
+        gradient, prediction = unit(gradient), unit(prediction)
 
     def parameter_gradient(feedback: Tensor) -> tuple[Tensor, Tensor]:
         t = attention.unsqueeze(-1) * feedback.unsqueeze(2) * (1 - slots.square())
@@ -225,14 +315,12 @@ def estimate_mixing_weight(
         return torch.cat(parts, dim=1)
 
     w_bar, u_bar = mean_gradient(t_w, dq_w), mean_gradient(t_u, dq_u)
-    return optimal_mixing_weight(
+    return Moments(
         mean_u_square=inner(t_u, dq_u, t_u, dq_u),
         mean_wu=inner(t_w, dq_w, t_u, dq_u),
         square_mean_u=u_bar.square().sum(1),
         mean_w_mean_u=(w_bar * u_bar).sum(1),
         num_samples=len(inputs),
-        previous=previous,
-        eps=eps,
     )
 
 

@@ -47,6 +47,7 @@ class SlotNeurons(nn.Module):
         predictor: whether the neurons have a predictor of synthetic gradients.
         predictor_std: standard deviation of the predictor's initial weights and biases.
         mixing_weight: initial lambda of every neuron, in [0, 1].
+        memory_rows: numbers per neuron that its mixing rule remembers (`MixingRule.memory`).
         generator: source of the initial weights, a CPU generator.
         predictor_generator: source of the predictor's, so that with and without predictors a seed
             gives the same network.
@@ -54,11 +55,13 @@ class SlotNeurons(nn.Module):
     Shapes:
         weight_h [W, M + M*N, P*N], weight_x [num_input_neurons, M + M*N, E], bias [W, M, N],
         predictor_h [W, M*N, P*N], predictor_x [num_input_neurons, M*N, E],
-        predictor_bias [W, M, N], mixing_weight [W] (a persistent buffer). Without external input
-        there is neither weight_x nor predictor_x.
+        predictor_bias [W, M, N], mixing_weight [W] and mixing_memory [memory_rows, W] (buffers;
+        the latter is saved where it holds something). Without external input there is neither
+        weight_x nor predictor_x.
     """
 
     mixing_weight: Tensor
+    mixing_memory: Tensor
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class SlotNeurons(nn.Module):
         predictor: bool = False,
         predictor_std: float = 0.0,
         mixing_weight: float = 1.0,
+        memory_rows: int = 0,
         generator: torch.Generator | None = None,
         predictor_generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -103,6 +107,8 @@ class SlotNeurons(nn.Module):
         self.register_buffer(
             "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
+        memory = torch.zeros(memory_rows, num_neurons, dtype=dtype)
+        self.register_buffer("mixing_memory", memory, persistent=memory_rows > 0)
 
     def _add_normal(
         self,

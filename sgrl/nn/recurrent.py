@@ -28,12 +28,12 @@ from sgrl.nn.connectivity import random_connectivity
 from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (
-    MixingRule,
+    batch_moments,
     check_mixing,
-    estimate_mixing_weight,
     positive_projection,
     temporal_schedule,
 )
+from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 from sgrl.nn.neuron import Activation, SlotNeurons
 
 _SIZES = (
@@ -59,7 +59,8 @@ class SparseRNN(nn.Module):
         propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
         mixing_weight: initial lambda, in [0, 1].
         adaptive: whether lambda follows its estimate from each batch.
-        mixing_momentum: momentum of that update.
+        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
+        mixing_momentum: weight of the past in that update.
         schedule_beta: step of the temporal schedule of lambda.
         positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
         predictor_target: gradient the predictor regresses on, "mixed" or "received".
@@ -88,6 +89,7 @@ class SparseRNN(nn.Module):
         propagation: Literal["backprop", "sgprop"] = "sgprop",
         mixing_weight: float = 1.0,
         adaptive: bool = True,
+        mixing_rule: str = "published",
         mixing_momentum: float = 0.9,
         schedule_beta: float = 0.1,
         positive_projection: bool = False,
@@ -108,6 +110,7 @@ class SparseRNN(nn.Module):
             num_input_neurons=num_input_neurons,
             propagation=propagation,
             mixing_weight=mixing_weight,
+            mixing_rule=mixing_rule,
             mixing_momentum=mixing_momentum,
             schedule_beta=schedule_beta,
             predictor_target=predictor_target,
@@ -121,7 +124,7 @@ class SparseRNN(nn.Module):
         self.schedule_beta = schedule_beta
         self.mask_predictions = mask_predictions
         self.flatten = flatten
-        self.rule = MixingRule(
+        self.rule = rule_of_name(mixing_rule)(
             adaptive=adaptive,
             momentum=mixing_momentum,
             positive_projection=positive_projection,
@@ -138,6 +141,7 @@ class SparseRNN(nn.Module):
             num_input_neurons=num_input_neurons,
             predictor=propagation == "sgprop",
             mixing_weight=mixing_weight,
+            memory_rows=len(self.rule.memory) if propagation == "sgprop" else 0,
             generator=generator,
             dtype=dtype,
         )
@@ -163,6 +167,7 @@ class SparseRNN(nn.Module):
                     f"{name} ({settings[name]}) must be at most num_neurons ({num_neurons})"
                 )
         check_mixing(settings)
+        rule_of_name(settings["mixing_rule"])
         resolve_backend(settings["backend"])
 
     def runs_native(self, x: Tensor) -> bool:
@@ -321,12 +326,9 @@ class _BackwardRecord:
         activation = Activation(
             *(torch.stack(values)[valid] for values in zip(*self.activations, strict=True))
         )
-        previous = rnn.neurons.mixing_weight
-        estimate = estimate_mixing_weight(
-            activation, gradient, substitute, rnn.neurons.scale, previous, rnn.rule.eps
-        )
-        momentum = rnn.rule.momentum
-        previous.copy_(momentum * previous + (1 - momentum) * estimate)
+        scale, unit_gradients = rnn.neurons.scale, rnn.rule.unit_gradients
+        moments = batch_moments(activation, gradient, substitute, scale, unit_gradients)
+        rnn.rule.update(rnn.neurons, moments)
 
 
 class _MixPrediction(torch.autograd.Function):

@@ -183,6 +183,7 @@ class SparseNetSettings(EncoderSettings):
     propagation: Literal["sgprop", "backprop"] = "sgprop"
     mixing_weight: float = 1.0
     adaptive: bool = True
+    mixing_rule: str = "published"
     mixing_momentum: float = 0.9
     schedule_beta: float = 0.1
     positive_projection: bool = False

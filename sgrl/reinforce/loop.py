@@ -38,7 +38,8 @@ def train(
 
     Example:
         >>> env = make_vector("labyrinth_escape", 20, {})
-        >>> policy = make_policy("sparsenet", env.observation_size, env.num_actions)
+        >>> actions = action_space_of(env.action_space)  # of whatever kind
+        >>> policy = make_policy("sparsenet", env.observation_size, actions)
         >>> for row in train(policy, env, iterations=300):
         ...     print(row["iteration"], row["success_rate"])
     """

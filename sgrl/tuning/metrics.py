@@ -180,10 +180,11 @@ def score_of(env_steps: Sequence[float], columns: Mapping[str, Sequence[float]])
 
 
 def common_measure(measures: Iterable[str]) -> str:
-    """What trials are judged by that are judged one by one by these (see `Score`): the first of
-    `MEASURES` that one of them has, the success rate where none has begun."""
+    """What trials are compared by that are judged one by one by these (see `Score`): the test
+    reward if one evaluates; the episode return, which all report, if one knows no success."""
     found = set(measures)
-    return next((measure for measure in MEASURES if measure in found), "success_rate")
+    order = ("eval_reward", "episode_return_mean")
+    return next((measure for measure in order if measure in found), "success_rate")
 
 
 def _area_under(points: Sequence[tuple[float, float]]) -> float:

@@ -22,6 +22,7 @@ from rich.table import Table
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
 from sgrl.tuning.metrics import MEASURE_NAMES, Score, common_measure, read_metrics, score
+from sgrl.tuning.storage import Store
 from sgrl.tuning.trial import (
     HANG_FILE,
     first_line,
@@ -32,6 +33,7 @@ from sgrl.tuning.trial import (
 )
 
 LOG_FILE = "sweep.log"
+SUMMARY_FILE = "summary.csv"
 
 
 @dataclass
@@ -62,6 +64,11 @@ class Progress:
     def seconds_left(self) -> float:
         return (self.last_iteration - self.iteration) * self.seconds_per_iteration
 
+    def judged_by(self, measure: str) -> Score:
+        """The score, empty where it is of another measure."""
+        same = self.score.measure == measure
+        return self.score if same else Score(measure, math.nan, math.nan)
+
     @property
     def is_over(self) -> bool:
         return self.state in ("completed", "failed")
@@ -89,7 +96,8 @@ def measure_of(progress: Iterable[Progress]) -> str:
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     """Write summary.csv: one row a trial."""
     progress = list(progress)
-    final = f"final_{measure_of(progress)}"
+    measure = measure_of(progress)
+    final = f"final_{measure}"
     rows = [
         {
             "trial": row.trial.name,
@@ -98,8 +106,8 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
             "seed": row.trial.seed,
             "state": row.state,
             "iterations": row.iteration,
-            final: row.score.final,
-            "auc": row.score.auc,
+            final: row.judged_by(measure).final,
+            "auc": row.judged_by(measure).auc,
             "reason": row.reason,
         }
         for row in progress
@@ -107,7 +115,7 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     last = ["seed", "state", "iterations", final, "auc", "reason"]
     frame = pd.DataFrame(rows)
     frame = frame[[*frame.columns.drop(last), *last]]
-    write_text(directory / "summary.csv", frame.to_csv(index=False))
+    write_text(directory / SUMMARY_FILE, frame.to_csv(index=False))
 
 
 class SweepView(tune.Callback, tune.Stopper):
@@ -115,12 +123,12 @@ class SweepView(tune.Callback, tune.Stopper):
     is none, one line for every trial that ends. Stops them all once the disk is full.
 
     Args:
-        directory: of the sweep.
+        store: of the sweep.
         trials: all of them by name, those already over included. Kept up to date.
     """
 
-    def __init__(self, directory: Path, trials: dict[str, Progress]) -> None:
-        self.directory = directory
+    def __init__(self, store: Store, trials: dict[str, Progress]) -> None:
+        self.store, self.directory = store, store.folder
         self.trials = trials
         self.disk_full = False
         self.saved: dict[str, int] = {}
@@ -176,6 +184,7 @@ class SweepView(tune.Callback, tune.Stopper):
         if not self._is_disk_full(trial):
             reason = self._reason(trial)
             write_status(self.directory / name, {"state": "failed", "reason": reason})
+            self.store.push(f"{name}/status.json")
             self._end(self.trials[name].trial)
 
     def __call__(self, trial_id: str, result: dict) -> bool:
@@ -211,6 +220,7 @@ class SweepView(tune.Callback, tune.Stopper):
         return first_line(error) if error is not None else f"an error that {LOG_FILE} holds"
 
     def _end(self, trial: Trial) -> None:
+        self.store.pull(f"{trial.name}/metrics.csv", f"{trial.name}/status.json")
         row = self.trials[trial.name] = read_progress(self.directory, trial)
         # Written each time: a sweep that is killed later has its table of what ended before.
         write_summary(self.directory, self.trials.values())
@@ -248,7 +258,8 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
     table.add_column("method", no_wrap=True, overflow="ellipsis")
-    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure_of(rows)], "time left"]:
+    measure = measure_of(rows)
+    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure], "time left"]:
         table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
     for row in shown:
         values = [str(row.trial.swept.get(name, "")) for name in swept]
@@ -259,7 +270,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             *values,
             str(row.trial.seed),
             f"{row.iteration}/{row.last_iteration}",
-            number(row.score.final),
+            number(row.judged_by(measure).final),
             time_left,
             style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
         )

@@ -11,22 +11,35 @@ Object storage has no locks: each start of a trial leaves its token there, and a
 finds another one's stops writing.
 """
 
+import contextlib
+import fnmatch
 import functools
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
-from sgrl.tuning.checkpoints import MANIFEST, CheckpointError, list_checkpoints, verify
+from sgrl.tuning.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    list_checkpoints,
+    newest_valid_checkpoint,
+    verify,
+)
 
 TOKEN_FILE = "token"
-TRIAL_FILES = ("config.yaml", "metrics.csv", "status.json")
+#: What a trial has reached, but for its checkpoints; the driver makes the first of them.
+TRIAL_FILES = ("config.yaml", "metrics.csv", "status.json", "tracking.json")
+EVENT_FILES = "events.out.tfevents.*"
+#: fsspec's names of storage without folders; making one there would make a bucket.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}
 ATTEMPTS = 4
 T = TypeVar("T")
 
@@ -45,54 +58,183 @@ def join(results: str | Path, name: str) -> str | Path:
     return f"{str(results).rstrip('/')}/{name}" if is_address(results) else Path(results) / name
 
 
-def mirror_folder(address: str, role: str) -> Path:
-    """This machine's mirror: below SGRL_MIRROR_DIR, by default the user's cache.
+def open_store(location: str | Path, role: str) -> "Store":
+    """The results of a sweep, wherever they lie.
 
     Args:
-        address: of the sweep.
-        role: "driver" or "trials"; the two write to the same files at the same time.
+        location: a folder, or an address such as `s3://bucket/results/NAME`.
+        role: "driver" or "trials": each has a mirror of its own, as both write at the same time.
+
+    Raises StorageError: no filesystem for such an address is installed, it cannot be reached, or
+    it holds a password.
     """
+    if not is_address(location):
+        return Store(Path(location).absolute())
+    address = str(location).rstrip("/")
+    return Mirror(address, mirror_folder(address, role))
+
+
+def mirror_folder(address: str, role: str) -> Path:
+    """This machine's mirror: below SGRL_MIRROR_DIR, by default the user's cache."""
     home = os.environ.get("SGRL_MIRROR_DIR")
     root = Path(home) if home else Path.home() / ".cache" / "sgrl" / "mirror"
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return root / f"{address.rstrip('/').rpartition('/')[2]}-{digest}" / role
+    return root / f"{role}-{digest}" / address.rpartition("/")[2]
 
 
-class Mirror:
-    """A sweep in object storage and its local folder.
+@contextlib.contextmanager
+def reading(location: str | Path) -> Iterator[Path]:
+    """A sweep's results to read, checkpoints aside: their folder, or a copy that lasts as long."""
+    if not is_address(location):
+        yield Path(location)
+        return
+    address = str(location).rstrip("/")
+    with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+        mirror = Mirror(address, Path(home) / address.rpartition("/")[2])
+        mirror.pull_reports()
+        if not any(mirror.folder.iterdir()):
+            raise StorageError(f"{address} holds nothing")
+        yield mirror.folder
+
+
+@contextlib.contextmanager
+def reading_checkpoint(location: str | Path) -> Iterator[Path]:
+    """A checkpoint to read: its folder, or a copy that lasts as long."""
+    if not is_address(location):
+        yield Path(location)
+        return
+    above, _, name = str(location).rstrip("/").rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+        checkpoint = Mirror(above, Path(home)).pull_checkpoint(name)
+        if not checkpoint.is_dir():
+            raise StorageError(f"{location} holds nothing")
+        yield checkpoint
+
+
+class Store:
+    """Results in a folder that all machines of a sweep see: there is nothing to bring up to date.
+
+    Attributes:
+        location: the folder as an absolute path, or the address.
+        folder: where to work on them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+        self.folder = folder
+
+    def __str__(self) -> str:
+        """As a user would type it."""
+        return str(display(self.folder))
+
+    def is_free(self) -> bool:
+        """Whether there is nothing yet. (Hidden files are all there is of a sweep that ended
+        before it had begun.)"""
+        folder = self.folder
+        return not (folder.is_file() or (folder.is_dir() and any(folder.glob("[!.]*"))))
+
+    def exists(self, name: str) -> bool:
+        """Whether the store holds a file."""
+        return (self.folder / name).is_file()
+
+    def has_checkpoint(self, trial: str, iteration: int) -> bool:
+        """Whether the store holds that checkpoint whole."""
+        try:
+            verify(self.folder / trial / "checkpoints" / f"{iteration:06d}")
+        except CheckpointError:
+            return False
+        return True
+
+    def newest_checkpoint(self, trial: str, at_most: int) -> int:
+        """The iteration of the newest whole checkpoint up to one; 0 where there is none."""
+        checkpoints = self.folder / trial / "checkpoints"
+        newest, _ = newest_valid_checkpoint(checkpoints, at_most=at_most)
+        return int(newest.name) if newest else 0
+
+    def push(self, *names: str) -> None:
+        """Bring the store up to date with files of the folder."""
+
+    def pull(self, *names: str) -> None:
+        """Bring files of the folder up to date with the store."""
+
+    def pull_reports(self) -> None:
+        """Bring all of the folder up to date, checkpoints aside."""
+
+    def claim(self, trial: str) -> None:
+        """Make this process the one that may write to a trial, and bring its folder up to date."""
+
+    def push_trial(self, trial: str) -> None:
+        """Bring the store up to what a trial has reached."""
+
+    def leave(self, trial: str) -> None:
+        """The trial is over on this machine."""
+
+
+class Mirror(Store):
+    """Results in object storage and this machine's folder of them.
 
     Args:
         address: of the sweep, as in `s3://bucket/results/NAME`.
-        role: "driver" or "trials".
+        folder: made if it is not there.
 
-    Attributes:
-        folder: the local one; made if it is not there.
-
-    Raises StorageError: no filesystem for such an address is installed, or it cannot be reached.
+    Raises StorageError as `open_store`.
     """
 
-    def __init__(self, address: str, role: str) -> None:
-        self.address = address
+    def __init__(self, address: str, folder: Path) -> None:
+        if has_secrets(address):
+            raise StorageError(
+                f"{hide_secrets(address)}: keep the password out of the address, which results "
+                "and logs repeat: fsspec also takes it from its own configuration files"
+            )
+        self.location = address
         try:
             # Listings that are remembered would hide what other machines write.
-            self.files, root = fsspec.core.url_to_fs(address, use_listings_cache=False)
+            self.files, root = fsspec.core.url_to_fs(
+                address, use_listings_cache=False, skip_instance_cache=True
+            )
         except (ImportError, ValueError) as error:
-            raise StorageError(f"{hide_secrets(address)}: {error}") from None
+            raise StorageError(f"{address}: {error}") from None
         except Exception as error:
             raise self._failed(error) from None
+        protocols = self.files.protocol
+        names = {protocols} if isinstance(protocols, str) else set(protocols)
+        self.has_folders = not names & OBJECT_STORES
         self.root = root.rstrip("/")
-        self.folder = mirror_folder(address, role)
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = uuid.uuid4().hex
 
+    def __str__(self) -> str:
+        return self.location
+
+    def is_free(self) -> bool:
+        return not self._listed("")
+
     def exists(self, name: str) -> bool:
-        """Whether the storage holds a file."""
         return self._try(lambda: self.files.exists(self._remote(name)))
 
+    # A checkpoint's manifest goes up last: what has one is whole.
+
+    def has_checkpoint(self, trial: str, iteration: int) -> bool:
+        return self.exists(f"{trial}/checkpoints/{iteration:06d}/{MANIFEST}")
+
+    def newest_checkpoint(self, trial: str, at_most: int) -> int:
+        names = (name for name, _ in self._listed(f"{trial}/checkpoints"))
+        found = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        whole = (n for n in found if n <= at_most and self.has_checkpoint(trial, n))
+        return next(whole, 0)
+
     def push(self, *names: str) -> None:
-        """Upload files that the mirror holds."""
-        for name in names:
-            self._upload(name)
+        try:
+            if not self.has_folders and len(names) > 1:  # side by side
+                here = [str(self.folder / name) for name in names]
+                there = [self._remote(name) for name in names]
+                self._try(lambda: self.files.put(here, there))
+            else:
+                for name in names:
+                    self._upload(name)
+        except FileNotFoundError as error:  # the bucket is not
+            raise self._failed(error) from None
 
     def pull(self, *names: str) -> None:
         """Make files of the mirror those of the storage, or remove them where it has none."""
@@ -107,22 +249,34 @@ class Mirror:
             temporary.replace(local)
 
     def pull_reports(self) -> None:
-        """Bring everything up to date but checkpoints: the sweep's own files and, of each trial,
-        its configuration, metrics and status."""
-        for name, is_folder in self._listed(""):
-            if not is_folder:
-                self.pull(name)
-            elif self.exists(f"{name}/config.yaml"):
-                self.pull(*(f"{name}/{file}" for file in TRIAL_FILES))
+        """Make the folder what the storage holds, checkpoints and event files aside."""
+        start = len(self.root) + 1
+        try:
+            names = [path[start:] for path in self._try(lambda: self.files.find(self.root))]
+        except FileNotFoundError as error:  # the bucket is not
+            raise self._failed(error) from None
+        wanted = [
+            name
+            for name in names
+            if name.count("/") == 0
+            or (name.count("/") == 1 and name.rpartition("/")[2] in TRIAL_FILES)
+        ]
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("."):  # a lock stays
+                path.unlink()
+        for name in wanted:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+        here = [str(self.folder / name) for name in wanted]
+        there = [self._remote(name) for name in wanted]
+        if there:
+            self._try(lambda: self.files.get(there, here))
 
     def claim(self, trial: str) -> None:
-        """Make this process the one that may write to a trial."""
         (self.folder / trial).mkdir(exist_ok=True)
         (self.folder / trial / TOKEN_FILE).write_text(self.token)
         self.push(f"{trial}/{TOKEN_FILE}")
-
-    def pull_trial(self, trial: str) -> None:
-        """Bring a trial up to what the storage holds, checkpoints included."""
         self.pull(*(f"{trial}/{name}" for name in TRIAL_FILES))
         kept = set()
         for name, _ in self._listed(f"{trial}/checkpoints"):
@@ -163,8 +317,9 @@ class Mirror:
         owner = self._try(lambda: self.files.cat_file(self._remote(f"{trial}/{TOKEN_FILE}")))
         if owner.decode() != self.token:
             raise StorageError(f"{trial} is being run by another process")
-        if (self.folder / trial / "metrics.csv").is_file():
-            self.push(f"{trial}/metrics.csv")
+        events = [path.name for path in (self.folder / trial).glob(EVENT_FILES)]
+        names = [*events, *(name for name in TRIAL_FILES[1:] if name != "status.json")]
+        self.push(*(f"{trial}/{name}" for name in names if (self.folder / trial / name).is_file()))
         checkpoints = f"{trial}/checkpoints"
         there = {name for name, _ in self._listed(checkpoints)}
         here = list_checkpoints(self.folder / trial / "checkpoints")
@@ -173,19 +328,35 @@ class Mirror:
             if not (checkpoint.name in there and self.exists(f"{name}/{MANIFEST}")):
                 self._push_checkpoint(name)
         self.push(f"{trial}/status.json")
-        for name in there - {checkpoint.name for checkpoint in here}:
-            self._try(functools.partial(self.files.rm, self._remote(f"{checkpoints}/{name}"), True))
+        for name in sorted(there - {checkpoint.name for checkpoint in here}):
+            # One that lost its manifest is not taken for whole while the rest of it goes.
+            self._remove(f"{checkpoints}/{name}/{MANIFEST}")
+            folder = self._remote(f"{checkpoints}/{name}")
+            self._try(functools.partial(self.files.rm, folder, recursive=True))
+        for name, _ in self._listed(trial):
+            if fnmatch.fnmatch(name, EVENT_FILES) and name not in events:
+                self._remove(f"{trial}/{name}")
+
+    def leave(self, trial: str) -> None:
+        shutil.rmtree(self.folder / trial, ignore_errors=True)
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._try(lambda: self.files.rm_file(self._remote(name)))
 
     def _push_checkpoint(self, name: str) -> None:
         files = [path for path in sorted((self.folder / name).rglob("*")) if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == MANIFEST):
-            self._upload(path.relative_to(self.folder).as_posix())
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        manifest = f"{name}/{MANIFEST}"
+        self.push(*(name for name in names if name != manifest))
+        self.push(manifest)
 
     def _upload(self, name: str) -> None:
         local, remote = self.folder / name, self._remote(name)
 
         def upload() -> None:
-            self.files.makedirs(remote.rpartition("/")[0], exist_ok=True)
+            if self.has_folders:
+                self.files.makedirs(remote.rpartition("/")[0], exist_ok=True)
             self.files.put_file(str(local), remote)
 
         self._try(upload)
@@ -214,16 +385,16 @@ class Mirror:
         for attempt in range(ATTEMPTS):
             try:
                 return act()
-            except (FileNotFoundError, PermissionError):
+            except FileNotFoundError:
                 raise
             except Exception as error:  # each filesystem has exceptions of its own
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 or isinstance(error, PermissionError | ImportError):
                     raise self._failed(error) from None
                 time.sleep(0.5 * 4**attempt)
         raise AssertionError
 
     def _failed(self, error: Exception) -> StorageError:
-        return StorageError(f"{hide_secrets(self.address)}: {type(error).__name__}: {error}")
+        return StorageError(f"{self.location}: {type(error).__name__}: {error}")
 
 
 def hide_secrets(address: str) -> str:
@@ -236,3 +407,9 @@ def hide_secrets(address: str) -> str:
 def has_secrets(address: str) -> bool:
     """Whether an address holds a password."""
     return ":" in address.partition("://")[2].partition("/")[0].rpartition("@")[0]
+
+
+def display(path: Path) -> Path:
+    """A path as a user would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

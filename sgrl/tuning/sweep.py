@@ -12,10 +12,9 @@ checkpoint with exactly the numbers of an uninterrupted one.
 import contextlib
 import logging
 import os
-import re
 import shutil
 import signal
-import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,8 @@ from rich.table import Table
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.local_ray import start_local_ray
-from sgrl.tuning.checkpoints import (
-    CheckpointError,
-    newest_valid_checkpoint,
-    verify,
-    write_text,
-)
+from sgrl.tuning.checkpoints import write_text
+from sgrl.tuning.client import reach
 from sgrl.tuning.experiment import (
     Experiment,
     Trial,
@@ -48,6 +43,7 @@ from sgrl.tuning.experiment import (
 from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.progress import (
     LOG_FILE,
+    SUMMARY_FILE,
     Progress,
     SweepView,
     progress_bar,
@@ -56,7 +52,16 @@ from sgrl.tuning.progress import (
     trials_table,
     write_summary,
 )
-from sgrl.tuning.provenance import record_start
+from sgrl.tuning.provenance import PROVENANCE_FILE, record_start
+from sgrl.tuning.storage import (
+    Mirror,
+    Store,
+    display,
+    is_address,
+    join,
+    open_store,
+    reading,
+)
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
     TrialRunner,
@@ -91,33 +96,29 @@ def run_sweep(
 ) -> Path:
     """Run every trial of `experiment` and return its folder, `results_dir/<name>`.
 
+    `results_dir` may be an address such as `s3://bucket/results` (see `sgrl.tuning.storage`): the
+    folder returned is then this machine's mirror of it, which holds no checkpoints.
+
     A trial that fails does not stop the others; `failed_trials` lists them. Raises SweepError or
     ExperimentError, before Ray is started, where the folder is taken or a trial asks for more
-    than there is, TrackingError where its tracker cannot be used, and KeyboardInterrupt once Ctrl-C
-    has stopped the trials.
+    than there is, TrackingError where its tracker cannot be used, StorageError where an address
+    cannot, and KeyboardInterrupt once Ctrl-C has stopped the trials.
     """
-    if re.match(r"\w+:/", str(results_dir)):
-        raise SweepError(
-            f"{results_dir} is no folder: results go to one that all machines see, as on a "
-            "shared file system"
-        )
-    directory = Path(results_dir).absolute() / (name or experiment.name)
-    # Hidden files are all there is of a sweep that ended before it had begun.
-    if directory.is_file() or (directory.is_dir() and any(directory.glob("[!.]*"))):
-        how = f"`sgrl resume {display(directory)}` continues it, " if is_sweep(directory) else ""
-        raise SweepError(
-            f"{display(directory)} already exists: {how}--name NAME starts another sweep"
-        )
-    check_tracker(experiment.track)
+    store = open_store(join(results_dir, name or experiment.name), "driver")
+    if not store.is_free():
+        how = f"`sgrl resume {store}` continues it, " if is_sweep(store) else ""
+        raise SweepError(f"{store} already exists: {how}--name NAME starts another sweep")
+    check_tracker(experiment.track, store.location)
     requests = _resource_requests(experiment)
     _prepare_environments(experiment)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        store.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(f"{display(directory)} cannot be made: {error.strerror}") from None
-    with _locked(directory):
-        write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
-        return _run(directory, experiment, requests)
+        raise SweepError(f"{store} cannot be made: {error.strerror}") from None
+    with _locked(store):
+        store.pull_reports()  # empties a mirror of what was there before
+        write_text(store.folder / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+        return _run(store, experiment, requests)
 
 
 def resume_sweep(
@@ -134,16 +135,17 @@ def resume_sweep(
     became NaN or infinite. Raises as `run_sweep` does, and SweepError where `directory` holds no
     sweep or a trial has passed the new end.
     """
-    directory = Path(directory).absolute()
-    _check_is_sweep(directory)
-    with _locked(directory):
-        experiment = _extended(directory, iterations, additions, track)
-        check_tracker(experiment.track)
+    store = open_store(directory, "driver")
+    _check_is_sweep(store)
+    with _locked(store):
+        store.pull_reports()
+        experiment = _extended(store, iterations, additions, track)
+        check_tracker(experiment.track, store.location)
         requests = _resource_requests(experiment)
         _prepare_environments(experiment)
         if iterations is not None or additions or track is not None:
-            write_text(directory / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
-        return _run(directory, experiment, requests)
+            write_text(store.folder / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+        return _run(store, experiment, requests)
 
 
 def resume_plan(
@@ -151,83 +153,82 @@ def resume_plan(
 ) -> tuple[list[Trial], list[Progress]]:
     """What `resume_sweep` would do: all trials, and of those that would run the iteration they
     would go on from. Changes nothing; raises as `resume_sweep` does."""
-    directory = Path(directory).absolute()
-    _check_is_sweep(directory)
-    with _locked(directory):
-        experiment = _extended(directory, iterations, additions)
+    store = open_store(directory, "driver")
+    _check_is_sweep(store)
+    with _locked(store):
+        store.pull_reports()
+        experiment = _extended(store, iterations, additions)
         todo = []
-        for row in (read_progress(directory, trial) for trial in experiment.trials):
-            if not _is_settled(directory, row):
-                checkpoints = directory / row.trial.name / "checkpoints"
-                newest, _ = newest_valid_checkpoint(checkpoints, at_most=row.iteration)
-                row.iteration = int(newest.name) if newest else 0
+        for row in (read_progress(store.folder, trial) for trial in experiment.trials):
+            if not _is_settled(store, row):
+                row.iteration = store.newest_checkpoint(row.trial.name, at_most=row.iteration)
                 todo.append(row)
     return experiment.trials, todo
 
 
 def _extended(
-    directory: Path,
+    store: Store,
     iterations: int | None,
     additions: Sequence[str],
     track: str | None = None,
 ) -> Experiment:
-    experiment = extend_experiment(directory / EXPERIMENT_FILE, iterations, additions, track)
+    experiment = extend_experiment(store.folder / EXPERIMENT_FILE, iterations, additions, track)
     for trial in experiment.trials:
-        _check_config(directory / trial.name, trial)
-        done = count_rows(directory / trial.name / "metrics.csv")
+        _check_config(store.folder / trial.name, trial)
+        done = count_rows(store.folder / trial.name / "metrics.csv")
         if iterations is not None and done > iterations:
             raise SweepError(
-                f"{display(directory)}: {trial.name} has trained for {done} iterations already: "
+                f"{store}: {trial.name} has trained for {done} iterations already: "
                 f"--iterations must be at least {done}"
             )
     return experiment
 
 
 def failed_trials(directory: str | Path) -> list[str]:
-    """The names of a sweep's trials that failed, in order."""
+    """The names of a sweep's trials that failed, in order, from its folder."""
     directory = Path(directory).absolute()
     rows = [read_progress(directory, trial) for trial in _load(directory).trials]
     return [row.trial.name for row in rows if row.state == "failed"]
 
 
-def is_sweep(directory: Path) -> bool:
-    """Whether the folder holds a sweep's results."""
-    return (directory / EXPERIMENT_FILE).is_file()
+def is_sweep(store: Store) -> bool:
+    """Whether the store holds a sweep's results."""
+    return store.exists(EXPERIMENT_FILE)
 
 
 def _load(directory: Path) -> Experiment:
-    _check_is_sweep(directory)
+    _check_is_sweep(Store(directory))
     return load_experiment(directory / EXPERIMENT_FILE)
 
 
-def _check_is_sweep(directory: Path) -> None:
-    if not is_sweep(directory):
-        what = "holds no sweep" if directory.exists() else "does not exist"
-        raise SweepError(f"{display(directory)} {what}: give a folder such as results/quickstart")
+def _check_is_sweep(store: Store) -> None:
+    if not is_sweep(store):
+        what = "holds no sweep" if store.folder.exists() else "does not exist"
+        raise SweepError(f"{store} {what}: give a folder such as results/quickstart")
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from running the sweep, or changing what it is to run."""
+def _locked(store: Store) -> Iterator[None]:
+    """Keep other processes (of this machine, where the results are an address) from running the
+    sweep, or changing what it is to run."""
     try:
-        lock = lock_file(directory / ".lock", seconds=2)
+        lock = lock_file(store.folder / ".lock", seconds=2)
     except OSError as error:
-        raise SweepError(f"{display(directory)} cannot be used: {error.strerror}") from None
+        raise SweepError(f"{store} cannot be used: {error.strerror}") from None
     if lock is None:
-        raise SweepError(f"{display(directory)} is being run by another process")
+        raise SweepError(f"{store} is being run by another process")
     try:
         with lock:
             yield
     except Exception as error:
         if is_disk_full(error):
-            raise SweepError(_disk_full(directory)) from None
+            raise SweepError(_disk_full(store)) from None
         raise
 
 
-def _disk_full(directory: Path) -> str:
-    folder = display(directory)
-    go_on = f"`sgrl resume {folder}` goes on" if is_sweep(directory) else "start the sweep again"
-    return f"no space left on the disk of {folder}: make some, then {go_on}"
+def _disk_full(store: Store) -> str:
+    go_on = f"`sgrl resume {store}` goes on" if is_sweep(store) else "start the sweep again"
+    return f"no space left on the disk of {store}: make some, then {go_on}"
 
 
 def _prepare_environments(experiment: Experiment) -> None:
@@ -245,7 +246,8 @@ def _prepare_environments(experiment: Experiment) -> None:
                 raise SweepError(str(error)) from None
 
 
-def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> Path:
+def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path:
+    directory = store.folder
     with quiet(directory / LOG_FILE) as console:
         record_start(directory)
         prepare_tracker(experiment.track, directory)
@@ -253,22 +255,30 @@ def _run(directory: Path, experiment: Experiment, requests: dict[str, Any]) -> P
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
         for row in progress.values():
-            if not _is_settled(directory, row):
+            if not _is_settled(store, row):
                 row.state = "pending"
                 write_status(directory / row.trial.name, {"state": "pending"})
         todo = [row.trial for row in progress.values() if row.state == "pending"]
+        made = (f"{trial.name}/{name}" for trial in todo for name in ("config.yaml", "status.json"))
+        store.push(EXPERIMENT_FILE, PROVENANCE_FILE, *made)
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
-        head = f"{len(progress)} trials{over}; results in {display(directory)}"
+        head = f"{len(progress)} trials{over}; results in {store}"
         console.print(head, soft_wrap=True, highlight=False)
         if experiment.track != "none":
-            hint = how_to_look(experiment.track, display(directory))
+            hint = how_to_look(experiment.track, str(store))
             console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
         if todo:
-            view = SweepView(directory, progress)
-            with view.shown_on(console):
-                _run_trials(directory, experiment, todo, requests, view)
+            view = SweepView(store, progress)
+            try:
+                with view.shown_on(console):
+                    _run_trials(store, experiment, todo, requests, view)
+            finally:
+                for row in view.trials.values():
+                    if not row.is_over:
+                        store.pull(f"{row.trial.name}/metrics.csv", f"{row.trial.name}/status.json")
         progress = {t.name: _read_stopped(directory, t) for t in experiment.trials}
         write_summary(directory, progress.values())
+        store.push(SUMMARY_FILE, LOG_FILE)
     if any(not row.is_over for row in progress.values()):
         raise KeyboardInterrupt
     return directory
@@ -302,7 +312,7 @@ def _write_config(folder: Path, trial: Trial) -> None:
 
 
 def _run_trials(
-    directory: Path,
+    store: Store,
     experiment: Experiment,
     trials: Sequence[Trial],
     requests: dict[str, Any],
@@ -312,8 +322,8 @@ def _run_trials(
     interrupt = signal.getsignal(signal.SIGINT)
     _start_ray()
     try:
-        _check_visible(directory)
-        _tune(directory, experiment, trials, requests, view)
+        _check_visible(store)
+        _tune(store, experiment, trials, requests, view)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
@@ -321,18 +331,18 @@ def _run_trials(
         if started_ray:
             ray.shutdown()
     if view.disk_full:
-        raise SweepError(_disk_full(directory))
+        raise SweepError(_disk_full(store))
 
 
 def _tune(
-    directory: Path,
+    store: Store,
     experiment: Experiment,
     trials: Sequence[Trial],
     requests: dict[str, Any],
     view: SweepView,
 ) -> None:
     # Tune keeps notes of its own, which nothing reads.
-    scratch = directory / ".tune"
+    scratch = store.folder / ".tune"
     shutil.rmtree(scratch, ignore_errors=True)
     # As many trials wait beside the running ones as can run: enough to hand over every process.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(ray.cluster_resources()["CPU"])))
@@ -341,7 +351,7 @@ def _tune(
         tune.Tuner(
             tune.with_resources(TrialRunner, lambda config: requests[config["trial"]]),
             param_space={
-                "sweep": str(directory),
+                "sweep": store.location,
                 "trial": tune.grid_search([trial.name for trial in trials]),
                 "tracker": experiment.track,
                 "wandb_mode": os.environ.get("WANDB_MODE"),
@@ -365,32 +375,42 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check_visible(directory: Path) -> None:
-    """Refuse a cluster of which some machine does not see the sweep's folder."""
+def _check_visible(store: Store) -> None:
+    """Refuse a cluster of which some machine does not see the sweep's results."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
+    if len(nodes) == 1 and type(store) is Store:
         return
-    path = directory / EXPERIMENT_FILE
-    text = path.read_text(encoding="utf-8")
-    reads = {
-        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(_reads)
+    text = (store.folder / EXPERIMENT_FILE).read_text(encoding="utf-8")
+    looks = {
+        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(_look)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(path)
+        .remote(store.location)
         for node in nodes
     }
-    blind = [address for address, read in reads.items() if ray.get(read) != text]
-    if blind:
+    found = {address: ray.get(look) for address, look in looks.items()}
+    blind = sorted(address for address, (read, _) in found.items() if read != text)
+    if blind and type(store) is Store:
         raise SweepError(
-            f"{display(directory)} is not there on {', '.join(sorted(blind))}: give --results a "
-            "folder that all machines of the cluster share"
+            f"{store} is not there on {', '.join(blind)}: give --results a folder that all "
+            "machines of the cluster share"
         )
+    if blind:
+        reason = found[blind[0]][1] or "other machines write there what this one does not see"
+        raise SweepError(f"{store} cannot be read on {', '.join(blind)}: {reason}")
 
 
-def _reads(path: Path) -> str | None:
+def _look(location: str) -> tuple[str | None, str]:
+    """The experiment file as this machine sees it, and why it does not."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return None
+        with tempfile.TemporaryDirectory() as folder:
+            mirrored = is_address(location)
+            store = Mirror(location, Path(folder)) if mirrored else Store(Path(location))
+            store.pull(EXPERIMENT_FILE)
+            return (store.folder / EXPERIMENT_FILE).read_text(encoding="utf-8"), ""
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, str(error)
 
 
 def _start_ray() -> None:
@@ -401,13 +421,13 @@ def _start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise SweepError(
-            f"a sweep runs on a machine of the cluster: start it there, with --address auto in "
-            f"place of {address}"
+            f"the driver of a sweep runs on the cluster: start it there, or from here with `sgrl "
+            f"sweep --address {address}`"
         )
     if address:
         print(f"joining the Ray cluster at {address}")
         try:
-            _reach(address)
+            reach(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise SweepError(
@@ -416,13 +436,6 @@ def _start_ray() -> None:
             ) from None
     else:
         start_local_ray(count_cpus())
-
-
-def _reach(address: str) -> None:
-    """Raise OSError where nothing answers at HOST:PORT: Ray would wait for it for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _resource_requests(experiment: Experiment) -> dict[str, Any]:
@@ -456,14 +469,18 @@ def count_cpus() -> int:
 
 
 def status_table(directory: str | Path) -> Table:
-    """A sweep's trials, one row each, from their folders alone. Raises SweepError."""
-    directory = Path(directory).absolute()
-    experiment = _load(directory)
-    lock = lock_file(directory / ".lock", seconds=0)
-    read = read_progress if lock is None else _read_stopped
-    if lock is not None:
-        lock.close()
-    return trials_table([read(directory, trial) for trial in experiment.trials], directory.name)
+    """A sweep's trials, one row each, from its folder (or address) alone. Raises SweepError, and
+    StorageError as `run_sweep`."""
+    with reading(directory) as folder:
+        folder = folder.absolute()
+        experiment = _load(folder)
+        lock = lock_file(folder / ".lock", seconds=0)
+        # Object storage has no locks that would tell whether somebody is at it.
+        stopped = lock is not None and not is_address(directory)
+        read = _read_stopped if stopped else read_progress
+        if lock is not None:
+            lock.close()
+        return trials_table([read(folder, trial) for trial in experiment.trials], folder.name)
 
 
 def _read_stopped(directory: Path, trial: Trial) -> Progress:
@@ -473,22 +490,12 @@ def _read_stopped(directory: Path, trial: Trial) -> Progress:
     return row
 
 
-def _is_settled(directory: Path, progress: Progress) -> bool:
+def _is_settled(store: Store, progress: Progress) -> bool:
     """Whether a resumed sweep leaves the trial alone: its loss diverged, or it is completed and
     its last checkpoint is whole."""
-    folder = directory / progress.trial.name
+    name = progress.trial.name
     if progress.state == "failed":
-        return read_status(folder).get("diverged", False)
+        return read_status(store.folder / name).get("diverged", False)
     if progress.state != "completed" or progress.iteration < progress.last_iteration:
         return False
-    try:
-        verify(folder / "checkpoints" / f"{progress.iteration:06d}")
-    except CheckpointError:
-        return False
-    return True
-
-
-def display(path: Path) -> Path:
-    """A path as a user would type it."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    return store.has_checkpoint(name, progress.iteration)

@@ -32,6 +32,7 @@ from tensorboardX.summary import hparams
 from sgrl.envs.wrappers import preserved_random_state
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.metrics import MEASURES, Row
+from sgrl.tuning.storage import is_address
 
 TRACKING_FILE = "tracking.json"
 MLFLOW_FILE = "mlflow.db"
@@ -44,14 +45,20 @@ class TrackingError(Exception):
 # ---------------------------------------------------------------- before the trials
 
 
-def check_tracker(tracker: str) -> None:
+def check_tracker(tracker: str, location: str = "") -> None:
     """Raise TrackingError unless the tracker's package is installed and, for W&B, a login known.
 
     Args:
         tracker: a name in `experiment.TRACKERS`.
+        location: of the sweep, a folder or an address.
     """
     if tracker == "none":
         return
+    if is_address(location):
+        if tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
+            raise TrackingError(f"mlflow keeps no database in {location}: set MLFLOW_TRACKING_URI")
+        if tracker == "wandb" and os.environ.get("WANDB_MODE") == "offline":
+            raise TrackingError(f"wandb keeps no offline runs in {location}: unset WANDB_MODE")
     package = importlib.util.find_spec(tracker)
     # Without origin it is a mere folder of that name, such as wandb makes where it runs.
     if package is None or package.origin is None:
@@ -87,7 +94,7 @@ def prepare_tracker(tracker: str, directory: Path) -> None:
         raise TrackingError(f"mlflow cannot be used: {_one_line(error)}") from None
 
 
-def how_to_look(tracker: str, directory: Path) -> str:
+def how_to_look(tracker: str, directory: str) -> str:
     """What to type, or where to go, to see the runs of the sweep in `directory`."""
     if tracker == "tensorboard":
         return f"tensorboard --logdir {directory}"
@@ -95,7 +102,8 @@ def how_to_look(tracker: str, directory: Path) -> str:
         return f"wandb sync {directory}/*/wandb/offline-run-*"
     if tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
         return f"mlflow ui --backend-store-uri sqlite:///{directory}/{MLFLOW_FILE}"
-    return f"{tracker}, {'group' if tracker == 'wandb' else 'experiment'} {directory.name}"
+    name = directory.rpartition("/")[2]
+    return f"{tracker}, {'group' if tracker == 'wandb' else 'experiment'} {name}"
 
 
 def mlflow_uri(directory: Path) -> str:

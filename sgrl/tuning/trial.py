@@ -41,6 +41,7 @@ from sgrl.tuning.metrics import (
     score,
     truncate_metrics,
 )
+from sgrl.tuning.storage import Store, open_store
 from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60
@@ -57,13 +58,14 @@ class TrialRunner(tune.Trainable):
     not in setup, so that every failure is one of a step, which Tune retries.
     """
 
+    store: Store
     algorithm: Any = None
     lock: TextIO | None = None
     tracking: Tracking | None = None
     hang: TextIO | None = None
 
     def setup(self, config: dict) -> None:
-        self.directory = Path(config["sweep"]) / config["trial"]
+        self.sweep, self.name = config["sweep"], config["trial"]
         self.tracker, self.wandb_mode = config["tracker"], config["wandb_mode"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
@@ -114,7 +116,10 @@ class TrialRunner(tune.Trainable):
         }
 
     def _start(self) -> None:
+        self.store = open_store(self.sweep, "trials")
+        self.directory = self.store.folder / self.name
         self._acquire()
+        self.store.claim(self.name)
         self.trial = read_yaml(self.directory / "config.yaml")
         self.last_iteration = self.trial["stop"]["training_iteration"]
         self.failure = read_status(self.directory).get("failure")
@@ -145,6 +150,7 @@ class TrialRunner(tune.Trainable):
         )
         self.tracking.send(self.rows)
         self._write_status("running")
+        self.store.push_trial(self.name)
 
     def _train(self) -> None:
         deadline = time.monotonic() + REPORT_SECONDS
@@ -199,6 +205,7 @@ class TrialRunner(tune.Trainable):
             self._save,
             keep=self.trial["checkpoint"]["keep"],
         )
+        self.store.push_trial(self.name)
 
     def _save(self, directory: Path) -> None:
         self.algorithm.save_checkpoint(str(directory))
@@ -215,6 +222,8 @@ class TrialRunner(tune.Trainable):
         self.failure = None
         self._write_status(state, reason=reason, **more)
         self._release(state)
+        self.store.push_trial(self.name)
+        self.store.leave(self.name)
 
     def _write_status(self, state: str, **more: Any) -> None:
         if self.failure is not None:
@@ -224,6 +233,7 @@ class TrialRunner(tune.Trainable):
     def _acquire(self) -> None:
         """Hold the trial's folder. A process that a killed sweep left behind may still write to
         it for the seconds it takes Ray to end it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.lock = lock_file(self.directory / ".lock", LOCK_SECONDS)
         if self.lock is None:
             raise TimeoutError(f"{self.directory} is in use by another process")

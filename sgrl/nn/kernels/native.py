@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.kernels.compiler import load_library
-from sgrl.nn.mixing import MixingRule, optimal_mixing_weight
+from sgrl.nn.mixing import MixingRule, Moments
+from sgrl.nn.neuron import SlotNeurons
 
 if TYPE_CHECKING:
     from sgrl.nn.feedforward import SparseMLP
@@ -56,6 +57,7 @@ class _Mixing(ctypes.Structure):
         ("schedule_beta", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("positive_projection", "target_received")),
         *((name, ctypes.c_int32) for name in ("mask_predictions", "moments", "for_predictor")),
+        ("unit_gradients", ctypes.c_int32),
     ]
 
 
@@ -340,6 +342,7 @@ class _Unroll(torch.autograd.Function):
                     rnn.mask_predictions,
                     rule.updates,
                     True,
+                    rule.unit_gradients,
                 )
             )
         core.sgrl_backward(
@@ -353,25 +356,23 @@ class _Unroll(torch.autograd.Function):
             rnn.statistics = dict(zip(STATISTICS, measured.unbind(), strict=True))
             if rule.updates:
                 num_valid = length * batch if mask is None else int(mask.sum())
-                _update_mixing_weight(rule, rnn.neurons.mixing_weight, moments, num_valid)
+                _update_mixing_weight(rule, rnn.neurons, moments, num_valid)
         return (None, None, None, grad_x, grad_h0, *grads)
 
 
 def _update_mixing_weight(
-    rule: MixingRule, previous: Tensor, moments: Tensor, num_valid: int
+    rule: MixingRule, neurons: SlotNeurons, sums: Tensor, num_valid: int
 ) -> None:
-    """Move lambda [W] towards its estimate; moments as in `Gradients` of slot_neurons.cpp."""
+    """Move a layer's lambda; sums as `moments` in `Gradients` of slot_neurons.cpp."""
     count = max(num_valid, 1)
-    estimate = optimal_mixing_weight(
-        mean_u_square=moments[0] / count,
-        mean_wu=moments[1] / count,
-        square_mean_u=moments[2] / count**2,
-        mean_w_mean_u=moments[3] / count**2,
+    moments = Moments(
+        mean_u_square=sums[0] / count,
+        mean_wu=sums[1] / count,
+        square_mean_u=sums[2] / count**2,
+        mean_w_mean_u=sums[3] / count**2,
         num_samples=num_valid,
-        previous=previous.double(),
-        eps=rule.eps,
     )
-    previous.copy_(rule.momentum * previous.double() + (1 - rule.momentum) * estimate)
+    rule.update(neurons, moments)
 
 
 # ------------------------------------------------------------------------------ feed-forward
@@ -495,6 +496,7 @@ class _StackFunction(torch.autograd.Function):
                     *(neurons.mixing_weight.data_ptr(), 0.0, False),
                     *(rule.predictor_target == "received", False, rule.updates),
                     rule.phase != "policy",
+                    rule.unit_gradients,
                 )
             results[index] = _Gradients(
                 *(weight, None, bias, predictor[0], None, predictor[1]),
@@ -508,7 +510,7 @@ class _StackFunction(torch.autograd.Function):
             _write_statistics(mlp, grad_output.new_tensor([list(r.statistics) for r in results]))
             if rule.updates:
                 for neurons, sums in zip(mlp.layers, moments, strict=True):
-                    _update_mixing_weight(rule, neurons.mixing_weight, sums, len(grad_output))
+                    _update_mixing_weight(rule, neurons, sums, len(grad_output))
         return (None, None, grad_x, *grads)
 
 

@@ -384,6 +384,7 @@ struct Mixing {
   const real* mixing_weight;  // lambda [W]
   double schedule_beta;
   std::int32_t positive_projection, target_received, mask_predictions, moments, for_predictor;
+  std::int32_t unit_gradients;  // the moments are of vectors brought to length 1
 };
 
 }  // extern "C"
@@ -953,8 +954,11 @@ void fill_rows(const Shape& s, real scale, const Mixing* mixing, real per_term, 
     sums.guess_length += valid > 0 ? square_root(p_square) : vec{};
     rows_of(w_rows, at.policy, k);
     if (!mixing->moments) continue;
-    const vec shrink_w = 1 / at_least(square_root(w_square), real(1e-12));
-    const vec shrink_s = 1 / at_least(square_root(s_square), real(1e-12));
+    vec shrink_w = splat(1), shrink_s = splat(1);
+    if (mixing->unit_gradients) {
+      shrink_w = 1 / at_least(square_root(w_square), real(1e-12));
+      shrink_s = 1 / at_least(square_root(s_square), real(1e-12));
+    }
     for (Index n = 0; n < s.N; ++n) {
       const vec w = load(x.gradient + n * length + k) * slope(n, k) * shrink_w;
       const vec p = factor * load(x.prediction + n * length + k) * slope(n, k) * shrink_s;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import MIN_LENGTH, length, optimal_mixing_weight
+from sgrl.nn.mixing import MIN_LENGTH, Moments, length
 from sgrl.nn.neuron import SlotNeurons
 
 if TYPE_CHECKING:
@@ -246,13 +246,15 @@ def _update_mixing_weight(
     gradient: Tensor,
     prediction: Tensor,
 ) -> Tensor:
-    """Move lambda towards its estimate: `mixing.estimate_mixing_weight`, batch innermost.
+    """Move lambda: the moments of `mixing.batch_moments`, batch innermost.
 
     Returns `_score_gradients` of the mixture of the two under the lambda before: all are linear in
     the feedback, so those of g and s serve for everything.
     """
     gradient, prediction = slopes.of_residual(gradient), slopes.of_residual(prediction)
-    lengths = [length(v, dim=1).clamp(min=MIN_LENGTH) for v in (gradient, prediction)]
+    lengths = [gradient.new_ones(()), gradient.new_ones(())]
+    if mlp.rule.unit_gradients:
+        lengths = [length(v, dim=1).clamp(min=MIN_LENGTH) for v in (gradient, prediction)]
     scores = [_score_gradients(layer, slopes, v) for v in (gradient, prediction)]
     w, u = gradient / lengths[0], prediction / lengths[1]
     u -= w
@@ -281,16 +283,13 @@ def _update_mixing_weight(
         total = sum(torch.linalg.vecdot(a.flatten(1), b.flatten(1)) for a, b in parts)
         return total / batch**2
 
-    previous, rule = neurons.mixing_weight, mlp.rule
-    estimate = optimal_mixing_weight(
+    moments = Moments(
         mean_u_square=inner(u, rows_u),
         mean_wu=inner(w, rows_w),
         square_mean_u=inner_of_means(means_u),
         mean_w_mean_u=inner_of_means(means_w),
         num_samples=batch,
-        previous=previous,
-        eps=rule.eps,
     )
-    mixed_scores = torch.lerp(scores[1], scores[0], previous.view(-1, 1, 1))
-    previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+    mixed_scores = torch.lerp(scores[1], scores[0], neurons.mixing_weight.view(-1, 1, 1))
+    mlp.rule.update(neurons, moments)
     return mixed_scores

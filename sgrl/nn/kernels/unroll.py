@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgrl.nn.mixing import Moments, positive_projection, unit
 from sgrl.nn.mixing import length as length_of
-from sgrl.nn.mixing import optimal_mixing_weight, positive_projection, unit
 
 if TYPE_CHECKING:
     from sgrl.nn.recurrent import SparseRNN
@@ -204,7 +204,7 @@ class _Mixture:
 class _Measured:
     """Sums over all valid samples of an unroll: statistics, and the moments behind lambda*.
 
-    The same sums as `mixing.estimate_mixing_weight`, as products over all samples of a chunk.
+    The same sums as `mixing.batch_moments`, as products over all samples of a chunk.
     """
 
     def __init__(self, rnn: "SparseRNN", mask: Tensor | None, samples: int) -> None:
@@ -252,7 +252,9 @@ class _Measured:
         """Add a chunk's moments of w and u = s - w."""
         neurons = self.rnn.neurons
         num_slots, num_x = neurons.num_slots, neurons.num_input_neurons
-        gradient, synthetic = unit(mixture.received, dim=2), unit(mixture.substitute, dim=2)
+        gradient, synthetic = mixture.received, mixture.substitute
+        if self.rnn.rule.unit_gradients:
+            gradient, synthetic = unit(gradient, dim=2), unit(synthetic, dim=2)
         difference = synthetic - gradient
         if mixture.valid is not None:
             gradient = torch.where(mixture.valid, gradient, 0.0)
@@ -280,29 +282,26 @@ class _Measured:
         _add(self.u_sum, _parameter_gradients(self.rnn, rows_u, read, external))
 
     def finish(self) -> None:
-        """Hand over the statistics and, if lambda is adaptive, move it towards its estimate."""
+        """Hand over the statistics and, if lambda is adaptive, move it."""
         self.rnn.statistics = self.statistics
-        rule, previous = self.rnn.rule, self.rnn.neurons.mixing_weight
-        if not rule.updates:
+        if not self.rnn.rule.updates:
             return
 
         def inner_of_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
-            total = torch.zeros_like(previous)
+            total = torch.zeros_like(self.u_square)
             for a, b in zip(one, other, strict=True):
                 total[: len(a)] += (a * b).flatten(1).sum(1)
             return total
 
         count = max(self.num_valid, 1)
-        estimate = optimal_mixing_weight(
+        moments = Moments(
             mean_u_square=self.u_square / count,
             mean_wu=self.wu / count,
             square_mean_u=inner_of_sums(self.u_sum, self.u_sum) / count**2,
             mean_w_mean_u=inner_of_sums(self.w_sum, self.u_sum) / count**2,
             num_samples=self.num_valid,
-            previous=previous,
-            eps=rule.eps,
         )
-        previous.copy_(rule.momentum * previous + (1 - rule.momentum) * estimate)
+        self.rnn.rule.update(self.rnn.neurons, moments)
 
 
 def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Mixing rules by name: how lambda follows what a batch says about the best one.
+
+The published rule is `MixingRule` itself, with the estimate it follows in `mixing.py`. A rule is
+added as a subclass and one line in `MIXING_RULES`; docs/mixing_rules.md tells how.
+"""
+
+import difflib
+
+import torch
+from torch import Tensor
+
+from sgrl.nn.mixing import MixingRule, Moments, best_mixture
+
+
+class RunningRule(MixingRule):
+    """Lambda* of moments averaged over batches, not an average of the batches' lambda*.
+
+    Lambda* is a clipped ratio, so its mean over noisy batches is not lambda* of the mean. Here what
+    enters the ratio is averaged: the estimates v of Var(mean u) and c of Cov(mean w, mean u), and
+    |mean u|^2, each without bias in every batch. Lambda is the ratio of these averages,
+    clip(1 + c / (v + max(|mean u|^2 - v, 0)), 0, 1), and not smoothed again.
+
+    The averages are exponential, average <- m * average + (1 - m) * batch with m = `momentum`, from
+    zero, divided by 1 - m^k after k batches. A batch of one valid sample changes nothing.
+    """
+
+    memory = ("variance", "covariance", "square_mean_u", "total_weight")
+
+    def next_weight(self, moments: Moments, previous: Tensor, memory: Tensor) -> Tensor:
+        if moments.num_samples <= 1:
+            return previous.clone()
+        mean_u_square, mean_wu, square_mean_u, mean_w_mean_u, num_samples = moments
+        variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)
+        covariance = (mean_wu - mean_w_mean_u) / (num_samples - 1)
+        batch = torch.stack([variance, covariance, square_mean_u, torch.ones_like(variance)])
+        memory.copy_(self.momentum * memory + (1 - self.momentum) * batch)
+        # No weight at all (m = 1): zeros, from which nothing can be told.
+        total = memory[3].clamp(min=torch.finfo(memory.dtype).tiny)
+        variance, covariance, square_mean_u = memory[:3] / total
+        return best_mixture(variance, covariance, square_mean_u, previous, self.least_denominator)
+
+
+class RawRule(MixingRule):
+    """The published rule on gradients and predictions of the lengths they have.
+
+    The published estimate brings each sample's received gradient and prediction to length 1, so
+    that all samples count alike and only directions are compared, while what is mixed are the
+    vectors as they are. Here w and s are the very parameter gradients that are mixed, and lambda*
+    the least error of their mixture: samples count by the size of their feedback, and a prediction
+    that is too long or too short counts as wrong. The slope of a residual branch stays in: it is
+    part of the parameter gradient. So does the positive projection.
+
+    A common factor of all gradients changes nothing. The estimate is used wherever some u is not 0.
+    """
+
+    unit_gradients = False
+
+
+class RunningRawRule(RunningRule, RawRule):
+    """`RunningRule` on the gradients of `RawRule`: batches, too, count by their feedback's size."""
+
+
+MIXING_RULES: dict[str, type[MixingRule]] = {
+    "published": MixingRule,
+    "running": RunningRule,
+    "raw": RawRule,
+    "running_raw": RunningRawRule,
+}
+
+
+def mixing_rule(name: str) -> type[MixingRule]:
+    """The rule of that name.
+
+    Raises:
+        ValueError: there is none; one line that names those there are.
+    """
+    if name not in MIXING_RULES:
+        close = difflib.get_close_matches(name, MIXING_RULES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown mixing_rule {name!r} (known: {', '.join(MIXING_RULES)}){hint}")
+    return MIXING_RULES[name]

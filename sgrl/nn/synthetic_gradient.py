@@ -1,0 +1,262 @@
+"""SyntheticGradient: sgprop at any place of any PyTorch network.
+
+    block = SyntheticGradient(64)
+    network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), block, nn.Linear(64, 2))
+
+Going forward it is the identity. Going back, each neuron of the activations x that pass through it
+predicts the gradient it is about to receive, and passes on lambda * g + (1 - lambda) * s instead of
+the received gradient g. The gradient of the predictor's regression is left in the `.grad` of the
+block's parameters, so the optimizer that steps the network trains the predictor too;
+`sgrl.nn.mixing.split_parameters` tells both kinds apart.
+
+Source: the paper, Definition 1 and Section H.2.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sgrl.nn.mixing import Moments, check_mixing, length, positive_projection, unit
+from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
+
+
+class SyntheticGradient(nn.Module):
+    """Identity whose backward pass mixes predictions into the gradient.
+
+    The activations are W neurons of N numbers each; N = 1 makes every feature a neuron with a
+    mixing weight of its own. All other axes hold the K samples of a batch. Each neuron's
+    prediction is linear in a context c, what it sees locally, which receives no gradient through
+    it:
+
+        s_j = predictor_weight_j c + predictor_bias_j
+
+    By default c is the whole x; pass the neurons' inputs, or features of them, to have them predict
+    from those. Predictors start at zero. They are used as they are when the backward pass comes,
+    which is what two-phase updates need (`sgrl.nn.mixing.backward_phase`).
+
+    Each call is mixed, and lambda updated, once in every backward pass that reaches it. Under
+    `torch.no_grad` and in inference mode x comes back as it is.
+
+    Args:
+        num_neurons: W.
+        neuron_size: N.
+        context_size: C, length of the context given to `forward`; None: x is the context.
+        mixing_weight: initial lambda, in [0, 1]; 1 is exactly backpropagation.
+        adaptive: whether lambda follows what each batch tells (`output_moments`).
+        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
+        mixing_momentum: weight of the past in that update.
+        positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
+        predictor_target: gradient the predictor regresses on, "received" or "mixed".
+
+    Shapes:
+        predictor_weight [W, N, C], predictor_bias [W, N], mixing_weight [W] and mixing_memory
+        [numbers its rule remembers, W] (buffers; persistent, the second unless empty).
+
+    Raises:
+        ValueError: a size or setting that is impossible.
+    """
+
+    mixing_weight: Tensor
+    mixing_memory: Tensor
+
+    def __init__(
+        self,
+        num_neurons: int,
+        neuron_size: int = 1,
+        *,
+        context_size: int | None = None,
+        mixing_weight: float = 1.0,
+        adaptive: bool = True,
+        mixing_rule: str = "published",
+        mixing_momentum: float = 0.9,
+        positive_projection: bool = False,
+        predictor_target: Literal["received", "mixed"] = "received",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("num_neurons", num_neurons),
+            ("neuron_size", neuron_size),
+            ("context_size", context_size),
+        ):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_mixing(
+            {
+                "propagation": "sgprop",
+                "mixing_weight": mixing_weight,
+                "mixing_momentum": mixing_momentum,
+                "predictor_target": predictor_target,
+            }
+        )
+        self.num_neurons = num_neurons
+        self.neuron_size = neuron_size
+        self.context_size = context_size
+        self.rule = rule_of_name(mixing_rule)(
+            adaptive=adaptive,
+            momentum=mixing_momentum,
+            positive_projection=positive_projection,
+            predictor_target=predictor_target,
+        )
+        read = num_neurons * neuron_size if context_size is None else context_size
+        shape = (num_neurons, neuron_size)
+        self.predictor_weight = nn.Parameter(torch.zeros(*shape, read, dtype=dtype))
+        self.predictor_bias = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self.register_buffer(
+            "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
+        )
+        memory = torch.zeros(len(self.rule.memory), num_neurons, dtype=dtype)
+        self.register_buffer("mixing_memory", memory, persistent=bool(self.rule.memory))
+        #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
+        #: neurons and dimensions), and true_grad_norm, mixed_grad_norm, prediction_norm (mean
+        #: length, per neuron and sample, of g, of the mixed gradient and of s).
+        self.statistics: dict[str, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        adaptive = self.rule.adaptive
+        return f"{self.num_neurons}, {self.neuron_size}, {self.context_size}, {adaptive=}"
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return x.
+
+        Args:
+            x: activations [..., W*N] or [..., W, N].
+            context: [..., C], seen by all neurons, or [..., W, C], each neuron's own; the leading
+                axes are those of x.
+            mask: bool, of the leading axes, True at valid samples; all if None. The others pass
+                the received gradient on as it is, and teach predictor and lambda nothing.
+
+        Raises:
+            ValueError: x, context or mask of another shape, a mask that is not bool, a context but
+                no `context_size`, or the reverse.
+        """
+        shape = (self.num_neurons, self.neuron_size)
+        # In this order, since the [1, N] of a single neuron is a batch of one sample.
+        if x.dim() and x.shape[-1] == self.num_neurons * self.neuron_size:
+            leading = x.shape[:-1]
+        elif x.shape[-2:] == shape:
+            leading = x.shape[:-2]
+        else:
+            raise ValueError(
+                f"x must be [..., {shape[0] * shape[1]}] or [..., {shape[0]}, {shape[1]}], "
+                f"got {list(x.shape)}"
+            )
+        if context is not None and self.context_size is None:
+            raise ValueError("a context needs a block with its context_size")
+        if context is None and self.context_size is not None:
+            raise ValueError(f"context_size is {self.context_size}, but no context was given")
+        read = self.predictor_weight.shape[-1]
+        seen = x.reshape(*leading, read) if context is None else context
+        allowed = (*leading, read), (*leading, self.num_neurons, read)
+        if seen.shape not in allowed:
+            shared, own = map(list, allowed)
+            raise ValueError(f"context must be {shared} or {own}, got {list(seen.shape)}")
+        if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be bool {list(leading)}, got {mask.dtype} {list(mask.shape)}"
+            )
+        if not torch.is_grad_enabled():
+            return x
+        seen = seen.detach().reshape(-1, *seen.shape[len(leading) :])
+        valid = None if mask is None else mask.flatten()
+        predictor = self.predictor_weight, self.predictor_bias
+        return _MixPrediction.apply(x, seen, valid, self, *predictor)
+
+    def mix(self, gradient: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The backward pass: predict, mix, learn.
+
+        Args:
+            gradient: received [K, W, N].
+            context: [K, C] or [K, W, C].
+
+        Returns:
+            (mixed gradient, gradients of the predictor's weights and biases).
+        """
+        if not len(gradient):
+            return gradient, None, None
+        rule, weight = self.rule, self.mixing_weight.unsqueeze(-1)
+        axes = "kc" if context.dim() == 2 else "kwc"
+        prediction = torch.einsum(f"{axes},wnc->kwn", context, self.predictor_weight)
+        prediction += self.predictor_bias
+        substitute = (
+            positive_projection(gradient, prediction) if rule.positive_projection else prediction
+        )
+        mixed = weight * gradient + (1 - weight) * substitute
+        measured = {
+            "true_grad_norm": length(gradient).mean(),
+            "mixed_grad_norm": length(mixed).mean(),
+            "prediction_norm": length(prediction).mean(),
+        }
+        regression: tuple[Tensor | None, Tensor | None] = None, None
+        if rule.phase != "policy":
+            residual = prediction - (mixed if rule.predictor_target == "mixed" else gradient)
+            measured["predictor_loss"] = residual.square().mean()
+            residual *= 2 / residual.numel()
+            regression = torch.einsum(f"kwn,{axes}->wnc", residual, context), residual.sum(0)
+        self.statistics = {**self.statistics, **measured}
+        if rule.updates:
+            rule.update(self, output_moments(gradient, substitute, rule.unit_gradients))
+        return mixed, *regression
+
+
+def output_moments(gradient: Tensor, prediction: Tensor, unit_gradients: bool = True) -> Moments:
+    """Moments of one batch where a neuron's parameters are out of sight.
+
+    As `sgrl.nn.mixing.batch_moments`, with the gradients of the neuron's output in place of those
+    of its parameters. For neurons of one number unit length leaves their signs.
+
+    Args:
+        gradient: received gradient g [K, W, N].
+        prediction: s [K, W, N].
+        unit_gradients: see `MixingRule`.
+    """
+    if unit_gradients:
+        gradient, prediction = unit(gradient), unit(prediction)
+    w, u = gradient, prediction - gradient
+    w_bar, u_bar = w.mean(0), u.mean(0)
+    return Moments(
+        mean_u_square=u.square().sum(-1).mean(0),
+        mean_wu=(w * u).sum(-1).mean(0),
+        square_mean_u=u_bar.square().sum(-1),
+        mean_w_mean_u=(w_bar * u_bar).sum(-1),
+        num_samples=len(w),
+    )
+
+
+class _MixPrediction(torch.autograd.Function):
+    """Identity going forward; going back, mixes the predictions into the gradient.
+
+    The gradient it returns for the predictor's parameters is that of the predictor's loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        context: Tensor,
+        valid: Tensor | None,
+        block: SyntheticGradient,
+        *predictor: Tensor,
+    ) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(context, valid)
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        block: SyntheticGradient = ctx.block
+        context, valid = ctx.saved_tensors
+        # Under automatic mixed precision the activations may be narrower than the predictor.
+        dtype = block.mixing_weight.dtype
+        received = gradient.reshape(-1, block.num_neurons, block.neuron_size).to(dtype)
+        context = context.to(dtype)
+        if valid is None:
+            mixed, *regression = block.mix(received, context)
+        else:
+            mixed = received.clone()
+            mixed[valid], *regression = block.mix(received[valid], context[valid])
+        return mixed.reshape(gradient.shape).to(gradient.dtype), None, None, None, *regression
