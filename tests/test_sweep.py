@@ -105,6 +105,20 @@ def test_resuming_a_finished_sweep_starts_nothing(copied, monkeypatch):
     assert metrics_without_times(copied) == before
 
 
+def test_a_sweep_that_knew_fewer_settings_goes_on(copied, monkeypatch):
+    for path in (copied / "experiment.yaml", *copied.glob("sparsenet*/config.yaml")):
+        text = path.read_text()
+        assert "mixing_rule: published" in text
+        lines = [line for line in text.splitlines() if "mixing_rule:" not in line]
+        path.write_text("\n".join(lines))
+    monkeypatch.setattr(sweep, "_run_trials", None)
+    assert resume_sweep(copied) == copied
+    (config,) = copied.glob("sparsenet*seed=0/config.yaml")
+    config.write_text(config.read_text().replace("num_slots: 2", "num_slots: 3"))
+    with pytest.raises(SweepError, match="says model: "):
+        resume_sweep(copied)
+
+
 def test_damaged_checkpoints_and_metrics_are_passed_over(copied, finished, capsys):
     last = copied / "gru_seed=0" / "checkpoints" / "000005" / "algorithm_state.pkl"
     last.write_bytes(last.read_bytes()[:100])

@@ -38,21 +38,23 @@ SAME_METHODS = {
     "sparse_backprop": "sparsenet_backprop",
     "dense": "mlp",
 }
-OTHER_COLOURS = ["#D55E00", "#000000", "#F0E442"]
+OTHER_COLOURS = ["#D55E00", "#000000"]
 MARKERS = "osD^vP*X<>"
 #: What notes say where `statistics.BEST_RULE` chose what is shown.
 BEST = "each method at its best learning rate, by mean AUC"
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method; those the project does not name share the rest."""
+    """Colour and marker of each method; those the project does not name share what is left."""
     styles: dict[str, dict[str, Any]] = {}
+    names = {method: SAME_METHODS.get(method, method) for method in methods}
+    left = [colour for name, colour in COLOURS.items() if name not in names.values()]
+    left = [*OTHER_COLOURS, *left]
     others = 0
-    for method in dict.fromkeys(methods):
-        known = SAME_METHODS.get(method, method)
+    for method, known in names.items():
         colour = COLOURS.get(known)
         if colour is None:
-            colour = OTHER_COLOURS[others % len(OTHER_COLOURS)]
+            colour = left[others % len(left)]
             others += 1
         order = list(COLOURS).index(known) if known in COLOURS else len(COLOURS) + others - 1
         styles[method] = {"color": colour, "marker": MARKERS[order % len(MARKERS)]}

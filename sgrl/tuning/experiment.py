@@ -497,14 +497,22 @@ def _resolve_model(method: str, entry: dict[str, Any]) -> None:
     if "policy" not in model:
         raise _Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
     _check_known(f"{key}.policy", "policy", model["policy"], POLICIES)
-    for field in dataclasses.fields(POLICIES[model["policy"]].Settings):
-        if field.name != "value_head":  # its default depends on the algorithm
-            model.setdefault(field.name, field.default)
+    entry["model"] = model = with_defaults(model)
     backend = model.get("backend")
     if backend == "auto":
         model["backend"] = resolve_backend("auto")
     elif isinstance(backend, dict) and isinstance(backend.get("grid"), list):
         backend["grid"] = [resolve_backend(b) if b == "auto" else b for b in backend["grid"]]
+
+
+def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's model with the settings that it leaves to its policy's defaults."""
+    from sgrl.nn.policies import POLICIES
+
+    fields = dataclasses.fields(POLICIES[model["policy"]].Settings)
+    defaults = {field.name: field.default for field in fields}
+    del defaults["value_head"]  # it depends on the algorithm
+    return {**model, **{name: defaults[name] for name in defaults if name not in model}}
 
 
 def _resolve_training(resolved: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from sgrl.tuning.experiment import (
     dump_yaml,
     extend_experiment,
     load_experiment,
+    with_defaults,
 )
 from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.progress import (
@@ -295,6 +296,9 @@ def _check_config(folder: Path, trial: Trial) -> None:
     if not path.is_file():
         return
     before = read_yaml(path)
+    # A setting that is newer than the sweep was what it now is by default.
+    with contextlib.suppress(KeyError, TypeError):
+        before["model"] = with_defaults(before["model"])
     for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
         if before.get(key) != config.get(key):
             raise SweepError(
