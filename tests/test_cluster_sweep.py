@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.tuning import sweep
+from sgrl.tuning import client, sweep
 from sgrl.tuning.storage import Mirror, Store
 
 EXPERIMENT = {
@@ -81,7 +81,10 @@ def test_no_cluster_at_the_address(experiment, tmp_path):
     ("results", "reason"),
     [
         ("results", "results would be a folder on another machine: give one from the root, as in"),
-        ("/results", "no sweep on the Ray cluster at ray://127.0.0.1:1: ConnectionRefusedError"),
+        (
+            "/results",
+            "no sweep on the Ray cluster at ray://127.0.0.1:1: [Errno 111] Connection refused",
+        ),
     ],
 )
 def test_a_client_that_cannot(results, reason, experiment, monkeypatch):
@@ -91,6 +94,21 @@ def test_a_client_that_cannot(results, reason, experiment, monkeypatch):
     assert result.exit_code == 2
     (line,) = result.output.splitlines()
     assert line.startswith(f"sgrl: {reason}")
+
+
+def test_a_client_that_the_cluster_fails_to_serve_tries_again(monkeypatch):
+    tried = []
+
+    def fail(address, **options):
+        tried.append(address)
+        raise ConnectionAbortedError("Initialization failure from server:\nRuntimeError: forked")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(client, "reach", lambda address: None)
+    with pytest.raises(client.ClientError, match=r"at ray://h:1: RuntimeError: forked$"):
+        client.run_on_cluster("ray://h:1", ["status", "/x"], "/x")
+    assert len(tried) == client.CONNECT_ATTEMPTS
 
 
 def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):

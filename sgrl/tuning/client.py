@@ -22,9 +22,9 @@ from typing import Any
 import ray
 
 from sgrl.tuning.storage import is_address
-from sgrl.tuning.trial import first_line
 
 POLL_SECONDS = 1.0
+CONNECT_ATTEMPTS = 3
 PR_SET_PDEATHSIG = 1
 
 
@@ -56,13 +56,25 @@ def run_on_cluster(
         raise ClientError(f'{address} needs more of Ray: pip install "sgrl[cluster]"')
     try:
         reach(address)
-        with ray.init(address, logging_level=logging.ERROR, log_to_driver=False):
+        with _connected(address):
             command = ray.remote(num_cpus=0, max_restarts=0)(Command).remote(words, files or {})
             return _follow(command)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClientError(
-            f"no sweep on the Ray cluster at {address}: {first_line(error)}"
-        ) from None
+        # Where the cluster's side failed, the reason is the end of its traceback.
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ClientError(f"no sweep on the Ray cluster at {address}: {lines[-1]}") from None
+
+
+def _connected(address: str) -> Any:
+    """Connect; again where Ray's server could not start the process that is to serve this client,
+    which happens when that process is forked at a bad moment (of gRPC's)."""
+    for attempt in range(CONNECT_ATTEMPTS):
+        try:
+            return ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionAbortedError:
+            if attempt == CONNECT_ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def _follow(command: Any) -> int:
