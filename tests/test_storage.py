@@ -20,7 +20,7 @@ from sweeps import make_experiment, metrics_without_times
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.tuning.checkpoints import MANIFEST, CheckpointError, verify, write_checkpoint
+from sgrl.tuning.checkpoints import MANIFEST, list_checkpoints, verify, write_checkpoint
 from sgrl.tuning.storage import (
     StorageError,
     has_secrets,
@@ -143,11 +143,15 @@ def test_a_cut_upload_is_no_checkpoint(mirrors, storage):
     assert other.has_checkpoint("trial", 2)
     assert not other.has_checkpoint("trial", 4)
     other.claim("trial")
-    with pytest.raises(CheckpointError):
-        verify(other.folder / "trial/checkpoints/000004")
-    verify(other.folder / "trial/checkpoints/000002")
+    (held,) = list_checkpoints(other.folder / "trial/checkpoints")
+    assert held.name == "000002"
+    verify(held)
+    other.push_trial("trial")
+    assert storage.names("trial/checkpoints") == ["000002"]
     one.claim("trial")
     checkpoint(one, "trial", 4)
+    storage.files.makedirs(f"{newest}/deep", exist_ok=True)
+    storage.files.pipe_file(f"{newest}/deep/weights", b"part")
     one.push_trial("trial")  # what lacks its manifest goes up again
     assert storage("trial/checkpoints/000004/deep/weights") == bytes([4]) * 1000
     assert storage.names("trial/checkpoints/000004") == ["deep", MANIFEST]

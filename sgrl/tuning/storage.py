@@ -280,7 +280,8 @@ class Mirror(Store):
         self.pull(*(f"{trial}/{name}" for name in TRIAL_FILES))
         kept = set()
         for name, _ in self._listed(f"{trial}/checkpoints"):
-            if name.isdecimal():
+            # One without its manifest was cut short on its way up, or while it was deleted.
+            if name.isdecimal() and self.has_checkpoint(trial, int(name)):
                 kept.add(name)
                 self.pull_checkpoint(f"{trial}/checkpoints/{name}")
         for checkpoint in list_checkpoints(self.folder / trial / "checkpoints"):
@@ -288,11 +289,8 @@ class Mirror(Store):
                 shutil.rmtree(checkpoint)
 
     def pull_checkpoint(self, name: str) -> Path:
-        """Download a checkpoint, unless the mirror holds it already, and return its folder.
-
-        A checkpoint whose upload was cut short has no manifest, or one that does not hold: what
-        opens it finds out.
-        """
+        """Download a checkpoint, unless the mirror holds it already, and return its folder. What
+        opens it finds out whether it is whole."""
         local = self.folder / name
         held = local / MANIFEST
         before = held.read_bytes() if held.is_file() else None
@@ -341,7 +339,7 @@ class Mirror(Store):
         shutil.rmtree(self.folder / trial, ignore_errors=True)
 
     def _remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        if self.exists(name):
             self._try(lambda: self.files.rm_file(self._remote(name)))
 
     def _push_checkpoint(self, name: str) -> None:
