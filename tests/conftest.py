@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# At Ray's own 15 its workers would wait for whatever tests run beside them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelt by Ray
 # Bitwise comparisons hold for one thread count; Ray's actors have one thread too.
 torch.set_num_threads(1)
 

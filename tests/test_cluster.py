@@ -112,6 +112,7 @@ def test_lines_of_the_readme(tmp_path: Path, ray_session: None) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     # One home for both hosts is as good as a copied token. Files apart from those of other Rays.
     environment |= {"HOME": str(tmp_path), "PATH": f"{BIN}:{environment['PATH']}"}
+    environment |= {"RAY_worker_niceness": "0"}  # conftest.py
     folder = f"/tmp/sgrl-lines-{os.getpid()}"
     few = f" --num-cpus=1 --object-store-memory=100000000 --temp-dir={folder}"
     with network_hosts(3) as hosts:

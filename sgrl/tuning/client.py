@@ -78,16 +78,30 @@ def _connected(address: str) -> Any:
 
 
 def _follow(command: Any) -> int:
-    """Print what the command prints until it ends."""
-    while True:
-        try:
+    """Print what the command prints until it ends, and hand the first Ctrl-C on to it; the second
+    one leaves it."""
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    # Not a KeyboardInterrupt, which is lost where it lands inside of Ray's client.
+    def interrupt(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupt)
+    handed_on = False
+    try:
+        while True:
             lines, status = ray.get(command.poll.remote(POLL_SECONDS))
             sys.stdout.writelines(lines)
             sys.stdout.flush()
             if status is not None:
                 return status
-        except KeyboardInterrupt:
-            ray.get(command.interrupt.remote())
+            if interrupted.is_set() and not handed_on:
+                ray.get(command.interrupt.remote())
+                handed_on = True
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Command:
