@@ -444,7 +444,7 @@ def test_five_hundred_short_trials(tmp_path, ray_session, monkeypatch, report):
 
 @pytest.mark.slow
 def test_every_slot_is_kept_busy(tmp_path, ray_session, report):
-    """Trials of a minute or more: the wall time is at most 1.15 times their compute over the slots."""
+    """Trials of a minute and more: wall time is at most 1.15 times their compute over the slots."""
     model = {"policy": "sparsenet", "num_input_neurons": 4, "adaptive": True, **SPARSE}
     methods = {"sparsenet_sgprop": {"model": model}}
     path = tmp_path / "long.yaml"
