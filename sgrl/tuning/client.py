@@ -83,7 +83,7 @@ def _follow(command: Any) -> int:
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
-    # Not a KeyboardInterrupt, which is lost where it lands inside of Ray's client.
+    # Not a KeyboardInterrupt, which could be swallowed where it lands inside of Ray's client.
     def interrupt(*_: Any) -> None:
         interrupted.set()
         signal.signal(signal.SIGINT, before)
