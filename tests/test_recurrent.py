@@ -13,7 +13,7 @@ from sgrl.nn.kernels import BACKENDS
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.recurrent import SparseRNN
 
-NORMS = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+NORMS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
 
 
 def randomise(rnn: SparseRNN, generator: torch.Generator) -> None:

@@ -180,7 +180,7 @@ def test_mixture_and_regression(shape: str, batch: tuple[int, ...], target: str)
     torch.testing.assert_close(block.predictor_bias.grad, bias)
     expected = {"predictor_loss": loss}
     for name, vectors in zip(
-        ("true_grad_norm", "prediction_norm", "mixed_grad_norm"),
+        ("received_grad_norm", "prediction_norm", "mixed_grad_norm"),
         (received, predictions, mixed),
         strict=True,
     ):

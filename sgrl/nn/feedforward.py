@@ -144,7 +144,7 @@ class SparseMLP(nn.Module):
             for _ in range(num_layers)
         )
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
-        #: neurons and dimensions, summed over layers), and true_grad_norm, mixed_grad_norm,
+        #: neurons and dimensions, summed over layers), and received_grad_norm, mixed_grad_norm,
         #: prediction_norm (mean length, per layer, neuron and sample, of g, of the mixed gradient
         #: and of s).
         self.statistics: dict[str, Tensor] = {}
@@ -247,7 +247,7 @@ class _BackwardRecord:
         mixed = weight * gradient + (1 - weight) * synthetic
         share = 1 / len(mlp.layers)
         measured = {
-            "true_grad_norm": length(gradient).mean() * share,
+            "received_grad_norm": length(gradient).mean() * share,
             "mixed_grad_norm": length(mixed).mean() * share,
             "prediction_norm": length(synthetic).mean() * share,
         }

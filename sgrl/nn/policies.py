@@ -101,7 +101,7 @@ def predictor_parameters(policy: nn.Module) -> list[nn.Parameter]:
 def mixing_statistics(policy: nn.Module) -> dict[str, float]:
     """What sgprop measured in the last backward pass, and the spread of the mixing weights.
 
-    Keys: predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm, mixing_weight_mean,
+    Keys: predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm, mixing_weight_mean,
     _min, _p25, _median, _p75, _max; of a feed-forward network also each layer's spread, under
     `layer{l}_mixing_weight_*`. Empty where nothing uses sgprop.
     """

@@ -146,7 +146,7 @@ class SparseRNN(nn.Module):
             dtype=dtype,
         )
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over valid
-        #: steps, neurons and dimensions), and true_grad_norm, mixed_grad_norm, prediction_norm
+        #: steps, neurons and dimensions), and received_grad_norm, mixed_grad_norm, prediction_norm
         #: (mean length, per neuron and valid step, of g, of the mixed gradient and of s).
         self.statistics: dict[str, Tensor] = {}
 
@@ -317,7 +317,7 @@ class _BackwardRecord:
         gradient, substitute = gather(self.gradients), gather(self.substitutes)
         rnn.statistics = {
             "predictor_loss": gather(self.residuals).square().sum() / self.count,
-            "true_grad_norm": mean_length(gradient),
+            "received_grad_norm": mean_length(gradient),
             "mixed_grad_norm": mean_length(gather(self.mixed)),
             "prediction_norm": mean_length(gather(self.predictions)),
         }

@@ -109,7 +109,7 @@ class SyntheticGradient(nn.Module):
         memory = torch.zeros(len(self.rule.memory), num_neurons, dtype=dtype)
         self.register_buffer("mixing_memory", memory, persistent=bool(self.rule.memory))
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
-        #: neurons and dimensions), and true_grad_norm, mixed_grad_norm, prediction_norm (mean
+        #: neurons and dimensions), and received_grad_norm, mixed_grad_norm, prediction_norm (mean
         #: length, per neuron and sample, of g, of the mixed gradient and of s).
         self.statistics: dict[str, Tensor] = {}
 
@@ -186,7 +186,7 @@ class SyntheticGradient(nn.Module):
         )
         mixed = weight * gradient + (1 - weight) * substitute
         measured = {
-            "true_grad_norm": length(gradient).mean(),
+            "received_grad_norm": length(gradient).mean(),
             "mixed_grad_norm": length(mixed).mean(),
             "prediction_norm": length(prediction).mean(),
         }

@@ -249,7 +249,7 @@ class Reinforce(Algorithm):
     `train()` returns RLlib's result dict; under "sgrl" it holds the metrics of the iteration as
     flat floats: env_steps (batches x environments x T), success_rate, episode_return_mean,
     episode_length_mean, policy_loss, entropy, grad_norm (of the policy's gradients, before
-    clipping), under sgprop predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm and
+    clipping), under sgprop predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm and
     mixing_weight_{mean,min,p25,median,p75,max} (feed-forward: of each layer too), and where the
     iteration ended with an evaluation eval_reward (its mean reward an episode). Over several
     updates they are means; env_steps and the mixing weights are those after the last.

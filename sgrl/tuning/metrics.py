@@ -23,7 +23,7 @@ COLUMNS = (
     "entropy",
     "grad_norm",
     "predictor_loss",
-    "true_grad_norm",
+    "received_grad_norm",
     "mixed_grad_norm",
     "prediction_norm",
     "mixing_weight_mean",

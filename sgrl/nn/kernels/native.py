@@ -22,7 +22,7 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 _Pointer = ctypes.c_void_p
 
 #: What a backward pass measures, in the order of `Gradients.statistics` in slot_neurons.cpp.
-STATISTICS = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+STATISTICS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
 #: Samples that a stack runs at once where no gradient is needed: small enough for the cache.
 PIECE = 256
 

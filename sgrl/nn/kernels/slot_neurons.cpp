@@ -989,7 +989,7 @@ void fill_rows(const Shape& s, real scale, const Mixing* mixing, real per_term, 
 // samples.
 struct Gradients {
   real *weight_h, *weight_x, *bias, *predictor_h, *predictor_x, *predictor_bias;
-  double statistics[4];  // predictor_loss, true_grad_norm, mixed_grad_norm, prediction_norm
+  double statistics[4];  // predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm
   double* moments;       // [4][W]: sum |u|^2, sum <w, u>, |sum u|^2, <sum w, sum u>
 };
 

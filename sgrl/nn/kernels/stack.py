@@ -232,7 +232,7 @@ def _predictor_gradients(
 
 def _norms(gradient: Tensor, mixed: Tensor, prediction: Tensor, depth: int) -> dict[str, Tensor]:
     return {
-        "true_grad_norm": length(gradient, dim=1).mean() / depth,
+        "received_grad_norm": length(gradient, dim=1).mean() / depth,
         "mixed_grad_norm": length(mixed, dim=1).mean() / depth,
         "prediction_norm": length(prediction, dim=1).mean() / depth,
     }

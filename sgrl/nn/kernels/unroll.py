@@ -213,7 +213,7 @@ class _Measured:
         self.num_valid = samples if mask is None else int(mask.sum())
         self.terms = max(self.num_valid, 1) * neurons.num_neurons * neurons.neuron_size
         zero = neurons.bias.new_zeros(())
-        names = ("predictor_loss", "true_grad_norm", "mixed_grad_norm", "prediction_norm")
+        names = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
         self.statistics = {name: zero.clone() for name in names}
         self.u_square = torch.zeros_like(neurons.mixing_weight)
         self.wu = torch.zeros_like(neurons.mixing_weight)
@@ -230,7 +230,7 @@ class _Measured:
         self.statistics["predictor_loss"] += residual.square().sum() / self.terms
         share = 1 / (max(self.num_valid, 1) * self.rnn.num_neurons)
         for name, vectors in (
-            ("true_grad_norm", mixture.received),
+            ("received_grad_norm", mixture.received),
             ("mixed_grad_norm", mixture.mixed),
             ("prediction_norm", mixture.prediction),
         ):
