@@ -102,6 +102,7 @@ def test_ppo_trains_saves_and_restores(name: str, tmp_path: Path) -> None:
 def test_predictors_have_a_learning_rate_of_their_own(name: str, env: str, tmp_path: Path) -> None:
     config = ppo_config(name, env, {"episode_length": 12}, OwnPPOConfig)
     config.training(lr_schedule=[[0, 1e-3], [96, 5e-4]], predictor_lr=2e-4, grad_clip=0.5)
+    config.training(entropy_coeff_schedule=[[0, 0.1], [1000, 0.0]])
     algorithm = config.build_algo()
     rllib_policy = algorithm.get_policy()
     policy = rllib_policy.model.policy
@@ -128,6 +129,8 @@ def test_predictors_have_a_learning_rate_of_their_own(name: str, env: str, tmp_p
     restored = type(algorithm).from_checkpoint(str(tmp_path))
     for key, value in restored.get_policy().model.policy.state_dict().items():
         assert torch.equal(after[key], value), key
+    assert 0 < rllib_policy.entropy_coeff < 0.1
+    assert restored.get_policy().entropy_coeff == rllib_policy.entropy_coeff
     restored.train()
     rates = [group["lr"] for group in restored.get_policy()._optimizers[0].param_groups]
     assert rates == [5e-4] + [2e-4] * bool(predictors)

@@ -98,6 +98,19 @@ def policy_state(algorithm: Algorithm) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in policy.state_dict().items()}
 
 
+def schedules(algorithm: Algorithm) -> tuple[list[float], float]:
+    """The learning rates and the entropy coefficient as they are."""
+    learner = learner_of(algorithm)
+    optimizers = learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
+    scheduler = learner.entropy_coeff_schedulers_per_module[DEFAULT_MODULE_ID]
+    rates = [float(optimizer.param_groups[0]["lr"]) for _, optimizer in optimizers]
+    return rates, float(scheduler.get_current_value())
+
+
+#: Schedules that end before and after the runs below: (learning rate, entropy coefficient).
+SCHEDULES = ([[0, 1e-2], [640, 1e-5]], [[0, 0.1], [10_000, 0.0]])
+
+
 CASES = [("PPO", env) for env in TASKS] + [("APPO", env) for env in TASKS]
 CASES += [("IMPALA", "labyrinth_escape")]
 
@@ -106,6 +119,8 @@ CASES += [("IMPALA", "labyrinth_escape")]
 def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
     kinds = {"APPO": APPOConfig, "IMPALA": IMPALAConfig}
     config = ppo(env) if name == "PPO" else asynchronous(kinds[name], env)
+    rate, entropy_coeff = SCHEDULES
+    config.training(lr=rate, entropy_coeff=entropy_coeff)
     algorithm = config.build_algo()
     learner = learner_of(algorithm)
     module = learner.module[DEFAULT_MODULE_ID]
@@ -125,14 +140,14 @@ def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
     assert row["episode_length_mean"] == TASKS[env][1] - (env == "labyrinth_escape")
     # Its episodes end, but nothing says whether they were a success.
     assert np.isnan(row["success_rate"]) == (env == MEMORY)
-    rates = {
-        key: o.param_groups[0]["lr"]
-        for key, o in learner.get_optimizers_for_module("default_policy")
-    }
-    assert rates == {"policy": 1e-3, "predictor": 2e-4}
+    (policy_rate, predictor_rate), coefficient = schedules(algorithm)
+    assert policy_rate < 1e-2
+    assert predictor_rate == pytest.approx(2e-4)
+    assert 0 < coefficient < 0.1
 
     algorithm.save_to_path(tmp_path)
     restored = type(algorithm).from_checkpoint(tmp_path)
+    assert schedules(restored) == schedules(algorithm)
     saved = RLModule.from_checkpoint(
         tmp_path / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
     )
@@ -174,18 +189,24 @@ def test_lambda_one_is_backprop(grad_clip: float | None, model: dict[str, Any]) 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ppo_continues_to_the_last_bit(dtype: str, tmp_path: Path) -> None:
     config = ppo(dtype=dtype).evaluation(evaluation_interval=2, evaluation_duration=4)
+    # The checkpoint, after 264 steps, is in the middle of both.
+    rate, entropy_coeff = SCHEDULES
+    config.training(lr=rate, entropy_coeff=entropy_coeff)
     algorithm = config.build_algo()
     rows = []
     for iteration in range(1, 6):
         rows.append(metrics_row(algorithm.train(), iteration, 0.0))
         if iteration == 3:
             algorithm.save_to_path(tmp_path)
+            saved = schedules(algorithm)
     expected = policy_state(algorithm)
     algorithm.stop()
     assert [np.isnan(row["eval_reward"]) for row in rows] == [True, False, True, False, True]
     assert [row["env_steps"] for row in rows] == [4 * 11 * 2 * i for i in range(1, 6)]
 
     restored = type(algorithm).from_checkpoint(tmp_path)
+    assert schedules(restored) == saved
+    assert 1e-5 < saved[0][0] < 1e-2
     for iteration in (4, 5):
         np.testing.assert_equal(metrics_row(restored.train(), iteration, 0.0), rows[iteration - 1])
     for key, value in policy_state(restored).items():
@@ -210,6 +231,8 @@ def test_a_sweep_of_ppo_resumes_to_the_last_bit(tmp_path: Path) -> None:
                 "minibatch_size": 26,
                 "num_epochs": 2,
                 "predictor_lr": 2e-4,
+                "lr": [[0, 1e-2], [160, 1e-5]],
+                "entropy_coeff": [[0, 0.1], [100, 0.01]],
             },
             "evaluation": {"evaluation_interval": 2, "evaluation_duration": 4},
         },

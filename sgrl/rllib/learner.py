@@ -16,6 +16,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.core.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor
 
 from sgrl.nn.mixing import split_parameters
@@ -25,6 +26,7 @@ from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 COMPONENT_KL = "kl_coefficients"
+COMPONENT_SCHEDULES = "schedules"
 
 
 class ExactLearner(TorchLearner):
@@ -70,6 +72,9 @@ class PolicyLearner(ExactLearner):
     A minibatch holds at least one sequence.
     """
 
+    #: Environment steps at the last update, by which the schedules go.
+    _timestep: int | None = None
+
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
         policy = _policy_of(self.module[module_id])
@@ -111,6 +116,7 @@ class PolicyLearner(ExactLearner):
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         """Report what sgprop measured in the update's last backward pass, under "sgrl"."""
         super().after_gradient_based_update(timesteps=timesteps)
+        self._timestep = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         for module_id, module in self.module.items():
             policy = _policy_of(module)
             measured = {} if policy is None else mixing_statistics(policy)
@@ -123,18 +129,32 @@ class PolicyLearner(ExactLearner):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return RLlib's learner state and the KL coefficients, which RLlib forgets."""
+        """Return RLlib's learner state, and what it forgets: the KL coefficients, where the
+        schedules are, and APPO's last update of its target network."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(COMPONENT_KL, components, not_components):
             coefficients = getattr(self, "curr_kl_coeffs_per_module", {})
             state[COMPONENT_KL] = {key: value.item() for key, value in coefficients.items()}
+        if self._check_component(COMPONENT_SCHEDULES, components, not_components):
+            targets = getattr(self, "_last_update_ts_by_mid", {})
+            state[COMPONENT_SCHEDULES] = {"timestep": self._timestep, "targets": dict(targets)}
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set whatever `state` holds of what `get_state` returns."""
+        """Set whatever `state` holds of what `get_state` returns; schedules go on from there."""
         super().set_state(state)
         for module_id, value in state.get(COMPONENT_KL, {}).items():
             self.curr_kl_coeffs_per_module[module_id].data.fill_(value)
+        saved = state.get(COMPONENT_SCHEDULES, {})
+        if saved.get("targets"):
+            self._last_update_ts_by_mid.update(saved["targets"])
+        self._timestep = saved.get("timestep")
+        if self._timestep is None:
+            return
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            self._set_optimizer_lr(optimizer, lr=schedule.update(self._timestep))
+        for module_id in self.module.keys():  # noqa: SIM118 (it is no mapping)
+            self.entropy_coeff_schedulers_per_module[module_id].update(self._timestep)
 
 
 def _policy_of(module: RLModule) -> Policy | None:

@@ -323,6 +323,11 @@ class PPOPolicy(PPOTorchPolicy):
         optimizers = [torch.optim.Adam(groups)]
         return self.exploration.get_exploration_optimizer(optimizers)
 
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set RLlib's state; schedules go on from there."""
+        super().set_state(state)
+        self.on_global_var_update({"timestep": self.global_timestep})
+
     def on_global_var_update(self, global_vars: dict[str, Any]) -> None:
         """Follow RLlib's schedules, but for the predictors' learning rate."""
         super().on_global_var_update(global_vars)

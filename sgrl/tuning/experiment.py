@@ -772,6 +772,9 @@ def _section_arguments(config_class: type, section: str) -> dict[str, Any]:
         for name, parameter in signature.parameters.items():
             if parameter.annotation is not parameter.empty:
                 arguments.setdefault(name, parameter.annotation)
+    if arguments.get("entropy_coeff") == float | None:
+        # RLlib's PPO annotates it as a number and takes schedules, as it does for lr.
+        arguments["entropy_coeff"] = arguments["lr"]
     return {name: kind for name, kind in arguments.items() if name not in ("self", "kwargs")}
 
 
