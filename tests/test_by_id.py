@@ -149,7 +149,7 @@ def test_actions_reach_the_environment_in_its_own_space(
     assert vector.action_space == space
     vector.reset([0])
     dtype = np.float32 if isinstance(space, gym.spaces.Box) else np.int64
-    _, rewards, _, truncated = vector.step(np.array([action], dtype))
+    _, rewards, _, truncated, _ = vector.step(np.array([action], dtype))
     assert rewards[0] == np.float32(np.sum(given))
     assert not truncated[0]
     for _ in range(2):
@@ -233,8 +233,10 @@ def test_success_is_unknown(tmp_path) -> None:
     """Neither a batch nor an evaluation tells a success rate where the environment does not."""
     env = make_vector("popgym-RepeatFirstEasy-v0", 3)
     policy = make_policy("mlp", env.observation_size, env.num_actions)
-    statistics = Rollout(env, policy, seed=0).collect().statistics()
-    assert np.isnan(statistics["success_rate"])
+    batch = Rollout(env, policy, seed=0).collect()
+    statistics = batch.statistics()
+    assert batch.success is None
+    assert "success_rate" not in statistics
     assert -1 <= statistics["episode_return_mean"] <= 1
     environment = {"env": "popgym-RepeatFirstEasy-v0", "env_config": {}}
     save_policy(policy, tmp_path, environment=environment)

@@ -13,7 +13,7 @@ FEWER_EPISODES = {"popgym-RepeatFirstMedium-v0": 8, "popgym-RepeatFirstHard-v0":
 def episodes(env: VectorEnv, seeds: list[int], actions: np.ndarray) -> list[np.ndarray]:
     """Observations [B, T + 1, F], rewards, terminated and truncated [B, T]."""
     first = env.reset(seeds)
-    steps = [env.step(step_actions) for step_actions in actions]
+    steps = [env.step(step_actions)[:4] for step_actions in actions]
     observations, *outcomes = (np.stack(column, 1) for column in zip(*steps, strict=True))
     return [np.concatenate([first[:, None], observations], 1), *outcomes]
 

@@ -233,7 +233,8 @@ def test_every_popgym_environment_is_made_and_steps(env: str) -> None:
     for _ in range(vector.episode_length):
         assert current.shape == (2, vector.observation_size)
         action = np.stack([single.action_space.sample() for _ in range(2)])
-        current, rewards, terminated, truncated = vector.step(action)
-        assert np.isfinite(rewards).all()
-        ends += terminated | truncated
+        step = vector.step(action)
+        current = step.observations
+        assert np.isfinite(step.rewards).all()
+        ends += step.terminated | step.truncated
     assert ends.tolist() == [1, 1]

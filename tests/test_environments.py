@@ -4,15 +4,21 @@ import random
 import warnings
 from collections.abc import Callable
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
 from sgrl.envs.registry import ENVIRONMENTS, VectorEnv, make_single, make_vector
+from sgrl.envs.vector import PythonVectorEnv
+from sgrl.nn.policies import make_policy
+from sgrl.reinforce.batch import concatenate
+from sgrl.reinforce.rollout import Rollout
 
 
 def run_episodes(env: VectorEnv, seeds: list[int], actions: np.ndarray) -> list[np.ndarray]:
-    """Observations [B, T + 1, F], rewards, terminated and truncated [B, T] of one episode each."""
+    """Observations [B, T + 1, F], rewards, terminated, truncated and success [B, T] of one episode
+    each."""
     first = env.reset(seeds)
     steps = [env.step(step_actions) for step_actions in actions]
     observations, *outcomes = (np.stack(column, 1) for column in zip(*steps, strict=True))
@@ -50,18 +56,19 @@ class VectorEnvContract:
         shape = (3, env.observation_size)
         first = env.reset([0, 1, 2])
         assert (first.shape, first.dtype) == (shape, np.float32)
-        observations, rewards, terminated, truncated = env.step(np.zeros(3, np.int64))
+        observations, rewards, *flags = env.step(np.zeros(3, np.int64))
         assert (observations.shape, observations.dtype) == (shape, np.float32)
         assert (rewards.shape, rewards.dtype) == ((3,), np.float32)
-        assert (terminated.shape, terminated.dtype) == ((3,), bool)
-        assert (truncated.shape, truncated.dtype) == ((3,), bool)
+        for flag in flags:
+            assert (flag.shape, flag.dtype) == ((3,), bool)
 
     def test_every_episode_ends_once_within_its_length(
         self, make: Callable[[int], VectorEnv]
     ) -> None:
         env = make(8)
-        _, _, terminated, truncated = run_episodes(env, list(range(8)), some_actions(env))
+        _, _, terminated, truncated, success = run_episodes(env, list(range(8)), some_actions(env))
         assert ((terminated | truncated).sum(1) == 1).all()
+        assert not (success & ~terminated).any()
 
     def test_a_finished_environment_ignores_its_actions(
         self, make: Callable[[int], VectorEnv]
@@ -70,11 +77,9 @@ class VectorEnvContract:
         run_episodes(env, [0, 1], some_actions(env))
         terminal = env.step(np.zeros(2, np.int64))[0]
         for action in range(env.num_actions):
-            observations, rewards, terminated, truncated = env.step(np.full(2, action))
+            observations, *rest = env.step(np.full(2, action))
             np.testing.assert_array_equal(observations, terminal)
-            assert not rewards.any()
-            assert not terminated.any()
-            assert not truncated.any()
+            assert not any(array.any() for array in rest)
 
     def test_an_episode_is_a_function_of_its_seed(self, make: Callable[[int], VectorEnv]) -> None:
         """The same in any batch, after any history; other seeds differ."""
@@ -140,6 +145,49 @@ def test_single_environment(name: str) -> None:
     env.step(0)
     assert process_random_state() == before
     check_env(env, skip_render_check=True)
+
+
+class Quiz(gym.Env):
+    """Ends after three steps: action 0 passes, 1 fails, 2 never gets that far."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int) -> tuple:
+        self.steps += 1
+        done = self.steps == 3
+        info = {"success": False} if done and action == 1 else {}
+        return np.zeros(1, np.float32), 0.0, done and action < 2, done and action == 2, info
+
+
+@pytest.mark.parametrize("has_success", [True, False])
+def test_success_termination_and_truncation_are_told_apart(has_success: bool) -> None:
+    """An ending in failure is a termination too; where success is unknown, batches have none."""
+    env = PythonVectorEnv([Quiz() for _ in range(3)], 3, has_success=has_success)
+    env.reset([0, 1, 2])
+    steps = [env.step(np.arange(3)) for _ in range(4)]
+    for t, step in enumerate(steps):
+        assert step.terminated.tolist() == [t == 2, t == 2, False]
+        assert step.truncated.tolist() == [False, False, t == 2]
+        if has_success:
+            assert step.success is not None
+            assert step.success.tolist() == [t == 2, False, False]
+        else:
+            assert step.success is None
+
+    policy = make_policy("gru", 1, 3, hidden_size=4)
+    batches = [Rollout(env, policy, seed).collect() for seed in (0, 1)]
+    both = concatenate(batches)
+    last = both.actions[2]
+    expected = (last == 0).tolist() if has_success else None
+    assert (both.success if both.success is None else both.success.tolist()) == expected
+    assert ("success_rate" in both.statistics()) == has_success
+    assert ("success" in both.tensors()) == has_success
 
 
 def test_no_environments_are_refused() -> None:

@@ -38,9 +38,10 @@ def forced_rollout(env: VectorEnv, seeds: list[int], actions: np.ndarray) -> dic
             break
         batch["obs"][t] = observations
         batch["valid_mask"][t] = running
-        observations, batch["rewards"][t], terminated, truncated = env.step(actions[t])
-        batch["dones"][t] = terminated | truncated
-        batch["success"] |= terminated
+        step = env.step(actions[t])
+        observations, batch["rewards"][t] = step.observations, step.rewards
+        batch["dones"][t] = step.terminated | step.truncated
+        batch["success"] |= step.success
         running &= ~batch["dones"][t]
     batch["lengths"] = batch["valid_mask"].sum(0)
     return batch

@@ -61,7 +61,8 @@ def play(env: VectorEnv, seeds: Sequence[int], actions: np.ndarray) -> list[Epis
     observations = [env.reset(seeds)]
     steps = []
     for step_actions in actions:
-        observation, *outcome = env.step(step_actions)
+        observation, *outcome, success = env.step(step_actions)
+        np.testing.assert_array_equal(success, outcome[1])
         observations.append(observation)
         steps.append(outcome)
     stacked = np.stack(observations, 1)

@@ -52,10 +52,11 @@ def test_contexts_labels_and_flips() -> None:
         share = (labels[allowed] == digit).mean()
         assert (digits == digit).mean() == pytest.approx(share, abs=0.015)
     actions = np.arange(MANY) % 3
-    _, rewards, terminated, truncated = env.step(actions)
+    _, rewards, terminated, truncated, success = env.step(actions)
     right = digits == np.array(classes)[actions]
-    np.testing.assert_array_equal(terminated, right)
-    np.testing.assert_array_equal(truncated, ~right)
+    np.testing.assert_array_equal(success, right)
+    assert terminated.all()
+    assert not truncated.any()
     flipped = rewards != right
     for kind in (right, ~right):
         assert flipped[kind].mean() == pytest.approx(0.25, abs=0.02)
@@ -70,8 +71,8 @@ def test_evaluation_sees_test_images_and_no_flips() -> None:
     known = {image.tobytes() for image in images}
     pixels = np.rint((observations * 0.3081 + 0.1307) * 255).astype(np.uint8)
     assert all(row.tobytes() in known for row in pixels)
-    _, rewards, terminated, _ = env.step(np.zeros(500, np.int64))
-    np.testing.assert_array_equal(rewards, terminated)
+    step = env.step(np.zeros(500, np.int64))
+    np.testing.assert_array_equal(step.rewards, step.success)
 
 
 def test_run_seeds_share_nothing() -> None:

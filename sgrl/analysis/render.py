@@ -67,7 +67,7 @@ class Episode:
         actions: int64 [S].
         rewards: float32 [S].
         probabilities: the policy's, float32 [S, A].
-        success: whether the episode ended by success rather than by its length.
+        success: whether the episode ended in success.
         mixing_weights: lambda of each neuron, [layers, W]; None unless the policy uses sgprop.
     """
 
@@ -148,6 +148,7 @@ def record_episode(
         raise RenderError(f"{checkpoint}: episodes of {env} are not drawn, only those of {drawn}")
     rollout = evaluation_rollout(policy, environment, seed + number - place)
     batch = rollout.collect()
+    assert batch.success is not None  # all that are drawn know success
     steps = int(batch.lengths[place])
     actions = batch.actions[:steps, place].numpy()
     observations = batch.observations[:steps, place : place + 1]
@@ -178,7 +179,8 @@ def record_episode(
     if env == "mnist_bandit":
         vector = make_vector(env, policy.num_actions, settings)
         vector.reset([environment_seed] * policy.num_actions)
-        _, _, right, _ = vector.step(np.arange(policy.num_actions))
+        right = vector.step(np.arange(policy.num_actions)).success
+        assert right is not None
         return BanditEpisode(
             **shared,
             observations=batch.observations[:1, place].numpy(),

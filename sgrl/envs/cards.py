@@ -115,7 +115,7 @@ class VectorCards(VectorEnv):
             self._current = self._observe(actions)
         terminated = np.full(self.num_envs, not finished and self._steps == length)
         truncated = np.full(self.num_envs, not finished and self._steps == self.episode_length)
-        return self._current.copy(), rewards, terminated, truncated
+        return StepResult(self._current.copy(), rewards, terminated, truncated, None)
 
 
 class VectorRepeatFirst(VectorCards):

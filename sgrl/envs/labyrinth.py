@@ -280,7 +280,9 @@ class VectorLabyrinth(VectorEnv):
             truncated[running] = self._steps == self.episode_length - 1
             self._finished |= terminated | truncated
             self._observe(running, actions)
-        return self._observations.copy(), rewards, terminated, truncated
+        # A labyrinth ends by itself in success alone.
+        success = terminated.copy()
+        return StepResult(self._observations.copy(), rewards, terminated, truncated, success)
 
     def maze(self, env: int) -> NDArray[np.int8]:
         """The `Cell` codes of an environment's maze, [H, W] with the borders."""

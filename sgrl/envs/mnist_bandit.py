@@ -49,7 +49,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class VectorMNISTBandit(VectorEnv):
     """B bandits side by side; every episode has one step.
 
-    "terminated" says that the guess was right (before any flip), "truncated" that it was wrong.
+    Success says that the guess was right, before any flip.
 
     Args:
         num_envs: B.
@@ -103,7 +103,8 @@ class VectorMNISTBandit(VectorEnv):
         right = actions == self._right
         rewards = np.where(running, right ^ self._flipped, 0).astype(np.float32)
         self._finished[:] = True
-        return self._observations.copy(), rewards, running & right, running & ~right
+        truncated = np.zeros(self.num_envs, bool)
+        return StepResult(self._observations.copy(), rewards, running, truncated, running & right)
 
 
 class MNISTBanditEnv(gym.Env[Observations, np.int64]):
@@ -136,5 +137,7 @@ class MNISTBanditEnv(gym.Env[Observations, np.int64]):
         return self._bandit.reset([seed])[0], {}
 
     def step(self, action: Any) -> tuple[Observations, float, bool, bool, dict[str, Any]]:
-        observations, rewards, terminated, _ = self._bandit.step(np.array([action]))
-        return observations[0], float(rewards[0]), True, False, {"success": bool(terminated[0])}
+        step = self._bandit.step(np.array([action]))
+        assert step.success is not None
+        info = {"success": bool(step.success[0])}
+        return step.observations[0], float(step.rewards[0]), True, False, info

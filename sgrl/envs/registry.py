@@ -25,6 +25,7 @@ __all__ = [
     "VectorEnv",
     "check_flat",
     "evaluation_config",
+    "has_success",
     "make_single",
     "make_vector",
     "observation_size",
@@ -212,6 +213,11 @@ def observation_size(env: str, env_config: Mapping[str, Any] | None = None) -> i
     return by_id.describe(env, config).observation_size
 
 
+def has_success(env: str) -> bool:
+    """Whether an environment tells success from failure: ours do, those of gymnasium do not."""
+    return env in ENVIRONMENTS
+
+
 def evaluation_config(env: str, env_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings under which a policy trained with `env_config` is evaluated."""
     entry = ENVIRONMENTS.get(env)
@@ -265,11 +271,11 @@ def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = 
             return GAMES[env](num_envs, config["episode_length"], config["previous_action"])
         singles = [by_id.make(env, **config) for _ in range(num_envs)]
         length = config["episode_length"]
-        return PythonVectorEnv(singles, length, GYMNASIUM_SEED_SPACING, has_success=False)
+        return PythonVectorEnv(singles, length, GYMNASIUM_SEED_SPACING, has_success(env))
     vector = ENVIRONMENTS[env].vector
     if vectorized:
         return vector(num_envs, **config)
     singles = [make_single(env, config) for _ in range(num_envs)]
     # Without that setting an environment's episodes have one step.
     length = config.get("episode_length", 1)
-    return PythonVectorEnv(singles, length, vector.seed_spacing)
+    return PythonVectorEnv(singles, length, vector.seed_spacing, has_success(env))

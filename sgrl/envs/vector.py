@@ -1,15 +1,40 @@
 """The interface every environment is stepped through: B episodes side by side, one array each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 Observations = NDArray[np.float32]
-StepResult = tuple[Observations, NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+
+
+class StepResult(NamedTuple):
+    """What one step of B environments gives; the arrays are new and the caller's to keep.
+
+    Attributes:
+        observations: float32 [B, F].
+        rewards: float32 [B].
+        terminated: bool [B], the episode ended by itself at this step, well or badly.
+        truncated: bool [B], it was cut off by its length.
+        success: bool [B], it ended in success; None unless `VectorEnv.has_success`.
+    """
+
+    observations: Observations
+    rewards: NDArray[np.float32]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    success: NDArray[np.bool_] | None
+
+
+def is_success(terminated: bool, info: Mapping[str, Any]) -> bool:
+    """Whether a step of a gymnasium environment that knows success ended its episode in success.
+
+    It did if it terminated the episode, unless its info says "success": False.
+    """
+    return bool(terminated and info.get("success", True))
 
 
 class VectorEnv(ABC):
@@ -17,15 +42,14 @@ class VectorEnv(ABC):
 
     All state after `reset(seeds)` derives from the seeds, so nothing has to be saved between
     batches. A finished environment ignores its actions until the next reset: it repeats its
-    terminal observation with reward 0 and both flags False.
+    terminal observation with reward 0 and all flags False.
 
     Attributes:
         num_envs: B.
         episode_length: configured length T; every episode ends within T steps.
         observation_size: F, length of a flat observation.
         num_actions: number of discrete actions; of environments with Discrete actions only.
-        has_success: whether "terminated" means that the episode was a success. Where it only means
-            that the episode is over, there is no success rate.
+        has_success: whether steps tell success. Where they do not, there is no success rate.
         seed_spacing: distance between the environment seeds of neighbouring run seeds. The
             published labyrinths have 1: run s + 1 starts with all but the first maze of run s.
     """
@@ -66,9 +90,7 @@ class VectorEnv(ABC):
                 MultiDiscrete: int64 [B, number of factors]; Box: float32 [B, D].
 
         Returns:
-            Observations float32 [B, F], rewards float32 [B], terminated bool [B] (the episode
-            ended, where `has_success` by success), truncated bool [B] (it ended by its length).
-            The arrays are new and the caller's to keep.
+            What the step gave each environment.
         """
 
     def _check_seeds(self, seeds: Sequence[int]) -> None:
@@ -82,8 +104,7 @@ class PythonVectorEnv(VectorEnv):
     """Gymnasium environments with flat Box observations stepped one by one.
 
     Args:
-        envs: B environments of one kind. One that terminates without success says so with
-            "success" in its info.
+        envs: B environments of one kind. What of their endings is a success, `is_success` says.
         episode_length: their configured length T.
         seed_spacing, has_success: see `VectorEnv`.
     """
@@ -122,10 +143,12 @@ class PythonVectorEnv(VectorEnv):
         rewards = np.zeros(self.num_envs, np.float32)
         terminated = np.zeros(self.num_envs, bool)
         truncated = np.zeros(self.num_envs, bool)
+        success = np.zeros(self.num_envs, bool) if self.has_success else None
         for e in np.flatnonzero(~self._finished):
             action = int(actions[e]) if self._discrete else actions[e]
-            self._observations[e], rewards[e], ended, truncated[e], info = self.envs[e].step(action)
-            terminated[e] = ended and info.get("success", True)
-            truncated[e] |= ended and not terminated[e]
+            stepped = self.envs[e].step(action)
+            self._observations[e], rewards[e], terminated[e], truncated[e], info = stepped
+            if success is not None:
+                success[e] = is_success(terminated[e], info)
         self._finished |= terminated | truncated
-        return self._observations.copy(), rewards, terminated, truncated
+        return StepResult(self._observations.copy(), rewards, terminated, truncated, success)

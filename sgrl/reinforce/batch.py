@@ -22,9 +22,9 @@ class EpisodeBatch:
             effect: sampled from the policy while others run, zeros once all are done.
         rewards: float32 [T, B], 0 at padded steps.
         mask: bool [T, B], True at the steps of the episode.
-        success: bool [B], whether the episode terminated (rather than ran out of time); float32,
-            all NaN, where the environment knows no success.
         lengths: int64 [B], steps of each episode.
+        success: bool [B], whether the episode ended in success; None where the environment knows
+            no success.
         acted: what the policy kept while it acted, for `Policy.forward`; one update uses it up.
 
     Source: the paper, Section H.4.
@@ -34,14 +34,15 @@ class EpisodeBatch:
     actions: Tensor
     rewards: Tensor
     mask: Tensor
-    success: Tensor
     lengths: Tensor
+    success: Tensor | None = None
     acted: Acting | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but `acted`, by name."""
+        """The tensors there are, by name; `acted` is none."""
         names = [field.name for field in dataclasses.fields(EpisodeBatch)]
-        return {name: getattr(self, name) for name in names if name != "acted"}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def num_steps(self) -> int:
@@ -53,9 +54,11 @@ class EpisodeBatch:
         return EpisodeBatch(**values, acted=self.acted)
 
     def statistics(self) -> dict[str, float]:
-        """success_rate (perhaps NaN), episode_return_mean (undiscounted), episode_length_mean."""
-        return {
-            "success_rate": self.success.double().mean().item(),
+        """success_rate (where known), episode_return_mean (undiscounted), episode_length_mean."""
+        success = {}
+        if self.success is not None:
+            success["success_rate"] = self.success.double().mean().item()
+        return success | {
             "episode_return_mean": self.rewards.double().sum(0).mean().item(),
             "episode_length_mean": self.lengths.double().mean().item(),
         }

@@ -33,8 +33,9 @@ def train(
         settings: of each update; the published ones if None.
 
     Yields:
-        One row of metrics an iteration: iteration, env_steps, success_rate,
-        episode_return_mean, episode_length_mean, and those of `update`.
+        One row of metrics an iteration: iteration, env_steps, success_rate (unless the
+        environment knows no success), episode_return_mean, episode_length_mean, and those of
+        `update`.
 
     Example:
         >>> env = make_vector("labyrinth_escape", 20, {})

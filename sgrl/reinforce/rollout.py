@@ -9,7 +9,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
@@ -95,7 +94,7 @@ class Rollout:
         actions = torch.zeros(length, num_envs, *space.shape, dtype=space.dtype).numpy()
         rewards = np.zeros((length, num_envs), np.float32)
         mask = np.zeros((length, num_envs), bool)
-        success: NDArray[Any] = np.zeros(num_envs, bool)
+        success = np.zeros(num_envs, bool)
         running = np.ones(num_envs, bool)
         current = env.reset(self._reset_seeds())
         acting = policy.acting(length, num_envs, self.keep)
@@ -104,19 +103,25 @@ class Rollout:
                 observations[t] = current
                 logits = acting.step(torch.from_numpy(current).to(parameter))
                 actions[t] = space.sample(logits, noise_now).numpy(force=True)
-                current, rewards[t], terminated, truncated = env.step(actions[t])
+                step = env.step(actions[t])
+                current, rewards[t] = step.observations, step.rewards
                 mask[t] = running
-                success |= terminated
-                running &= ~(terminated | truncated)
+                if step.success is not None:
+                    success |= step.success
+                running &= ~(step.terminated | step.truncated)
                 if not running.any():
                     break
         self.batches += 1
-        if not env.has_success:
-            success = np.full(num_envs, np.nan, np.float32)
-        arrays = (observations, actions, rewards, mask, success, mask.sum(0))
-        batch = EpisodeBatch(*map(torch.from_numpy, arrays)).to(parameter.device)
-        batch.acted = acting if self.keep else None
-        return batch
+        batch = EpisodeBatch(
+            observations=torch.from_numpy(observations),
+            actions=torch.from_numpy(actions),
+            rewards=torch.from_numpy(rewards),
+            mask=torch.from_numpy(mask),
+            lengths=torch.from_numpy(mask.sum(0)),
+            success=torch.from_numpy(success) if env.has_success else None,
+            acted=acting if self.keep else None,
+        )
+        return batch.to(parameter.device)
 
     def _reset_seeds(self) -> list[int]:
         first = self.seed * self.env.seed_spacing

@@ -4,7 +4,6 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -151,13 +150,13 @@ class EpisodeRunner(EnvRunner, Checkpointable):
     def _log(self, batch: EpisodeBatch) -> SampledBatch:
         sampled = SampledBatch(**vars(batch.to("cpu")))
         statistics = sampled.statistics()
-        for name, value in (
-            ("success_rate", statistics["success_rate"]),
-            (EPISODE_RETURN_MEAN, statistics["episode_return_mean"]),
-            (EPISODE_LEN_MEAN, statistics["episode_length_mean"]),
-        ):
-            if not math.isnan(value):
-                self.metrics.log_value(name, value, reduce="mean")
+        names = {
+            "success_rate": "success_rate",
+            "episode_return_mean": EPISODE_RETURN_MEAN,
+            "episode_length_mean": EPISODE_LEN_MEAN,
+        }
+        for name, value in statistics.items():
+            self.metrics.log_value(names[name], value, reduce="mean")
         self.metrics.log_value(NUM_EPISODES, len(sampled.lengths), reduce="sum")
         steps = sampled.env_steps()
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")

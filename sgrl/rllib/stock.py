@@ -42,7 +42,8 @@ from ray.rllib.policy import Policy as OldPolicy
 from ray.util.debug import log_once
 from torch.optim import Optimizer
 
-from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+from sgrl.envs.registry import ENVIRONMENTS, has_success, validate_env_config
+from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policies import POLICIES
 from sgrl.nn.policy import Policy
@@ -79,7 +80,7 @@ class StockRunner(SingleAgentEnvRunner):
 
     def get_metrics(self) -> dict[str, Any]:
         """Return what was logged since the last call, and the sums over the ended episodes."""
-        tells_success = self.config.env in ENVIRONMENTS
+        tells_success = has_success(self.config.env)
         for last in self._done_episodes_for_metrics:
             chunks = [*self._ongoing_episodes_for_metrics.get(last.id_, ()), last]
             sums = {
@@ -88,8 +89,7 @@ class StockRunner(SingleAgentEnvRunner):
                 "length_sum": sum(len(chunk) for chunk in chunks),
             }
             if tells_success:
-                success = last.is_terminated and last.get_infos(-1).get("success", True)
-                sums["success_sum"] = int(success)
+                sums["success_sum"] = int(is_success(last.is_terminated, last.get_infos(-1)))
             self.metrics.log_dict(sums, key="sgrl", reduce="sum")
         return super().get_metrics()
 

@@ -640,9 +640,10 @@ def play(policy: SparseNetPolicy, env: VectorEnv, seeds: Sequence[int], noise: T
             observations.append(torch.from_numpy(current).to(noise))
             actions[t] = (acting.step(observations[t]) - noise[t]).argmax(-1)
             mask[t] = torch.from_numpy(running)
-            current, reward, terminated, truncated = env.step(actions[t].numpy())
-            rewards.append(torch.from_numpy(reward))
-            running = running & ~(terminated | truncated)
+            step = env.step(actions[t].numpy())
+            current = step.observations
+            rewards.append(torch.from_numpy(step.rewards))
+            running = running & ~(step.terminated | step.truncated)
     returns = discounted_returns(torch.stack(rewards), mask, UpdateSettings.gamma)
     return Episodes(torch.stack(observations).clone(), actions, returns, mask)
 

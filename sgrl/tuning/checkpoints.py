@@ -8,7 +8,6 @@ edited or lost a file is never loaded.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -179,16 +178,16 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
     for start in range(0, episodes, EVALUATION_BATCH):
         size = min(EVALUATION_BATCH, episodes - start)
         batch = evaluation_rollout(policy, environment, seed + start, size).collect()
-        successes.append(batch.success.float())
+        if batch.success is not None:
+            successes.append(batch.success.float())
         returns.append((batch.rewards * batch.mask).sum(0))
         lengths.append(batch.lengths.float())
-    found = {
+    return {
         "episodes": episodes,
-        "success_rate": torch.cat(successes).mean().item(),
+        **({"success_rate": torch.cat(successes).mean().item()} if successes else {}),
         "episode_return_mean": torch.cat(returns).mean().item(),
         "episode_length_mean": torch.cat(lengths).mean().item(),
     }
-    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def evaluation_rollout(
