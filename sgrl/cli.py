@@ -10,9 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
+
+from sgrl import __version__
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,12 +32,44 @@ app.add_typer(theory, name="theory")
 data = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+P = TypeVar("P", str, Path, None)
+
+
+def _home(path: P) -> P:
+    """A path with ~ in its place: shells leave it as it is in --results='~/runs'."""
+    return path if path is None else type(path)(os.path.expanduser(path))  # noqa: PTH111
+
+
+def _homes(paths: list[str]) -> list[str]:
+    return [_home(path) for path in paths]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sgrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Say which this is."),
+    ] = False,
+) -> None:
+    pass
+
+
 Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="Experiment file, as in tune_configs/.")
+    Path,
+    typer.Argument(metavar="CONFIG", callback=_home, help="Experiment file, as in tune_configs/."),
 ]
 Results = Annotated[
     str,
-    typer.Option(help="Folder that holds the experiments' folders, or as in s3://bucket/results."),
+    typer.Option(
+        callback=_home,
+        help="Folder that holds the experiments' folders, or as in s3://bucket/results.",
+    ),
 ]
 Name = Annotated[str | None, typer.Option(help="Folder under results; the experiment's name.")]
 Set = Annotated[
@@ -57,10 +91,16 @@ Add = Annotated[
     typer.Option("--add", metavar="KEY=VALUES", help="As in seeds=6..11; repeatable."),
 ]
 Plan = Annotated[bool, typer.Option("--dry-run", help="Check, and list what would run.")]
-Experiment = Annotated[str, typer.Argument(metavar="DIR", help="As in results/quickstart.")]
+Experiment = Annotated[
+    str, typer.Argument(metavar="DIR", callback=_home, help="As in results/quickstart.")
+]
 Checkpoint = Annotated[
     str,
-    typer.Argument(metavar="CHECKPOINT", help="As in results/NAME/TRIAL/checkpoints/000025."),
+    typer.Argument(
+        metavar="CHECKPOINT",
+        callback=_home,
+        help="As in results/NAME/TRIAL/checkpoints/000025.",
+    ),
 ]
 Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
@@ -68,7 +108,10 @@ Numbers = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 4-12 or 2,3
 
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Folder of the files; SGRL_DATA_DIR, or one under the user's cache."),
+    typer.Option(
+        callback=_home,
+        help="Folder of the files; SGRL_DATA_DIR, or one under the user's cache.",
+    ),
 ]
 
 
@@ -224,9 +267,12 @@ def status(directory: Experiment) -> None:
 @app.command()
 def report(
     directories: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="As in results/quickstart.")
+        list[str],
+        typer.Argument(metavar="DIR...", callback=_homes, help="As in results/quickstart."),
     ],
-    out: Annotated[Path | None, typer.Option(help="File to write; DIR/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_home, help="File to write; DIR/report.html.")
+    ] = None,
     format: Annotated[str, typer.Option(help="html, markdown or latex.")] = "html",
     threshold: Annotated[
         float, typer.Option(help="Score that sample efficiency is counted to.")
@@ -253,7 +299,7 @@ def report(
 def compare(
     first: Experiment,
     second: Experiment,
-    out: Annotated[Path | None, typer.Option(help="CSV to write too.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=_home, help="CSV to write too.")] = None,
 ) -> None:
     """Compare the methods of two experiments, each with itself."""
     from sgrl.analysis.report import compare as compare_results
@@ -294,9 +340,9 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
 @app.command()
 def render(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="An animation (.gif) or a filmstrip (.png).")] = Path(
-        "episode.gif"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=_home, help="An animation (.gif) or a filmstrip (.png).")
+    ] = Path("episode.gif"),
     seed: Seed = 0,
     episode: Annotated[int, typer.Option(min=0, help="Which of evaluate's, from 0.")] = 0,
     fps: Annotated[int, typer.Option(min=1, max=50, help="Steps a second (.gif).")] = 5,
@@ -328,7 +374,9 @@ def render(
 def bench(
     num_envs: Annotated[int, typer.Option(min=1, help="Episodes per batch.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Batches of each that count.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(callback=_home, help="Write the figures to this file too.")
+    ] = None,
 ) -> None:
     """Measure milliseconds per batch of every policy and backend, on one thread."""
     from sgrl.bench import run_bench
@@ -354,9 +402,9 @@ def probe(
     neurons: Annotated[int, typer.Option(help="Of each layer, drawn at random; 0: all.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the CSVs and the figure.")] = Path(
-        "results/probe"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=_home, help="Folder for the CSVs and the figure.")
+    ] = Path("results/probe"),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
     from sgrl.envs.mnist import DataError
@@ -415,9 +463,9 @@ def experts(
     trials: Annotated[int, typer.Option(help="Trials of each cell.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the CSV and the figures.")] = Path(
-        "results/expert_network"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=_home, help="Folder for the CSV and the figures.")
+    ] = Path("results/expert_network"),
 ) -> None:
     """Simulate the expert network: how many samples synthetic gradients save."""
     from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work

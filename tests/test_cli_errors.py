@@ -79,6 +79,13 @@ def test_the_good_file_is_good(run):
         ("Reinforce", "Reinforced", "algorithm:", "did you mean 'Reinforce'?"),
         ("Reinforce", "ppo", "algorithm:", "did you mean 'PPO'?"),
         ("{policy: sparsenet}", "{policy: sparsenet, backend: touch}", "model:", "'torch'"),
+        # Names that others use, and right names in the wrong place.
+        ("{lr: 1e-3}", "{learning_rate: 1e-3}", "training.learning_rate:", "did you mean 'lr'?"),
+        ("_envs_per_env_runner", "_workers", "num_workers:", "did you mean 'num_env_runners'?"),
+        ("{lr: 1e-3}", "{num_workers: 2}", "num_workers:", "'config.env_runners.num_env_runners'?"),
+        ("{lr: 1e-3}", "{env: x}", "training.env:", "did you mean 'config.environment.env'?"),
+        ("training: {lr: 1e-3}", "lr: 1", "config.lr:", "did you mean 'config.training.lr'?"),
+        ("seeds: [0]", "learning_rate: 1", "learning_rate:", "mean 'config.training.lr'?"),
         # Wrong types.
         ("lr: 1e-3", "lr: fast", "config.training.lr:", "expected a number or a list, got 'fast'"),
         ("lr: 1e-3", "lr: {grid: [1e-3, fast]}", "config.training.lr:", "got 'fast'"),
@@ -96,7 +103,13 @@ def test_the_good_file_is_good(run):
             "methods.gru.model.policy:",
             "expected the policy's name",
         ),
-        ("name: good", "name: 7", "name:", "is no safe name"),
+        ("name: good", "name: 7", "name:", "7 is no safe name, which is text: put it in quotes"),
+        (
+            "{policy: gru, hidden_size: 8}",
+            "{grid: [{policy: gru}]}",
+            "methods.gru.model:",
+            "a method is one policy",
+        ),
         ("Reinforce", "[PPO]", "algorithm:", "expected the algorithm's name"),
         ("env: labyrinth_escape", "env: 3", "config.environment.env:", "got 3"),
         # Impossible values.
@@ -135,7 +148,9 @@ def test_the_good_file_is_good(run):
         # Names, doubles and holes.
         ("name: good", "name: ../good", "name:", "is no safe name"),
         ("  gru:", "  g/ru:", "methods.g/ru:", "is no safe name"),
-        ("  gru:", "  on:", "methods.True:", "is no safe name"),
+        ("  gru:", "  true:", "methods.True:", "put it in quotes, as in 'True'"),
+        ("  gru:", "  1:", "methods.1:", "put it in quotes, as in '1'"),
+        ("name: good", "name: on", "line 1:", "'on' in quotes"),
         ("seeds: [0]", "seeds: [1, 1]", "seeds:", "1 is given twice"),
         ("seeds: [0]", "seeds: []", "seeds:", "empty list"),
         ("lr: 1e-3", "lr: {grid: []}", "config.training.lr.grid:", "empty list"),
@@ -350,6 +365,21 @@ def _sgrl(folder, *arguments, code="from sgrl.cli import main; main()"):
         text=True,
         timeout=120,
     )
+
+
+def test_home_is_found_however_it_is_written(run, tmp_path, monkeypatch):
+    """Shells leave ~ alone in --results='~/runs'."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "runs" / "good").mkdir(parents=True)
+    (tmp_path / "home" / "runs" / "good" / "experiment.yaml").write_text("mine")
+    (tmp_path / "home" / "good.yaml").write_text(GOOD)
+    refused(run("sweep", "~/good.yaml", "--results=~/runs"), "home/runs/good already exists")
+    for verb in ("status", "resume", "report"):
+        refused(run(verb, "~/runs/none"), "home/runs/none")
+    refused(run("compare", "~/runs/none", "~/runs/good"), "home/runs/none")
+    for verb in ("evaluate", "render", "probe"):
+        refused(run(verb, "~/runs/none"), "home/runs/none")
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "experiment.yaml"}
 
 
 def test_in_a_process_of_its_own(tmp_path):

@@ -1,19 +1,23 @@
 """Experiment files: what a YAML resolves to, trial by trial."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sgrl.nn.kernels import resolve_backend
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.policies import POLICIES, policy_settings
 from sgrl.tuning.experiment import (
     ExperimentError,
+    _parse,
     build_algorithm_config,
     check_resources,
     dump_yaml,
+    extend_experiment,
     load_experiment,
     required_resources,
 )
@@ -134,6 +138,118 @@ def test_names_that_look_like_numbers_can_be_resumed(load):
     experiment = load(SMALL, "name='1e3'")
     assert experiment.name == "1e3"
     assert load(dump_yaml(experiment.resolved)).resolved == experiment.resolved
+
+
+ALIASED = """
+name: aliased
+x-common: {model: &m {policy: gru, hidden_size: 8}}
+config:
+  environment: {env: labyrinth_escape}
+  training: {lr: &rates {grid: [1e-3, 2e-3]}, gamma: 0.9}
+methods:
+  a: {model: *m}
+  b: {model: *m}
+  c: {model: {<<: *m, feature_size: 16}, config: &over {training: {lr: *rates}}}
+  d: {model: {<<: *m, hidden_size: 4}, config: *over}
+stop: {training_iteration: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("methods.a.model.hidden_size", 64),
+        ("methods.c.model.hidden_size", 64),
+        ("methods.d.config.training.lr", 3e-3),
+        ("config.environment.env_config", {"maze_dims": [8, 8]}),
+    ],
+)
+def test_only_the_named_key_changes(load, key, value):
+    """However many aliases and merge keys repeat what stands there."""
+    before = load(ALIASED).resolved
+    after = load(ALIASED, f"{key}={value}").resolved
+    *parents, last = key.split(".")
+    tree = before
+    for step in parents:
+        tree = tree[step]
+    tree[last] = value
+    assert after == before
+
+
+def test_only_the_named_grid_gets_more_values(load, tmp_path):
+    before = load(ALIASED)
+    path = tmp_path / "written.yaml"
+    path.write_text(dump_yaml(before.resolved))
+    for file in (path, before.path):
+        longer = extend_experiment(file, additions=["methods.c.config.training.lr=[3e-3]"])
+        new = {trial.name for trial in longer.trials} - {trial.name for trial in before.trials}
+        assert new == {"c_lr=0.003_seed=0"}
+
+
+def test_written_files_hold_no_anchors(load):
+    experiment = load(ALIASED)
+    shared = [1, 2]
+    for content in (
+        experiment.resolved,
+        *(t.config for t in experiment.trials),
+        {"a": [shared] * 2},
+    ):
+        assert not re.search(r"[&*]\w", dump_yaml(content))
+    assert load(dump_yaml(experiment.resolved)).trials == experiment.trials
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("017", 17),
+        ("-08", -8),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1_000", 1000),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e-3", 1e-3),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", -math.inf),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("y", "y"),
+        ("=", "="),
+        ("0b11", "0b11"),
+    ],
+)
+def test_scalars_are_yaml_1_2s(text, value):
+    """Those that it reads as text are quoted where they are written, for other readers too."""
+    (read,) = _parse(f"[{text}]")
+    assert (type(read), read) == (type(value), value)
+    for content in ({text: text}, {text: value}):
+        written = dump_yaml(content)
+        assert _parse(written) == yaml.safe_load(written) == content
+
+
+@pytest.mark.parametrize("word", ["on", "Off", "YES", "no"])
+def test_words_that_may_be_true_or_false(load, word):
+    """Where a name stands they are names."""
+    experiment = load(SMALL.replace("  sparse:", f"  {word}:"))
+    assert list(experiment.resolved["methods"]) == ["gru", word]
+    with pytest.raises(ExperimentError, match=f"write true or false, or '{word}' in quotes"):
+        load(SMALL, f"methods.sparse.model.adaptive={word}")
+
+
+def test_ranges_of_seeds(load):
+    for experiment in (load(SMALL, "seeds=2..4"), load(SMALL.replace("[3, 5]", "2..4"))):
+        assert experiment.resolved["seeds"] == [2, 3, 4]
+
+
+def test_sections_of_helpers_are_ignored(load):
+    plain = load(ALIASED.replace("x-common: {model: &m ", "x-common: {}\nx-more: {model: &m "))
+    assert plain.resolved == load(ALIASED).resolved
+    assert not any(key.startswith("x-") for key in plain.resolved)
+    with pytest.raises(ExperimentError, match="hidden_size: only helps to write the file"):
+        load(ALIASED, "x-common.model.hidden_size=9")
 
 
 def test_no_trial_holds_an_automatic_backend(load):

@@ -90,7 +90,7 @@ def fetch(data_dir: str | Path | None = None, report: Report = lambda *_: None) 
     Raises:
         DataError: no source has them, or the folder cannot be written; names every source tried.
     """
-    folder = Path(data_dir or default_data_dir())
+    folder = Path(data_dir or default_data_dir()).expanduser()
     if _is_complete(folder):
         return folder
     try:

@@ -18,7 +18,8 @@
     track: none                          # where else the curves go: tensorboard, wandb or mlflow
 
 `{grid: [...]}` anywhere under `config`, `stop` or a method's `model` and `config` sweeps that
-value. One trial is one method, one grid point and one seed.
+value; only a policy is not swept, as a method has one. One trial is one method, one grid point and
+one seed. Sections that begin with `x-` are ignored: they hold what YAML aliases repeat.
 """
 
 from __future__ import annotations
@@ -77,8 +78,41 @@ BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
     ("stop", "training_iteration"): (1, math.inf, True),
 }
 
+MAX_RANGE = 100_000
+
 # Names of swept values in trial names and in summary.csv, where the key itself is too long.
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
+ONE_POLICY = (
+    "a method is one policy; compare several as methods of their own, "
+    "as in gru: {model: {policy: gru}}"
+)
+# Keys as RLlib used to call them, or other libraries do.
+ALIASES = {
+    "batch_size": "train_batch_size_per_learner",
+    "clip_range": "clip_param",
+    "discount": "gamma",
+    "ent_coef": "entropy_coeff",
+    "entropy_coef": "entropy_coeff",
+    "entropy_cost": "entropy_coeff",
+    "env_id": "env",
+    "env_name": "env",
+    "environment_id": "env",
+    "gae_lambda": "lambda_",
+    "gradient_clip": "grad_clip",
+    "lambda": "lambda_",
+    "learning_rate": "lr",
+    "max_grad_norm": "grad_clip",
+    "n_envs": "num_envs_per_env_runner",
+    "n_epochs": "num_epochs",
+    "num_envs": "num_envs_per_env_runner",
+    "num_envs_per_worker": "num_envs_per_env_runner",
+    "num_rollout_workers": "num_env_runners",
+    "num_sgd_iter": "num_epochs",
+    "num_workers": "num_env_runners",
+    "sgd_minibatch_size": "minibatch_size",
+    "train_batch_size": "train_batch_size_per_learner",
+    "vf_coef": "vf_loss_coeff",
+}
 
 
 class ExperimentError(ValueError):
@@ -194,7 +228,9 @@ def _placed(path: Path, option: str, settings: Sequence[str]) -> Iterator[None]:
 
 
 def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
-    _check_keys((), raw, KEYS)
+    # Sections of helpers, to be repeated by aliases.
+    raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}
+    _check_keys((), raw, KEYS, elsewhere=lambda: _places(raw.get("algorithm")))
     for key in ("name", "methods", "stop"):
         if raw.get(key) is None:
             raise _Problem(key, "missing")
@@ -216,7 +252,10 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     if resolved["concurrency"] != "auto":
         _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
     _check_known("track", "tracker", resolved["track"], TRACKERS)
-    _check_type("seeds", resolved["seeds"], list)
+    resolved["seeds"] = _range("seeds", resolved["seeds"])
+    if not isinstance(resolved["seeds"], list):
+        got = repr(given["seeds"])
+        raise _Problem("seeds", f"expected a list, got {got}; write [0, 1, 2] or 0..2")
     for seed in resolved["seeds"]:
         _check_whole("seeds", seed, 0)
         if seed >= MAX_SEED:
@@ -249,10 +288,14 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given
-    twice, of which PyYAML would silently keep the last."""
+    """YAML 1.2's scalars: 1e-3 is a number, 017 is 17, and 1:30 and 2024-01-01 are text. (YAML
+    1.1, PyYAML's own, has them as text, 15, 90 and a date.) A key given twice, of which PyYAML
+    would silently keep the last, is refused."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -260,30 +303,76 @@ class _Loader(yaml.SafeLoader):
                     problem = f"key '{key.value}' is given twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+                if key.tag == _UNCERTAIN:
+                    key.tag = "tag:yaml.org,2002:str"
+        return node
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        digits = text.lstrip("+-")
+        base = {"0o": 8, "0x": 16}.get(digits[:2], 10)
+        return int(text, base)
+
+    def construct_uncertain(self, node: yaml.ScalarNode) -> str:
+        value = self.construct_scalar(node)
+        problem = f"{value} is true or false to some and a word to others: write true or false, or"
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{problem} '{value}' in quotes for the word", node.start_mark
+        )
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the words which `_Loader` would read as numbers."""
+    """SafeDumper that quotes whatever YAML 1.1 or 1.2 would read as other than text, and writes
+    every value out where it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
+# Words that YAML 1.1 reads as true or false, and 1.2 as text.
+_UNCERTAIN = "tag:uncertain"
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (_UNCERTAIN, r"(?i:yes|no|on|off)", list("yYnNoO")),
+    (
+        "tag:yaml.org,2002:int",
+        r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+",
+        list("-+0123456789"),
+    ),
+    (
         "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+|[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
-    )
+    ),
+    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+_Loader.add_constructor(_UNCERTAIN, _Loader.construct_uncertain)
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """YAML that `load_experiment` reads back as the same content."""
+    """YAML that `load_experiment` reads back as the same content, without anchors."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which every alias is a value of its own, as it reads: to override one is not to
+    write through to the others. Raises RecursionError where one contains itself."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value
 
 
 def _parse(text: str, key: str = "") -> Any:
     try:
         # _Loader is a SafeLoader.
-        return yaml.load(text, _Loader)
+        return _unshared(yaml.load(text, _Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None or key else f"line {mark.line + 1}: "
@@ -316,6 +405,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path = key.split(".")
     if not equals or not all(path):
         raise _Problem("", f"--set {override}: expected KEY=VALUE, as in config.training.lr=1e-3")
+    if key.startswith("x-"):
+        raise _Problem(key, "only helps to write the file: set the keys that repeat it")
     value = _parse(text, key)
     if value is None and text.strip() not in ("null", "~"):
         raise _Problem(key, "no value given")
@@ -351,13 +442,7 @@ def _add(path: Path, raw: dict[str, Any], addition: str) -> None:
     key, equals, text = addition.partition("=")
     if not equals or not key:
         raise _Problem("", f"--add {addition}: expected KEY=VALUES, as in seeds=6..11")
-    values = _parse(text, key)
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", text.strip())
-    if span:
-        first, last = map(int, span.groups())
-        if not first <= last < MAX_SEED:
-            raise _Problem(key, f"{text.strip()} is no range; write the lower number first")
-        values = list(range(first, last + 1))
+    values = _range(key, _parse(text, key))
     if values is None or values == []:
         raise _Problem(key, "no value given")
 
@@ -367,6 +452,21 @@ def _add(path: Path, raw: dict[str, Any], addition: str) -> None:
         isinstance(there[0], list) and not isinstance(values[0], list)
     )
     there += [value for value in ([values] if one else values) if value not in there]
+
+
+def _range(key: str, value: Any) -> Any:
+    """The whole numbers of a range, as in 6..11; any other value as it is."""
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", value.strip()) if isinstance(value, str) else None
+    if span is None:
+        return value
+    first, last = map(int, span.groups())
+    if not first <= last < first + MAX_RANGE:
+        raise _Problem(
+            key,
+            f"{value.strip()} is no range: the lower number comes first, and there are at most "
+            f"{MAX_RANGE} values",
+        )
+    return list(range(first, last + 1))
 
 
 def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
@@ -392,7 +492,10 @@ def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
 
 def check_name(key: str, name: Any) -> None:
     """Names become folders, so only letters, digits and ``_ . + -``."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
+    if not isinstance(name, str):
+        quotes = f": put it in quotes, as in '{name}'" if isinstance(name, int | float) else ""
+        raise _Problem(key, f"{name!r} is no safe name, which is text{quotes}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
         rule = "start with a letter or digit and hold only letters, digits, '_', '.', '+', '-'"
         raise _Problem(key, f"{name!r} is no safe name: it must {rule}")
 
@@ -411,14 +514,23 @@ def _check_known(key: str | Sequence[str], kind: str, name: Any, names: Iterable
 
 
 def _check_keys(
-    path: Sequence[str], mapping: Mapping[Any, Any], names: Iterable[str], kind: str = "key"
+    path: Sequence[str],
+    mapping: Mapping[Any, Any],
+    names: Iterable[str],
+    kind: str = "key",
+    elsewhere: Callable[[], Mapping[str, str]] = dict,
 ) -> None:
+    """Refuse keys that are not among the names. `elsewhere` gives the places of others that may
+    have been meant."""
     names = list(names)
     for key in mapping:
         if not isinstance(key, str):
             raise _Problem([*path, str(key)], "keys must be text; put it in quotes")
         if key not in names:
-            raise _Problem([*path, key], f"unknown {kind}; did you mean {_nearest(key, names)!r}?")
+            meant = ALIASES.get(key, key)
+            if meant not in names:
+                meant = elsewhere().get(meant) or _nearest(key, names)
+            raise _Problem([*path, key], f"unknown {kind}; did you mean {meant!r}?")
 
 
 def _check_values(key: str | Sequence[str], values: list[Any]) -> None:
@@ -495,7 +607,11 @@ def _resolve_model(method: str, entry: dict[str, Any]) -> None:
         raise _Problem(key, "missing, as in model: {policy: gru}")
     _check_type(key, model, dict)
     if "policy" not in model:
+        if "grid" in model:
+            raise _Problem(key, ONE_POLICY)
         raise _Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
+    if isinstance(model["policy"], dict):
+        raise _Problem(f"{key}.policy", f"expected the policy's name: {ONE_POLICY}")
     _check_known(f"{key}.policy", "policy", model["policy"], POLICIES)
     entry["model"] = model = with_defaults(model)
     backend = model.get("backend")
@@ -778,15 +894,44 @@ def _section_arguments(config_class: type, section: str) -> dict[str, Any]:
     return {name: kind for name, kind in arguments.items() if name not in ("self", "kwargs")}
 
 
+def _places(algorithm: Any) -> dict[str, str]:
+    """As `_places_in`, of the algorithm of that name, or of Reinforce where there is none."""
+    try:
+        found = algorithm_class(algorithm)
+    except _Problem:
+        found = algorithm_class("Reinforce")
+    return _places_in(type(found.get_default_config()))
+
+
+def _places_in(config_class: type) -> dict[str, str]:
+    """Where in an experiment each argument of an algorithm's configuration stands."""
+    order = ["environment", "env_runners", "training", "learners"]
+    sections = _sections(config_class)
+    others = [section for section in sections if section not in (*order, "api_stack")]
+    places: dict[str, str] = {}
+    for section in [*order, *others]:
+        for name in _section_arguments(config_class, section):
+            places.setdefault(name, f"config.{section}.{name}")
+    return places
+
+
 def _check_sections(config_class: type, sections: dict[str, Any]) -> None:
     _check_type("config", sections, dict)
     if "api_stack" in sections:
         raise _Problem("config.api_stack", "experiments run on RLlib's new API stack")
-    _check_keys(("config",), sections, _sections(config_class), "section")
+    _check_keys(
+        ("config",),
+        sections,
+        _sections(config_class),
+        "section",
+        lambda: _places_in(config_class),
+    )
     for section, given in sections.items():
         _check_type(("config", section), given, dict)
         arguments = _section_arguments(config_class, section)
-        _check_keys(("config", section), given, arguments)
+        _check_keys(
+            ("config", section), given, arguments, elsewhere=lambda: _places_in(config_class)
+        )
         if section == "rl_module":
             raise _Problem("config.rl_module", "the model belongs under methods.<name>.model")
         if section == "debugging" and "seed" in given:
