@@ -20,6 +20,7 @@ from sgrl.nn.kernels import BACKENDS
 from sgrl.nn.policies import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
+from sgrl.tuning.provenance import processor_kind
 
 FOLDER = Path(__file__).parent / "reference"
 ROWS, MACHINE = FOLDER / "rows.csv", FOLDER / "machine.json"
@@ -108,13 +109,8 @@ def learning_row(row: dict[str, float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the bits of float32 depend on."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    first = {name.strip(): value.strip() for name, _, value in reversed(lines)}
-    names = ("vendor_id", "cpu family", "model", "model name")
-    vectors = sorted(flag for flag in first["flags"].split() if flag.startswith(("avx", "fma")))
     return {
-        "processor": {name: first[name] for name in names},
-        "flags": vectors,
+        "processor": processor_kind(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }

@@ -20,6 +20,7 @@ from sgrl.tuning import sweep
 from sgrl.tuning.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
 from sgrl.tuning.experiment import ExperimentError, load_experiment
 from sgrl.tuning.metrics import count_rows
+from sgrl.tuning.provenance import processor_kind, read_starts
 from sgrl.tuning.sweep import (
     SweepError,
     failed_trials,
@@ -139,6 +140,9 @@ def test_damaged_checkpoints_and_metrics_are_passed_over(copied, finished, capsy
     for trial in ("gru_seed=0", "gru_seed=1", "sparsenet_sgprop_seed=0"):
         assert read_status(copied / trial)["state"] == "completed"
         verify(copied / trial / "checkpoints" / "000005")
+    starts = read_starts(copied / "gru_seed=0")
+    assert [start["iteration"] for start in starts] == [0, 4]
+    assert starts[1]["machine"]["processor_kind"] == processor_kind()
 
 
 def test_a_failing_trial_is_tried_again_and_then_left(copied, finished, capsys):

@@ -1,4 +1,5 @@
-"""What a sweep ran on: versions, revision and machine of every start, in `provenance.json`."""
+"""What a sweep and each of its trials ran on: versions, revision and machine of every start, in
+their `provenance.json`."""
 
 import json
 import os
@@ -17,22 +18,23 @@ PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("sgrl", "torch", "ray", "numpy", "gymnasium", "popgym")
 
 
-def record_start(directory: Path) -> None:
-    """Add this start to the sweep's provenance.json: a list, one mapping a start.
+def record_start(directory: Path, **more: Any) -> None:
+    """Add this start to the provenance.json of a sweep or a trial: a list, one mapping a start.
 
-    Keys: started (UTC), versions (by package, and python), revision (git's, of the checkout that
-    sgrl is imported from, "-dirty" where it has changes; null without one), machine (processor,
-    cpus, memory_gb, gpus, system). Nothing in it names a user or a host.
+    Keys: those of `more` (of a trial `iteration`, the one it went on from), started (UTC),
+    versions (by package, and python), revision (git's, of the checkout that sgrl is imported from,
+    "-dirty" where it has changes; null without one), machine (processor, processor_kind, cpus,
+    memory_gb, gpus, system). Nothing in it names a user or a host.
     """
     path = directory / PROVENANCE_FILE
-    starts = [*read_starts(directory), describe()]
+    starts = [*read_starts(directory), more | describe()]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read_starts(directory: Path) -> list[dict[str, Any]]:
-    """The starts of a sweep, the first one first; none where nothing was recorded."""
+    """The starts of a sweep or a trial, the first one first; none where nothing was recorded."""
     try:
         starts = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,6 +53,7 @@ def describe() -> dict[str, Any]:
         | {name: found for name in PACKAGES if (found := _version(name))},
         "machine": {
             "processor": processor(),
+            "processor_kind": processor_kind(),
             "cpus": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -86,9 +89,27 @@ def _revision() -> str | None:
 
 def processor() -> str:
     """The processor's name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_kind() -> str:
+    """What rounding depends on: the processor's model and its vector instructions, in one line.
+
+    Results repeat exactly between processors of one kind, given the same versions and threads.
+    """
+    info = _cpuinfo()
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    model = [info[name] for name in names if name in info] or [platform.processor()]
+    flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()
+    vectors = sorted(flag for flag in flags if flag.startswith(("avx", "fma", "asimd", "sve")))
+    return " ".join([platform.machine(), *model, *vectors])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}

@@ -33,10 +33,11 @@ from sgrl.tuning.checkpoints import (
     newest_valid_checkpoint,
     verify,
 )
+from sgrl.tuning.provenance import PROVENANCE_FILE
 
 TOKEN_FILE = "token"
 #: What a trial has reached, but for its checkpoints; the driver makes the first of them.
-TRIAL_FILES = ("config.yaml", "metrics.csv", "status.json", "tracking.json")
+TRIAL_FILES = ("config.yaml", "metrics.csv", "status.json", "tracking.json", PROVENANCE_FILE)
 EVENT_FILES = "events.out.tfevents.*"
 #: fsspec's names of storage without folders; making one there would make a bucket.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}

@@ -1,8 +1,8 @@
 """One trial: its folder, and the process that runs it.
 
 All that a trial has reached stands in `<sweep>/<trial>/`: `config.yaml`, `metrics.csv`,
-`checkpoints/` and `status.json`. Whatever was killed, a trial that is started again continues
-from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
+`checkpoints/`, `status.json` and `provenance.json`. Whatever was killed, a trial that is started
+again continues from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
 """
 
 import errno
@@ -41,6 +41,7 @@ from sgrl.tuning.metrics import (
     score,
     truncate_metrics,
 )
+from sgrl.tuning.provenance import record_start
 from sgrl.tuning.storage import Store, open_store
 from sgrl.tuning.tracking import Tracking
 
@@ -149,6 +150,7 @@ class TrialRunner(tune.Trainable):
             self.directory, self.trial, self.tracker, self.wandb_mode, self.notes
         )
         self.tracking.send(self.rows)
+        record_start(self.directory, iteration=self.saved)
         self._write_status("running")
         self.store.push_trial(self.name)
 
