@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sgrl.nn.connectivity import random_connectivity
 from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.stack import stack
-from sgrl.nn.mixing import batch_moments, check_mixing, length
+from sgrl.nn.mixing import SampleShuffle, batch_moments, check_mixing, length
 from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
 
@@ -55,6 +55,9 @@ class SparseMLP(nn.Module):
         mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
         mixing_momentum: weight of the past in that update.
         predictor_target: gradient the predictor regresses on, "received" or "mixed".
+        shuffle_predictions: True mixes into each sample the prediction of another one of the batch,
+            drawn at random (`mixing.SampleShuffle`); the predictors learn as ever. A control: with
+            it, whatever is gained is not due to prediction. Not in the backend "native".
         flatten: True gives output [B, W*N].
         backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
@@ -83,6 +86,7 @@ class SparseMLP(nn.Module):
         mixing_rule: str = "published",
         mixing_momentum: float = 0.9,
         predictor_target: Literal["received", "mixed"] = "received",
+        shuffle_predictions: bool = False,
         flatten: bool = False,
         backend: str = "auto",
         generator: torch.Generator | None = None,
@@ -101,9 +105,10 @@ class SparseMLP(nn.Module):
             mixing_rule=mixing_rule,
             mixing_momentum=mixing_momentum,
             predictor_target=predictor_target,
+            shuffle_predictions=shuffle_predictions,
             backend=backend,
         )
-        self.backend = resolve_backend(backend)
+        self.backend = resolve_backend(backend, compiled=not shuffle_predictions)
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
@@ -142,6 +147,9 @@ class SparseMLP(nn.Module):
                 dtype=dtype,
             )
             for _ in range(num_layers)
+        )
+        self.shuffle = (
+            SampleShuffle(generator) if shuffle_predictions and propagation == "sgprop" else None
         )
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
         #: neurons and dimensions, summed over layers), and received_grad_norm, mixed_grad_norm,
@@ -242,9 +250,12 @@ class _BackwardRecord:
             self.sums = {}
         with torch.enable_grad():
             prediction = neurons.predict(activation)
-        synthetic = prediction.detach()
+        synthetic = offered = prediction.detach()
+        if mlp.shuffle is not None:
+            valid = synthetic.new_ones(len(synthetic), dtype=torch.bool)
+            offered = synthetic[mlp.shuffle.permutation(valid)]
         weight = neurons.mixing_weight.view(1, -1, 1)
-        mixed = weight * gradient + (1 - weight) * synthetic
+        mixed = weight * gradient + (1 - weight) * offered
         share = 1 / len(mlp.layers)
         measured = {
             "received_grad_norm": length(gradient).mean() * share,
@@ -270,7 +281,7 @@ class _BackwardRecord:
             moments = batch_moments(
                 activation,
                 gradient * slope,
-                synthetic * slope,
+                offered * slope,
                 neurons.scale,
                 rule.unit_gradients,
             )

@@ -88,6 +88,7 @@ class SparseMLPSettings(PolicySettings):
     mixing_rule: str = "published"
     mixing_momentum: float = 0.9
     predictor_target: Literal["received", "mixed"] = "received"
+    shuffle_predictions: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:

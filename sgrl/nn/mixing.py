@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import child_counts
-from sgrl.nn.neuron import Activation
+from sgrl.nn.neuron import Activation, predictor_generator
 
 #: Lengths below this are taken as this when a vector is divided by its length.
 MIN_LENGTH = 1e-12
@@ -131,6 +131,52 @@ def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> 
             rule.phase = "joint"
 
 
+class SampleShuffle(nn.Module):
+    """Permutations of a batch's samples: the placebo of `shuffle_predictions`.
+
+    Predictions that are dealt out anew among the samples keep their lengths and their mean and lose
+    what they say about the sample that they are mixed into. What a network gains by them is not due
+    to prediction.
+
+    Attributes:
+        drawn: int64 [2], the seed and the number of permutations drawn so far; saved with the
+            layer, so that a restored one draws on.
+    """
+
+    drawn: Tensor
+
+    #: Apart from the streams of the predictors' initial weights, which are numbered from 0.
+    STREAM = 1000
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        super().__init__()
+        # Not from `generator` itself: with and without the placebo a network starts the same.
+        own = predictor_generator(generator, self.STREAM)
+        seed = torch.randint(2**31, (), generator=own)
+        self.register_buffer("drawn", torch.stack([seed, torch.zeros_like(seed)]))
+
+    def permutation(self, valid: Tensor) -> Tensor:
+        """Draw the next permutation.
+
+        Args:
+            valid: bool, any shape of K elements; valid samples change places among themselves, and
+                so do the others.
+
+        Returns:
+            Indices into the flattened samples, int64 [K]: place k takes the prediction of sample
+            `permutation[k]`.
+        """
+        seed, count = self.drawn.tolist()
+        self.drawn[1] += 1
+        generator = torch.Generator().manual_seed((seed << 32) + count)
+        flat = valid.flatten().cpu()
+        order = torch.empty(len(flat), dtype=torch.int64)
+        for kind in (flat, ~flat):
+            places = kind.nonzero().squeeze(1)
+            order[places] = places[torch.randperm(len(places), generator=generator)]
+        return order.to(valid.device)
+
+
 def check_mixing(settings: Mapping[str, Any]) -> None:
     """Check the settings that a layer passes on to its rule.
 
@@ -144,6 +190,10 @@ def check_mixing(settings: Mapping[str, Any]) -> None:
         if settings[name] not in choices:
             known = " or ".join(repr(choice) for choice in choices)
             raise ValueError(f"{name} must be {known}, got {settings[name]!r}")
+    if settings.get("shuffle_predictions") and settings["backend"] == "native":
+        raise ValueError(
+            "shuffle_predictions is for the backends torch and eager: leave backend at auto"
+        )
     for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
         if name in settings and not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")

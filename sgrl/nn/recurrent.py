@@ -28,6 +28,7 @@ from sgrl.nn.connectivity import random_connectivity
 from sgrl.nn.kernels import native, resolve_backend
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (
+    SampleShuffle,
     batch_moments,
     check_mixing,
     positive_projection,
@@ -66,6 +67,9 @@ class SparseRNN(nn.Module):
         predictor_target: gradient the predictor regresses on, "mixed" or "received".
         mask_predictions: True passes the received gradient on unmixed at masked steps. The
             published method mixes there too.
+        shuffle_predictions: True mixes into each sample the prediction of another one of the batch,
+            drawn at random (`mixing.SampleShuffle`); the predictors learn as ever. A control: with
+            it, whatever is gained is not due to prediction. Not in the backend "native".
         flatten: True gives output [T, B, W*N] and h_n [B, W*N], and takes such an h_0.
         backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
@@ -95,6 +99,7 @@ class SparseRNN(nn.Module):
         positive_projection: bool = False,
         predictor_target: Literal["mixed", "received"] = "mixed",
         mask_predictions: bool = False,
+        shuffle_predictions: bool = False,
         flatten: bool = False,
         backend: str = "auto",
         generator: torch.Generator | None = None,
@@ -114,9 +119,10 @@ class SparseRNN(nn.Module):
             mixing_momentum=mixing_momentum,
             schedule_beta=schedule_beta,
             predictor_target=predictor_target,
+            shuffle_predictions=shuffle_predictions,
             backend=backend,
         )
-        self.backend = resolve_backend(backend)
+        self.backend = resolve_backend(backend, compiled=not shuffle_predictions)
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
@@ -144,6 +150,9 @@ class SparseRNN(nn.Module):
             memory_rows=len(self.rule.memory) if propagation == "sgprop" else 0,
             generator=generator,
             dtype=dtype,
+        )
+        self.shuffle = (
+            SampleShuffle(generator) if shuffle_predictions and propagation == "sgprop" else None
         )
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over valid
         #: steps, neurons and dimensions), and received_grad_norm, mixed_grad_norm, prediction_norm
@@ -252,7 +261,7 @@ def eager_unroll(rnn: SparseRNN, x: Tensor, h_0: Tensor, mask: Tensor | None) ->
         h = activation.output
         if rnn.propagation == "sgprop":
             prediction = rnn.neurons.predict(activation)
-            record.add(activation)
+            record.add(activation, prediction)
             h = _MixPrediction.apply(h, prediction, t, record)
         outputs.append(h)
     return torch.stack(outputs)
@@ -270,21 +279,27 @@ class _BackwardRecord:
             mask = torch.ones(length, batch_size, dtype=torch.bool, device=device)
         self.mask = mask
         self.activations: list[Activation] = []
+        self.offered: list[Tensor] = []
         self.gradients: dict[int, Tensor] = {}
         self.mixed: dict[int, Tensor] = {}
         self.predictions: dict[int, Tensor] = {}
         self.substitutes: dict[int, Tensor] = {}
         self.residuals: dict[int, Tensor] = {}
 
-    def add(self, activation: Activation) -> None:
+    def add(self, activation: Activation, prediction: Tensor) -> None:
         self.activations.append(Activation(*(value.detach() for value in activation)))
+        self.offered.append(prediction.detach())
 
     def mix(self, t: int, gradient: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Received gradient and prediction of step t, both [B, W, N] -> (mixed, residual)."""
         rule, weight = self.rnn.rule, self.schedule[t].view(1, -1, 1)
-        substitute = (
-            positive_projection(gradient, prediction) if rule.positive_projection else prediction
-        )
+        if t == self.length - 1 and self.rnn.shuffle is not None:
+            every = torch.stack(self.offered)
+            order = self.rnn.shuffle.permutation(self.mask)
+            self.offered = list(every.flatten(0, 1)[order].view_as(every))
+        substitute = self.offered[t]
+        if rule.positive_projection:
+            substitute = positive_projection(gradient, substitute)
         mixed = weight * gradient + (1 - weight) * substitute
         valid = self.mask[t].view(-1, 1, 1)
         if self.rnn.mask_predictions:

@@ -189,6 +189,7 @@ class SparseNetSettings(EncoderSettings):
     positive_projection: bool = False
     predictor_target: Literal["mixed", "received"] = "mixed"
     mask_predictions: bool = False
+    shuffle_predictions: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:

@@ -106,9 +106,12 @@ class _Stack(torch.autograd.Function):
             slopes = ctx.slopes[index]
             mixed = gradient
             if mlp.propagation == "sgprop":
-                prediction = _predict(neurons, layer, slopes)
+                prediction = offered = _predict(neurons, layer, slopes)
+                if mlp.shuffle is not None:
+                    valid = x.new_ones(len(x), dtype=torch.bool)
+                    offered = prediction[..., mlp.shuffle.permutation(valid)]
                 weight = neurons.mixing_weight.view(-1, 1, 1)
-                mixed = torch.lerp(prediction, gradient, weight)
+                mixed = torch.lerp(offered, gradient, weight)
                 measured = _norms(gradient, mixed, prediction, depth)
                 if for_predictor:
                     target = mixed if mlp.rule.predictor_target == "mixed" else gradient
@@ -123,7 +126,7 @@ class _Stack(torch.autograd.Function):
             feedback = slopes.of_residual(mixed)
             scores: Tensor | None = None
             if mlp.rule.updates and mlp.propagation == "sgprop":
-                scores = _update_mixing_weight(mlp, neurons, layer, slopes, gradient, prediction)
+                scores = _update_mixing_weight(mlp, neurons, layer, slopes, gradient, offered)
             if scores is None:
                 scores = _score_gradients(layer, slopes, feedback)
             rows = _row_gradients(slopes, feedback, scores, neurons.scale)

@@ -121,6 +121,11 @@ class _Unroll(torch.autograd.Function):
         grad_predictor = [torch.zeros_like(p) for p in predictor if p is not None]
         measured = _Measured(rnn, mask, length * batch) if sgprop else None
         carried = x.new_zeros(num_neurons, neurons.neuron_size, batch)
+        shuffled = None
+        if measured is not None and rnn.shuffle is not None:
+            valid = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask
+            order = rnn.shuffle.permutation(valid)
+            shuffled = _shuffled_predictions(rnn, order, predictor, states, x, attention)
 
         # Chunk after chunk from the end, so that what is needed only for the sums over all
         # samples stays small enough for the cache and never fills the memory.
@@ -136,7 +141,7 @@ class _Unroll(torch.autograd.Function):
             grad_rows = x.new_empty(count, num_neurons, rows, batch)
             if measured is not None:
                 mixture = _Mixture(
-                    rnn, predictor, read, external, a, ctx.schedule[steps], mask, steps
+                    rnn, predictor, read, external, a, ctx.schedule[steps], mask, steps, shuffled
                 )
             for t in range(count - 1, -1, -1):
                 feedback = grad_output[steps.start + t] + carried
@@ -180,6 +185,7 @@ class _Mixture:
         schedule: Tensor,
         mask: Tensor | None,
         steps: slice,
+        shuffled: Tensor | None,
     ) -> None:
         self.projects = rnn.rule.positive_projection
         self.valid = None if mask is None else mask[steps].view(len(schedule), 1, 1, -1)
@@ -187,8 +193,9 @@ class _Mixture:
         self.weight = schedule.view(*schedule.shape, 1, 1)
         if rnn.mask_predictions and self.valid is not None:
             self.weight = torch.where(self.valid, self.weight, 1.0)
-        self.injected = (1 - self.weight) * self.prediction
-        self.substitute = torch.empty_like(self.prediction) if self.projects else self.prediction
+        self.offered = self.prediction if shuffled is None else shuffled[steps]
+        self.injected = (1 - self.weight) * self.offered
+        self.substitute = torch.empty_like(self.prediction) if self.projects else self.offered
         self.received = torch.empty_like(self.prediction)
         self.mixed = torch.empty_like(self.prediction)
 
@@ -196,7 +203,7 @@ class _Mixture:
         """Received gradient of step t of the chunk [W, N, B] -> the gradient to pass on."""
         self.received[t] = gradient
         if self.projects:
-            self.substitute[t] = positive_projection(gradient, self.prediction[t], dim=1)
+            self.substitute[t] = positive_projection(gradient, self.offered[t], dim=1)
             torch.mul(1 - self.weight[t], self.substitute[t], out=self.injected[t])
         return torch.addcmul(self.injected[t], self.weight[t], gradient, out=self.mixed[t])
 
@@ -316,6 +323,24 @@ def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention:
     guesses = guesses.view(num_neurons, num_slots, size, length, batch)
     weights = attention.permute(1, 2, 0, 3).unsqueeze(2)  # [W, M, 1, T, B]
     return (guesses * weights).sum(1).permute(2, 0, 1, 3).contiguous()
+
+
+def _shuffled_predictions(
+    rnn: "SparseRNN",
+    order: Tensor,
+    predictor: list[Tensor],
+    states: Tensor,
+    x: Tensor,
+    attention: Tensor,
+) -> Tensor:
+    """Predictions of all steps, dealt out anew among the samples, [T, W, N, B]."""
+    length, batch, _ = x.shape
+    read = states[:-1].permute(1, 2, 0, 3).reshape(rnn.num_neurons, -1)
+    read = read.index_select(0, rnn.parents.flatten()).view(rnn.num_neurons, -1, length * batch)
+    external = x.permute(2, 0, 1).reshape(-1, length * batch)
+    prediction = _predict(predictor, read, external, attention)
+    by_sample = prediction.permute(0, 3, 1, 2).flatten(0, 1)[order]
+    return by_sample.view(length, batch, *by_sample.shape[1:]).permute(0, 2, 3, 1).contiguous()
 
 
 def _row_gradients(
