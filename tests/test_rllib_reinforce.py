@@ -17,6 +17,7 @@ from sgrl.nn.policies import make_policy
 from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig
+from sgrl.rllib.settings import REINFORCE_READS, setting_names
 
 ENV_CONFIG = {"episode_length": 12}
 NUM_ENVS = 3
@@ -399,6 +400,19 @@ def test_stock_ppo_trains_the_module() -> None:
         ("rl_module", {"model_config": {"dtype": "float16"}}, "dtype must be"),
         ("debugging", {"seed": None}, "seed must be"),
         ("fault_tolerance", {"restart_failed_env_runners": True}, "restart_failed_env_runners"),
+        ("training", {"num_epochs": 0}, "num_epochs must stay 1"),
+        ("training", {"train_batch_size": 64}, "set num_envs_per_env_runner"),
+        ("env_runners", {"rollout_fragment_length": 5}, "set num_envs_per_env_runner"),
+        ("env_runners", {"batch_mode": "truncate_episodes"}, "env_runners.batch_mode does nothing"),
+        ("rl_module", {"model_config": {"max_seq_len": 7}}, "model.max_seq_len does nothing"),
+        ("multi_agent", {"policies": ["a", "b"]}, "multi_agent.policies does nothing"),
+        ("offline_data", {"input_": "dataset"}, "offline_data.input_ does nothing"),
+        ("resources", {"num_gpus": 1}, "set num_gpus_per_learner"),
+        ("framework", {"framework": "tf2"}, "framework.framework does nothing"),
+        ("reporting", {"min_time_s_per_iteration": 1}, "an iteration is one update"),
+        ("evaluation", {"evaluation_config": {"exlore": False}}, "evaluation_config.exlore does"),
+        ("evaluation", {"evaluation_config": {"num_env_runners": 1}}, "evaluation_num_env_runners"),
+        ("evaluation", {"evaluation_parallel_to_training": True}, "take place between iterations"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -408,6 +422,49 @@ def test_bad_settings_are_refused_in_one_line(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         getattr(bad, section)(**settings).build_algo()
     assert "\n" not in str(error.value)
+
+
+def other_value(value: Any) -> Any:
+    """A value of the same kind where that is known."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else {"some": "thing"}
+
+
+def test_no_setting_is_ignored() -> None:
+    """Whatever Reinforce does not read is refused by name."""
+    refused = set()
+    for name, (section, argument) in setting_names(ReinforceConfig).items():
+        if name in REINFORCE_READS or name not in vars(ReinforceConfig()):
+            continue
+        bad = ReinforceConfig().environment("labyrinth_escape")
+        setattr(bad, name, other_value(getattr(bad, name)))
+        expected = rf"^{section}.{argument} does nothing under Reinforce.*leave it out$"
+        with pytest.raises(ValueError, match=expected):
+            bad.validate()
+        refused.add(argument)
+    assert refused >= {"observation_filter", "clip_rewards", "model", "optimizer"}
+    assert refused >= {"shuffle_batch_per_epoch", "normalize_actions", "observation_space"}
+
+
+def test_without_exploration_actions_are_the_likeliest() -> None:
+    """In training and in evaluations, each by itself."""
+
+    def greedily(algorithm: Reinforce, batch: Any) -> bool:
+        with torch.no_grad():
+            logits = algorithm.policy(batch.observations, mask=batch.mask).logits
+        return torch.equal(logits.argmax(-1)[batch.mask], batch.actions[batch.mask])
+
+    evaluation = {"evaluation_interval": 1, "evaluation_config": {"explore": False}}
+    algorithm = config().evaluation(**evaluation).build_algo()
+    runner = algorithm.eval_env_runner_group.local_env_runner
+    assert greedily(algorithm, runner.sample(num_episodes=1)[0])
+    assert not greedily(algorithm, algorithm.env_runner.sample()[0])
+    algorithm.stop()
+    algorithm = config().env_runners(explore=False).build_algo()
+    assert greedily(algorithm, algorithm.env_runner.sample()[0])
+    algorithm.train()
+    algorithm.stop()
 
 
 def test_more_runners_than_processors_are_refused() -> None:

@@ -20,6 +20,7 @@ from sgrl.cli import app
 from sgrl.nn.policies import predictor_parameters
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner
+from sgrl.rllib.settings import STOCK_IGNORES, setting_names
 from sgrl.tuning.checkpoints import newest_valid_checkpoint
 from sgrl.tuning.experiment import ExperimentError
 from sgrl.tuning.metrics import metrics_row
@@ -344,12 +345,51 @@ def test_the_target_network_keeps_its_connections() -> None:
         (lambda c: c.rl_module(model_config={**SPARSE, "max_seq_len": 0}), "max_seq_len must be"),
         (lambda c: c.learners(num_learners=2), "num_learners must be 0 or 1 under sgprop"),
         (lambda c: c.environment("my_env"), "max_seq_len is missing"),
+        (lambda c: c.training(num_epochs=0), "num_epochs must be a whole number of at least 1"),
+        (lambda c: c.env_runners(observation_filter="MeanSdFilter"), "observation_filter does"),
+        (lambda c: c.environment(clip_rewards=True), "environment.clip_rewards does nothing"),
+        (lambda c: c.training(model={"fcnet_hiddens": [2]}), "training.model does nothing"),
+        (lambda c: c.training(optimizer={"eps": 1e-5}), "training.optimizer does nothing"),
+        (lambda c: c.training(use_gae=False), "advantages are always GAE's"),
+        (lambda c: c.resources(num_gpus=1), "set num_gpus_per_learner under learners"),
+        (lambda c: c.multi_agent(policies=["a"]), "multi_agent.policies does nothing under PPO"),
+        (lambda c: c.offline_data(input_="dataset"), "offline_data.input_ does nothing"),
+        (lambda c: c.framework("tf2"), "framework.framework does nothing under PPO"),
+        (lambda c: c.rl_module(model_config={"policy": "mlp", "max_seq_len": 3}), "without memory"),
+        (
+            lambda c: c.evaluation(evaluation_config={"clip_rewards": True}),
+            "evaluation_config.clip_rewards does nothing",
+        ),
+        (
+            lambda c: c.evaluation(evaluation_parallel_to_training=True),
+            "evaluation.evaluation_parallel_to_training does nothing",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         change(ppo()).validate()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, APPOConfig, IMPALAConfig])
+def test_what_the_new_api_stack_ignores_is_refused(kind: type[PPOConfig]) -> None:
+    names = setting_names(kind)
+    for name in (STOCK_IGNORES & vars(kind()).keys()) - {"evaluation_parallel_to_training"}:
+        bad = kind().environment("labyrinth_escape").rl_module(model_config=SPARSE)
+        value = getattr(bad, name)
+        setattr(bad, name, not value if isinstance(value, bool) else "something")
+        if name in names:
+            section, argument = names[name]
+            expected = rf"^{section}.{argument} does nothing under .*: leave it out$"
+            with pytest.raises(ValueError, match=expected):
+                bad.validate()
+    known = {"observation_filter", "clip_rewards", "num_gpus", "model"}
+    assert known <= STOCK_IGNORES & names.keys()
+    if kind is not PPOConfig:  # it shuffles by default
+        bad = kind().environment("labyrinth_escape").rl_module(model_config=SPARSE)
+        with pytest.raises(ValueError, match="shuffle_batch_per_epoch does nothing"):
+            bad.training(shuffle_batch_per_epoch=True).validate()
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ class Rollout:
         first_env: index of this rollout's first environment among all.
         total_envs: number of environments over all rollouts (default: B).
         keep: for an update of this very policy: batches carry what it need not compute again.
+        greedy: whether actions are the likeliest (of a Box the means) instead of sampled.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Rollout:
         first_env: int = 0,
         total_envs: int | None = None,
         keep: bool = False,
+        greedy: bool = False,
     ) -> None:
         self.env = env
         self.action_space = action_space_of(env.action_space)
@@ -75,6 +77,7 @@ class Rollout:
         self.first_env = first_env
         self.total_envs = env.num_envs if total_envs is None else total_envs
         self.keep = keep
+        self.greedy = greedy
         self.batches = 0
         # Hashed: torch's generator sees only 32 bits of its seed, and neither rollouts that share
         # a seed nor the policy's initial weights may draw the same numbers.
@@ -102,7 +105,8 @@ class Rollout:
             for t, noise_now in enumerate(noise.unbind()):
                 observations[t] = current
                 logits = acting.step(torch.from_numpy(current).to(parameter))
-                actions[t] = space.sample(logits, noise_now).numpy(force=True)
+                chosen = space.greedy(logits) if self.greedy else space.sample(logits, noise_now)
+                actions[t] = chosen.numpy(force=True)
                 step = env.step(actions[t])
                 current, rewards[t] = step.observations, step.rewards
                 mask[t] = running

@@ -44,6 +44,7 @@ from sgrl.reinforce.update import BASELINES
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
+from sgrl.rllib.settings import REINFORCE_READS, refuse_ignored
 
 COMPONENT_REINFORCE = "reinforce"
 
@@ -83,6 +84,7 @@ class ReinforceConfig(AlgorithmConfig):
         self.value_coeff = 0.5
         self.total_updates: int | None = None
         self.total_iterations: int | None = None
+        self.batch_mode = "complete_episodes"
         self.num_env_runners = 0
         self.num_envs_per_env_runner = 20
         self.env_runner_cls = EpisodeRunner
@@ -215,6 +217,7 @@ class ReinforceConfig(AlgorithmConfig):
                     f"{name} must stay {only!r}, got {getattr(self, name)!r}: an update takes the "
                     "whole batch once, clipped by global norm"
                 )
+        refuse_ignored(self, ReinforceConfig(), REINFORCE_READS)
         if self.num_learners > 1:
             raise ValueError(
                 f"num_learners must be 0 or 1, got {self.num_learners}: several learners would "

@@ -111,6 +111,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             seed,
             first_env=max(self.worker_index - 1, 0) * num_envs,
             total_envs=max(self.num_workers, 1) * num_envs,
+            greedy=not self.config.explore,
         )
 
     def get_spaces(self) -> dict[str, tuple[gym.Space, gym.Space]]:

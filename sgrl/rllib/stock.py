@@ -49,6 +49,7 @@ from sgrl.nn.policies import POLICIES
 from sgrl.nn.policy import Policy
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
+from sgrl.rllib.settings import refuse_ignored
 
 COMPONENT_EPISODES = "episodes"
 
@@ -182,8 +183,10 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
         rate = self.predictor_lr
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
             raise ValueError(f"predictor_lr must be a number at least 0, got {rate!r}")
-        if self.enable_rl_module_and_learner and self._rl_module_spec is None:
-            self._check_policy()
+        if self.enable_rl_module_and_learner:
+            refuse_ignored(self, self.algo_class.get_default_config())
+            if self._rl_module_spec is None:
+                self._check_policy()
         # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
         for note in (
             f"{self.algo_class.__name__}_on_new_api_stack",
@@ -204,6 +207,11 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
                 "learners would each estimate mixing weights of their own"
             )
         if POLICIES[arguments["name"]].initial_state is Policy.initial_state:
+            if "max_seq_len" in self._model_config:
+                raise ValueError(
+                    f"max_seq_len does nothing for {arguments['name']}, a policy without memory: "
+                    "leave it out"
+                )
             return
         steps = model.get("max_seq_len")
         if steps is None:
