@@ -257,11 +257,15 @@ def status(directory: Experiment) -> None:
     from rich.console import Console
 
     from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.status import StatusError, sweep_status
     from sgrl.tuning.storage import StorageError
-    from sgrl.tuning.sweep import SweepError, status_table
 
-    with _one_line_errors(ExperimentError, SweepError, StorageError):
-        Console().print(status_table(directory))
+    with _one_line_errors(ExperimentError, StatusError, StorageError):
+        table, problems = sweep_status(directory)
+    console = Console()
+    console.print(table)
+    for problem in problems:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -299,7 +299,10 @@ def test_results_folder_that_is_none(run, verb):
     refused(run(verb, "empty"), "empty", "holds no sweep")
     Path("edited").mkdir()
     Path("edited/experiment.yaml").write_text(GOOD.replace("lr: 1e-3", "lr: -1"))
-    refused(run(verb, "edited"), "edited/experiment.yaml", "config.training.lr")
+    if verb == "resume":  # status shows how far the trials are, whatever their settings
+        refused(run(verb, "edited"), "edited/experiment.yaml", "config.training.lr")
+    Path("edited/experiment.yaml").write_text(GOOD.replace("methods:", "method:"))
+    refused(run(verb, "edited"), "edited/experiment.yaml", "did you mean 'methods'?")
 
 
 @pytest.fixture

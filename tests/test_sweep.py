@@ -21,12 +21,12 @@ from sgrl.tuning.checkpoints import list_checkpoints, newest_valid_checkpoint, v
 from sgrl.tuning.experiment import ExperimentError, load_experiment
 from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.provenance import processor_kind, read_starts
+from sgrl.tuning.status import StatusError, sweep_status
 from sgrl.tuning.sweep import (
     SweepError,
     failed_trials,
     resume_sweep,
     run_sweep,
-    status_table,
 )
 from sgrl.tuning.trial import lock_file, read_status
 
@@ -78,7 +78,7 @@ def test_finished_sweep(finished, capsys):
         "sweep.log",
     ]
     assert not (finished / ".tune").exists()
-    Console(width=80).print(status_table(finished))
+    Console(width=80).print(sweep_status(finished)[0])
     text = capsys.readouterr().out
     assert text.count("completed") == 5
     assert "4 completed" in text
@@ -325,8 +325,8 @@ def test_folders_that_cannot_be_used(copied, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     with pytest.raises(SweepError, match="other holds no sweep"):
         resume_sweep("other")
-    with pytest.raises(SweepError, match="none does not exist"):
-        status_table(tmp_path / "none")
+    with pytest.raises(StatusError, match="none does not exist"):
+        sweep_status(tmp_path / "none")
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(SweepError, match="other already exists: --name"):
         run_sweep(experiment, tmp_path, "other")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from sgrl.analysis.figures import Figure, expert_ratios, probe_errors, write_figures
@@ -354,7 +355,8 @@ def compare(
 
     Returns:
         The frame of `statistics.compare_experiments` with each experiment's mean and SEM of final
-        score and AUC, and the tables that show it, the first one of the settings that differ.
+        score and AUC, and the tables that show it, after those of what is missing and of the
+        settings that differ.
 
     Raises:
         ResultsError: a folder holds no results, or there is nothing to compare.
@@ -405,6 +407,12 @@ def compare(
     tables = [("Methods", note, table)]
     if differences.row_count:
         tables.insert(0, ("Settings that differ", "", differences))
+    missing = Table("experiment", "trial")
+    for name, results in zip(names, both, strict=True):
+        for problem in results.problems:
+            missing.add_row(name, escape(problem))
+    if missing.row_count:
+        tables.insert(0, ("What is missing", "", missing))
     return frame, tables
 
 

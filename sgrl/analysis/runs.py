@@ -3,12 +3,12 @@
     results = load_results("results/labyrinth_escape")
     results.trials, results.curves, results.problems
 
-A trial is read from its own folder (`config.yaml`, `status.json`, `metrics.csv`). What is missing
-or half written counts as not there yet, and `problems` says so.
+A trial is read from its own folder (`config.yaml`, `status.json`, `metrics.csv`). What is half
+written counts as not there yet; folders that are missing, and folders that are none of the trials
+that `experiment.yaml` plans, do not count. `problems` says so.
 """
 
 import contextlib
-import fcntl
 import io
 import json
 from collections.abc import Iterable, Sequence
@@ -20,15 +20,18 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from sgrl.tuning.experiment import ExperimentError, planned_trials
 from sgrl.tuning.metrics import (
     COLUMNS,
     INTEGER_COLUMNS,
     MEASURES,
     columns_of,
     common_measure,
+    is_taken,
     read_metrics,
     score_of,
 )
+from sgrl.tuning.status import EXPERIMENT_FILE, folder_problems, is_running, read_status
 
 #: The same YAML, read in C, where libyaml is there: several times faster.
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -58,7 +61,8 @@ class Results:
             swept columns and part of the trials' names.
         curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
             each other in the order of `trials`.
-        problems: one line for each trial that is not complete and sound.
+        problems: one line for each folder that is missing or none of the experiment's trials, and
+            then for each trial that is not complete and sound.
     """
 
     directories: tuple[Path, ...]
@@ -114,12 +118,12 @@ def load_results(*directories: str | Path) -> Results:
     swept: dict[str, None] = {"experiment": None} if several else {}
     for name, directory in zip(names, folders, strict=True):
         found = _trial_folders(directory, problems)
-        running = _is_running(directory)
+        running = is_running(directory)
         for folder, config in found:
             label = f"{name}/{config['name']}" if several else config["name"]
-            values = {key: _value(value) for key, value in config["swept"].items()}
+            values = {_column(key): _value(value) for key, value in config["swept"].items()}
             swept.update(dict.fromkeys(values))
-            status = _read_status(folder)
+            status = read_status(folder)
             state = status.get("state", "pending")
             rows.append(
                 {"trial": label, "method": config["method"], "experiment": name}
@@ -245,15 +249,30 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _trial_folders(directory: Path, problems: list[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """Trial folders and their configurations, in the order of the experiment's methods."""
+    """The folders of the trials that experiment.yaml plans, and their configurations, in the order
+    of the experiment's methods. Without a whole experiment.yaml, every folder that is a trial's."""
+    paths = sorted(directory.glob("*/config.yaml"))
+    names = None
+    with contextlib.suppress(ExperimentError):
+        planned = planned_trials(directory / EXPERIMENT_FILE)
+        names = {trial.name for trial in planned}
+        problems += folder_problems(directory, planned)
     found = []
-    for path in sorted(directory.glob("*/config.yaml")):
+    for path in paths:
+        name = path.parent.name
+        if names is not None and name not in names:
+            continue
         try:
             config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
-        except (ValueError, yaml.YAMLError):
-            problems.append(f"{path.parent.name}: config.yaml cannot be read; left out")
+        except (OSError, ValueError, yaml.YAMLError):
+            problems.append(f"{name}: config.yaml cannot be read; left out")
             continue
-        if isinstance(config, dict) and {"name", "method", "seed"} <= config.keys():
+        if not isinstance(config, dict) or not {"name", "method", "seed"} <= config.keys():
+            if names is not None:
+                problems.append(f"{name}: config.yaml is no trial's; left out")
+        elif names is not None and config["name"] != name:
+            problems.append(f"{name}: holds the config.yaml of {config['name']}; left out")
+        else:
             config.setdefault("swept", {})
             found.append((path.parent, config))
     if not found:
@@ -275,7 +294,7 @@ def _trial_folders(directory: Path, problems: list[str]) -> list[tuple[Path, dic
 def read_experiment(directory: Path) -> dict[str, Any]:
     """The resolved experiment of a results folder; empty where there is none."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        experiment = yaml.load((directory / "experiment.yaml").read_text("utf-8"), Loader=YAML)
+        experiment = yaml.load((directory / EXPERIMENT_FILE).read_text("utf-8"), Loader=YAML)
         return experiment if isinstance(experiment, dict) else {}
     return {}
 
@@ -285,23 +304,11 @@ def _sortable(value: Any) -> tuple:
     return (0, value, "") if number else (1, 0, str(value))
 
 
+def _column(key: str) -> str:
+    # Sweeps of today never give such a name.
+    return f"swept.{key}" if is_taken(key) else key
+
+
 def _value(value: Any) -> Any:
     # Swept lists such as maze_dims become text: frames group by them.
     return value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def _read_status(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return status if isinstance(status, dict) else {}
-    return {}
-
-
-def _is_running(directory: Path) -> bool:
-    """Whether a sweep holds the folder's lock."""
-    with contextlib.suppress(OSError), (directory / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -3,8 +3,10 @@
 A checkpoint is a folder `NNNNNN` (its iteration) with RLlib's own files, the policy as
 `policy.safetensors` and `policy.json`, and `manifest.json`: size and SHA-256 of every file. It is
 written under a temporary name and renamed once everything is on the disk. One that was truncated,
-edited or lost a file is never loaded.
+edited or lost a file is never loaded. torch is imported where a policy is: the rest does without.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -12,12 +14,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from sgrl.envs.registry import evaluation_config, make_vector
-from sgrl.nn.policies import Policy, load_policy
-from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
+if TYPE_CHECKING:
+    from sgrl.nn.policies import Policy
+    from sgrl.reinforce.rollout import Rollout
 
 MANIFEST = "manifest.json"
 EVALUATION_BATCH = 100
@@ -138,6 +139,8 @@ def open_policy(checkpoint: Path) -> tuple[Policy, dict]:
     Raises CheckpointError where the checkpoint is damaged or holds no policy; the message names
     the newest whole checkpoint beside it.
     """
+    from sgrl.nn.policies import load_policy
+
     checkpoint = Path(checkpoint)
     if not (checkpoint / MANIFEST).is_file() and not (checkpoint / "policy.json").is_file():
         raise CheckpointError(
@@ -170,6 +173,8 @@ def evaluate(checkpoint: Path, episodes: int = 100, seed: int = 0) -> dict[str, 
 
     Raises CheckpointError as `open_policy`, and ValueError for fewer than one episode.
     """
+    import torch
+
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     policy, environment = open_policy(checkpoint)
@@ -201,6 +206,9 @@ def evaluation_rollout(
 
     Raises CheckpointError where the environment cannot be had here.
     """
+    from sgrl.envs.registry import evaluation_config, make_vector
+    from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
+
     settings = evaluation_config(environment["env"], environment["env_config"])
     try:
         vector = make_vector(environment["env"], episodes, settings)

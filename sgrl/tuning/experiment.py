@@ -42,7 +42,7 @@ from typing import Any
 
 import yaml
 
-from sgrl.reinforce.rollout import MAX_SEED
+from sgrl.tuning.metrics import is_taken
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "Reinforce",
@@ -210,6 +210,21 @@ def extend_experiment(
         return _experiment(path, raw)
 
 
+def planned_trials(path: str | Path) -> list[Trial]:
+    """The trials of a results folder's experiment.yaml, without checking it again: that takes
+    neither RLlib nor the environment. Raises ExperimentError where it is no experiment."""
+    path = Path(path)
+    with _placed(path, "", ()):
+        resolved = _filled(_read(path))
+        trials = _trials(resolved, check=False)
+        if not all((path.parent / trial.name).is_dir() for trial in trials):
+            # As they were called before names of columns of ours were kept out of theirs.
+            older = _trials(resolved, check=False, taken=lambda name: False)
+            if any((path.parent / t.name).is_dir() for t in older if t not in trials):
+                return older
+        return trials
+
+
 @contextlib.contextmanager
 def _placed(path: Path, option: str, settings: Sequence[str]) -> Iterator[None]:
     """Turn a problem into an ExperimentError that says where it stands: in the file, or in one
@@ -227,8 +242,9 @@ def _placed(path: Path, option: str, settings: Sequence[str]) -> Iterator[None]:
         raise ExperimentError(f"{path}: a YAML alias contains itself") from None
 
 
-def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
-    # Sections of helpers, to be repeated by aliases.
+def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's sections with defaults in the place of those that are not there."""
+    # Sections of helpers, to be repeated by aliases, are not among them.
     raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}
     _check_keys((), raw, KEYS, elsewhere=lambda: _places(raw.get("algorithm")))
     for key in ("name", "methods", "stop"):
@@ -239,6 +255,28 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     check_name("name", resolved["name"])
     for key in ("config", "methods", "stop", "checkpoint"):
         _check_type(key, resolved[key], dict)
+    resolved["seeds"] = _range("seeds", resolved["seeds"])
+    if not isinstance(resolved["seeds"], list):
+        got = repr(given["seeds"])
+        raise _Problem("seeds", f"expected a list, got {got}; write [0, 1, 2] or 0..2")
+    for seed in resolved["seeds"]:
+        _check_whole("seeds", seed, 0)
+    _check_values("seeds", resolved["seeds"])
+    if not resolved["methods"]:
+        raise _Problem("methods", "empty; name at least one method")
+    for method, entry in resolved["methods"].items():
+        check_name(f"methods.{method}", method)
+        _check_type(f"methods.{method}", entry, dict)
+        _check_keys(("methods", method), entry, ("model", "config"))
+        if entry.get("model") is None:
+            raise _Problem(f"methods.{method}.model", "missing, as in model: {policy: gru}")
+    return resolved
+
+
+def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
+    from sgrl.reinforce.rollout import MAX_SEED
+
+    resolved = _filled(raw)
     resolved["checkpoint"] = DEFAULTS["checkpoint"] | resolved["checkpoint"]
     _check_keys(("checkpoint",), resolved["checkpoint"], DEFAULTS["checkpoint"])
     for key in ("every", "keep"):
@@ -252,22 +290,10 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     if resolved["concurrency"] != "auto":
         _check_whole("concurrency", resolved["concurrency"], 1, "auto or ")
     _check_known("track", "tracker", resolved["track"], TRACKERS)
-    resolved["seeds"] = _range("seeds", resolved["seeds"])
-    if not isinstance(resolved["seeds"], list):
-        got = repr(given["seeds"])
-        raise _Problem("seeds", f"expected a list, got {got}; write [0, 1, 2] or 0..2")
     for seed in resolved["seeds"]:
-        _check_whole("seeds", seed, 0)
         if seed >= MAX_SEED:
             raise _Problem("seeds", f"must be less than {MAX_SEED}, got {seed}")
-    _check_values("seeds", resolved["seeds"])
-
-    if not resolved["methods"]:
-        raise _Problem("methods", "empty; name at least one method")
     for method, entry in resolved["methods"].items():
-        check_name(f"methods.{method}", method)
-        _check_type(f"methods.{method}", entry, dict)
-        _check_keys(("methods", method), entry, ("model", "config"))
         _resolve_model(method, entry)
     _resolve_training(resolved)
 
@@ -602,9 +628,7 @@ def _resolve_model(method: str, entry: dict[str, Any]) -> None:
     from sgrl.nn.policies import POLICIES
 
     key = f"methods.{method}.model"
-    model = entry.get("model")
-    if model is None:
-        raise _Problem(key, "missing, as in model: {policy: gru}")
+    model = entry["model"]
     _check_type(key, model, dict)
     if "policy" not in model:
         if "grid" in model:
@@ -654,7 +678,10 @@ def _check_model(model: dict[str, Any]) -> None:
 # Trials ---------------------------------------------------------------------------------------
 
 
-def _trials(resolved: dict[str, Any]) -> list[Trial]:
+def _trials(
+    resolved: dict[str, Any], *, check: bool = True, taken: Callable[[str], bool] = is_taken
+) -> list[Trial]:
+    """All trials. Names of swept values that are `taken` get longer."""
     merged = {
         method: {
             "config": _merge(resolved["config"], entry.get("config") or {}),
@@ -669,7 +696,8 @@ def _trials(resolved: dict[str, Any]) -> list[Trial]:
             key = _place(resolved, method, ".".join(path))
             _check_type([key, "grid"], values, list)
             _check_values([key, "grid"], values)
-    short = _short_names(dict.fromkeys(path for grid in grids.values() for path in grid))
+    paths = dict.fromkeys(path for grid in grids.values() for path in grid)
+    short = _short_names(paths, taken)
 
     trials: list[Trial] = []
     for method, grid in grids.items():
@@ -678,7 +706,10 @@ def _trials(resolved: dict[str, Any]) -> list[Trial]:
             for path, value in zip(grid, values, strict=True):
                 _assign(point, path, copy.deepcopy(value))
             try:
-                _check_point(resolved["algorithm"], point)
+                if check:
+                    _check_point(resolved["algorithm"], point)
+                elif "training_iteration" not in point["stop"]:
+                    raise _Problem("stop.training_iteration", "missing")
             except _Problem as problem:
                 key = _place(resolved, method, problem.key)
                 raise _Problem(key, problem.message) from None
@@ -703,10 +734,11 @@ def _trials(resolved: dict[str, Any]) -> list[Trial]:
                         },
                     )
                 )
-    names = [trial.name for trial in trials]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    names: set[str] = set()
+    for name in (trial.name for trial in trials):
+        if name in names:
             raise _Problem("methods", f"two trials would share the folder {name!r}")
+        names.add(name)
         if len(name) > 200:
             raise _Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")
     return trials
@@ -749,8 +781,11 @@ def _place(resolved: dict[str, Any], method: str, key: str) -> str:
     return f"methods.{method}.{key}"
 
 
-def _short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The last step of each path, with as many steps before it as tell all paths apart."""
+def _short_names(
+    paths: Iterable[tuple[str, ...]], taken: Callable[[str], bool]
+) -> dict[tuple[str, ...], str]:
+    """The last step of each path, with as many steps before it as tell it from all others, and
+    from what is taken."""
     paths = list(paths)
     depth = dict.fromkeys(paths, 1)
     while True:
@@ -759,7 +794,7 @@ def _short_names(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
             for path in paths
         }
         names = list(short.values())
-        clashing = [path for path in paths if names.count(short[path]) > 1]
+        clashing = [path for path in paths if names.count(short[path]) > 1 or taken(short[path])]
         if not clashing:
             return short
         for path in clashing:

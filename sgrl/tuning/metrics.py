@@ -44,6 +44,13 @@ MEASURE_NAMES = {
     "episode_return_mean": "episode return",
 }
 
+#: Other columns of ours that stand beside those of swept values.
+TAKEN = frozenset(
+    {"trial", "method", "experiment", "seed", "state", "iterations", "planned", "final", "auc"}
+    | {"env_steps", "padded_env_steps", "seconds", "reason", "notes"}
+    | {"trials", "failed", "unfinished", "failing"}
+)
+
 Row = dict[str, float]
 
 
@@ -51,6 +58,12 @@ def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
     """The columns of the file that holds `row`: `COLUMNS`, and those of its layers."""
     layers = tuple(name for name in row if _is_of_layer(name))
     return (*COLUMNS[:-1], *layers, COLUMNS[-1])
+
+
+def is_taken(name: str) -> bool:
+    """Whether tables of trials or methods have a column of that name, or may have one."""
+    scores = ("auc_", *(f"final_{measure}" for measure in MEASURES))
+    return name in TAKEN or name.startswith(scores)
 
 
 def _is_of_layer(column: str) -> bool:

@@ -1,13 +1,11 @@
-"""Where the trials of a sweep stand, on the terminal while they run and whenever asked."""
+"""Where the trials of a sweep stand, on the terminal while they run."""
 
 import contextlib
 import io
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +15,23 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial
-from sgrl.tuning.metrics import MEASURE_NAMES, Score, common_measure, read_metrics, score
-from sgrl.tuning.storage import Store
-from sgrl.tuning.trial import (
-    HANG_FILE,
-    first_line,
-    is_disk_full,
-    read_status,
-    seconds_per_iteration,
+from sgrl.tuning.metrics import MEASURE_NAMES, Score
+from sgrl.tuning.status import (
+    Progress,
+    measure_of,
+    number,
+    read_progress,
+    trials_table,
     write_status,
 )
+from sgrl.tuning.storage import Store
+from sgrl.tuning.trial import HANG_FILE, first_line, is_disk_full
 
 LOG_FILE = "sweep.log"
 SUMMARY_FILE = "summary.csv"
-
-
-@dataclass
-class Progress:
-    """Where one trial stands.
-
-    Attributes:
-        trial: which one.
-        state: pending, running, interrupted, completed or failed.
-        iteration: iterations trained.
-        score: how well it does so far.
-        seconds_per_iteration: of the last iterations.
-        reason: why it failed.
-    """
-
-    trial: Trial
-    state: str = "pending"
-    iteration: int = 0
-    score: Score = field(default_factory=lambda: score([]))
-    seconds_per_iteration: float = math.nan
-    reason: str = ""
-
-    @property
-    def last_iteration(self) -> int:
-        return self.trial.config["stop"]["training_iteration"]
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.last_iteration - self.iteration) * self.seconds_per_iteration
-
-    def judged_by(self, measure: str) -> Score:
-        """The score, empty where it is of another measure."""
-        same = self.score.measure == measure
-        return self.score if same else Score(measure, math.nan, math.nan)
-
-    @property
-    def is_over(self) -> bool:
-        return self.state in ("completed", "failed")
-
-
-def read_progress(directory: Path, trial: Trial) -> Progress:
-    """Where the trial in `directory/<trial>` stands, from its files alone."""
-    status = read_status(directory / trial.name)
-    rows = read_metrics(directory / trial.name / "metrics.csv")
-    return Progress(
-        trial=trial,
-        state=status.get("state", "pending"),
-        iteration=len(rows),
-        score=score(rows),
-        seconds_per_iteration=seconds_per_iteration(rows),
-        reason=status.get("reason", ""),
-    )
-
-
-def measure_of(progress: Iterable[Progress]) -> str:
-    """What a sweep's trials are judged by: the test reward if one evaluates."""
-    return common_measure(row.score.measure for row in progress)
 
 
 def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
@@ -236,77 +177,6 @@ class SweepView(tune.Callback, tune.Stopper):
             self.said.add(line)
             print(line)  # into the log
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
-    """Method, swept values, seed, iteration, score and time left of each trial.
-
-    Where they are more than `limit`, running trials come first, then failed ones, then the last
-    of the completed ones, then pending ones.
-    """
-    order = ["running", "failed", "interrupted", "completed", "pending"]
-    shown = list(rows)
-    if limit is not None and len(shown) > limit:
-        groups = {state: [row for row in rows if row.state == state] for state in order}
-        groups["completed"].reverse()
-        shown = [row for state in order for row in groups[state]][:limit]
-    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in order]
-    caption = ", ".join(count for count in counts if not count.startswith("0 "))
-    left = sweep_seconds_left(rows)
-    if math.isfinite(left) and left > 0:
-        caption += f"; about {duration(left)} left"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
-    table.add_column("method", no_wrap=True, overflow="ellipsis")
-    measure = measure_of(rows)
-    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure], "time left"]:
-        table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
-    for row in shown:
-        values = [str(row.trial.swept.get(name, "")) for name in swept]
-        running = row.state == "running"
-        time_left = duration(row.seconds_left) if running else row.state
-        table.add_row(
-            row.trial.method,
-            *values,
-            str(row.trial.seed),
-            f"{row.iteration}/{row.last_iteration}",
-            number(row.judged_by(measure).final),
-            time_left,
-            style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
-        )
-    return table
-
-
-def sweep_seconds_left(rows: Sequence[Progress]) -> float:
-    """Time until the last trial ends, if waiting ones are as fast as those seen so far and as
-    many as now go on running side by side."""
-    seen = [row.seconds_per_iteration for row in rows if math.isfinite(row.seconds_per_iteration)]
-    running = [row for row in rows if row.state == "running"]
-    if not seen or not running:
-        return math.nan
-    typical = sum(seen) / len(seen)
-    work = 0.0
-    for row in rows:
-        if not row.is_over:
-            seconds = row.seconds_per_iteration
-            pace = seconds if math.isfinite(seconds) else typical
-            work += (row.last_iteration - row.iteration) * pace
-    return work / len(running)
-
-
-def duration(seconds: float) -> str:
-    """As in 42 s, 7 min or 3 h 5 min."""
-    if not math.isfinite(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def number(value: float) -> str:
-    """Three decimals; empty where there is no value."""
-    return f"{value:.3f}" if math.isfinite(value) else ""
 
 
 def _error(trial: Any) -> BaseException | None:

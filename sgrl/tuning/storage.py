@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from sgrl.tuning.checkpoints import (
     MANIFEST,
     CheckpointError,
@@ -187,6 +185,8 @@ class Mirror(Store):
                 f"{hide_secrets(address)}: keep the password out of the address, which results "
                 "and logs repeat: fsspec also takes it from its own configuration files"
             )
+        import fsspec  # what lies in folders does without
+
         self.location = address
         try:
             # Listings that are remembered would hide what other machines write.

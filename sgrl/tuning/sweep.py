@@ -23,7 +23,6 @@ import ray
 import torch
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.table import Table
 
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
@@ -38,22 +37,27 @@ from sgrl.tuning.experiment import (
     check_resources,
     dump_yaml,
     extend_experiment,
-    load_experiment,
+    planned_trials,
     with_defaults,
 )
 from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.progress import (
     LOG_FILE,
     SUMMARY_FILE,
-    Progress,
     SweepView,
     progress_bar,
     quiet,
-    read_progress,
-    trials_table,
     write_summary,
 )
 from sgrl.tuning.provenance import PROVENANCE_FILE, record_start
+from sgrl.tuning.status import (
+    EXPERIMENT_FILE,
+    Progress,
+    read_progress,
+    read_status,
+    read_stopped,
+    write_status,
+)
 from sgrl.tuning.storage import (
     Mirror,
     Store,
@@ -61,7 +65,6 @@ from sgrl.tuning.storage import (
     is_address,
     join,
     open_store,
-    reading,
 )
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
@@ -69,12 +72,9 @@ from sgrl.tuning.trial import (
     first_line,
     is_disk_full,
     lock_file,
-    read_status,
     read_yaml,
-    write_status,
 )
 
-EXPERIMENT_FILE = "experiment.yaml"
 # What a trial's numbers do not depend on may change from one start to the next.
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
 
@@ -188,18 +188,14 @@ def _extended(
 def failed_trials(directory: str | Path) -> list[str]:
     """The names of a sweep's trials that failed, in order, from its folder."""
     directory = Path(directory).absolute()
-    rows = [read_progress(directory, trial) for trial in _load(directory).trials]
+    trials = planned_trials(directory / EXPERIMENT_FILE)
+    rows = [read_progress(directory, trial) for trial in trials]
     return [row.trial.name for row in rows if row.state == "failed"]
 
 
 def is_sweep(store: Store) -> bool:
     """Whether the store holds a sweep's results."""
     return store.exists(EXPERIMENT_FILE)
-
-
-def _load(directory: Path) -> Experiment:
-    _check_is_sweep(Store(directory))
-    return load_experiment(directory / EXPERIMENT_FILE)
 
 
 def _check_is_sweep(store: Store) -> None:
@@ -277,7 +273,7 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
                 for row in view.trials.values():
                     if not row.is_over:
                         store.pull(f"{row.trial.name}/metrics.csv", f"{row.trial.name}/status.json")
-        progress = {t.name: _read_stopped(directory, t) for t in experiment.trials}
+        progress = {t.name: read_stopped(directory, t) for t in experiment.trials}
         write_summary(directory, progress.values())
         store.push(SUMMARY_FILE, LOG_FILE)
     if any(not row.is_over for row in progress.values()):
@@ -470,28 +466,6 @@ def count_cpus() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, int(quota) // int(period)))
     return count
-
-
-def status_table(directory: str | Path) -> Table:
-    """A sweep's trials, one row each, from its folder (or address) alone. Raises SweepError, and
-    StorageError as `run_sweep`."""
-    with reading(directory) as folder:
-        folder = folder.absolute()
-        experiment = _load(folder)
-        lock = lock_file(folder / ".lock", seconds=0)
-        # Object storage has no locks that would tell whether somebody is at it.
-        stopped = lock is not None and not is_address(directory)
-        read = _read_stopped if stopped else read_progress
-        if lock is not None:
-            lock.close()
-        return trials_table([read(folder, trial) for trial in experiment.trials], folder.name)
-
-
-def _read_stopped(directory: Path, trial: Trial) -> Progress:
-    """Where a trial stands whose sweep is not running."""
-    row = read_progress(directory, trial)
-    row.state = "interrupted" if row.state == "running" else row.state
-    return row
 
 
 def _is_settled(store: Store, progress: Progress) -> bool:

@@ -8,11 +8,8 @@ again continues from its newest whole checkpoint with exactly the numbers of an 
 import errno
 import faulthandler
 import fcntl
-import json
-import math
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +25,6 @@ from sgrl.tuning.checkpoints import (
     discard_after,
     newest_valid_checkpoint,
     write_checkpoint,
-    write_text,
 )
 from sgrl.tuning.experiment import build_algorithm_config
 from sgrl.tuning.metrics import (
@@ -42,6 +38,7 @@ from sgrl.tuning.metrics import (
     truncate_metrics,
 )
 from sgrl.tuning.provenance import record_start
+from sgrl.tuning.status import read_status, seconds_per_iteration, write_status
 from sgrl.tuning.storage import Store, open_store
 from sgrl.tuning.tracking import Tracking
 
@@ -257,27 +254,6 @@ class TrialRunner(tune.Trainable):
                 (self.directory / HANG_FILE).unlink(missing_ok=True)
             if lock is not None:
                 lock.close()
-
-
-def read_status(folder: Path) -> dict:
-    """A trial's status.json: its state (running, completed or failed), the reason of a failure,
-    whether it diverged, notes on damaged checkpoints, and the iteration and text of an error that
-    would be its own if it happened again. Empty before its first start."""
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_status(folder: Path, status: dict) -> None:
-    """Replace a trial's status.json."""
-    write_text(folder / "status.json", json.dumps(status, indent=1) + "\n")
-
-
-def seconds_per_iteration(rows: Sequence[Row]) -> float:
-    """Median over the last 20 iterations, NaN where there are none."""
-    seconds = sorted(row["iteration_seconds"] for row in rows[-20:])
-    return seconds[len(seconds) // 2] if seconds else math.nan
 
 
 def lock_file(path: Path, seconds: float) -> TextIO | None:

@@ -1,0 +1,236 @@
+"""Where the trials of a sweep stand, from its folder alone: without Ray, torch, or the environment
+that they train in, and without writing anything."""
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from sgrl.tuning.checkpoints import write_text
+from sgrl.tuning.experiment import Trial, planned_trials
+from sgrl.tuning.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
+from sgrl.tuning.storage import is_address, reading
+
+EXPERIMENT_FILE = "experiment.yaml"
+CONFIG_FILE = "config.yaml"
+#: Either of them makes a folder a trial's.
+TRIAL_MARKS = (CONFIG_FILE, "metrics.csv")
+
+
+class StatusError(Exception):
+    """A folder holds no sweep; the message is one line that says what to do."""
+
+
+def read_status(folder: Path) -> dict:
+    """A trial's status.json: its state (running, completed or failed), the reason of a failure,
+    whether it diverged, notes on damaged checkpoints, and the iteration and text of an error that
+    would be its own if it happened again. Empty before its first start."""
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(folder: Path, status: dict) -> None:
+    """Replace a trial's status.json."""
+    write_text(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def seconds_per_iteration(rows: Sequence[Row]) -> float:
+    """Median over the last 20 iterations, NaN where there are none."""
+    seconds = sorted(row["iteration_seconds"] for row in rows[-20:])
+    return seconds[len(seconds) // 2] if seconds else math.nan
+
+
+@dataclass
+class Progress:
+    """Where one trial stands.
+
+    Attributes:
+        trial: which one.
+        state: pending, running, interrupted, completed or failed.
+        iteration: iterations trained.
+        score: how well it does so far.
+        seconds_per_iteration: of the last iterations.
+        reason: why it failed.
+    """
+
+    trial: Trial
+    state: str = "pending"
+    iteration: int = 0
+    score: Score = field(default_factory=lambda: score([]))
+    seconds_per_iteration: float = math.nan
+    reason: str = ""
+
+    @property
+    def last_iteration(self) -> int:
+        return self.trial.config["stop"]["training_iteration"]
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.last_iteration - self.iteration) * self.seconds_per_iteration
+
+    def judged_by(self, measure: str) -> Score:
+        """The score, empty where it is of another measure."""
+        same = self.score.measure == measure
+        return self.score if same else Score(measure, math.nan, math.nan)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("completed", "failed")
+
+
+def read_progress(directory: Path, trial: Trial) -> Progress:
+    """Where the trial in `directory/<trial>` stands, from its files alone."""
+    status = read_status(directory / trial.name)
+    rows = read_metrics(directory / trial.name / "metrics.csv")
+    return Progress(
+        trial=trial,
+        state=status.get("state", "pending"),
+        iteration=len(rows),
+        score=score(rows),
+        seconds_per_iteration=seconds_per_iteration(rows),
+        reason=status.get("reason", ""),
+    )
+
+
+def measure_of(progress: Iterable[Progress]) -> str:
+    """What a sweep's trials are judged by: the test reward if one evaluates."""
+    return common_measure(row.score.measure for row in progress)
+
+
+def read_stopped(directory: Path, trial: Trial) -> Progress:
+    """Where a trial stands whose sweep is not running."""
+    row = read_progress(directory, trial)
+    row.state = "interrupted" if row.state == "running" else row.state
+    return row
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a sweep on this machine holds the folder's lock."""
+    with contextlib.suppress(OSError), (directory / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def folder_problems(directory: Path, planned: Sequence[Trial]) -> list[str]:
+    """One line for each trial whose folder or config.yaml is missing, and for each trial's folder
+    that is none of those planned, which counts for nothing."""
+    names = {trial.name for trial in planned}
+    problems = []
+    for name in sorted(names):
+        if not (directory / name).is_dir():
+            problems.append(f"{name}: its folder is missing")
+        elif not (directory / name / CONFIG_FILE).is_file():
+            problems.append(f"{name}: its {CONFIG_FILE} is missing")
+    found = {path.parent.name for mark in TRIAL_MARKS for path in directory.glob(f"*/{mark}")}
+    for name in sorted(found - names):
+        problems.append(f"{name}: not one of the trials of {EXPERIMENT_FILE}; not counted")
+    return problems
+
+
+def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
+    """A sweep's trials, one row each, and one line for each folder that should not be as it is.
+
+    Args:
+        location: its folder, or address.
+
+    Raises:
+        StatusError: there is no sweep.
+        ExperimentError: its experiment.yaml is none.
+        StorageError: as `storage.open_store`.
+    """
+    with reading(location) as folder:
+        folder = folder.absolute()
+        if not (folder / EXPERIMENT_FILE).is_file():
+            what = "holds no sweep" if folder.exists() else "does not exist"
+            raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
+        trials = planned_trials(folder / EXPERIMENT_FILE)
+        # Object storage has no locks that would tell whether somebody is at it.
+        read = read_progress if is_address(location) or is_running(folder) else read_stopped
+        rows = [
+            read(folder, trial)
+            if (folder / trial.name / CONFIG_FILE).is_file()
+            else Progress(trial)
+            for trial in trials
+        ]
+        return trials_table(rows, folder.name), folder_problems(folder, trials)
+
+
+def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
+    """Method, swept values, seed, iteration, score and time left of each trial.
+
+    Where they are more than `limit`, running trials come first, then failed ones, then the last
+    of the completed ones, then pending ones.
+    """
+    order = ["running", "failed", "interrupted", "completed", "pending"]
+    shown = list(rows)
+    if limit is not None and len(shown) > limit:
+        groups = {state: [row for row in rows if row.state == state] for state in order}
+        groups["completed"].reverse()
+        shown = [row for state in order for row in groups[state]][:limit]
+    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in order]
+    caption = ", ".join(count for count in counts if not count.startswith("0 "))
+    left = sweep_seconds_left(rows)
+    if math.isfinite(left) and left > 0:
+        caption += f"; about {duration(left)} left"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    swept = list(dict.fromkeys(name for row in rows for name in row.trial.swept))
+    table.add_column("method", no_wrap=True, overflow="ellipsis")
+    measure = measure_of(rows)
+    for name in [*swept, "seed", "iteration", MEASURE_NAMES[measure], "time left"]:
+        table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
+    for row in shown:
+        values = [str(row.trial.swept.get(name, "")) for name in swept]
+        running = row.state == "running"
+        time_left = duration(row.seconds_left) if running else row.state
+        table.add_row(
+            row.trial.method,
+            *values,
+            str(row.trial.seed),
+            f"{row.iteration}/{row.last_iteration}",
+            number(row.judged_by(measure).final),
+            time_left,
+            style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
+        )
+    return table
+
+
+def sweep_seconds_left(rows: Sequence[Progress]) -> float:
+    """Time until the last trial ends, if waiting ones are as fast as those seen so far and as
+    many as now go on running side by side."""
+    seen = [row.seconds_per_iteration for row in rows if math.isfinite(row.seconds_per_iteration)]
+    running = [row for row in rows if row.state == "running"]
+    if not seen or not running:
+        return math.nan
+    typical = sum(seen) / len(seen)
+    work = 0.0
+    for row in rows:
+        if not row.is_over:
+            seconds = row.seconds_per_iteration
+            pace = seconds if math.isfinite(seconds) else typical
+            work += (row.last_iteration - row.iteration) * pace
+    return work / len(running)
+
+
+def duration(seconds: float) -> str:
+    """As in 42 s, 7 min or 3 h 5 min."""
+    if not math.isfinite(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float) -> str:
+    """Three decimals; empty where there is no value."""
+    return f"{value:.3f}" if math.isfinite(value) else ""

@@ -1,0 +1,253 @@
+"""Reading results: what is missing or foreign, and without writing, torch, Ray or environments."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from sgrl.analysis.report import write_report
+from sgrl.analysis.runs import ResultsError, load_results
+from sgrl.analysis.statistics import compare_methods
+from sgrl.analysis.tables import write_comparison
+from sgrl.cli import app
+from sgrl.tuning.experiment import dump_yaml, load_experiment, planned_trials
+from sgrl.tuning.metrics import append_row, is_taken
+from sgrl.tuning.progress import write_summary
+from sgrl.tuning.status import read_progress
+from sgrl.tuning.sweep import _write_config
+
+EXPERIMENT = """
+name: small
+config: {environment: {env: labyrinth_escape, env_config: {episode_length: 10}}}
+methods:
+  gru: {model: {policy: gru, hidden_size: 8}}
+seeds: 0..3
+stop: {training_iteration: 3}
+"""
+
+
+def write_trial(folder, trial):
+    _write_config(folder, trial)
+    (folder / "status.json").write_text('{"state": "completed"}')
+    for iteration in (1, 2, 3):
+        row = {"iteration": iteration, "env_steps": 20 * iteration, "iteration_seconds": 1.0}
+        append_row(folder / "metrics.csv", row | {"success_rate": 0.1 * trial.seed})
+
+
+def write_sweep(directory, text=EXPERIMENT, *overrides):
+    """A finished sweep, made up."""
+    directory.mkdir(parents=True)
+    path = directory / "experiment.yaml"
+    path.write_text(text)
+    experiment = load_experiment(path, overrides)
+    path.write_text(dump_yaml(experiment.resolved))
+    for trial in experiment.trials:
+        write_trial(directory / trial.name, trial)
+    return directory
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write_sweep(tmp_path / "results")
+
+
+def sgrl(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    return result
+
+
+def test_folders_are_held_against_the_experiment(results, tmp_path):
+    """One is gone, one lost its config.yaml, one was copied, one is of another sweep."""
+    other = write_sweep(tmp_path / "other")
+    for file in (results / "gru_seed=1").iterdir():
+        file.unlink()
+    (results / "gru_seed=1").rmdir()
+    (results / "gru_seed=2" / "config.yaml").unlink()
+    copy = results / "gru_seed=3 (copy)"
+    copy.mkdir()
+    for file in (results / "gru_seed=3").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (results / "gru_seed=9").mkdir()
+    (results / "gru_seed=9" / "metrics.csv").write_text("")
+
+    expected = [
+        "gru_seed=1: its folder is missing",
+        "gru_seed=2: its config.yaml is missing",
+        "gru_seed=3 (copy): not one of the trials of experiment.yaml; not counted",
+        "gru_seed=9: not one of the trials of experiment.yaml; not counted",
+    ]
+    loaded = load_results(results)
+    assert list(loaded.trials["trial"]) == ["gru_seed=0", "gru_seed=3"]
+    assert list(loaded.problems) == expected
+    status = sgrl("status", results).output.splitlines()
+    assert status[-4:] == expected
+    assert status[-5].strip() == "2 completed, 2 pending"
+    page = Path(write_report([results], None, "markdown")).read_text()
+    assert [line[2:] for line in page.splitlines() if line[2:] in expected] == expected
+    assert page.index(expected[0]) < page.index("## Comparison")
+    assert "2: 2 completed" in page
+    compared = sgrl("compare", results, other).output
+    for line in expected:
+        assert line in compared
+
+    # A folder that holds what belongs into another one.
+    config = results / "gru_seed=0" / "config.yaml"
+    config.write_bytes((results / "gru_seed=3" / "config.yaml").read_bytes())
+    loaded = load_results(results)
+    assert list(loaded.trials["trial"]) == ["gru_seed=3"]
+    assert "gru_seed=0: holds the config.yaml of gru_seed=3; left out" in loaded.problems
+
+
+def test_a_part_of_a_results_folder_is_read_as_it_is(results):
+    (results / "experiment.yaml").unlink()
+    (results / "gru_seed=1").rename(results.parent / "elsewhere")
+    assert list(load_results(results).trials["seed"]) == [0, 2, 3]
+    assert load_results(results).problems == ()
+
+
+TAKEN = ["seed", "state", "method", "iterations", "trial", "planned", "final", "auc", "env_steps"]
+TAKEN += ["seconds", "reason", "notes", "experiment", "final_success_rate", "auc_sem", "trials"]
+
+
+@pytest.mark.parametrize("key", TAKEN)
+def test_swept_keys_named_like_columns_of_ours(tmp_path, key):
+    """Of an environment's own settings, any name is possible; of a policy's, seed is."""
+    parent = "config.environment.env_config"
+    text = EXPERIMENT.replace("labyrinth_escape", "CartPole-v1").replace("0..3", "0..1")
+    path = tmp_path / "experiment.yaml"
+    raw = yaml.safe_load(text)
+    raw["config"]["environment"]["env_config"] = {key: {"grid": [3, 4]}}
+    path.write_text(yaml.safe_dump(raw))
+    trials = planned_trials(path)
+    assert [trial.swept for trial in trials[::2]] == [{f"env_config.{key}": v} for v in (3, 4)]
+    assert trials[0].name == f"gru_env_config.{key}=3_seed=0"
+    directory = tmp_path / "results"
+    directory.mkdir()
+    path.rename(directory / "experiment.yaml")
+    for trial in trials:
+        write_trial(directory / trial.name, trial)
+    loaded = load_results(directory)
+    assert loaded.swept == [f"env_config.{key}"]
+    write_summary(directory, [read_progress(directory, trial) for trial in trials])
+    summary = pd.read_csv(directory / "summary.csv")
+    assert summary.columns.is_unique
+    assert list(summary[f"env_config.{key}"]) == [3, 3, 4, 4]
+    assert list(summary["seed"]) == [0, 1, 0, 1]
+    comparison = write_comparison(directory)
+    assert comparison.columns.is_unique
+    assert list(comparison["trials"]) == [2, 2]
+    assert parent.endswith("env_config")
+
+
+def test_every_column_of_ours_is_taken(results):
+    """A new one is to be added to those that swept values keep clear of."""
+    loaded = load_results(results)
+    trials = [
+        read_progress(results, trial) for trial in planned_trials(results / "experiment.yaml")
+    ]
+    write_summary(results, trials)
+    columns = {
+        *loaded.trials,
+        *compare_methods(loaded.trials),
+        *pd.read_csv(results / "summary.csv"),
+    }
+    assert {name for name in columns if not is_taken(name)} == set()
+
+
+def test_results_with_a_swept_seed_from_before_names_were_kept_clear(tmp_path):
+    """Such a sweep trained to its end, and could not be read."""
+    text = EXPERIMENT.replace("hidden_size: 8", "seed: {grid: [3, 4]}").replace("0..3", "0..1")
+    directory = write_sweep(tmp_path / "old", text)
+    for model_seed in (3, 4):
+        for seed in (0, 1):
+            folder = directory / f"gru_model.seed={model_seed}_seed={seed}"
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            config |= {"name": f"gru_seed={model_seed}_seed={seed}", "swept": {"seed": model_seed}}
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+            folder.rename(directory / config["name"])
+    loaded = load_results(directory)
+    assert loaded.problems == ()
+    assert list(loaded.trials["swept.seed"]) == [3, 3, 4, 4]
+    assert list(loaded.trials["seed"]) == [0, 1, 0, 1]
+    assert "4 completed" in sgrl("status", directory).output
+    assert list(write_comparison(directory)["trials"]) == [2, 2]
+
+
+def in_a_process(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("verb", ["status", "--help", "--version", "sweep --help"])
+def test_answers_come_without_the_heavy_libraries(results, verb):
+    code = """
+import atexit, sys
+heavy = {"torch", "ray", "pandas", "numpy", "scipy", "gymnasium", "popgym", "matplotlib", "fsspec"}
+atexit.register(lambda: print("imported:", *sorted(heavy & set(sys.modules))))
+from sgrl.cli import main
+main()
+"""
+    arguments = verb.split() + ([results] if verb == "status" else [])
+    result = in_a_process(code, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1].strip() == "imported:"
+
+
+def test_version():
+    assert re.fullmatch(r"sgrl \d+\.\d+\.\d+\n", sgrl("--version").output)
+
+
+def test_reading_needs_no_environment(results, tmp_path):
+    for path in [results / "experiment.yaml", *results.glob("*/config.yaml")]:
+        path.write_text(
+            path.read_text().replace("labyrinth_escape", "a_module_that_is_gone:Env-v0")
+        )
+    assert "4 completed" in sgrl("status", results).output
+    assert "4 completed" in Path(write_report([results], None, "markdown")).read_text()
+    assert sgrl("compare", results, results).exit_code == 0
+    refused = sgrl("resume", results)
+    assert refused.exit_code == 2
+    assert "a_module_that_is_gone" in refused.stderr
+
+
+def test_status_writes_nothing(results):
+    """Whoever runs it: an audit hook sees what permissions would not keep root from."""
+    code = """
+import os, sys
+def watch(event, arguments):
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.chmod", "os.utime"):
+        print("wrote:", event, arguments)
+    if event == "open" and isinstance(arguments[0], str) and "pycache" not in arguments[0]:
+        path, mode, flags = arguments
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            print("wrote:", path)
+sys.addaudithook(watch)
+from sgrl.cli import main
+main()
+"""
+    (results / "gru_seed=0" / "status.json").write_text(json.dumps({"state": "running"}))
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    result = in_a_process(code, "status", results)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "1 interrupted, 3 completed" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.startswith("wrote:")] == []
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "experiment.yaml").write_text("name: x\nmethods: {}\nstop: {}\n")
+    result = sgrl("status", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "methods: empty" in result.stderr
+    with pytest.raises(ResultsError, match="holds no results"):
+        load_results(tmp_path)
