@@ -6,7 +6,7 @@ from a checkpoint.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector
+from sgrl.nn import SparseRNN, SyntheticGradient
+from sgrl.nn.feedforward_policies import SparseMLPPolicy
 from sgrl.nn.policies import POLICIES, load_policy, make_policy, save_policy
+from sgrl.nn.policy import Policy, PolicyOutput, State, orthogonal_linear
+from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
 from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
+from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.update import make_optimizers, update
 from sgrl.tuning.experiment import build_algorithm_config
 
 # RLlib makes its vector of environments under one id, again and again.
@@ -166,6 +174,277 @@ def test_reinforce_learns_every_kind_of_action(space: str, best: float) -> None:
     ]
     assert abs(returns[0]) < 0.25 * best
     assert np.mean(returns[-5:]) > 0.6 * best
+
+
+# ------------------------------------------------------------------ networks act as written
+
+
+class TanhEncoder(SparseNetPolicy):
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        layers = super()._build_encoder(generator, dtype)
+        return nn.Sequential(*layers[:3], nn.Tanh())
+
+
+class DeepEncoder(SparseNetPolicy):
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        size = self.settings.embedding_size
+        more = orthogonal_linear(size, size, generator, dtype)
+        return nn.Sequential(super()._build_encoder(generator, dtype), more, nn.Tanh())
+
+
+class SameEncoder(SparseNetPolicy):
+    """The published one, built by the subclass."""
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        return nn.Sequential(*super()._build_encoder(generator, dtype))
+
+
+class SkippedCore(SparseNetPolicy):
+    def run_core(self, embeddings: Tensor, state: State, mask: Tensor | None) -> Any:
+        features, state = super().run_core(embeddings, state, mask)
+        size = min(features.shape[-1], embeddings.shape[-1])
+        return features + nn.functional.pad(embeddings, (0, features.shape[-1] - size)), state
+
+
+class FadingRNN(SparseRNN):
+    """Another input and another schedule of lambda."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x.tanh(), *args, **kwargs)
+
+
+class FadingCore(SparseNetPolicy):
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = super()._build_core(generator, dtype)
+        self.core.__class__ = FadingRNN
+        return size
+
+
+class FirstState(SparseNetPolicy):
+    def initial_state(self, batch_size: int) -> State:
+        return {"h": self.core.initial_state(batch_size) + 0.5}
+
+
+class DenseActor(SparseNetPolicy):
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return orthogonal_linear(core_size, self.num_outputs, generator, dtype)
+
+
+class SharpActor(SparseNetPolicy):
+    class Actor(SlotActor):
+        def forward(self, h: Tensor, stacked: Tensor | None = None) -> Tensor:
+            return 3 * super().forward(h, stacked)
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        actor = super()._build_actor(core_size, generator, dtype)
+        actor.__class__ = SharpActor.Actor
+        return actor
+
+
+class TanhValues(SparseNetPolicy):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.value_head = nn.Sequential(self.value_head, nn.Tanh())
+
+
+class OwnForward(SparseNetPolicy):
+    """Which knows nothing of what acting keeps."""
+
+    def forward(
+        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> PolicyOutput:
+        output = super().forward(observations, state, mask)
+        return output._replace(logits=output.logits.tanh())
+
+
+class Block(SparseNetPolicy):
+    """A second layer that mixes."""
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = super()._build_core(generator, dtype)
+        self.block = SyntheticGradient(size, context_size=size, mixing_weight=0.5, dtype=dtype)
+        return size
+
+    def run_core(self, embeddings: Tensor, state: State, mask: Tensor | None) -> Any:
+        features, state = super().run_core(embeddings, state, mask)
+        return self.block(features.tanh(), features, mask), state
+
+
+class EncodedMLP(SparseMLPPolicy):
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        size = self.observation_size
+        return nn.Sequential(orthogonal_linear(size, size, generator, dtype), nn.Tanh())
+
+
+class RememberingMLP(SparseMLPPolicy):
+    """Adds up what it has computed."""
+
+    def initial_state(self, batch_size: int) -> State:
+        size = self.core.num_neurons * self.core.neuron_size
+        return {"sum": self.actor.keys.new_zeros(batch_size, size)}
+
+    def run_core(self, embeddings: Tensor, state: State, mask: Tensor | None) -> Any:
+        features = super().run_core(embeddings, {}, mask)[0].cumsum(0) + state["sum"]
+        return features, {"sum": features[-1]}
+
+
+class DenseHeadMLP(SparseMLPPolicy):
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        return orthogonal_linear(core_size, self.num_outputs, generator, dtype)
+
+
+def halve(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """A forward hook."""
+    if isinstance(output, PolicyOutput):
+        return output._replace(logits=output.logits / 2)
+    return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def replace_encoder_method(policy: Policy) -> None:
+    encoder = policy.encoder
+    encoder.forward = lambda observations: 2 * nn.Sequential.forward(encoder, observations)
+
+
+Change = Callable[[Policy], object]
+AFTERWARDS: dict[str, dict[str, Change]] = {
+    "sparsenet": {
+        "activation": lambda p: setattr(p.encoder, "3", nn.Tanh()),
+        "slope": lambda p: setattr(p.encoder[3], "negative_slope", 0.3),
+        "norm": lambda p: setattr(p.encoder[1], "eps", 0.5),
+        "affine_norm": lambda p: setattr(p.encoder, "1", nn.LayerNorm(6).double()),
+        "no_bias": lambda p: setattr(p.encoder[0], "bias", None),
+        "encoder_hook": lambda p: p.encoder[2].register_forward_hook(halve),
+        "encoder_method": replace_encoder_method,
+        "parametrization": lambda p: parametrize.register_parametrization(
+            p.encoder[0], "weight", Doubled()
+        ),
+        "core_hook": lambda p: p.core.register_forward_hook(halve),
+        "actor_hook": lambda p: p.actor.register_forward_hook(halve),
+        "policy_hook": lambda p: p.register_forward_hook(halve),
+        "scale": lambda p: setattr(p.actor, "scale", 0.7),
+    },
+    "gru": {"activation": lambda p: setattr(p.encoder, "3", nn.Tanh())},
+    "sparse_mlp": {
+        "encoder": lambda p: setattr(p, "encoder", nn.Tanh()),
+        "core_hook": lambda p: p.core.register_forward_hook(halve),
+        "actor_hook": lambda p: p.actor.register_forward_hook(halve),
+        "policy_hook": lambda p: p.register_forward_hook(halve),
+    },
+}
+SUBCLASSES = {kind.__name__: kind for kind in (*SparseNetPolicy.__subclasses__(),)}
+SUBCLASSES |= {kind.__name__: kind for kind in (*SparseMLPPolicy.__subclasses__(),)}
+#: What compiled code computes all the same.
+STILL_PUBLISHED = {"sparsenet", "SameEncoder", "TanhValues", "sparsenet/scale"}
+STILL_PUBLISHED |= {"sparse_mlp", "DenseHeadMLP", "sparse_mlp/actor_hook"}
+NETWORKS = [
+    *POLICIES,
+    *SUBCLASSES,
+    *(f"{name}/{change}" for name, changes in AFTERWARDS.items() for change in changes),
+]
+
+
+def network(name: str, backend: str) -> Policy:
+    """One of `NETWORKS`, all of its parameters other than 0."""
+    base, _, change = name.partition("/")
+    kind = SUBCLASSES.get(base) or POLICIES[base]
+    fields = {field.name for field in dataclasses.fields(kind.Settings)}
+    chosen = SMALL | {"backend": backend, "value_head": True, "mixing_weight": 0.5}
+    settings = kind.Settings(**{key: chosen[key] for key in chosen if key in fields})
+    generator = torch.Generator().manual_seed(0)
+    policy = kind(6, 3, settings, generator, torch.float64)
+    if change:
+        AFTERWARDS[base][change](policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise)
+    return policy
+
+
+def made_up_batch(length: int) -> EpisodeBatch:
+    """Episodes of all lengths up to T."""
+    generator = torch.Generator().manual_seed(1)
+    shape, num_envs = (length, 5), 5
+    lengths = 1 + torch.arange(num_envs) % length
+    return EpisodeBatch(
+        observations=torch.randn(*shape, 6, generator=generator),
+        actions=torch.randint(0, 3, shape, generator=generator),
+        rewards=torch.randn(shape, generator=generator),
+        mask=torch.arange(length).unsqueeze(1) < lengths,
+        success=torch.zeros(num_envs, dtype=torch.bool),
+        lengths=lengths,
+    )
+
+
+def after_update(policy: Policy, batch: EpisodeBatch) -> dict[str, Tensor]:
+    """Gradients, parameters and mixing weights after one training step, and what it measured."""
+    settings = UpdateSettings(baseline="value_head", two_phase=policy.two_phase)
+    measured = update(policy, make_optimizers(policy, 1e-3, 1e-3), batch, settings)
+    gradients = {f"grad of {n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    numbers = {name: torch.tensor(value) for name, value in measured.items()}
+    return gradients | numbers | policy.state_dict()
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-9, atol=1e-11, msg=lambda message: f"{what}: {message}"
+    )
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_acts_and_learns_as_written(name: str, length: int) -> None:
+    """By single steps as over whole episodes, and with every backend as with eager."""
+    has_backend = hasattr(network(name, "eager").settings, "backend")
+    observations = made_up_batch(length).observations.double()
+    with torch.no_grad():
+        expected = network(name, "eager")(observations)
+    learned = after_update(network(name, "eager"), made_up_batch(length))
+    for backend in ("eager", "torch", "native", "auto") if has_backend else ("",):
+        for keep in (False, True):
+            policy, batch = network(name, backend), made_up_batch(length)
+            acting = policy.acting(length, 5, keep)
+            with torch.inference_mode():
+                for t, now in enumerate(observations):
+                    close(acting.step(now), expected.logits[t], f"{backend} {keep=} step {t}")
+            kept = acting.is_of(policy, observations)
+            assert kept == (
+                keep
+                and name in STILL_PUBLISHED
+                and backend in ("native", "auto")
+                and (length == 1 or isinstance(policy, SparseNetPolicy))
+            )
+            batch.acted = acting if kept else None
+            close(policy(observations).values, expected.values, f"{backend} values")
+            results = after_update(policy, batch)
+            assert results.keys() == learned.keys()
+            for key, value in results.items():
+                close(value, learned[key], f"{backend} {keep=} {key}")
+
+
+@pytest.mark.parametrize(
+    ("base", "change"), [(base, change) for base in AFTERWARDS for change in AFTERWARDS[base]]
+)
+def test_what_was_kept_is_not_used_after_a_change(base: str, change: str) -> None:
+    policy, observations = network(base, "auto"), made_up_batch(1).observations.double()
+    acting = policy.acting(1, 5, keep=True)
+    with torch.inference_mode():
+        acting.step(observations[0])
+    AFTERWARDS[base][change](policy)
+    assert acting.is_of(policy, observations) == (f"{base}/{change}" in STILL_PUBLISHED)
 
 
 def check_restored(

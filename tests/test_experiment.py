@@ -9,12 +9,15 @@ import pytest
 import yaml
 
 from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.policies import POLICIES, policy_settings
+from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.tuning.experiment import (
     ExperimentError,
     _parse,
     build_algorithm_config,
+    check_backends,
     check_resources,
     dump_yaml,
     extend_experiment,
@@ -256,6 +259,43 @@ def test_no_trial_holds_an_automatic_backend(load):
     experiment = load(SMALL, "methods.sparse.model.backend={grid: [auto, eager]}")
     backends = {trial.config["model"].get("backend") for trial in experiment.trials}
     assert backends - {None} == {resolve_backend("auto"), "eager"}
+
+
+def test_backends_of_trials_that_the_machine_does_not_decide(load, monkeypatch):
+    """On GPUs, of a control without compiled code, and of a policy from elsewhere."""
+    model = "methods.sparse.model"
+    for setting, backend in (
+        ("config.learners={num_gpus_per_learner: 1}", "auto"),
+        ("methods.sparse.config.env_runners.num_gpus_per_env_runner=1", "auto"),
+        ("config.learners={num_gpus_per_learner: 0}", resolve_backend("auto")),
+        (f"{model}.shuffle_predictions=true", "torch"),
+    ):
+        resolved = load(SMALL, setting).resolved
+        assert resolved["methods"]["sparse"]["model"]["backend"] == backend, setting
+    own = type("Own", (SparseNetPolicy,), {"__module__": "mine"})
+    monkeypatch.setitem(POLICIES, "own", own)
+    resolved = load(SMALL, f"{model}.policy=own").resolved
+    assert resolved["methods"]["sparse"]["model"]["backend"] == "auto"
+
+
+def test_compiled_code_that_is_named_must_run_before_the_start(load, monkeypatch):
+    native = load(SMALL, "methods.sparse.model.backend=native")
+    check_backends(native)
+    on_gpus = load(dump_yaml(native.resolved), "config.learners={num_gpus_per_learner: 1}")
+    with pytest.raises(ExperimentError, match=r"native of trial sparse_.*the trial asks for GPUs"):
+        check_backends(on_gpus)
+    reason = CompileError("found no C++ compiler: install one")
+    monkeypatch.setattr("sgrl.nn.kernels.native.load_library", lambda real: reason)
+    with pytest.raises(
+        ExperimentError, match=r"experiment\.yaml: .*: found no C\+\+ comp.*"
+    ) as error:
+        check_backends(native)
+    assert "\n" not in str(error.value)
+    # Reading such an experiment, as for a report, needs no compiler.
+    assert load(dump_yaml(native.resolved)).trials == native.trials
+    with pytest.warns(RuntimeWarning, match="using the slower torch backend"):
+        automatic = load(SMALL).resolved["methods"]["sparse"]["model"]["backend"]
+    assert automatic == "torch"
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1.e-3", "0.001", "+1E-03", ".1e-2"])

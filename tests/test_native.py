@@ -1,22 +1,29 @@
 """The native backend: against eager on sizes of all kinds, its record, its compiler and cache."""
 
 import copy
+import ctypes
 import multiprocessing
+import subprocess
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recurrent import make_problem, problems, run
+from torch import nn
+from torch.nn.utils import parametrize
 
 from sgrl.envs.registry import make_vector
+from sgrl.nn import kernels
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import compiler, native, resolve_backend
-from sgrl.nn.policies import make_policy
+from sgrl.nn.kernels import BACKENDS, compiler, native, resolve_backend
+from sgrl.nn.neuron import Activation, SlotNeurons
+from sgrl.nn.policies import load_policy, make_policy, save_policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.reinforce.rollout import Rollout
@@ -32,7 +39,7 @@ def assert_native_equals_eager(problem: dict, dtype: torch.dtype, tolerance: flo
     rnn.backend = "eager"
     expected = run(rnn, *arguments)
     rnn.backend = "native"
-    assert rnn.runs_native(arguments[0])
+    assert rnn.runs_on(arguments[0]) == "native"
     actual = run(rnn, *arguments)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -285,35 +292,159 @@ def test_native_feedforward_on_uneven_sizes(
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SGRL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SGRL_CXXFLAGS", "-O0")  # what it compiles here is never run for long
-    compiler.load_library.cache_clear()
+    for cached in (compiler.load_library, kernels._warn):
+        cached.cache_clear()
     yield tmp_path
-    compiler.load_library.cache_clear()
+    for cached in (compiler.load_library, kernels._warn):
+        cached.cache_clear()
 
 
 def assert_falls_back(message: str) -> None:
-    """One warning in all, then the torch backend's numbers."""
+    """Of "auto", with one warning in all, to the torch backend's numbers; not of "native"."""
     with pytest.warns(RuntimeWarning, match=message) as caught:
         assert resolve_backend("auto") == "torch"
     assert len(caught) == 1
+    x = torch.randn(4, 5, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generator = torch.Generator().manual_seed(0)
-        rnn = SparseRNN(3, **SMALL, num_input_neurons=2, backend="native", generator=generator)
-        x = torch.randn(4, 5, 3)
+        rnn = SparseRNN(3, **SMALL, num_input_neurons=2, generator=generator)
         output = rnn(x)[0]
         rnn.backend = "torch"
         assert torch.equal(output, rnn(x)[0])
+        refused = f"(?s)backend 'native' cannot run: .*{message}.*'auto'"
+        for make in (
+            lambda: SparseRNN(3, **SMALL, num_input_neurons=2, backend="native"),
+            lambda: SparseMLP(40, 3, **SMALL, backend="native"),
+            lambda: sparsenet(),
+            lambda: resolve_backend("native"),
+        ):
+            with pytest.raises(ValueError, match=refused) as error:
+                make()
+            assert "\n" not in str(error.value)
+        rnn.backend = "native"
+        with pytest.raises(ValueError, match=refused):
+            rnn(x)
 
 
-def test_fallback_without_a_compiler(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_without_a_compiler(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_policy(sparsenet(), tmp_path)
+    compiler.load_library.cache_clear()
+    monkeypatch.setenv("SGRL_CACHE_DIR", str(empty_cache / "another"))
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
-    assert_falls_back("found no C[+][+] compiler.*Install")
+    assert_falls_back("found no C[+][+] compiler.*install")
+    # What was trained in compiled code is read without it.
+    loaded = load_policy(tmp_path)
+    assert loaded.settings.backend == "auto"
+    assert loaded(torch.zeros(2, 1, 56, dtype=torch.float64)).logits.isfinite().all()
 
 
 def test_fallback_where_compiling_fails(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGRL_CXXFLAGS", "-DREAL_=1 -include /does/not/exist.h")
     assert_falls_back("failed: .*error")
+
+
+class HalfSlots(SlotNeurons):
+    """Neurons whose output is half of what it was."""
+
+    def forward(self, inputs: torch.Tensor) -> Activation:
+        activation = SlotNeurons.forward(self, inputs)
+        return activation._replace(output=activation.output / 2)
+
+
+class ConstantSchedule(SparseRNN):
+    def schedule(self, length: int) -> torch.Tensor:
+        return self.neurons.mixing_weight.expand(length, -1)
+
+
+#: What is done to a network's neurons, none of which a kernel knows of.
+CHANGES: dict[str, Callable[[SlotNeurons], object]] = {
+    "class": lambda neurons: setattr(neurons, "__class__", HalfSlots),
+    "hook": lambda neurons: neurons.register_forward_hook(
+        lambda _, __, activation: activation._replace(output=activation.output / 2)
+    ),
+    "parametrization": lambda neurons: parametrize.register_parametrization(
+        neurons, "bias", nn.Tanh()
+    ),
+    "method": lambda neurons: setattr(neurons, "forward", HalfSlots.forward.__get__(neurons)),
+}
+
+
+def network_of(kind: str, backend: str, **settings: object) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "recurrent":
+        sizes = SMALL | {"num_input_neurons": 2}
+        return SparseRNN(6, **sizes, backend=backend, generator=generator, **settings)
+    return SparseMLP(6, 2, **SMALL, backend=backend, generator=generator, **settings)
+
+
+def output_of(network: Any, x: torch.Tensor) -> torch.Tensor:
+    output = network(x)
+    return output[0] if isinstance(network, SparseRNN) else output
+
+
+both_kinds = pytest.mark.parametrize("kind", ["recurrent", "feedforward"])
+
+
+@both_kinds
+@pytest.mark.parametrize("change", CHANGES)
+def test_neurons_that_are_changed_compute_as_they_are(kind: str, change: str) -> None:
+    x = torch.randn(4, 5, 6)
+    unchanged = output_of(network_of(kind, "eager"), x)
+    networks = {name: network_of(kind, name) for name in ("auto", *BACKENDS)}
+    for network in networks.values():
+        CHANGES[change](network.neurons if kind == "recurrent" else network.layers[1])
+    expected = output_of(networks["eager"], x)
+    assert not torch.allclose(expected, unchanged, rtol=1e-3)
+    assert torch.equal(output_of(networks["auto"], x), expected)
+    for name in ("torch", "native"):
+        with pytest.raises(ValueError, match=f"^backend '{name}' cannot run: .*no plain Slot.*$"):
+            networks[name](x)
+
+
+@both_kinds
+def test_native_that_is_named_is_never_replaced(kind: str) -> None:
+    """Where it cannot run it says why; "auto" takes the torch backend."""
+    x = torch.randn(4, 5, 6)
+    cases: dict[str, tuple[Callable[[Any], object], torch.Tensor]] = {
+        "input is float32, the parameters are float64": (lambda n: n.double(), x),
+        "runs on the CPU, not on meta": (lambda n: n.to("meta"), x.to("meta")),
+        "in float32 and float64, not in bfloat16": (lambda n: n.bfloat16(), x.bfloat16()),
+    }
+    if kind == "recurrent":
+        cases["ConstantSchedule has a schedule of its own"] = (
+            lambda n: setattr(n, "__class__", ConstantSchedule),
+            x,
+        )
+    for message, (change, seen) in cases.items():
+        networks = [network_of(kind, name) for name in ("native", "auto")]
+        for network in networks:
+            change(network)
+        with pytest.raises(ValueError, match=f"^backend 'native' cannot run: .*{message}.*'auto'"):
+            networks[0](seen)
+        assert networks[1].runs_on(seen) == "torch"
+    with pytest.raises(ValueError, match="not in bfloat16"):
+        network_of(kind, "native", dtype=torch.bfloat16)
+    automatic = network_of(kind, "auto", dtype=torch.bfloat16)
+    assert output_of(automatic, x.bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@both_kinds
+def test_autocast_changes_nothing_inside(backend: str, kind: str) -> None:
+    """The layers compute in the precision of their parameters."""
+    x = torch.randn(4, 5, 6).bfloat16()
+    results = []
+    for autocast in (True, False):
+        network = network_of(kind, backend, mixing_weight=0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = output_of(network, x if autocast else x.float())
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in network.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 def test_fallback_to_a_temporary_folder(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,17 +458,17 @@ def test_fallback_to_a_temporary_folder(empty_cache: Path, monkeypatch: pytest.M
 def test_compiling_anew_where_the_kept_library_is_damaged(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert native.load(torch.float32) is not None
+    assert native.unavailable(torch.float32) is None
     [library] = (empty_cache / "cache").glob("*.so")
     library.unlink()  # not written over: this process has it mapped
     library.write_text("damaged")
     compiler.load_library.cache_clear()
-    assert native.load(torch.float32) is not None
+    assert native.unavailable(torch.float32) is None
 
 
 def _compile(barrier) -> bool:
     barrier.wait()
-    return compiler.load_library("float") is not None
+    return isinstance(compiler.load_library("float"), ctypes.CDLL)
 
 
 def test_compiling_in_four_processes_at_once(empty_cache: Path) -> None:
@@ -346,6 +477,48 @@ def test_compiling_in_four_processes_at_once(empty_cache: Path) -> None:
         assert pool.map(_compile, [manager.Barrier(4)] * 4, chunksize=1) == [True] * 4
     # Nothing half done is left behind.
     assert [file.suffix for file in (empty_cache / "cache").iterdir()] == [".so"]
+
+
+# ------------------------------------------------------------- what is shared with C++
+
+
+def check_offsets(structures: dict[str, type[ctypes.Structure]], folder: Path) -> str:
+    """Ask the compiler whether it lays out the structures like this; its errors."""
+    checks = []
+    for name, structure in structures.items():
+        checks.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
+        for field, *_ in structure._fields_:
+            offset, size = (getattr(getattr(structure, field), n) for n in ("offset", "size"))
+            checks.append(f"static_assert(offsetof({name}, {field}) == {offset});")
+            checks.append(f"static_assert(sizeof({name}::{field}) == {size});")
+    file = folder / "check.cpp"
+    file.write_text("\n".join(["#include <cstddef>", f'#include "{compiler.SOURCE}"', *checks]))
+    command = [*compiler._compiler(), "-std=gnu++17", "-w", "-fsyntax-only", str(file)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_structures_are_those_of_the_source(tmp_path: Path) -> None:
+    """They are read from it; the compiler lays them out the same, and finds one that differs."""
+    assert check_offsets(native._STRUCTURES, tmp_path) == ""
+    assert set(native._STRUCTURES) == {"Layer", "Policy", "Mixing", "Gradients", "Stack"}
+    source = compiler.SOURCE.read_text()
+    planted, _ = native.read_declarations(source.replace("std::int32_t residual", "Index residual"))
+    assert "offsetof(Stack, residual)" not in check_offsets(planted, tmp_path)  # 4 bytes of padding
+    assert "sizeof(Stack::residual)" in check_offsets(planted, tmp_path)
+    planted, _ = native.read_declarations(source.replace("double schedule_beta;", ""))
+    assert "offsetof(Mixing, positive_projection)" in check_offsets(planted, tmp_path)
+
+
+def test_a_structure_that_native_does_not_know_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = compiler.SOURCE.read_text()
+    for old, new in (("double schedule_beta;", "float schedule_beta;"), ("scale; ", "scale{1}; ")):
+        with pytest.raises(ValueError, match="cannot read the declaration"):
+            native.read_declarations(source.replace(old, new))
+    renamed, _ = native.read_declarations(source.replace("double schedule_beta", "double beta"))
+    monkeypatch.setattr(native, "_STRUCTURES", renamed)
+    rnn = SparseRNN(3, **SMALL, num_input_neurons=2, backend="native")
+    with pytest.raises(TypeError, match=r"Mixing of .* and native\.py differ in: beta"):
+        rnn(torch.randn(4, 5, 3))[0].sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -132,7 +132,7 @@ def test_lambda_of_one_is_backprop(network: str) -> None:
 def test_policies(name: str, tmp_path: Any) -> None:
     settings = {"num_input_neurons": 2} if name == "sparsenet" else {}
     policy = make_policy(name, 12, 4, **SIZES, shuffle_predictions=True, **settings)
-    assert policy.core.backend == "torch"
+    assert policy.core.runs_on(next(policy.parameters())) == "torch"
     policy.core.shuffle.drawn[1] = 9
     save_policy(policy, tmp_path)
     assert torch.equal(load_policy(tmp_path).core.shuffle.drawn, policy.core.shuffle.drawn)

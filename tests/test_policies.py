@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sgrl import load_policy
+from sgrl.nn import SyntheticGradient
+from sgrl.nn.mixing import mixing_modules, mixing_summary
 from sgrl.nn.policies import (
     POLICIES,
     make_policy,
@@ -17,6 +20,8 @@ from sgrl.nn.policies import (
     predictor_parameters,
     save_policy,
 )
+from sgrl.nn.recurrent_policies import SparseNetPolicy
+from sgrl.tuning.metrics import columns_of
 
 SMALL = {
     "gru": {"hidden_size": 8},
@@ -196,6 +201,53 @@ def test_parameters_are_split() -> None:
         assert predictor_parameters(small(name)) == []
         assert mixing_statistics(small(name)) == {}
     assert predictor_parameters(small("sparsenet", propagation="backprop")) == []
+
+
+class TwoBlocks(SparseNetPolicy):
+    """Three layers that mix, of 8, 8 and 16 neurons."""
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> torch.nn.Module:
+        encoder = super()._build_encoder(generator, dtype)
+        return torch.nn.Sequential(*encoder, SyntheticGradient(16, 8, mixing_weight=0.25))
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = super()._build_core(generator, dtype)
+        self.blocks = torch.nn.ModuleDict({"last": SyntheticGradient(8, size // 8)})
+        return size
+
+    def run_core(self, embeddings: torch.Tensor, state: dict, mask: torch.Tensor | None) -> tuple:
+        features, state = super().run_core(embeddings, state, mask)
+        return self.blocks["last"](features), state
+
+
+def test_every_layer_that_mixes_has_its_part_in_the_columns() -> None:
+    settings = TwoBlocks.Settings(**SMALL["sparsenet"], mixing_weight=0.5)
+    generator = torch.Generator().manual_seed(0)
+    policy = TwoBlocks(5, 3, settings, generator, torch.float32)
+    policy(torch.randn(6, 4, 5)).logits.sin().sum().backward()
+    layers = [policy.encoder[4], policy.core, policy.blocks["last"]]
+    assert mixing_modules(policy) == layers
+    columns = mixing_statistics(policy)
+    found = [{name: float(v) for name, v in layer.statistics.items()} for layer in layers]
+    assert all(f["received_grad_norm"] > 0 for f in found)
+    assert columns["predictor_loss"] == pytest.approx(sum(f["predictor_loss"] for f in found))
+    for name in ("received_grad_norm", "mixed_grad_norm", "prediction_norm"):
+        values = [f[name] for f in found]
+        assert columns[name] == pytest.approx(np.average(values, weights=[16, 8, 8])), name
+    weights = [layers[0].mixing_weight, layers[1].neurons.mixing_weight, layers[2].mixing_weight]
+    assert len({values.mean().item() for values in weights}) == 3
+    for prefix, values in (
+        ("", torch.cat(weights)),
+        *((f"layer{index}_", values) for index, values in enumerate(weights)),
+    ):
+        for name, value in mixing_summary(values).items():
+            assert columns[prefix + name] == value
+    assert len(columns) == 4 + 4 * 6
+    assert columns_of(columns)[-2] == "layer2_mixing_weight_max"
+    # A block alone, in any network, and an actor that predicts without mixing.
+    block = torch.nn.Sequential(torch.nn.Linear(2, 3), SyntheticGradient(3))
+    assert set(mixing_statistics(block)) >= {"mixing_weight_mean", "layer0_mixing_weight_mean"}
+    assert not any("layer" in name for name in mixing_statistics(small("sparsenet")))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from sgrl.theory.probe import (
     Shard,
     Sums,
     bandit_sums,
+    check_settings,
     explain,
     labyrinth_shard,
     labyrinth_sums,
@@ -55,6 +56,7 @@ from sgrl.theory.probe import (
     probe,
     resampled_counts,
 )
+from sgrl.theory.tasks import TheoryError
 from sgrl.tuning.checkpoints import open_policy, write_checkpoint
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
@@ -653,6 +655,17 @@ def test_bad_settings(
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"sgrl: {message}\n"
     assert [path.name for path in bandit.parent.iterdir()] == ["bandit"]
+
+
+def test_policies_that_compute_otherwise_are_refused() -> None:
+    bandit, recurrent = tiny_bandit(), tiny_recurrent()
+    for policy, env in ((bandit, "mnist_bandit"), (recurrent, "labyrinth_escape")):
+        check_settings(policy, env)
+    bandit.encoder = torch.nn.Tanh()
+    recurrent.core.register_forward_hook(lambda _, __, output: output)
+    for policy, env in ((bandit, "mnist_bandit"), (recurrent, "labyrinth_escape")):
+        with pytest.raises(TheoryError, match="as it is published; this one"):
+            check_settings(policy, env)
 
 
 def test_bad_checkpoints(bandit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,6 @@ from sgrl.envs.registry import (
     make_vector,
     validate_env_config,
 )
-from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.tuning.checkpoints import EVALUATION_BATCH, evaluation_rollout, open_policy
@@ -153,12 +152,13 @@ def record_episode(
     actions = batch.actions[:steps, place].numpy()
     observations = batch.observations[:steps, place : place + 1]
     with torch.inference_mode():
-        state = policy.initial_state(1)
-        hidden, _ = policy.run_core(policy.encoder(observations.to(_dtype(policy))), state, None)
-        probabilities = policy.actor(hidden).softmax(-1)
-    core: Any = policy.core
-    if isinstance(core, SparseRNN):
-        hidden = hidden.unflatten(-1, (core.num_neurons, core.neuron_size))
+        inputs, state = observations.to(_dtype(policy)), policy.initial_state(1)
+        hidden, _ = policy.run_core(policy.encoder(inputs), state, None)
+        probabilities = policy(inputs).logits.softmax(-1)
+    core: Any = getattr(policy, "core", None)
+    shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
+    if hidden.shape[-1] == shape[0] * shape[1]:
+        hidden = hidden.unflatten(-1, shape)
     else:
         hidden = hidden.unsqueeze(-1)
 
@@ -221,10 +221,8 @@ def method_name(policy: Policy) -> str:
 
 
 def _mixing_weights(core: Any) -> NDArray[np.float32] | None:
-    if getattr(core, "propagation", None) != "sgprop":
-        return None
-    layers = core.layers if isinstance(core, SparseMLP) else [core.neurons]
-    return np.stack([layer.mixing_weight.float().numpy() for layer in layers])
+    weights = getattr(core, "mixing_weights", [])
+    return np.stack([values.float().numpy() for values in weights]) if weights else None
 
 
 # ---------------------------------------------------------------- files

@@ -23,13 +23,15 @@ Source: the paper, Sections 4, H.2 and H.3.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import native, resolve_backend
+from sgrl.nn.kernels import check_backend, choose_backend, native, resolve_backend
+from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.kernels.stack import stack
 from sgrl.nn.mixing import SampleShuffle, batch_moments, check_mixing, length
 from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
@@ -64,7 +66,8 @@ class SparseMLP(nn.Module):
             torch's global one.
 
     Raises:
-        ValueError: a size or setting that is impossible.
+        ValueError: a size or setting that is impossible, or `backend="native"` without a compiler
+            or for other numbers than float32 and float64.
     """
 
     pixels: Tensor
@@ -108,7 +111,10 @@ class SparseMLP(nn.Module):
             shuffle_predictions=shuffle_predictions,
             backend=backend,
         )
-        self.backend = resolve_backend(backend, compiled=not shuffle_predictions)
+        # Not kept: what "auto" stands for depends on what comes, too.
+        of_numbers = torch.get_default_dtype() if dtype is None else dtype
+        resolve_backend(backend, of_numbers, compiled=not shuffle_predictions)
+        self.backend = backend
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
@@ -180,20 +186,42 @@ class SparseMLP(nn.Module):
             )
         check_mixing(settings)
         rule_of_name(settings["mixing_rule"])
-        resolve_backend(settings["backend"])
+        check_backend(settings["backend"])
+
+    @property
+    def mixing_weights(self) -> list[Tensor]:
+        """Lambda [W] of each layer; an empty list under backprop."""
+        return [n.mixing_weight for n in self.layers] if self.propagation == "sgprop" else []
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
 
-    def runs_native(self, x: Tensor) -> bool:
-        """Whether compiled code would run on x."""
-        return self.backend == "native" and native.can_run(x, self.layers[0].weight_h)
+    def _obstacle(self, x: Tensor, backend: str) -> str | None:
+        """Why a backend other than "eager" cannot run the layers on x; None where it can."""
+        if not all(is_plain(neurons, SlotNeurons) for neurons in self.layers):
+            return "the layers are no plain SlotNeurons (another class, or changed, or with hooks)"
+        sizes = {(neurons.num_neurons, neurons.neuron_size) for neurons in self.layers}
+        if sizes != {(self.num_neurons, self.neuron_size)}:
+            return "the layers have other sizes than the network"
+        if backend == "torch":
+            return None
+        if self.shuffle is not None:
+            return "shuffle_predictions is for the backends torch and eager"
+        if type(self).is_residual is not SparseMLP.is_residual:
+            return f"{type(self).__name__} says for itself what is residual"
+        read = self.pixels.shape[1]
+        sources = (self.pixels, *self.parents.unbind())
+        return native.obstacle(
+            x, [(*pair, read) for pair in zip(self.layers, sources, strict=True)]
+        )
 
-    def _stack(self, x: Tensor) -> Callable[..., Tensor]:
-        """The layers as this module's backend runs them; "torch" where "native" cannot."""
-        if self.backend == "eager":
-            return eager_stack
-        return native.stack if self.runs_native(x) else stack
+    def runs_on(self, x: Tensor) -> str:
+        """The backend that runs the layers on x.
+
+        Raises:
+            ValueError: the one that was asked for by name cannot.
+        """
+        return choose_backend(self.backend, partial(self._obstacle, x))
 
     def is_residual(self, layer: int) -> bool:
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
@@ -210,10 +238,17 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: x of another shape, or of no sample at all.
         """
+        if is_autocast_on(x.device):
+            # All backends compute in the parameters' precision.
+            with torch.autocast(x.device.type, enabled=False):
+                return SparseMLP.forward(self, x.to(self.layers[0].weight_h.dtype))
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
         flat = x.flatten(0, -2)
-        output = native.stack(self, flat, done) if done else self._stack(x)(self, flat)
+        if done is not None:
+            output = native.stack(self, flat, done)
+        else:
+            output = STACKS[self.runs_on(flat)](self, flat)
         output = output.unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 
@@ -231,6 +266,13 @@ def eager_stack(mlp: SparseMLP, x: Tensor) -> Tensor:
             record.activations.append(Activation(*(value.detach() for value in activation)))
             h = _MixPrediction.apply(h, layer, record, neurons.predictor_h, neurons.predictor_bias)
     return h
+
+
+STACKS: dict[str, Callable[..., Tensor]] = {
+    "eager": eager_stack,
+    "torch": stack,
+    "native": native.stack,
+}
 
 
 class _BackwardRecord:

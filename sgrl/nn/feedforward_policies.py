@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels import native
+from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.mixing import MixingRule
-from sgrl.nn.neuron import predictor_generator
+from sgrl.nn.neuron import SlotNeurons, predictor_generator
 from sgrl.nn.policy import Acting, Policy, PolicyOutput, PolicySettings, RecordingActing, State
 
 
@@ -141,6 +142,8 @@ class ActionHead(nn.Module):
             for parameter in (self.predictor_A, self.predictor_bias):
                 nn.init.normal_(parameter, std=self.scale, generator=source)
         self.rule = MixingRule(adaptive=False, predictor_target="received")
+        #: None: what the head predicts is not mixed in.
+        self.mixing_weights: list[Tensor] = []
         #: predictor_loss of the last backward pass, mean over samples and actions.
         self.statistics: dict[str, Tensor] = {}
 
@@ -212,9 +215,27 @@ class SparseMLPPolicy(Policy):
 
     def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
         # The record is of one forward pass, and so of one step.
-        if keep and length == 1 and self.core.runs_native(self.actor.keys):
-            return _SparseMLPActing(self)
+        if keep and length == 1 and self.core_is_plain():
+            weight = self.core.layers[0].weight_h
+            if not is_autocast_on(weight.device) and self.core.runs_on(weight) == "native":
+                return _SparseMLPActing(self)
         return super().acting(length, batch_size, keep)
+
+    def core_is_plain(self) -> bool:
+        """Whether a forward pass has a plain `SparseMLP` between observations and actor.
+
+        Not so in a subclass that encodes them or runs its core in another way, nor where modules
+        were replaced, changed or given hooks (see `sgrl.nn.kernels.plain`).
+        """
+        core = self.core
+        methods = ("forward", "step", "run_core", "initial_state")
+        return (
+            is_unchanged(self, SparseMLPPolicy, *methods)
+            and is_plain(self.encoder, nn.Identity)
+            and is_plain(core, SparseMLP)
+            and all(is_plain(neurons, SlotNeurons) for neurons in core.layers)
+            and core.flatten
+        )
 
     def forward(
         self,
@@ -223,8 +244,8 @@ class SparseMLPPolicy(Policy):
         mask: Tensor | None = None,
         acted: Acting | None = None,
     ) -> PolicyOutput:
-        if mask is None or bool(mask.all()):
-            return super().forward(observations, acted=acted)
+        if mask is None or bool(mask.all()) or self.initial_state(1):  # a subclass with memory
+            return super().forward(observations, state, mask, acted)
         # Masked steps are passed over: their logits and values are zeros.
         valid = super().forward(observations[mask].unsqueeze(0))
         logits = valid.logits.new_zeros(*mask.shape, self.num_outputs)
@@ -244,6 +265,9 @@ class _SparseMLPActing(RecordingActing):
     def step(self, observations: Tensor) -> Tensor:
         self.done = native.StackForward(self.policy.core, observations)
         return self.policy.actor(self.done.output.flatten(1))
+
+    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+        return super().is_of(policy, observations) and self.policy.core_is_plain()
 
     def seen(self) -> Tensor | None:
         return None if self.done is None else self.done.x.unsqueeze(0)

@@ -110,6 +110,16 @@ class MixingRule:
         return self.momentum * previous + (1 - self.momentum) * estimate
 
 
+def mixing_modules(network: nn.Module) -> list[nn.Module]:
+    """All modules inside that mix predictions into gradients, in the order of `modules()`.
+
+    Such a module holds a `MixingRule` as `rule`, and for the metrics what its last backward pass
+    measured as `statistics`, and as `mixing_weights` the lambdas [W] of each of its layers (none
+    where it does not mix, as under backprop).
+    """
+    return [m for m in network.modules() if isinstance(getattr(m, "rule", None), MixingRule)]
+
+
 @contextmanager
 def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> Iterator[None]:
     """Backward passes inside serve one half of the two-phase update (paper, Section H.3).
@@ -121,7 +131,7 @@ def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> 
         module: all layers inside it that mix predictions are concerned.
         phase: of the two.
     """
-    rules = [m.rule for m in module.modules() if isinstance(getattr(m, "rule", None), MixingRule)]
+    rules = [m.rule for m in mixing_modules(module)]
     try:
         for rule in rules:
             rule.phase = phase

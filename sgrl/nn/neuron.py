@@ -90,25 +90,31 @@ class SlotNeurons(nn.Module):
         self.scale = 1 / math.sqrt(self.input_size)
         self.has_predictor = predictor
 
-        rows, num_x = num_slots * (1 + neuron_size), self.num_input_neurons
-        read = num_parents * neuron_size
-        shapes: dict[str, tuple[int, ...]] = {"weight_h": (num_neurons, rows, read)}
-        if num_x:
-            shapes["weight_x"] = (num_x, rows, external_size)
-        shapes["bias"] = (num_neurons, num_slots, neuron_size)
+        shapes = self.parameter_shapes(num_parents * neuron_size)
+        of_predictor = {
+            name: shapes.pop(name) for name in [*shapes] if name.startswith("predictor")
+        }
         self._add_normal(shapes, self.scale, generator, dtype)
-        if predictor:
-            rows = num_slots * neuron_size
-            shapes = {"predictor_h": (num_neurons, rows, read)}
-            if num_x:
-                shapes["predictor_x"] = (num_x, rows, external_size)
-            shapes["predictor_bias"] = (num_neurons, num_slots, neuron_size)
-            self._add_normal(shapes, predictor_std, predictor_generator, dtype)
+        self._add_normal(of_predictor, predictor_std, predictor_generator, dtype)
         self.register_buffer(
             "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
         memory = torch.zeros(memory_rows, num_neurons, dtype=dtype)
         self.register_buffer("mixing_memory", memory, persistent=memory_rows > 0)
+
+    def parameter_shapes(self, read: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name, for neurons that read so many numbers inside."""
+        num_x, size_x = self.num_input_neurons, self.external_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part, rows, bias in (
+            ("weight", self.num_slots * (1 + self.neuron_size), "bias"),
+            ("predictor", self.num_slots * self.neuron_size, "predictor_bias"),
+        )[: 1 + self.has_predictor]:
+            shapes[f"{part}_h"] = (self.num_neurons, rows, read)
+            if num_x:
+                shapes[f"{part}_x"] = (num_x, rows, size_x)
+            shapes[bias] = (self.num_neurons, self.num_slots, self.neuron_size)
+        return shapes
 
     def _add_normal(
         self,

@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
-from sgrl.nn.mixing import mixing_summary, split_parameters
+from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
 from sgrl.nn.policy import Policy, PolicySettings
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, MLPPolicy, SparseNetPolicy
@@ -98,23 +99,35 @@ def predictor_parameters(policy: nn.Module) -> list[nn.Parameter]:
     return split_parameters(policy)[1]
 
 
-def mixing_statistics(policy: nn.Module) -> dict[str, float]:
+def mixing_statistics(network: nn.Module) -> dict[str, float]:
     """What sgprop measured in the last backward pass, and the spread of the mixing weights.
 
-    Keys: predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm, mixing_weight_mean,
-    _min, _p25, _median, _p75, _max; of a feed-forward network also each layer's spread, under
-    `layer{l}_mixing_weight_*`. Empty where nothing uses sgprop.
+    Of every layer inside that mixes, whatever policy or network it is part of (`mixing_modules`).
+    Keys:
+
+    - predictor_loss: the sum of all layers' losses.
+    - received_grad_norm, mixed_grad_norm, prediction_norm: means over all layers' neurons.
+    - mixing_weight_mean, _min, _p25, _median, _p75, _max: over all layers' neurons.
+    - layer{l}_mixing_weight_*: of each layer by itself, in the order of `network.modules()`; not
+      where a `SparseRNN` is all there is.
+
+    Empty where nothing uses sgprop.
     """
-    core: Any = getattr(policy, "core", None)
-    if getattr(core, "propagation", None) != "sgprop":
-        return {}
-    measured = {name: float(value) for name, value in core.statistics.items()}
-    if isinstance(core, SparseRNN):
-        return {**measured, **mixing_summary(core.neurons.mixing_weight)}
-    head = policy.actor.statistics.get("predictor_loss", 0.0)
-    measured["predictor_loss"] = measured.get("predictor_loss", 0.0) + float(head)
-    weights = [neurons.mixing_weight for neurons in core.layers]
-    measured |= mixing_summary(torch.cat(weights))
+    modules = [m for m in mixing_modules(network) if m.mixing_weights or m.statistics]
+    measured: dict[str, float] = {}
+    losses = [m.statistics["predictor_loss"] for m in modules if "predictor_loss" in m.statistics]
+    if losses:
+        measured["predictor_loss"] = sum(map(float, losses))
+    for name in ("received_grad_norm", "mixed_grad_norm", "prediction_norm"):
+        norms = [float(m.statistics[name]) for m in modules if name in m.statistics]
+        counts = [sum(map(len, m.mixing_weights)) for m in modules if name in m.statistics]
+        if norms:
+            measured[name] = norms[0] if len(norms) == 1 else fmean(norms, counts)
+    weights = [w.detach().double().cpu() for m in modules for w in m.mixing_weights]
+    if weights:
+        measured |= mixing_summary(torch.cat(weights))
+    if len(modules) == 1 and isinstance(modules[0], SparseRNN):
+        return measured
     for layer, values in enumerate(weights):
         summary = mixing_summary(values)
         measured |= {f"layer{layer}_{name}": value for name, value in summary.items()}
@@ -153,6 +166,9 @@ def _action_space(description: Mapping[str, Any]) -> ActionSpace:
 def load_policy(path: str | Path) -> Policy:
     """Load a policy from a checkpoint, or any folder that `save_policy` wrote; without Ray.
 
+    One that was trained in compiled code comes with backend "auto", and so also runs where there is
+    no compiler.
+
     Args:
         path: the folder that holds `policy.safetensors` and `policy.json`.
 
@@ -169,12 +185,15 @@ def load_policy(path: str | Path) -> Policy:
         description = json.loads(description_file.read_text())
         if description["format"] != FORMAT_VERSION:
             raise ValueError(f"{description_file} has the unknown format {description['format']}")
+        settings = dict(description["settings"])
+        if settings.get("backend") == "native":
+            settings["backend"] = "auto"
         policy = make_policy(
             description["policy"],
             description["observation_size"],
             _action_space(description),
             dtype=getattr(torch, description["dtype"]),
-            **description["settings"],
+            **settings,
         )
         policy.load_state_dict(load_file(weights_file))
     except (

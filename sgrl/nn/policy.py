@@ -210,8 +210,14 @@ class RecordingActing(Acting):
         self.versions = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Changes with every change of a parameter."""
-        return [(p.data_ptr(), p._version) for p in self.policy.parameters()]
+        """Changes with every change of what a forward pass reads."""
+        tensors = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
+        return [
+            (tensor.data_ptr(), tensor._version)
+            for name, tensor in tensors.items()
+            # These act in backward passes only.
+            if not name.rpartition(".")[2].startswith("mixing_")
+        ]
 
     def seen(self) -> Tensor | None:
         """The observations so far [t, B, F]; None if nothing is kept."""

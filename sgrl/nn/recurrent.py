@@ -19,13 +19,15 @@ Source: the paper, Sections 4, H.2 and H.4.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import native, resolve_backend
+from sgrl.nn.kernels import check_backend, choose_backend, native, resolve_backend
+from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (
     SampleShuffle,
@@ -76,7 +78,8 @@ class SparseRNN(nn.Module):
             torch's global one.
 
     Raises:
-        ValueError: a size or setting that is impossible.
+        ValueError: a size or setting that is impossible, or `backend="native"` without a compiler
+            or for other numbers than float32 and float64.
     """
 
     parents: Tensor
@@ -122,7 +125,10 @@ class SparseRNN(nn.Module):
             shuffle_predictions=shuffle_predictions,
             backend=backend,
         )
-        self.backend = resolve_backend(backend, compiled=not shuffle_predictions)
+        # Not kept: what "auto" stands for depends on what comes, too.
+        of_numbers = torch.get_default_dtype() if dtype is None else dtype
+        resolve_backend(backend, of_numbers, compiled=not shuffle_predictions)
+        self.backend = backend
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
@@ -177,17 +183,36 @@ class SparseRNN(nn.Module):
                 )
         check_mixing(settings)
         rule_of_name(settings["mixing_rule"])
-        resolve_backend(settings["backend"])
+        check_backend(settings["backend"])
 
-    def runs_native(self, x: Tensor) -> bool:
-        """Whether compiled code would unroll over x."""
-        return self.backend == "native" and native.can_run(x, self.neurons.weight_h)
+    def _obstacle(self, x: Tensor, backend: str) -> str | None:
+        """Why a backend other than "eager" cannot unroll over x; None where it can."""
+        neurons, sizes = self.neurons, (self.num_neurons, self.neuron_size, self.input_size)
+        if not is_plain(neurons, SlotNeurons):
+            return "the neurons are no plain SlotNeurons (another class, or changed, or with hooks)"
+        if (neurons.num_neurons, neurons.neuron_size, neurons.external_size) != sizes:
+            return "the neurons have other sizes than the layer"
+        if backend == "torch":
+            return None
+        if self.shuffle is not None:
+            return "shuffle_predictions is for the backends torch and eager"
+        if type(self).schedule is not SparseRNN.schedule:
+            return f"{type(self).__name__} has a schedule of its own"
+        read = self.parents.shape[1] * self.neuron_size
+        return native.obstacle(x, [(self.neurons, self.parents, read)])
 
-    def _unroll(self, x: Tensor) -> Callable[..., Tensor]:
-        """The unroll of this module's backend; that of "torch" where "native" cannot run."""
-        if self.backend == "eager":
-            return eager_unroll
-        return native.unroll if self.runs_native(x) else unroll
+    def runs_on(self, x: Tensor) -> str:
+        """The backend that unrolls over x.
+
+        Raises:
+            ValueError: the one that was asked for by name cannot.
+        """
+        return choose_backend(self.backend, partial(self._obstacle, x))
+
+    @property
+    def mixing_weights(self) -> list[Tensor]:
+        """Lambda [W] of the layer, alone in a list; an empty list under backprop."""
+        return [self.neurons.mixing_weight] if self.propagation == "sgprop" else []
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
@@ -229,6 +254,12 @@ class SparseRNN(nn.Module):
             ValueError: x, h_0 or mask of another shape, a mask that is not bool, no step or no
                 sequence at all.
         """
+        if is_autocast_on(x.device):
+            # All backends compute in the parameters' precision.
+            dtype = self.neurons.weight_h.dtype
+            h_0 = None if h_0 is None else h_0.to(dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return SparseRNN.forward(self, x.to(dtype), h_0, mask)
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be [T, B, {self.input_size}], got {list(x.shape)}")
         if 0 in x.shape[:2]:
@@ -246,7 +277,7 @@ class SparseRNN(nn.Module):
         if recorder is not None:
             output = native.unroll(self, x, h_0, mask, recorder)
         else:
-            output = self._unroll(x)(self, x, h_0, mask)
+            output = UNROLLS[self.runs_on(x)](self, x, h_0, mask)
         if self.flatten:
             output = output.flatten(2)
         return output, output[-1]
@@ -265,6 +296,13 @@ def eager_unroll(rnn: SparseRNN, x: Tensor, h_0: Tensor, mask: Tensor | None) ->
             h = _MixPrediction.apply(h, prediction, t, record)
         outputs.append(h)
     return torch.stack(outputs)
+
+
+UNROLLS: dict[str, Callable[..., Tensor]] = {
+    "eager": eager_unroll,
+    "torch": unroll,
+    "native": native.unroll,
+}
 
 
 class _BackwardRecord:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.kernels import native
+from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
+from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.policy import (
     Acting,
     Policy,
@@ -63,6 +65,33 @@ class EncodedPolicy(Policy):
             nn.LeakyReLU(0.01),
             logits,
         )
+
+
+def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> bool:
+    """Whether a module is exactly the encoder that `EncodedPolicy` makes, of any width.
+
+    Args:
+        encoder: the module.
+        size_in: length of the observations.
+        size_out: length of the embedding.
+    """
+    kinds = (nn.Linear, nn.LayerNorm, nn.Linear, nn.LeakyReLU)
+    if not (
+        is_plain(encoder, nn.Sequential)
+        and len(encoder) == len(kinds)
+        and all(map(is_plain, encoder, kinds))
+    ):
+        return False
+    first, norm, second, slope = encoder
+    return (
+        first.in_features == size_in
+        and first.weight.shape == (first.out_features, size_in)
+        and norm.normalized_shape == (first.out_features,)
+        and (norm.eps, norm.weight, norm.bias) == (1e-5, None, None)
+        and second.weight.shape == (size_out, first.out_features)
+        and None not in (first.bias, second.bias)
+        and slope.negative_slope == 0.01
+    )
 
 
 @dataclass(frozen=True)
@@ -271,8 +300,38 @@ class SparseNetPolicy(EncodedPolicy):
         features, h = self.core(embeddings, state["h"], mask)
         return features, {"h": h}
 
+    def core_is_plain(self) -> bool:
+        """Whether a forward pass has a plain `SparseRNN` between encoder and actor.
+
+        Not so in a subclass that runs its core in another way, nor where modules were replaced,
+        changed or given hooks (see `sgrl.nn.kernels.plain`).
+        """
+        core = self.core
+        methods = ("forward", "step", "run_core", "initial_state")
+        return (
+            is_unchanged(self, SparseNetPolicy, *methods)
+            and is_plain(core, SparseRNN)
+            and is_plain(core.neurons, SlotNeurons)
+            and core.flatten
+        )
+
+    def step_is_published(self) -> bool:
+        """Whether a step is just what `native.Recorder` computes, with nothing of a subclass's."""
+        encoder, core, actor = self.encoder, self.core, self.actor
+        if not (self.core_is_plain() and is_plain(actor, SlotActor)):
+            return False
+        weight = core.neurons.weight_h
+        shape = (*actor.b.shape, core.num_neurons * core.neuron_size)
+        parts = (*encoder.parameters(), *actor.parameters())
+        return (
+            is_published_encoder(encoder, self.observation_size, core.input_size)
+            and actor.keys.shape == actor.A.shape == shape
+            and all(p.dtype == weight.dtype and p.device == weight.device for p in parts)
+            and not is_autocast_on(weight.device)
+        )
+
     def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
-        if self.core.runs_native(self.core.neurons.weight_h):
+        if self.step_is_published() and self.core.runs_on(self.core.neurons.weight_h) == "native":
             return _SparseNetActing(self, length, batch_size, keep)
         return super().acting(length, batch_size, keep)
 
@@ -302,7 +361,8 @@ class _SparseNetActing(RecordingActing):
         return recorder.observations[: recorder.steps] if recorder.keep else None
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
-        return len(observations) == self.recorder.length and super().is_of(policy, observations)
+        same_length = len(observations) == self.recorder.length
+        return same_length and super().is_of(policy, observations) and policy.step_is_published()
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         features, h = self.policy.core(embeddings, mask=mask, recorder=self.recorder)

@@ -113,6 +113,11 @@ class SyntheticGradient(nn.Module):
         #: length, per neuron and sample, of g, of the mixed gradient and of s).
         self.statistics: dict[str, Tensor] = {}
 
+    @property
+    def mixing_weights(self) -> list[Tensor]:
+        """Lambda [W] of the block, alone in a list."""
+        return [self.mixing_weight]
+
     def extra_repr(self) -> str:
         adaptive = self.rule.adaptive
         return f"{self.num_neurons}, {self.neuron_size}, {self.context_size}, {adaptive=}"

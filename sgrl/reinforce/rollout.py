@@ -12,7 +12,7 @@ import torch
 
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
-from sgrl.nn.policy import Policy
+from sgrl.nn.policy import Acting, Policy
 from sgrl.reinforce.batch import EpisodeBatch
 
 #: Added to a seed for evaluation: environments that training never reaches. Environment seeds lie
@@ -123,7 +123,7 @@ class Rollout:
             mask=torch.from_numpy(mask),
             lengths=torch.from_numpy(mask.sum(0)),
             success=torch.from_numpy(success) if env.has_success else None,
-            acted=acting if self.keep else None,
+            acted=acting if self.keep and type(acting) is not Acting else None,
         )
         return batch.to(parameter.device)
 

@@ -103,7 +103,9 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     """
     dtype = next(policy.parameters()).dtype
     returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
-    output = policy(batch.observations.to(dtype), mask=batch.mask, acted=batch.acted)
+    # A policy that keeps nothing need not know of this argument.
+    kept = {} if batch.acted is None else {"acted": batch.acted}
+    output = policy(batch.observations.to(dtype), mask=batch.mask, **kept)
     advantages = returns
     if settings.baseline == "batch_mean":
         advantages = subtract_batch_mean(returns, batch.mask)

@@ -118,8 +118,7 @@ class PolicyLearner(ExactLearner):
         super().after_gradient_based_update(timesteps=timesteps)
         self._timestep = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         for module_id, module in self.module.items():
-            policy = _policy_of(module)
-            measured = {} if policy is None else mixing_statistics(policy)
+            measured = mixing_statistics(_policy_of(module) or module.unwrapped())
             self.metrics.log_dict(measured, key=(module_id, "sgrl"), window=1)
 
     def get_state(

@@ -44,6 +44,8 @@ from torch import Tensor
 
 from sgrl.envs.registry import VectorEnv, make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.feedforward_policies import ActionHead
+from sgrl.nn.kernels.plain import is_plain
 from sgrl.nn.mixing import positive_projection, unit
 from sgrl.nn.neuron import Activation, SlotNeurons
 from sgrl.nn.policies import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
@@ -926,6 +928,11 @@ def check_settings(
         raise TheoryError(
             "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
             f"this is {policy.name} on {env}"
+        )
+    if not policy.core_is_plain() or not (recurrent or is_plain(policy.actor, ActionHead)):
+        raise TheoryError(
+            f"the probe computes the gradients of {policy.name} as it is published; this one, a "
+            f"{type(policy).__name__}, computes in another way"
         )
     samples = (960 if recurrent else 4800) if samples is None else samples
     trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch

@@ -294,7 +294,7 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
         if seed >= MAX_SEED:
             raise _Problem("seeds", f"must be less than {MAX_SEED}, got {seed}")
     for method, entry in resolved["methods"].items():
-        _resolve_model(method, entry)
+        _resolve_model(method, entry, resolved["config"])
     _resolve_training(resolved)
 
     return Experiment(
@@ -621,10 +621,9 @@ def _in_words(annotation: Any) -> str:
 # Models ---------------------------------------------------------------------------------------
 
 
-def _resolve_model(method: str, entry: dict[str, Any]) -> None:
+def _resolve_model(method: str, entry: dict[str, Any], config: Any) -> None:
     """Write into a method's model what it leaves to defaults, and the backend that `auto` stands
     for: a resumed sweep computes with what it was started with."""
-    from sgrl.nn.kernels import resolve_backend
     from sgrl.nn.policies import POLICIES
 
     key = f"methods.{method}.model"
@@ -638,11 +637,37 @@ def _resolve_model(method: str, entry: dict[str, Any]) -> None:
         raise _Problem(f"{key}.policy", f"expected the policy's name: {ONE_POLICY}")
     _check_known(f"{key}.policy", "policy", model["policy"], POLICIES)
     entry["model"] = model = with_defaults(model)
-    backend = model.get("backend")
+    backend, configs = model.get("backend"), (config, entry.get("config"))
     if backend == "auto":
-        model["backend"] = resolve_backend("auto")
+        model["backend"] = _automatic_backend(model, configs)
     elif isinstance(backend, dict) and isinstance(backend.get("grid"), list):
-        backend["grid"] = [resolve_backend(b) if b == "auto" else b for b in backend["grid"]]
+        backend["grid"] = [
+            _automatic_backend(model, configs) if b == "auto" else b for b in backend["grid"]
+        ]
+
+
+def _automatic_backend(model: Mapping[str, Any], configs: Iterable[Any]) -> str:
+    """What `backend: auto` stands for in a model; "auto" itself where only a trial can tell."""
+    from sgrl.nn.kernels import resolve_backend
+    from sgrl.nn.policies import POLICIES
+
+    # On GPUs not what a runner on a CPU does; and compiled code may not know what is new in a
+    # policy from elsewhere.
+    if any(map(_asks_for_gpus, configs)) or not POLICIES[model["policy"]].__module__.startswith(
+        "sgrl.nn."
+    ):
+        return "auto"
+    return resolve_backend("auto", compiled=not model.get("shuffle_predictions"))
+
+
+def _asks_for_gpus(config: Any) -> bool:
+    """Whether the sections of a configuration put runners or learners on GPUs (or sweep that)."""
+    keys = {"learners": "num_gpus_per_learner", "env_runners": "num_gpus_per_env_runner"}
+    sections = config if isinstance(config, dict) else {}
+    return any(
+        isinstance(sections.get(section), dict) and sections[section].get(key)
+        for section, key in keys.items()
+    )
 
 
 def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -874,6 +899,25 @@ def check_resources(experiment: Experiment, available: Mapping[str, float]) -> N
                     f"are {present:g}; lower num_threads, or num_env_runners, num_learners or "
                     f"num_{resource.lower()}s_per_... under config.env_runners and config.learners"
                 )
+
+
+def check_backends(experiment: Experiment) -> None:
+    """Raise ExperimentError if a trial names compiled code where that cannot run: without a
+    compiler on this machine, or on GPUs."""
+    from sgrl.nn.kernels import native
+    from sgrl.rllib.module import DTYPES
+
+    for trial in experiment.trials:
+        model = trial.config["model"]
+        if model.get("backend") != "native":
+            continue
+        reason = native.unavailable(DTYPES[model.get("dtype", "float32")])
+        if _asks_for_gpus(trial.config["config"]):
+            reason = "it runs on CPUs, and the trial asks for GPUs; leave it at auto"
+        if reason is not None:
+            raise ExperimentError(
+                f"{experiment.path}: backend native of trial {trial.name} cannot run: {reason}"
+            )
 
 
 def _check_point(algorithm: str, point: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from sgrl.tuning.experiment import (
     Trial,
     algorithm_class,
     build_algorithm_config,
+    check_backends,
     check_resources,
     dump_yaml,
     extend_experiment,
@@ -444,6 +445,7 @@ def _resource_requests(experiment: Experiment) -> dict[str, Any]:
         _start_ray()
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present)
+    check_backends(experiment)
     return {
         trial.name: algorithm_class(trial.config["algorithm"]).default_resource_request(
             build_algorithm_config(trial.config)

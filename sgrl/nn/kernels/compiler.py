@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -32,18 +31,15 @@ class CompileError(Exception):
 
 
 @cache
-def load_library(real: str) -> ctypes.CDLL | None:
-    """The compiled core for C++ type `real`; None, with one warning, where that cannot be had."""
+def load_library(real: str) -> ctypes.CDLL | CompileError:
+    """The compiled core for C++ type `real`, or what kept it from being compiled."""
     try:
         return _load(real)
     except (CompileError, OSError) as error:
-        warnings.warn(
-            f"sgrl's compiled core is not available ({error}); using the slower torch backend. "
-            "Install a C++ compiler (g++ or clang++, or name one in CXX) to have it.",
-            RuntimeWarning,
-            stacklevel=2,
+        return CompileError(
+            f"sgrl's compiled core is not available ({error}): install a C++ compiler (g++ or "
+            "clang++, or name one in CXX) to have it"
         )
-        return None
 
 
 def _load(real: str) -> ctypes.CDLL:

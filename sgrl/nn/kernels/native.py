@@ -5,12 +5,14 @@ runs in one thread and holds no lock of Python's meanwhile.
 """
 
 import ctypes
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.kernels.compiler import load_library
+from sgrl.nn.kernels.compiler import SOURCE, CompileError, load_library
 from sgrl.nn.mixing import MixingRule, Moments
 from sgrl.nn.neuron import SlotNeurons
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from sgrl.nn.recurrent import SparseRNN
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
-_Pointer = ctypes.c_void_p
 
 #: What a backward pass measures, in the order of `Gradients.statistics` in slot_neurons.cpp.
 STATISTICS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
@@ -27,91 +28,120 @@ STATISTICS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "predic
 PIECE = 256
 
 
-class _Layer(ctypes.Structure):
-    """`Layer` of slot_neurons.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("neurons", "size", "parents", "slots")),
-        *((name, ctypes.c_int64) for name in ("external", "inputs")),
-        ("scale", ctypes.c_double),
-        *((name, _Pointer) for name in ("parent", "weight_h", "weight_x", "bias")),
-        *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
-    ]
+_TYPES: dict[str, Any] = {
+    "Index": ctypes.c_int64,
+    "std::int32_t": ctypes.c_int32,
+    "double": ctypes.c_double,
+    "void": None,
+}
 
 
-class _Policy(ctypes.Structure):
-    """`Policy` of slot_neurons.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("observation", "features", "actions", "slots")),
-        *((name, _Pointer) for name in ("weight_1", "bias_1", "weight_2", "bias_2")),
-        *((name, _Pointer) for name in ("actor", "actor_bias")),
-    ]
-
-
-class _Mixing(ctypes.Structure):
-    """`Mixing` of slot_neurons.cpp."""
-
-    _fields_ = [
-        ("mixing_weight", _Pointer),
-        ("schedule_beta", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("positive_projection", "target_received")),
-        *((name, ctypes.c_int32) for name in ("mask_predictions", "moments", "for_predictor")),
-        ("unit_gradients", ctypes.c_int32),
-    ]
+def _declaration(text: str) -> list[tuple[str, Any]]:
+    """A declaration of C++ without its semicolon, as in `const real *a, *b` -> names and types."""
+    match = re.fullmatch(r"\s*(?:const\s+)?([\w:]+)\b([\s\w*,\[\]]+)", text)
+    if match is None:
+        raise ValueError(f"slot_neurons.cpp: cannot read the declaration {text.strip()!r}")
+    declared = []
+    for part in match[2].split(","):
+        name = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d+)\])?", part)
+        if name is None or not (name[1] or match[1] in _TYPES):
+            raise ValueError(f"slot_neurons.cpp: cannot read the declaration {text.strip()!r}")
+        kind = ctypes.c_void_p if name[1] else _TYPES[match[1]]
+        declared.append((name[2], kind * int(name[3]) if name[3] else kind))
+    return declared
 
 
-class _Gradients(ctypes.Structure):
-    """`Gradients` of slot_neurons.cpp."""
+def read_declarations(
+    source: str,
+) -> tuple[dict[str, type[ctypes.Structure]], dict[str, list[tuple[str, Any]]]]:
+    """The structures and functions that C++ source declares in extern "C" blocks, by name.
 
-    _fields_ = [
-        *((name, _Pointer) for name in ("weight_h", "weight_x", "bias")),
-        *((name, _Pointer) for name in ("predictor_h", "predictor_x", "predictor_bias")),
-        ("statistics", ctypes.c_double * 4),
-        ("moments", _Pointer),
-    ]
+    So they are declared once. A function is its result and its arguments, as (name, type).
+
+    Raises:
+        ValueError: a declaration of types that are not known here.
+    """
+    source = re.sub(r"//.*", lambda c: c[0] if c[0].endswith('extern "C"') else "", source)
+    blocks = "".join(re.findall(r'^extern "C" \{$(.*?)^\}  // extern "C"$', source, re.M | re.S))
+    structures = {}
+    for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", blocks, re.M | re.S):
+        fields = [field for text in body.split(";")[:-1] for field in _declaration(text)]
+        structures[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    functions = {}
+    for head, arguments in re.findall(r"^(\w+ sgrl_\w+)\((.*?)\) \{", blocks, re.M | re.S):
+        [result] = _declaration(head)
+        functions[result[0]] = [result, *(_declaration(a)[0] for a in arguments.split(","))]
+    return structures, functions
 
 
-class _Stack(ctypes.Structure):
-    """`Stack` of slot_neurons.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("count", "inputs")),
-        ("residual", ctypes.c_int32),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
+_STRUCTURES, _FUNCTIONS = read_declarations(SOURCE.read_text())
 
 
-def load(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled core for tensors of this type, or None."""
-    if dtype not in _REALS:
-        return None
+def make_structure(name: str, **values: Any) -> Any:
+    """A structure of slot_neurons.cpp with all its fields.
+
+    Raises:
+        TypeError: the structure has other fields than these.
+    """
+    structure = _STRUCTURES[name]
+    fields = [field[0] for field in structure._fields_]
+    if set(fields) != values.keys():
+        different = ", ".join(sorted(set(fields) ^ values.keys()))
+        raise TypeError(f"{name} of slot_neurons.cpp and native.py differ in: {different}")
+    return structure(**values)
+
+
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled core for tensors of this type, where `unavailable` says that there is one."""
     core = load_library(_REALS[dtype])
-    if core is not None and core.sgrl_workspace.argtypes is None:
-        size, flag = ctypes.c_int64, ctypes.c_int32
-        core.sgrl_workspace.argtypes = [_Pointer, size, size, flag]
-        core.sgrl_workspace.restype = size
-        core.sgrl_forward.argtypes = [_Pointer, size, size, flag, size, size, *[_Pointer] * 4]
-        core.sgrl_forward.restype = None
-        core.sgrl_policy_workspace.argtypes = [_Pointer, _Pointer, size]
-        core.sgrl_policy_workspace.restype = size
-        core.sgrl_act.argtypes = [_Pointer, _Pointer, size, size, flag, size, *[_Pointer] * 6]
-        core.sgrl_act.restype = None
-        core.sgrl_backward.argtypes = [_Pointer, size, size, *[_Pointer] * 8]
-        core.sgrl_backward.restype = None
-        core.sgrl_stack_workspace.argtypes = [_Pointer, size, flag]
-        core.sgrl_stack_workspace.restype = size
-        core.sgrl_stack_forward.argtypes = [_Pointer, size, size, flag, *[_Pointer] * 3]
-        core.sgrl_stack_forward.restype = None
-        core.sgrl_stack_backward.argtypes = [_Pointer, size, *[_Pointer] * 5]
-        core.sgrl_stack_backward.restype = None
+    assert isinstance(core, ctypes.CDLL)
+    if core.sgrl_workspace.argtypes is None:
+        for name, (result, *arguments) in _FUNCTIONS.items():
+            function = getattr(core, name)
+            function.restype = result[1]
+            function.argtypes = [kind for _, kind in arguments]
     return core
 
 
-def can_run(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled core takes these: on the CPU, of one type, and it compiles here."""
-    on_cpu = x.device.type == "cpu" and weight.device.type == "cpu"
-    return on_cpu and x.dtype == weight.dtype and load(x.dtype) is not None
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the compiled core is written for numbers of this type."""
+    return dtype in _REALS
+
+
+def unavailable(dtype: torch.dtype) -> str | None:
+    """Why there is no compiled core for tensors of this type here; None where there is one."""
+    if not takes(dtype):
+        return f"it computes in float32 and float64, not in {_name(dtype)}"
+    library = load_library(_REALS[dtype])
+    return str(library) if isinstance(library, CompileError) else None
+
+
+def obstacle(x: Tensor, layers: Iterable[tuple[SlotNeurons, Tensor, int]]) -> str | None:
+    """Why the compiled core cannot run on x, in words; None where it can.
+
+    Args:
+        x: the input.
+        layers: plain `SlotNeurons`, what they read (int64 [W, ...]) and how many numbers that is.
+    """
+    for neurons, sources, read in layers:
+        tensors = [*neurons.parameters(), neurons.mixing_weight]
+        for tensor in (x, sources, *tensors):
+            if tensor.device.type != "cpu":
+                return f"it runs on the CPU, not on {tensor.device.type}"
+        for tensor in tensors:
+            if tensor.dtype != x.dtype:
+                return f"the input is {_name(x.dtype)}, the parameters are {_name(tensor.dtype)}"
+        # Compiled code takes them for granted.
+        shapes = neurons.parameter_shapes(read)
+        fit = len(sources) == len(neurons.mixing_weight) == neurons.num_neurons
+        fit &= sources.dtype == torch.int64 and sources.is_contiguous()
+        if not (fit and all(getattr(neurons, n).shape == shape for n, shape in shapes.items())):
+            return "the parameters have other shapes than the layer's sizes say"
+    return unavailable(x.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def unroll(
@@ -132,32 +162,53 @@ def unroll(
     return _Unroll.apply(rnn, mask, recorder, *inputs)
 
 
+#: Of SlotNeurons, in the order in which autograd functions take them.
+_PARAMETERS = ("weight_h", "weight_x", "bias", "predictor_h", "predictor_x", "predictor_bias")
+
+
 def _parameters(rnn: "SparseRNN") -> list[Tensor]:
-    neurons = rnn.neurons
-    parameters: list[Tensor] = [neurons.weight_h, neurons.weight_x, neurons.bias]
-    if rnn.propagation == "sgprop":
-        parameters += [neurons.predictor_h, neurons.predictor_x, neurons.predictor_bias]
-    return parameters
+    names = _PARAMETERS if rnn.propagation == "sgprop" else _PARAMETERS[:3]
+    return [getattr(rnn.neurons, name) for name in names]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _layer(rnn: "SparseRNN", parameters: list[Tensor]) -> _Layer:
-    """The layer; its tensors must be contiguous and live as long as it is used."""
-    neurons = rnn.neurons
-    return _Layer(
-        neurons.num_neurons,
-        neurons.neuron_size,
-        rnn.parents.shape[1],
-        neurons.num_slots,
-        neurons.external_size,
-        neurons.num_input_neurons,
-        neurons.scale,
-        rnn.parents.data_ptr(),
-        *map(_pointer, parameters),
+def _pointers(parameters: Mapping[str, Tensor | None]) -> dict[str, int | None]:
+    """Addresses of all parameters; null for those not given."""
+    return {name: _pointer(parameters.get(name)) for name in _PARAMETERS}
+
+
+def _layer(
+    neurons: SlotNeurons, sources: Tensor, num_parents: int, parameters: Mapping[str, Tensor]
+) -> Any:
+    """The layer; its tensors must be contiguous and live as long as it is used.
+
+    Args:
+        neurons: of the layer.
+        sources: what they read [W, ...].
+        num_parents: P.
+        parameters: by their names in `SlotNeurons`.
+    """
+    return make_structure(
+        "Layer",
+        neurons=neurons.num_neurons,
+        size=neurons.neuron_size,
+        parents=num_parents,
+        slots=neurons.num_slots,
+        external=neurons.external_size,
+        inputs=neurons.num_input_neurons,
+        scale=neurons.scale,
+        parent=sources.data_ptr(),
+        **_pointers(parameters),
     )
+
+
+def _recurrent_layer(rnn: "SparseRNN", parameters: Sequence[Tensor]) -> Any:
+    """The layer of SparseRNN, with what `_parameters` lists."""
+    by_name = dict(zip(_PARAMETERS, parameters, strict=False))
+    return _layer(rnn.neurons, rnn.parents, rnn.parents.shape[1], by_name)
 
 
 #: The block of memory that the last finished backward pass used, for the next forward pass: getting
@@ -185,10 +236,9 @@ def _forward(
 ) -> tuple[Tensor, _Record | None]:
     """-> output [T, B, W, N], and if to be kept what a backward pass needs."""
     core = load(x.dtype)
-    assert core is not None
     length, batch, _ = x.shape
     parameters = [parameter.detach().contiguous() for parameter in parameters]
-    layer = _layer(rnn, parameters)
+    layer = _recurrent_layer(rnn, parameters)
     size = core.sgrl_workspace(ctypes.byref(layer), length, batch, keep)
     record = _Record(size, x.dtype) if keep else None
     memory = x.new_empty(size) if record is None else record.memory
@@ -227,7 +277,6 @@ class Recorder:
     ) -> None:
         weight = rnn.neurons.weight_h
         core = load(weight.dtype)
-        assert core is not None
         self.length, self.keep, self.steps = length, keep, 0
         self._core = core
         # Held here, since the structures know only their addresses.
@@ -236,9 +285,17 @@ class Recorder:
         around += [p.detach().contiguous() for p in actor]
         self._held = (rnn.parents, layer, around)
         first, bias = encoder[0], actor[1]
-        self._layer = ctypes.pointer(_layer(rnn, layer))
+        names = ("weight_1", "bias_1", "weight_2", "bias_2", "actor", "actor_bias")
+        self._layer = ctypes.pointer(_recurrent_layer(rnn, layer))
         self._policy = ctypes.pointer(
-            _Policy(first.in_features, first.out_features, *bias.shape, *map(_pointer, around))
+            make_structure(
+                "Policy",
+                observation=first.in_features,
+                features=first.out_features,
+                actions=bias.shape[0],
+                slots=bias.shape[1],
+                **dict(zip(names, map(_pointer, around), strict=True)),
+            )
         )
         self._sizes = (length, batch_size, keep)
         size = core.sgrl_workspace(self._layer, length, batch_size, keep)
@@ -317,7 +374,6 @@ class _Unroll(torch.autograd.Function):
         rnn, rule = ctx.rnn, ctx.rnn.rule
         x, *parameters = ctx.saved_tensors
         core = load(x.dtype)
-        assert core is not None
         length, batch, _ = x.shape
         sgprop = rnn.propagation == "sgprop"
         mask = None if ctx.mask is None else ctx.mask.contiguous()
@@ -328,25 +384,25 @@ class _Unroll(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_h0 = x.new_empty(batch, rnn.num_neurons, rnn.neuron_size)
         grads = [torch.empty_like(parameter) for parameter in parameters]
-        pointers = [grad.data_ptr() for grad in grads] + [None] * (6 - len(grads))
         moments = torch.zeros(4, rnn.num_neurons, dtype=torch.float64)
-        results = _Gradients(*pointers, moments=moments.data_ptr())
+        results = _gradients(dict(zip(_PARAMETERS, grads, strict=False)), moments)
         mixing = None
         if sgprop:
             mixing = ctypes.byref(
-                _Mixing(
-                    ctx.mixing_weight.data_ptr(),
-                    rnn.schedule_beta,
-                    rule.positive_projection,
-                    rule.predictor_target == "received",
-                    rnn.mask_predictions,
-                    rule.updates,
-                    True,
-                    rule.unit_gradients,
+                make_structure(
+                    "Mixing",
+                    mixing_weight=ctx.mixing_weight.data_ptr(),
+                    schedule_beta=rnn.schedule_beta,
+                    positive_projection=rule.positive_projection,
+                    target_received=rule.predictor_target == "received",
+                    mask_predictions=rnn.mask_predictions,
+                    moments=rule.updates,
+                    for_predictor=True,
+                    unit_gradients=rule.unit_gradients,
                 )
             )
         core.sgrl_backward(
-            ctypes.byref(_layer(rnn, parameters)),
+            ctypes.byref(_recurrent_layer(rnn, parameters)),
             *(length, batch, x.data_ptr(), _pointer(mask), mixing, grad_output.data_ptr()),
             *(_pointer(grad_x), _pointer(grad_h0), ctypes.byref(results)),
             ctx.record.memory.data_ptr(),
@@ -358,6 +414,16 @@ class _Unroll(torch.autograd.Function):
                 num_valid = length * batch if mask is None else int(mask.sum())
                 _update_mixing_weight(rule, rnn.neurons, moments, num_valid)
         return (None, None, None, grad_x, grad_h0, *grads)
+
+
+def _gradients(parameters: Mapping[str, Tensor | None], moments: Tensor) -> Any:
+    """Where a backward pass writes the gradients of parameters, and a layer's moments [4, W]."""
+    return make_structure(
+        "Gradients",
+        **_pointers(parameters),
+        statistics=(ctypes.c_double * len(STATISTICS))(),
+        moments=moments.data_ptr(),
+    )
 
 
 def _update_mixing_weight(
@@ -383,6 +449,8 @@ class StackForward:
 
     def __init__(self, mlp: "SparseMLP", x: Tensor) -> None:
         parameters = [p for neurons in mlp.layers for p in (neurons.weight_h, neurons.bias)]
+        if x.shape[1:] != (mlp.input_size,) or mlp.runs_on(x) != "native":
+            raise ValueError(f"{list(x.shape)} {x.dtype} is no input of this SparseMLP")
         # Tensors of inference mode could not enter the update.
         with torch.inference_mode(False), torch.no_grad():
             self.x = x.clone()
@@ -416,16 +484,22 @@ class _StackLayers:
             for neurons in mlp.layers
         ]
         self._parents = [mlp.pixels, *mlp.parents.unbind()]
-        layers = (_Layer * len(mlp.layers))()
+        self._layers = (_STRUCTURES["Layer"] * len(mlp.layers))()
         for index, neurons in enumerate(mlp.layers):
             weight, bias = self._parameters[2 * index : 2 * index + 2]
             predictor, predictor_bias = self._predictors[index]
-            layers[index] = _Layer(
-                *(neurons.num_neurons, neurons.neuron_size, mlp.parents.shape[2]),
-                *(neurons.num_slots, 0, 0, neurons.scale, self._parents[index].data_ptr()),
-                *map(_pointer, (weight, None, bias, predictor, None, predictor_bias)),
-            )
-        self.pointer = ctypes.pointer(_Stack(len(mlp.layers), mlp.input_size, mlp.residual, layers))
+            given = {"weight_h": weight, "bias": bias}
+            given |= {"predictor_h": predictor, "predictor_bias": predictor_bias}
+            num_parents = mlp.parents.shape[2]
+            self._layers[index] = _layer(neurons, self._parents[index], num_parents, given)
+        stack = make_structure(
+            "Stack",
+            count=len(mlp.layers),
+            inputs=mlp.input_size,
+            residual=mlp.residual,
+            layers=ctypes.addressof(self._layers),
+        )
+        self.pointer = ctypes.pointer(stack)
 
 
 def _stack_forward(
@@ -433,7 +507,6 @@ def _stack_forward(
 ) -> tuple[Tensor, _Record | None]:
     """-> output [B, W, N], and if to be kept what a backward pass needs."""
     core = load(x.dtype)
-    assert core is not None
     layers, piece = _StackLayers(mlp, parameters), len(x)
     if not keep:
         piece = min(piece, PIECE)
@@ -467,7 +540,6 @@ class _StackFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         mlp: SparseMLP = ctx.mlp
         core, depth, rule = load(grad_output.dtype), len(mlp.layers), mlp.rule
-        assert core is not None
         weights = list(ctx.saved_tensors)
         layers = _StackLayers(mlp, weights)
         sgprop = mlp.propagation == "sgprop"
@@ -485,23 +557,25 @@ class _StackFunction(torch.autograd.Function):
                 for p in (neurons.predictor_h, neurons.predictor_bias)
             ]
         moments = torch.zeros(depth, 4, mlp.num_neurons, dtype=torch.float64)
-        results, mixing = (_Gradients * depth)(), (_Mixing * depth)()
+        results = (_STRUCTURES["Gradients"] * depth)()
+        mixing = (_STRUCTURES["Mixing"] * depth)()
         for index, neurons in enumerate(mlp.layers):
-            weight, bias = map(_pointer, grads[2 * index : 2 * index + 2])
-            predictor: list[int | None] = [None, None]
+            wanted = dict(zip(("weight_h", "bias"), grads[2 * index : 2 * index + 2], strict=True))
             if sgprop:
                 place = 2 * (depth + index)
-                predictor = list(map(_pointer, grads[place : place + 2]))
-                mixing[index] = _Mixing(
-                    *(neurons.mixing_weight.data_ptr(), 0.0, False),
-                    *(rule.predictor_target == "received", False, rule.updates),
-                    rule.phase != "policy",
-                    rule.unit_gradients,
+                wanted["predictor_h"], wanted["predictor_bias"] = grads[place : place + 2]
+                mixing[index] = make_structure(
+                    "Mixing",
+                    mixing_weight=neurons.mixing_weight.data_ptr(),
+                    schedule_beta=0.0,
+                    positive_projection=False,
+                    target_received=rule.predictor_target == "received",
+                    mask_predictions=False,
+                    moments=rule.updates,
+                    for_predictor=rule.phase != "policy",
+                    unit_gradients=rule.unit_gradients,
                 )
-            results[index] = _Gradients(
-                *(weight, None, bias, predictor[0], None, predictor[1]),
-                moments=moments[index].data_ptr(),
-            )
+            results[index] = _gradients(wanted, moments[index])
         core.sgrl_stack_backward(
             *(layers.pointer, len(grad_output), mixing if sgprop else None),
             *(grad_output.data_ptr(), _pointer(grad_x), results, ctx.record.memory.data_ptr()),

@@ -362,6 +362,9 @@ void gather_steps(real* to, Index to_length, const real* from, Index step_length
 
 }  // namespace
 
+// `native.py` reads the declarations in extern "C" blocks, these structures and the functions at the
+// end, and makes its own of them: of Index, std::int32_t, double, arrays of these and pointers.
+
 extern "C" {
 
 // A layer and its parameters, shaped as in `SlotNeurons`; predictor_* are null without predictors.
@@ -385,6 +388,21 @@ struct Mixing {
   double schedule_beta;
   std::int32_t positive_projection, target_received, mask_predictions, moments, for_predictor;
   std::int32_t unit_gradients;  // the moments are of vectors brought to length 1
+};
+
+// Gradients of the parameters (null: not wanted); statistics are means, moments sums over all valid
+// samples.
+struct Gradients {
+  real *weight_h, *weight_x, *bias, *predictor_h, *predictor_x, *predictor_bias;
+  double statistics[4];  // predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm
+  double* moments;       // [4][W]: sum |u|^2, sum <w, u>, |sum u|^2, <sum w, sum u>
+};
+
+// `SparseMLP`: layers that read the one below, the first one single numbers of the input.
+struct Stack {
+  Index count, inputs;
+  std::int32_t residual;
+  const Layer* layers;  // the first one's `parent` is [W][L], all others' [W][P]
 };
 
 }  // extern "C"
@@ -985,14 +1003,6 @@ void fill_rows(const Shape& s, real scale, const Mixing* mixing, real per_term, 
   }
 }
 
-// Gradients of the parameters (null: not wanted); statistics are means, moments sums over all valid
-// samples.
-struct Gradients {
-  real *weight_h, *weight_x, *bias, *predictor_h, *predictor_x, *predictor_bias;
-  double statistics[4];  // predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm
-  double* moments;       // [4][W]: sum |u|^2, sum <w, u>, |sum u|^2, <sum w, sum u>
-};
-
 // Neuron j's results, from the products of its stacked rows with what it reads and, last, with 1:
 // [rows][depth + 1].
 void write_results(const Shape& s, const Mixing* mixing, Index j, const real* products,
@@ -1100,21 +1110,6 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
 }
 
 // -------------------------------------------------------------------------- feed-forward stack
-
-}  // namespace
-
-extern "C" {
-
-// `SparseMLP`: layers that read the one below, the first one single numbers of the input.
-struct Stack {
-  Index count, inputs;
-  std::int32_t residual;
-  const Layer* layers;   // the first one's `parent` is [W][L], all others' [W][P]
-};
-
-}  // extern "C"
-
-namespace {
 
 struct StackWorkspace {
   std::vector<real*> bias;                        // [W][R], 0 for the keys
