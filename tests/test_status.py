@@ -251,3 +251,25 @@ def test_nothing_to_read(tmp_path):
     assert "methods: empty" in result.stderr
     with pytest.raises(ResultsError, match="holds no results"):
         load_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "stdout", "stderr"),
+    [
+        ("seeds=0..1", 0, "small: 2 trials\n  gru_seed=0\n  gru_seed=1\n", ""),
+        (
+            "seeds=[-1]",
+            2,
+            "",
+            "sgrl: experiment.yaml with --set seeds: seeds: must be at least 0, got -1\n",
+        ),
+    ],
+)
+def test_a_dry_run_says_all_before_it_leaves(tmp_path, override, code, stdout, stderr):
+    """It does not wait until its libraries are taken down."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    options = ["--dry-run", "--set", override]
+    result = in_a_process("from sgrl.cli import main; main()", "sweep", path, *options)
+    stderr = stderr.replace("experiment.yaml", str(path))
+    assert (result.returncode, result.stdout, result.stderr) == (code, stdout, stderr)
