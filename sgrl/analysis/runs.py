@@ -51,7 +51,9 @@ class Results:
         directories: the folders, in the order given.
         trials: one row a trial, in the experiment's order. Columns: trial, method, one for each
             swept value, seed, state (pending, running, interrupted, completed or failed),
-            iterations, planned (iterations when complete), final_success_rate (mean over the last
+            iterations, planned (iterations when complete), batch and budget (what a batch and a
+            complete trial take, in words), parameters (trainable ones without the predictors', NaN
+            where not recorded), final_success_rate (mean over the last
             five batches), where trials evaluate final_eval_reward (of the last evaluation), where
             the environment knows no success final_episode_return_mean (over five batches),
             auc (area under that measure against environment steps, trapezoid, divided by their
@@ -132,6 +134,8 @@ def load_results(*directories: str | Path) -> Results:
                     "seed": config["seed"],
                     "state": "interrupted" if state == "running" and not running else state,
                     "planned": (config.get("stop") or {}).get("training_iteration"),
+                    **_planned_steps(config),
+                    "parameters": status.get("parameters"),
                     "reason": status.get("reason", ""),
                     "notes": status.get("notes", []),
                 }
@@ -154,7 +158,8 @@ def load_results(*directories: str | Path) -> Results:
             column = {measure: frame[measure].tolist()} if measure in frame else {}
             _, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), column)
     first = ["trial", "method", *swept, "seed", "state", "iterations", "planned"]
-    trials = pd.DataFrame(rows)[[*first, "final", "auc", "env_steps", "seconds", "reason"]]
+    scale = ["batch", "budget", "parameters"]
+    trials = pd.DataFrame(rows)[[*first, *scale, "final", "auc", "env_steps", "seconds", "reason"]]
     trials = trials.rename(columns={"final": f"final_{measure}"})
     trials.attrs = {"swept": list(swept), "measure": measure}
     curves = _concatenate(trials["trial"], [frame for frame, _ in metrics])
@@ -297,6 +302,27 @@ def read_experiment(directory: Path) -> dict[str, Any]:
         experiment = yaml.load((directory / EXPERIMENT_FILE).read_text("utf-8"), Loader=YAML)
         return experiment if isinstance(experiment, dict) else {}
     return {}
+
+
+def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:
+    """A trial's batch and budget in words; None where its configuration does not say."""
+    sections = {"environment": {}, "env_runners": {}, "training": {}, "learners": {}}
+    sections |= config.get("config") or {}
+    runners, training = sections["env_runners"], sections["training"]
+    length = 1
+    if config.get("algorithm") == "Reinforce":
+        size = runners.get("num_envs_per_env_runner", 0) * max(1, runners.get("num_env_runners", 0))
+        length = (sections["environment"].get("env_config") or {}).get("episode_length", 0)
+        unit = "episodes"
+    else:
+        size = training.get("train_batch_size_per_learner") or training.get("train_batch_size", 0)
+        size *= max(1, sections["learners"].get("num_learners", 0))
+        unit = "environment steps"
+    if not size:
+        return {"batch": None, "budget": None}
+    count = size * ((config.get("stop") or {}).get("training_iteration") or 0)
+    budget = f"{count * length:,} environment steps" if length else f"{count:,} episodes"
+    return {"batch": f"{size:,} {unit}", "budget": budget if count else None}
 
 
 def _sortable(value: Any) -> tuple:

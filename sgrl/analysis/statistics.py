@@ -1,17 +1,19 @@
 """Comparisons of methods over seeds: what they reach, how sure that is, and who is better.
 
-Final scores and areas under curves are those of `sgrl.tuning.metrics.score_of`. Intervals are
-percentile bootstraps at 95% over seeds; they are stratified, that is, seeds are drawn anew within
-every task (a swept point), never across. Everything random starts from one fixed seed: the same
-results give the same numbers.
+Final scores and areas under curves are those of `sgrl.tuning.metrics.score_of`. Intervals are at
+95%, and need five seeds; they assume nothing about how scores are distributed (what they cover on
+skewed and two-humped scores is in docs/results.md, and tested). Seeds are compared within every
+task (a swept point), never across. Everything random starts from one fixed seed: the same results
+give the same numbers.
 
-Source of the interquartile mean, stratified intervals and probability of improvement: Agarwal et
-al., Deep reinforcement learning at the edge of the statistical precipice, 2021.
+Source of the probability of improvement and of performance profiles: Agarwal et al., Deep
+reinforcement learning at the edge of the statistical precipice, 2021. Its bootstrap intervals are
+not used: at five to ten seeds they cover far less than they say.
 """
 
+import bisect
 import itertools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +21,30 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-RESAMPLES = 2000
 CONFIDENCE = 0.95
+#: Below so many seeds there are no intervals and no bands, but the seeds' own values.
+INTERVAL_SEEDS = 5
+#: Level of tests, two-sided.
+ALPHA = 0.05
+#: With which a difference is to be found that is called detectable.
+POWER = 0.8
+PERMUTATIONS = 2000
+SIMULATIONS = 2000
+#: Simulated in all, so that many tasks and seeds take seconds; but at least 500 experiments.
+MOST_RUNS = 2_000_000
+#: Seeds a method beyond which `seeds_needed` does not look.
+MOST_SEEDS = 1000
 SEED = 0
 
 Array = NDArray[np.float64]
+#: For each task the scores of the first method [n] and of the second [m].
+Pairs = Sequence[tuple[ArrayLike, ArrayLike]]
+#: A method's trials by task.
+Tasks = Mapping[str, pd.DataFrame]
 
 
 class Interval(NamedTuple):
-    """A value and its 95% interval; NaN bounds where there are too few samples for one."""
+    """A value and its 95% interval; NaN bounds where there are too few seeds for one."""
 
     value: float
     low: float
@@ -44,54 +61,81 @@ def interquartile_mean(scores: ArrayLike, axis: int = -1) -> Array:
     return scipy.stats.trim_mean(scores, 0.25, axis=axis)
 
 
-def stratified_interval(
-    strata: Sequence[ArrayLike],
-    statistic: Callable[..., Any] = interquartile_mean,
-    seed: int = SEED,
-) -> Interval:
-    """A statistic of all scores together, with its stratified bootstrap interval.
+def median_interval(scores: ArrayLike) -> Interval:
+    """Median of one task's scores [n], with its 95% interval between two order statistics.
 
-    Args:
-        strata: for each task the scores [n] of its seeds. Resamples draw n of each anew.
-        statistic: called as `statistic(scores, axis=-1)` on all tasks' scores, concatenated.
-        seed: of the resamples.
-
-    Returns:
-        The statistic of the scores, NaN of none; no interval where no stratum has two scores.
+    From six scores on it covers whatever the distribution. The range of five covers 93.75%: it is
+    widened by a tenth to either side, which is enough unless the median lies in a gap between two
+    kinds of runs.
     """
-    samples = [np.asarray(scores, dtype=float) for scores in strata]
-    samples = [scores for scores in samples if len(scores)]
-    if not samples:
+    values = np.sort(np.asarray(scores, dtype=float))
+    if not len(values):
         return Interval(np.nan, np.nan, np.nan)
+    low, high = np.nan, np.nan
+    if len(values) > INTERVAL_SEEDS:
+        low, high = scipy.stats.quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
+    elif len(values) == INTERVAL_SEEDS:
+        margin = 0.1 * (values[-1] - values[0])
+        low, high = values[0] - margin, values[-1] + margin
+    return Interval(float(np.median(values)), float(low), float(high))
 
-    def together(*scores: Array) -> Any:
-        return statistic(np.concatenate(scores, axis=-1), axis=-1)
 
-    return _bootstrap(samples, together, seed)
-
-
-def probability_of_improvement(
-    pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = SEED
-) -> Interval:
+def probability_of_improvement(pairs: Pairs) -> Interval:
     """Probability that a run of the first method beats one of the second, ties counting half.
 
-    It is the mean over tasks of the Mann-Whitney statistic U / (n m), with its stratified bootstrap
-    interval.
+    It is the mean over tasks of the Mann-Whitney statistic U / (n m). Its interval is Wilson's for
+    as many independent runs as the method with fewer has: whatever the distributions, the variance
+    of U / (n m) is at most p (1 - p) / min(n, m) (Birnbaum and Klose, Bounds for the variance of
+    the Mann-Whitney statistic, 1957).
 
     Args:
         pairs: for each task the scores of the first [n] and of the second method [m].
-        seed: of the resamples.
     """
-    samples = [np.asarray(scores, dtype=float) for pair in pairs for scores in pair]
-    if not samples or any(len(scores) == 0 for scores in samples):
+    samples = _samples(pairs)
+    if not samples:
         return Interval(np.nan, np.nan, np.nan)
+    value = float(np.mean([_wins(x, y) for x, y in samples]))
+    fewest = min(min(len(x), len(y)) for x, y in samples)
+    if fewest < INTERVAL_SEEDS:
+        return Interval(value, np.nan, np.nan)
+    runs, z = fewest * len(samples), scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)
+    centre = (value + z**2 / (2 * runs)) / (1 + z**2 / runs)
+    spread = np.sqrt(value * (1 - value) / runs + (z / (2 * runs)) ** 2) * z / (1 + z**2 / runs)
+    # Rounding must not cut off a bound of 0 or 1.
+    low, high = min(centre - spread, value), max(centre + spread, value)
+    return Interval(value, float(low), float(high))
 
-    def mean_wins(*scores: Array) -> Array:
-        return np.mean(
-            [_wins(x, y) for x, y in zip(scores[::2], scores[1::2], strict=True)], axis=0
-        )
 
-    return _bootstrap(samples, mean_wins, seed)
+def performance_profile(tasks: Sequence[ArrayLike], levels: ArrayLike) -> tuple[Array, ...]:
+    """Share of runs whose score is above each level, averaged over tasks.
+
+    Args:
+        tasks: for each task the scores [n] of a method's seeds, at least one.
+        levels: the levels [L].
+
+    Returns:
+        The shares [L], and the bounds of their pointwise 95% intervals [L], by Clopper and Pearson
+        for as many runs as the smallest task has, times the number of tasks; NaN where the
+        smallest has fewer than five.
+    """
+    level = np.asarray(levels, dtype=float)
+    above = [np.asarray(scores, dtype=float)[:, None] > level for scores in tasks]
+    share = np.mean([runs.mean(axis=0) for runs in above], axis=0)
+    fewest = min(map(len, above))
+    if fewest < INTERVAL_SEEDS:
+        return share, np.full_like(share, np.nan), np.full_like(share, np.nan)
+    runs, tail = fewest * len(above), (1 - CONFIDENCE) / 2
+    count = share * runs
+    # The beta distributions of none and of all runs are points, which SciPy calls NaN.
+    low = np.nan_to_num(scipy.stats.beta.ppf(tail, count, runs - count + 1))
+    high = np.nan_to_num(scipy.stats.beta.ppf(1 - tail, count + 1, runs - count), nan=1.0)
+    return share, low, high
+
+
+def _samples(pairs: Pairs) -> list[tuple[Array, Array]]:
+    """The pairs as arrays; none where a method has no run in one of them."""
+    samples = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in pairs]
+    return samples if all(len(x) and len(y) for x, y in samples) else []
 
 
 def _wins(first: Array, second: Array) -> Array:
@@ -101,20 +145,7 @@ def _wins(first: Array, second: Array) -> Array:
     return (ranks[..., :n].sum(axis=-1) - n * (n + 1) / 2) / (n * m)
 
 
-def _bootstrap(samples: Sequence[Array], statistic: Callable[..., Any], seed: int) -> Interval:
-    # SciPy's own bootstrap refuses samples of one, which a sweep in progress has.
-    value = float(statistic(*samples))
-    if max(map(len, samples)) < 2:
-        return Interval(value, np.nan, np.nan)
-    generator = np.random.default_rng(seed)
-    picks = [generator.integers(len(scores), size=(RESAMPLES, len(scores))) for scores in samples]
-    resampled = [scores[pick] for scores, pick in zip(samples, picks, strict=True)]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(statistic(*resampled), [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
-
-
-def rank_test(pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = SEED) -> float:
+def rank_test(pairs: Pairs, seed: int = SEED) -> float:
     """Two-sided p-value for the probability of improvement being one half.
 
     Of one task it is the Mann-Whitney test's (exact for few runs without ties, else normal). Of
@@ -128,19 +159,163 @@ def rank_test(pairs: Sequence[tuple[ArrayLike, ArrayLike]], seed: int = SEED) ->
     Returns:
         NaN where there is no task, or one in which a method has no run.
     """
-    samples = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in pairs]
-    if not samples or not all(len(x) and len(y) for x, y in samples):
+    samples = _samples(pairs)
+    if not samples:
         return np.nan
     if len(samples) == 1:
         return float(scipy.stats.mannwhitneyu(*samples[0]).pvalue)
     generator = np.random.default_rng(seed)
-    distances = np.zeros((len(samples), RESAMPLES + 1))  # the runs as they are, then permuted
+    distances = np.zeros((len(samples), PERMUTATIONS + 1))  # the runs as they are, then permuted
     for row, (x, y) in zip(distances, samples, strict=True):
-        runs = np.tile(np.concatenate([x, y]), (RESAMPLES + 1, 1))
+        runs = np.tile(np.concatenate([x, y]), (PERMUTATIONS + 1, 1))
         generator.permuted(runs[1:], axis=1, out=runs[1:])
         row[:] = _wins(runs[:, : len(x)], runs[:, len(x) :]) - 0.5
     mean = np.abs(distances.mean(axis=0))
     return float(np.mean(mean >= mean[0] - 1e-12))
+
+
+def smallest_p(pairs: Pairs) -> float:
+    """The smallest p-value that `rank_test` can give for so many runs, were they not tied: two of
+    all ways to part them (within tasks); of several tasks at least one in all permutations drawn.
+
+    NaN where there is no task, or one in which a method has no run.
+    """
+    samples = _samples(pairs)
+    if not samples:
+        return np.nan
+    if len(samples) == 1:
+        n, m = map(len, samples[0])
+        return float(scipy.stats.mannwhitneyu(*_runs_that_win(n * m, n, m)).pvalue)
+    ways = np.prod([float(scipy.special.comb(len(x) + len(y), len(x))) for x, y in samples])
+    return float(max(2 / ways, 1 / (PERMUTATIONS + 1)))
+
+
+def _runs_that_win(count: int, n: int, m: int) -> tuple[Array, Array]:
+    """Scores [n] and [m] without ties, of which the first win `count` pairs."""
+    whole, rest = divmod(count, m)  # runs that beat all others, and how many the next one beats
+    first = [m + i for i in range(whole)] + [rest - 0.5] + [-1 - i for i in range(n - whole - 1)]
+    return np.array(first[:n], dtype=float), np.arange(m, dtype=float)
+
+
+def detectable_difference(pairs: Pairs, seed: int = SEED) -> float:
+    """The smallest true difference that `rank_test` finds, at the 5% level, with power 0.8.
+
+    Runs are simulated from each method's own spread (see `_Simulation`) and moved apart by the
+    same difference in every task; it must be found whichever method is the better one.
+
+    Args:
+        pairs: for each task the scores of the first [n] and of the second method [m].
+        seed: of the simulation.
+
+    Returns:
+        In units of the scores. Infinite where so few runs cannot give a p-value below 0.05; NaN
+        where a method has fewer than two runs in a task, so that its spread is not known.
+    """
+    samples = _samples(pairs)
+    if not samples or min(min(len(x), len(y)) for x, y in samples) < 2:
+        return np.nan
+    simulation = _Simulation(samples, None, seed)
+    if simulation.critical > 1:
+        return np.inf
+    low, high = 0.0, simulation.range
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (low, middle) if simulation.power(middle) >= POWER else (middle, high)
+    return high
+
+
+def seeds_needed(pairs: Pairs, difference: float, seed: int = SEED) -> float:
+    """Seeds that each method needs in every task so that a true difference is found with power 0.8.
+
+    Args:
+        pairs: for each task the scores of the first [n] and of the second method [m], of which the
+            spread is measured, as for `detectable_difference`.
+        difference: to find, in units of the scores.
+        seed: of the simulation.
+
+    Returns:
+        The number; infinite beyond `MOST_SEEDS`, NaN where a spread is not known.
+    """
+    samples = _samples(pairs)
+    if not samples or min(min(len(x), len(y)) for x, y in samples) < 2:
+        return np.nan
+
+    def enough(seeds: int) -> bool:
+        return bool(_Simulation(samples, seeds, seed).power(difference) >= POWER)
+
+    few, many = 1, 2
+    while not enough(many):
+        if many == MOST_SEEDS:
+            return np.inf
+        few, many = many, min(2 * many, MOST_SEEDS)
+    return few + 1 + bisect.bisect_left(range(few + 1, many), True, key=enough)
+
+
+class _Simulation:
+    """Experiments like a measured one, in which the methods' means are equal until moved apart.
+
+    A run is one of the method's own in the task, less their mean, plus normal noise of variance
+    s^2 / n: together they have the variance s^2 of its n runs.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[Array, Array]], seeds: int | None, seed: int
+    ) -> None:
+        generator = np.random.default_rng(seed)
+        runs = sum(2 * seeds if seeds else len(x) + len(y) for x, y in samples)
+        simulations = min(SIMULATIONS, max(500, MOST_RUNS // runs))
+
+        def drawn(scores: Array) -> Array:
+            shape = (simulations, seeds or len(scores))
+            noise = scores.std(ddof=1) / np.sqrt(len(scores))
+            picked = generator.choice(scores - scores.mean(), shape)
+            return picked + noise * generator.standard_normal(shape)
+
+        self.tasks = [(drawn(x), drawn(y)) for x, y in samples]
+        self.critical = _critical_wins([(x.shape[1], y.shape[1]) for x, y in self.tasks], seed)
+        #: A difference that parts all runs.
+        self.range = max(max(x.max() - y.min(), y.max() - x.min()) for x, y in self.tasks)
+
+    def power(self, difference: float) -> float:
+        """How often the difference is found, by the less lucky method."""
+        up, down = (
+            np.mean([_untied_wins(x + d, y) for x, y in self.tasks], axis=0)
+            for d in (difference, -difference)
+        )
+        found = up >= self.critical - 1e-9, 1 - down >= self.critical - 1e-9
+        return float(min(map(np.mean, found)))
+
+
+def _untied_wins(first: Array, second: Array) -> Array:
+    """`_wins` of scores without ties [R, n] and [R, m], several times faster."""
+    n, m = first.shape[-1], second.shape[-1]
+    order = np.concatenate([first, second], axis=-1).argsort(axis=-1)
+    return ((order < n) @ np.arange(1.0, n + m + 1) - n * (n + 1) / 2) / (n * m)
+
+
+def _critical_wins(sizes: Sequence[tuple[int, int]], seed: int) -> float:
+    """The share of wins from which on `rank_test` gives a p-value of at most 0.05; infinite where
+    none does. Of untied scores it depends on the numbers of runs [(n, m), ...] alone."""
+    if len(sizes) == 1:
+        ((n, m),) = sizes
+
+        def significant(count: int) -> bool:
+            return bool(scipy.stats.mannwhitneyu(*_runs_that_win(count, n, m)).pvalue <= ALPHA)
+
+        counts = range((n * m + 1) // 2, n * m + 1)
+        place = bisect.bisect_left(counts, True, key=significant)
+        return counts[place] / (n * m) if place < len(counts) else np.inf
+    if min(map(min, sizes)) > 8:  # as SciPy does of one task, normal
+        variance = sum((n + m + 1) / (12 * n * m) for n, m in sizes) / len(sizes) ** 2
+        return float(0.5 - scipy.stats.norm.ppf(ALPHA / 2) * np.sqrt(variance))
+    generator = np.random.default_rng(seed)
+    shares = [
+        _untied_wins(generator.random((20_000, n)), generator.random((20_000, m))) for n, m in sizes
+    ]
+    distances = np.abs(np.mean(shares, axis=0) - 0.5).round(9)
+    values, counts = np.unique(distances, return_counts=True)
+    p = counts[::-1].cumsum()[::-1] / len(distances)
+    return float(0.5 + values[p <= ALPHA][0]) if p[-1] <= ALPHA else np.inf
 
 
 def holm(p_values: ArrayLike) -> Array:
@@ -159,15 +334,12 @@ class Efficiency(NamedTuple):
     Attributes:
         runs, reached: how many there are, and how many of them reached it.
         median: by Kaplan and Meier, which takes a run that did not reach the threshold for one
-            that needs more than its budget; infinite where fewer than half are seen to.
-        low, high: bounds of the median's 95% interval (log-log; infinite where not bounded).
+            that needs more than its budget; infinite where fewer than half of the runs reached it.
     """
 
     runs: int
     reached: int
     median: float
-    low: float
-    high: float
 
 
 def sample_efficiency(steps: ArrayLike, budgets: ArrayLike) -> Efficiency:
@@ -179,27 +351,14 @@ def sample_efficiency(steps: ArrayLike, budgets: ArrayLike) -> Efficiency:
     """
     reached, budget = np.asarray(steps, dtype=float), np.asarray(budgets, dtype=float)
     seen = ~np.isnan(reached)
-    if not len(reached):
-        return Efficiency(0, 0, np.nan, np.nan, np.nan)
+    runs, count = len(seen), int(seen.sum())
+    if not runs or 2 * count < runs:
+        return Efficiency(runs, count, np.inf if runs else np.nan)
     censored = scipy.stats.CensoredData.right_censored(np.where(seen, reached, budget), ~seen)
     survival = scipy.stats.ecdf(censored).sf
-    count = int(seen.sum())
-    if count == 0:
-        return Efficiency(len(reached), 0, np.inf, np.nan, np.nan)
-    with warnings.catch_warnings(action="ignore"):  # no band where the curve is at 0 or 1
-        band = survival.confidence_interval(CONFIDENCE, method="log-log")
-    surviving = survival.probabilities
-    median, low, high = (
-        _first_half(survival.quantiles, np.where(np.isnan(curve), surviving, curve))
-        for curve in (surviving, band.low.probabilities, band.high.probabilities)
-    )
-    return Efficiency(len(reached), count, median, low, high)
-
-
-def _first_half(steps: Array, surviving: Array) -> float:
-    """The first of `steps` from which at most half survive."""
-    under = surviving <= 0.5
-    return float(steps[under.argmax()]) if under.any() else np.inf
+    under = survival.probabilities <= 0.5
+    median = float(survival.quantiles[under.argmax()]) if under.any() else np.inf
+    return Efficiency(runs, count, median)
 
 
 def steps_to_threshold(curve: pd.Series, threshold: float, window: int) -> float:
@@ -223,8 +382,8 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a method and swept point, in the order of `trials`: method, the swept columns,
         trials (completed ones), failed, unfinished, then for final_success_rate (or another measure
-        that trials are judged by) and auc: the mean under that name, and with _sem, _median,
-        _iqm, _iqm_ci_low and _iqm_ci_high.
+        that trials are judged by) and auc: the mean under that name, and with _sem, _iqm, _median,
+        _median_ci_low and _median_ci_high (NaN of fewer than five seeds).
     """
     final = f"final_{measure_of(trials)}"
     swept = trials.attrs.get("swept", [])
@@ -238,12 +397,11 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
         row["unfinished"] = len(group) - row["trials"] - row["failed"]
         for measure in (final, "auc"):
             scores = completed[measure].dropna()
-            iqm = stratified_interval([scores])
             row[measure] = scores.mean()
             row[f"{measure}_sem"] = sem(scores)
-            row[f"{measure}_median"] = scores.median()
-            row[f"{measure}_iqm"], row[f"{measure}_iqm_ci_low"] = iqm.value, iqm.low
-            row[f"{measure}_iqm_ci_high"] = iqm.high
+            row[f"{measure}_iqm"] = interquartile_mean(scores) if len(scores) else np.nan
+            names = [f"{measure}_median{end}" for end in ("", "_ci_low", "_ci_high")]
+            row |= zip(names, median_interval(scores), strict=True)
         rows.append(row)
     comparison = pd.DataFrame(rows)
     comparison.attrs = {"swept": swept, "measure": measure_of(trials)}
@@ -300,7 +458,9 @@ def at_points(trials: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     return chosen
 
 
-def compare_pairs(trials: pd.DataFrame, score: str = "auc") -> pd.DataFrame:
+def compare_pairs(
+    trials: pd.DataFrame, score: str = "auc", plan: float | None = None
+) -> pd.DataFrame:
     """Every two methods against each other, over the completed trials that are given: those of
     each method's best learning rate, as a rule.
 
@@ -310,61 +470,166 @@ def compare_pairs(trials: pd.DataFrame, score: str = "auc") -> pd.DataFrame:
     Args:
         trials: from `runs.load_results`.
         score: "auc" or the final score's column.
+        plan: a difference of scores, of which to say how many seeds would find it.
 
     Returns:
-        One row a pair, with columns first, second, tasks, first_trials, second_trials,
-        probability, probability_ci_low, probability_ci_high (that a run of the first is better),
-        p, p_holm.
+        One row a pair, with columns first, second, tasks, first_trials, second_trials, fewest_seeds
+        (of a method in a task), difference (of the means, averaged over tasks), probability,
+        probability_ci_low, probability_ci_high (that a run of the first is better), p, smallest_p,
+        detectable_difference, confounded_by, with a plan seeds_needed, then p_holm and verdict.
     """
-    scores = _scores(trials, score)
+    tables = by_task(trials, score)
     pairs = itertools.combinations(dict.fromkeys(trials["method"]), 2)
     rows = [
-        {"first": first, "second": second} | _versus(scores.get(first, {}), scores.get(second, {}))
+        {"first": first, "second": second}
+        | _versus(tables.get(first, {}), tables.get(second, {}), score, plan)
         for first, second in pairs
     ]
-    return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))
+    return _judged(rows)
 
 
 def compare_experiments(
-    first: pd.DataFrame, second: pd.DataFrame, score: str = "auc"
+    first: pd.DataFrame, second: pd.DataFrame, score: str = "auc", plan: float | None = None
 ) -> pd.DataFrame:
     """The methods of two experiments, each against itself in the other one.
 
     Args:
         first, second: completed trials to compare, as for `compare_pairs`.
         score: "auc" or the final score's column.
+        plan: as for `compare_pairs`.
 
     Returns:
         One row for each method that both have, in the first one's order, with column method and
         those of `compare_pairs`; the probability is that a run of the first experiment is better.
     """
-    ours, theirs = _scores(first, score), _scores(second, score)
-    rows = [{"method": name} | _versus(ours[name], theirs[name]) for name in ours if name in theirs]
-    return pd.DataFrame(rows).assign(p_holm=holm([row["p"] for row in rows]))
+    ours, theirs = by_task(first, score), by_task(second, score)
+    rows = [
+        {"method": name} | _versus(ours[name], theirs[name], score, plan)
+        for name in ours
+        if name in theirs
+    ]
+    return _judged(rows)
 
 
-def _scores(trials: pd.DataFrame, score: str) -> dict[str, dict[str, Array]]:
-    """The completed trials' scores by method and task."""
+def by_task(trials: pd.DataFrame, score: str = "auc") -> dict[str, dict[str, pd.DataFrame]]:
+    """The completed trials that have a score, by method and task."""
     swept = trials.attrs.get("swept", [])
     others = [name for name in swept if name not in learning_rate_columns(swept)]
     completed = trials[(trials["state"] == "completed") & trials[score].notna()]
-    tables: dict[str, dict[str, Array]] = {}
-    for (method, *task), values in completed.groupby(["method", *others], sort=False, dropna=False):
-        tables.setdefault(str(method), {})[str(task)] = values[score].to_numpy()
+    tables: dict[str, dict[str, pd.DataFrame]] = {}
+    for (method, *task), rows in completed.groupby(["method", *others], sort=False, dropna=False):
+        tables.setdefault(str(method), {})[str(task)] = rows
     return tables
 
 
-def _versus(first: dict[str, Array], second: dict[str, Array]) -> dict[str, Any]:
+def _versus(first: Tasks, second: Tasks, score: str, plan: float | None) -> dict[str, Any]:
     """Columns that compare two methods on the tasks that both have scores of."""
     tasks = [task for task in first if task in second]
-    pairs = [(first[task], second[task]) for task in tasks]
+    pairs = [(first[task][score].to_numpy(), second[task][score].to_numpy()) for task in tasks]
     better = probability_of_improvement(pairs)
-    return {
+    difference = [x.mean() - y.mean() for x, y in pairs]
+    detectable = detectable_difference(pairs)
+    row = {
         "tasks": len(tasks),
-        "first_trials": sum(len(first[task]) for task in tasks),
-        "second_trials": sum(len(second[task]) for task in tasks),
+        "first_trials": sum(len(x) for x, _ in pairs),
+        "second_trials": sum(len(y) for _, y in pairs),
+        "fewest_seeds": min((len(scores) for pair in pairs for scores in pair), default=0),
+        "difference": np.mean(difference) if tasks else np.nan,
         "probability": better.value,
         "probability_ci_low": better.low,
         "probability_ci_high": better.high,
         "p": rank_test(pairs),
+        "smallest_p": smallest_p(pairs),
+        "detectable_difference": detectable,
+        "excluded": _excluded(pairs, detectable),
+        "confounded_by": ", ".join(CONFOUNDERS[name] for name in _differing(first, second)),
     }
+    return row if plan is None else row | {"seeds_needed": seeds_needed(pairs, plan)}
+
+
+def _excluded(pairs: Pairs, difference: float) -> bool:
+    """Whether `rank_test` rejects a true difference of that size, either way."""
+    if not np.isfinite(difference):
+        return False
+    for shift in (difference, -difference):
+        moved = [(np.asarray(x) + shift, y) for x, y in pairs]
+        wins = np.mean([_wins(x, np.asarray(y)) for x, y in moved])
+        if rank_test(moved) > ALPHA or (wins - 0.5) * shift <= 0:
+            return False
+    return True
+
+
+def _judged(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows with corrected p-values, and what follows of each."""
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"], row["verdict"] = p, _verdict(row, p, row.pop("excluded"))
+    return pd.DataFrame(rows)
+
+
+def _verdict(row: Mapping[str, Any], p_holm: float, excluded: bool) -> str:
+    needed = row["detectable_difference"]
+    if not row["tasks"]:
+        return ""
+    if p_holm <= ALPHA:
+        return "differs"
+    if row["p"] <= ALPHA:
+        return "cannot tell: not after correction for all rows"
+    if row["smallest_p"] > ALPHA:
+        return f"cannot tell: too few seeds for any p below {ALPHA:g}"
+    if np.isnan(needed):
+        return "cannot tell: one seed has no spread"
+    if needed == 0:
+        return "no difference: no run differs"
+    if excluded:
+        return f"no difference of {needed:.2g} or more"
+    return f"cannot tell: would have needed a difference of {needed:.2g}"
+
+
+#: What makes a comparison one of more than methods: columns of `runs.load_results`.
+CONFOUNDERS = {
+    "planned": "iterations",
+    "budget": "budget",
+    "batch": "batch size",
+    "parameters": "network size",
+}
+
+
+def confounding(methods: Mapping[str, Tasks]) -> list[str]:
+    """One line for each of `CONFOUNDERS` in which methods differ within a task.
+
+    Args:
+        methods: their completed trials by task, from `by_task`.
+    """
+    differing = {
+        column
+        for first, second in itertools.combinations(methods.values(), 2)
+        for column in _differing(first, second)
+    }
+    lines = []
+    for column, word in CONFOUNDERS.items():
+        if column in differing:
+            known = {method: _known(tasks.values(), column) for method, tasks in methods.items()}
+            said = (f"{method} {' or '.join(values)}" for method, values in known.items() if values)
+            lines.append(f"Confounded by {word}: {', '.join(said)}.")
+    return lines
+
+
+def _differing(first: Tasks, second: Tasks) -> list[str]:
+    """The `CONFOUNDERS` in which two methods differ: in a task of both, or on the whole where
+    there is none."""
+    common = [([first[task]], [second[task]]) for task in first if task in second]
+    found = []
+    for column in CONFOUNDERS:
+        for ours, theirs in common or [(list(first.values()), list(second.values()))]:
+            values = set(_known(ours, column)), set(_known(theirs, column))
+            if all(values) and values[0] != values[1]:
+                found.append(column)
+                break
+    return found
+
+
+def _known(frames: Iterable[pd.DataFrame], column: str) -> list[str]:
+    """A column's values in words, each once; none where it is not recorded."""
+    values = (value for frame in frames if column in frame for value in frame[column].dropna())
+    said = (value if isinstance(value, str) else f"{value:,.0f}" for value in values)
+    return list(dict.fromkeys(filter(None, said)))

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module import RLModule
 
-from sgrl.nn.policies import save_policy
+from sgrl.nn.policies import policy_parameters, save_policy
 from sgrl.tuning.checkpoints import (
     discard_after,
     newest_valid_checkpoint,
@@ -70,6 +70,7 @@ class TrialRunner(tune.Trainable):
         self.last_iteration = 0
         self.saved = 0
         self.failure: list | None = None
+        self.parameters: int | None = None
 
     def reset_config(self, new_config: dict) -> bool:
         self._release()
@@ -120,7 +121,8 @@ class TrialRunner(tune.Trainable):
         self.store.claim(self.name)
         self.trial = read_yaml(self.directory / "config.yaml")
         self.last_iteration = self.trial["stop"]["training_iteration"]
-        self.failure = read_status(self.directory).get("failure")
+        status = read_status(self.directory)
+        self.failure, self.parameters = status.get("failure"), status.get("parameters")
         (self.directory / HANG_FILE).unlink(missing_ok=True)
         if self.trial["iteration_timeout"] is not None:
             self.hang = (self.directory / HANG_FILE).open("w")
@@ -213,6 +215,9 @@ class TrialRunner(tune.Trainable):
             # As it was saved: APPO and IMPALA train on in another thread.
             module = directory / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
             policy = RLModule.from_checkpoint(module).policy
+        if self.parameters is None:
+            self.parameters = sum(weights.numel() for weights in policy_parameters(policy))
+            self._write_status("running")
         section = self.trial["config"]["environment"]
         environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
         save_policy(policy, directory, environment=environment, iteration=self.saved)
@@ -227,6 +232,8 @@ class TrialRunner(tune.Trainable):
     def _write_status(self, state: str, **more: Any) -> None:
         if self.failure is not None:
             more = {"failure": self.failure} | more
+        if self.parameters is not None:
+            more = {"parameters": self.parameters} | more
         write_status(self.directory, {"state": state, "notes": self.notes, **more})
 
     def _acquire(self) -> None:
