@@ -317,21 +317,25 @@ def report(
 @app.command()
 def compare(
     first: Experiment,
-    second: Experiment,
-    out: Annotated[Path | None, typer.Option(callback=_home, help="CSV to write too.")] = None,
+    second: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="The other one, if there are two.")
+    ] = None,
+    plan: Annotated[
+        float | None,
+        typer.Option(metavar="DIFFERENCE", help="Say how many seeds find this difference of AUC."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV to write too.")] = None,
 ) -> None:
-    """Compare the methods of two experiments, each with itself."""
+    """Compare the methods of an experiment, or those of two, each with itself."""
     from sgrl.analysis.report import compare as compare_results
     from sgrl.analysis.runs import ResultsError
     from sgrl.analysis.tables import print_table
     from sgrl.tuning.storage import StorageError, reading
 
-    with (
-        _one_line_errors(ResultsError, StorageError),
-        reading(first) as one,
-        reading(second) as other,
-    ):
-        frame, tables = compare_results(one, other)
+    with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
+        one = stack.enter_context(reading(first))
+        other = None if second is None else stack.enter_context(reading(second))
+        frame, tables = compare_results(one, other, plan)
         for title, note, table in tables:
             print_table(title, note, table)
         if out is not None:

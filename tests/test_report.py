@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from sgrl.analysis import report
 from sgrl.analysis.report import cells, compare, read_section, write_report
 from sgrl.analysis.runs import ResultsError, load_results
+from sgrl.analysis.statistics import at_points, best_learning_rates, compare_methods, compare_pairs
 from sgrl.analysis.tables import write_expert_network
 from sgrl.cli import app
+from sgrl.nn.policies import load_policy, policy_parameters
 from sgrl.theory.expert_network import simulate, sweep_cells
 from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.sweep import run_sweep
@@ -43,6 +45,7 @@ EXPERIMENT = {
 }
 FIGURES = [
     "success_rate",
+    "performance_profiles",
     "scores_by_envs",
     "scores_by_lr",
     "mixing_weights",
@@ -90,6 +93,11 @@ def table(section, title):
     (found,) = (table for name, _, table in section.tables if name == title)
     header, rows = cells(found)
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def pairs_of(folder):
+    trials = load_results(folder).trials
+    return compare_pairs(at_points(trials, best_learning_rates(compare_methods(trials))))
 
 
 @in_browser
@@ -150,13 +158,29 @@ def test_what_the_page_says(sweep):
         (method, envs) for method in ("sparsenet_sgprop", "gru") for envs in ("4", "8")
     ]
     gru = trials[(trials["method"] == "gru") & (trials["envs"] == 4)]["auc"]
-    assert rows[2]["AUC"] == f"{gru.mean():.3f} ± {gru.sem():.3f}"
+    own = ", ".join(f"{score:.3f}" for score in gru)
+    assert rows[2]["AUC"] == f"{gru.mean():.3f} (seeds {own})"
+    assert rows[2]["AUC median"] == f"{gru.median():.3f}"
     assert rows[2]["trials"] == "2"
     sgprop = trials[(trials["method"] == "sparsenet_sgprop") & (trials["envs"] == 4)]
     best = sgprop.groupby("lr")["auc"].mean()
     assert rows[0]["lr"] == f"{best.index[best.argmax()]:g}"
     (pair,) = table(section, "Methods against each other")
     assert pair["trials"] == "4 and 4"
+    ours, theirs = (trials[trials["method"] == name] for name in ("gru", "sparsenet_sgprop"))
+    assert ours["parameters"].nunique() == theirs["parameters"].nunique() == 1
+    (note,) = (note for title, note, _ in section.tables if title == "Methods against each other")
+    sizes = [f"{trials['parameters'].iloc[0]:,.0f}", f"{ours['parameters'].iloc[0]:,.0f}"]
+    assert note.splitlines()[1:] == [
+        "Fewer than five seeds: no interval. 4 against 4 trials in 2 tasks cannot give a p below "
+        "0.056.",
+        f"Confounded by network size: sparsenet_sgprop {sizes[0]} parameters, gru {sizes[1]} "
+        "parameters.",
+    ]
+    policy = load_policy(next(sweep.glob(f"{theirs['trial'].iloc[0]}/checkpoints/000006")))
+    count = sum(weights.numel() for weights in policy_parameters(policy))
+    assert trials["parameters"].iloc[0] == count
+    assert count < sum(weights.numel() for weights in policy.parameters())  # has predictors
     assert len(table(section, "All learning rates")) == 6
     assert len(table(section, "Trials")) == 12
 
@@ -196,6 +220,7 @@ def test_nothing_has_begun(sweep):
     assert len(section.problems) == 12
     assert all("pending at iteration 0 of 6" in said for said in section.problems)
     assert {row["AUC"] for row in table(section, "Comparison")} == {"-"}
+    assert "performance_profiles" not in [figure.path.stem for figure in section.figures]
 
 
 def test_the_same_results_are_the_same_bytes(sweep, finished, tmp_path):
@@ -220,7 +245,8 @@ def test_markdown_and_latex(sweep, tmp_path, monkeypatch):
     tex = path.read_text()
     assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 4
     assert "sparsenet\\_sgprop" in tex
-    assert "$\\pm$" in tex
+    assert report._latex_row(["a_b", "0.5 ± 0.1"]) == "a\\_b & 0.5 $\\pm$ 0.1 \\\\"
+    assert all(line.startswith("%") for line in tex.splitlines() if "Confounded" in line)
     for line in re.findall(r"\\midrule\n(.*?)\\bottomrule", tex, flags=re.DOTALL)[0].splitlines():
         assert line.count(" & ") == 8
         assert line.endswith(" \\\\")
@@ -260,6 +286,14 @@ def test_compare(sweep, finished, tmp_path):
     assert np.allclose(same["p_holm"], 1)
     assert len(tables) == 1
 
+    alone, tables = compare(finished, plan=0.2)
+    assert alone.drop(columns="seeds_needed").equals(pd.DataFrame(pairs_of(finished)))
+    assert [title for title, _, _ in tables] == ["Comparison", "Methods against each other"]
+    (row,) = cells(tables[1][2])[1]
+    needed = alone["seeds_needed"][0]
+    assert row[8:9] == ["more than 1000" if needed == np.inf else f"{needed:.0f}"]
+    assert "true difference of 0.2 is found with power 0.8" in tables[1][1]
+
     out = tmp_path / "compared.csv"
     result = CliRunner().invoke(app, ["compare", str(finished), str(sweep), "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -276,6 +310,7 @@ def test_what_cannot_be_reported(sweep, tmp_path):
         (["report", str(sweep), "--format", "pdf"], "unknown format 'pdf'"),
         (["report", str(sweep), "--out", str(tmp_path / "file" / "x.html")], "File exists"),
         (["compare", str(sweep), str(tmp_path / "empty")], "holds no results"),
+        (["compare", str(sweep), "--plan", "0"], "a plan is for a difference above 0, got 0"),
         (["compare", str(sweep), str(sweep), "--out", str(tmp_path / "no" / "x.csv")], "No such"),
     ):
         result = CliRunner().invoke(app, arguments)
@@ -287,3 +322,5 @@ def test_what_cannot_be_reported(sweep, tmp_path):
         status.write_text('{"state": "running"}')
     with pytest.raises(ResultsError, match="no method with completed trials"):
         compare(sweep, sweep)
+    with pytest.raises(ResultsError, match="no two methods with completed trials"):
+        compare(sweep)

@@ -6,13 +6,21 @@ import math
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
 
-from sgrl.analysis.figures import COLOURS, learning_curves, method_styles
+from sgrl.analysis import figures
+from sgrl.analysis.figures import (
+    COLOURS,
+    learning_curves,
+    method_styles,
+    performance_profiles,
+    scores_against,
+)
 from sgrl.analysis.report import write_report
 from sgrl.analysis.runs import ResultsError, load_results
 from sgrl.analysis.statistics import best_learning_rates, compare_methods
@@ -20,7 +28,7 @@ from sgrl.analysis.tables import write_comparison
 from sgrl.tuning.metrics import append_row, read_metrics, score
 
 
-def write_results(directory, iterations=12):
+def write_results(directory, iterations=12, seeds=3):
     """Two methods, one with two learning rates, three seeds, two numbers of environments."""
     generator = np.random.default_rng(0)
     directory.mkdir()
@@ -31,7 +39,7 @@ def write_results(directory, iterations=12):
     for method, rates in methods.items():
         for rate in rates:
             for envs in (20, 4):
-                for seed in range(3):
+                for seed in range(seeds):
                     swept = ({"lr": rate} if rate else {}) | {"envs": envs}
                     name = "_".join([method, *(f"{k}={v}" for k, v in swept.items()), f"{seed}"])
                     folder = directory / name
@@ -69,6 +77,9 @@ def test_trials_and_curves(results):
         "state",
         "iterations",
         "planned",
+        "batch",
+        "budget",
+        "parameters",
         "final_success_rate",
         "auc",
         "env_steps",
@@ -229,10 +240,71 @@ def test_report_files_and_table(results, capsys):
     assert ["method", "lr", "envs", "trials", "failed", "success", "rate", "AUC"] in lines
     row = next(line for line in lines if line[:3] == ["sparsenet_sgprop", "0.001", "20"])
     assert row[3:5] == ["2", "1"]
-    assert row[6] == row[9] == "±"
+    trials = load_results(results).trials
+    group = trials[(trials["lr"] == 0.001) & (trials["envs"] == 20)]
+    own = group["auc"][group["state"] == "completed"]
+    assert " ".join(row[9:]) == f"{own.mean():.3f} (seeds {', '.join(f'{s:.3f}' for s in own)})"
+    assert "Of fewer than five seeds their own scores are shown, and no SEM or interval." in said
+    intervals = [name for name in comparison if "_ci_" in name]
+    assert len(intervals) == 4
+    assert comparison[intervals].isna().all(axis=None)
     written = pd.read_csv(results / "comparison.csv")
     pd.testing.assert_frame_equal(written, comparison, check_dtype=False)
     assert (results / "figures" / "success_rate.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
+    """Fewer are drawn themselves, and the caption says so."""
+    drawn = []
+    monkeypatch.setattr(
+        figures, "_save", lambda figure, path, note, legend=None: drawn.append((figure, note))
+    )
+    results = load_results(write_results(tmp_path / "results", seeds=seeds))
+    learning_curves(results, tmp_path / "curves.png")
+    scores_against(results, "envs", tmp_path / "scores.png")
+    performance_profiles(results, tmp_path / "profiles.png")
+    bands = 2 if seeds == 5 else 0  # of two methods
+    own = {"curves": 2 * 3, "scores": 2 * 2} if seeds == 3 else {"curves": 0, "scores": 0}
+    for (figure, note), count in zip(drawn[:2], own.values(), strict=True):
+        for axis in figure.axes:
+            assert len(axis.collections) == bands
+            assert len(axis.lines) == 2 + count
+        assert ("band: one SEM" in note) == (seeds == 5)
+        assert ("fewer than five (no band)" in note) == (seeds == 3)
+        assert ("one seed each" in note) == (seeds == 1)
+    figure, note = drawn[2]
+    assert len(figure.axes[0].lines) == 2
+    assert len(figure.axes[0].collections) == bands
+    assert ("no bands: fewer than five seeds" in note) == (seeds < 5)
+    plt.close("all")
+
+
+def test_batches_and_budgets_are_said(tmp_path):
+    folder = write_results(tmp_path / "results", seeds=1)
+    names = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    settings = [
+        ("Reinforce", {"env_runners": {"num_envs_per_env_runner": 20, "num_env_runners": 2}}),
+        ("Reinforce", {"env_runners": {"num_envs_per_env_runner": 20}}),
+        ("PPO", {"training": {"train_batch_size_per_learner": 1600}}),
+        ("PPO", {}),
+    ]
+    settings[0][1]["environment"] = {"env_config": {"episode_length": 80}}
+    for trial, (algorithm, config) in zip(names, settings, strict=False):
+        saved = yaml.safe_load((trial / "config.yaml").read_text())
+        saved |= {"algorithm": algorithm, "config": config, "stop": {"training_iteration": 100}}
+        (trial / "config.yaml").write_text(yaml.safe_dump(saved))
+        (trial / "status.json").write_text('{"state": "completed", "parameters": 123}')
+    trials = load_results(folder).trials.set_index("trial").loc[[path.name for path in names]]
+    assert list(trials["batch"])[:3] == ["40 episodes", "20 episodes", "1,600 environment steps"]
+    assert list(trials["budget"])[:3] == [
+        "320,000 environment steps",
+        "2,000 episodes",
+        "160,000 environment steps",
+    ]
+    assert trials[["batch", "budget"]][3:].isna().all(axis=None)
+    assert list(trials["parameters"])[:4] == [123] * 4
+    assert trials["parameters"][4:].isna().all()
 
 
 def test_a_method_has_one_colour_in_all_figures():

@@ -16,10 +16,13 @@ import pandas as pd
 
 from sgrl.analysis.runs import Results
 from sgrl.analysis.statistics import (
+    INTERVAL_SEEDS,
     at_points,
     best_learning_rates,
+    by_task,
     compare_methods,
     learning_rate_columns,
+    performance_profile,
 )
 from sgrl.tuning.metrics import MEASURE_NAMES
 
@@ -42,6 +45,24 @@ OTHER_COLOURS = ["#D55E00", "#000000"]
 MARKERS = "osD^vP*X<>"
 #: What notes say where `statistics.BEST_RULE` chose what is shown.
 BEST = "each method at its best learning rate, by mean AUC"
+
+
+def seeds_note(counts: Iterable[int], seeds: str = "thin lines") -> str:
+    """What the lines of a figure are, of which each is the mean of so many seeds.
+
+    Args:
+        counts: numbers of seeds.
+        seeds: how the seeds themselves are drawn where there are fewer than five.
+    """
+    shown = set(counts)
+    parts = ["mean over seeds"]
+    if any(count >= INTERVAL_SEEDS for count in shown):
+        parts.append("band: one SEM")
+    if any(1 < count < INTERVAL_SEEDS for count in shown):
+        parts.append(f"{seeds}: the seeds themselves, where they are fewer than five (no band)")
+    if 1 in shown:
+        parts.append("n=1: that seed itself")
+    return ", ".join(parts) if shown != {1} else "one seed each"
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -74,8 +95,8 @@ class Figure(NamedTuple):
 
 
 def write_figures(results: Results, folder: Path) -> list[Figure]:
-    """Write every figure that a sweep's results allow: learning curves, scores against each swept
-    number, and mixing weights where they move.
+    """Write every figure that a sweep's results allow: learning curves, performance profiles,
+    scores against each swept number, and mixing weights where they move.
 
     Args:
         results: from `runs.load_results`.
@@ -84,6 +105,9 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     measure, trials = results.measure, results.trials
     title = f"{MEASURE_NAMES[measure].capitalize()} while training"
     figures = [Figure(learning_curves(results, folder / f"{measure}.png"), title)]
+    if by_task(trials, f"final_{measure}"):
+        path = folder / "performance_profiles.png"
+        figures.append(Figure(performance_profiles(results, path), "Performance profiles"))
     numbers = [name for name in results.swept if _is_number(trials[name])]
     for name in numbers:
         path = folder / f"scores_by_{name}.png"
@@ -107,7 +131,7 @@ def _is_number(values: pd.Series) -> bool:
 
 def learning_curves(results: Results, path: Path) -> Path:
     """What trials are judged by (success rate, test reward or episode return) against environment
-    steps: mean over seeds, with a band of one SEM.
+    steps: mean over seeds, with a band of one SEM, or below five seeds a thin line for each.
 
     One panel for each combination of swept values other than learning rates; of several learning
     rates each method shows its best (see `statistics.BEST_RULE`). Failed trials are left out, and a
@@ -125,6 +149,7 @@ def learning_curves(results: Results, path: Path) -> Path:
     panels = _panels(shown, [name for name in results.swept if name not in rates])
     styles = method_styles(results.trials["method"])
     figure, axes = _rows_of_three(panels)
+    counts = []
     for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         for _, row in panel.iterrows():
             lines = results.curves_of(_trials_at(results, row), results.measure)
@@ -132,7 +157,8 @@ def learning_curves(results: Results, path: Path) -> Path:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
             label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
-            _draw(axis, lines, f"{label}, n={lines.shape[1]}", styles[row["method"]])
+            counts.append(lines.shape[1])
+            _draw(axis, lines, f"{label}, n={counts[-1]}", styles[row["method"]])
         axis.set_title(title)
         axis.set_xlabel("environment steps")
         if results.measure != "episode_return_mean":
@@ -141,12 +167,64 @@ def learning_curves(results: Results, path: Path) -> Path:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
         axis.set_ylabel(MEASURE_NAMES[results.measure])
-    note = "mean over seeds, band: one SEM" + (f"; {BEST}" if rates else "")
+    note = seeds_note(counts) + (f"; {BEST}" if rates else "")
     return _save(figure, path, note)
 
 
+def performance_profiles(results: Results, path: Path) -> Path:
+    """Share of runs whose final score is above each level, a line a method, averaged over the tasks
+    that all methods have (over its own, where they have none in common).
+
+    Each method is at its best learning rate; only completed trials count. Bands are pointwise 95%
+    intervals, where every task has five seeds.
+
+    Args:
+        results: from `runs.load_results`, with at least one final score.
+        path: of the PNG to write; an SVG of the same name is written beside it.
+
+    Returns:
+        `path`.
+    """
+    final, name = f"final_{results.measure}", MEASURE_NAMES[results.measure]
+    chosen = at_points(results.trials, best_learning_rates(compare_methods(results.trials)))
+    methods = by_task(chosen, final)
+    common = set.intersection(*map(set, methods.values()))
+    scores = {
+        method: [
+            rows[final].to_numpy() for task, rows in tasks.items() if task in common or not common
+        ]
+        for method, tasks in methods.items()
+    }
+    every = np.concatenate([task for tasks in scores.values() for task in tasks])
+    margin = 0.05 * (np.ptp(every) or 1)
+    ends = [every.min() - margin, every.max() + margin]
+    levels = np.unique([*ends, *every])
+    styles = method_styles(results.trials["method"])
+    figure, axes = _grid(1, 1, 1, sharey=False)
+    axis, banded = axes[0, 0], False
+    for method, tasks in scores.items():
+        share, low, high = performance_profile(tasks, levels)
+        colour = styles[method]["color"]
+        label = f"{method}, n={sum(map(len, tasks))}"
+        axis.step(levels, share, where="post", color=colour, linewidth=1.6, label=label)
+        if not np.isnan(low).any():
+            banded = True
+            axis.fill_between(levels, low, high, step="post", color=colour, alpha=0.15, lw=0)
+    axis.set(xlabel=f"final {name}", ylabel="share of runs above it", xlim=ends, ylim=(-0.02, 1.02))
+    note = "share of completed runs with a higher final score"
+    if len(common) > 1:
+        note += f", averaged over {len(common)} tasks"
+    elif not common:
+        note += ", averaged over each method's own tasks: they have none in common"
+    note += "; band: 95% intervals, pointwise" if banded else "; no bands: fewer than five seeds"
+    if learning_rate_columns(results.swept):
+        note += f"; {BEST}"
+    return _save(figure, path, note, legend=_handles(axes))
+
+
 def scores_against(results: Results, column: str, path: Path) -> Path:
-    """Final score and AUC against a swept value: mean over completed seeds, with a band of one SEM.
+    """Final score and AUC against a swept value: mean over completed seeds, with a band of one SEM,
+    or below five seeds a dot for each.
 
     One column of panels for each combination of the other swept values; unless the column is a
     learning rate, each method is at its best one. A method for which the value is not swept is a
@@ -183,9 +261,16 @@ def scores_against(results: Results, column: str, path: Path) -> Path:
                 if points.empty:
                     continue
                 x, y = points[column].astype(float), points[score]
-                error = points[f"{score}_sem"].fillna(0)
                 axis.plot(x, y, label=method, linewidth=1.6, markersize=5, **style)
-                axis.fill_between(x, y - error, y + error, color=style["color"], alpha=0.2, lw=0)
+                many = points["trials"] >= INTERVAL_SEEDS
+                if many.any():
+                    error, colour = points[f"{score}_sem"].where(many), style["color"]
+                    axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, lw=0)
+                for _, row in points[~many & (points["trials"] > 1)].iterrows():
+                    own = at_points(results.trials, pd.DataFrame([row]))
+                    own = own[own["state"] == "completed"]
+                    place = np.full(len(own), float(row[column]))
+                    axis.plot(place, own[score], ".", color=style["color"], alpha=0.5, markersize=4)
             if column in rates:
                 axis.set_xscale("log")
             axis.set_xticks(values, [f"{value:g}" for value in values])
@@ -193,7 +278,7 @@ def scores_against(results: Results, column: str, path: Path) -> Path:
             axis.set_xlabel(column)
     pairs[0][0].set_ylabel(f"final {MEASURE_NAMES[results.measure]}")
     pairs[0][1].set_ylabel("AUC")
-    note = "mean over completed seeds, band: one SEM"
+    note = seeds_note(shown["trials"][shown["trials"] > 0], "dots")
     if rates and column not in rates:
         note += f"; {BEST}"
     return _save(figure, path, note, legend=_handles(axes))
@@ -269,19 +354,20 @@ def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
         for name in columns
     ]
     figure, axes = _rows_of_three(panels)
-    values = list(dict.fromkeys(shown[column]))
+    values, counts = list(dict.fromkeys(shown[column])), []
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(values)))
     for i, (axis, (title, panel)) in enumerate(zip(axes.flat, panels, strict=False)):
         for _, row in panel.iterrows():
             lines = results.curves_of(_trials_at(results, row), columns[i % len(columns)])
             if not lines.empty:
                 style = {"color": colours[values.index(row[column])]}
+                counts.append(lines.shape[1])
                 _draw(axis, lines, f"{column} = {_text(row[column])}", style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("environment steps")
     for axis in axes[:, 0]:
         axis.set_ylabel("mean mixing weight")
-    note = "mean over seeds, band: one SEM" + (f"; {BEST}" if rates else "")
+    note = seeds_note(counts) + (f"; {BEST}" if rates else "")
     return _save(figure, path, note, legend=_handles(axes))
 
 
@@ -401,9 +487,11 @@ def _draw(axis: Any, lines: pd.DataFrame, label: str, style: dict[str, Any]) -> 
         markersize=4.5,
         **style,
     )
-    if count > 1:
+    if count >= INTERVAL_SEEDS:
         error = lines.std(axis=1, ddof=1).to_numpy() / np.sqrt(count)
         axis.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.2, lw=0)
+    elif count > 1:
+        axis.plot(steps, lines.to_numpy(), color=style["color"], linewidth=0.6, alpha=0.5)
 
 
 def expert_ratios(results: pd.DataFrame, case: str, path: Path) -> Path:

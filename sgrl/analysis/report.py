@@ -23,20 +23,31 @@ from sgrl.analysis.figures import Figure, expert_ratios, probe_errors, write_fig
 from sgrl.analysis.runs import Results, ResultsError, load_results, read_experiment
 from sgrl.analysis.statistics import (
     BEST_RULE,
-    CONFIDENCE,
-    RESAMPLES,
+    INTERVAL_SEEDS,
+    MOST_SEEDS,
     Efficiency,
     at_points,
     best_learning_rates,
+    by_task,
     compare_experiments,
     compare_methods,
     compare_pairs,
+    confounding,
     learning_rate_columns,
     sample_efficiency,
     sem,
     steps_to_threshold,
 )
-from sgrl.analysis.tables import plain, probe_table, ratio_table, within_interval
+from sgrl.analysis.tables import (
+    comparison_table,
+    few_seeds,
+    plain,
+    probe_table,
+    ratio_table,
+    score_text,
+    seeds_of,
+    within_interval,
+)
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 from sgrl.tuning.provenance import read_starts
 
@@ -135,11 +146,12 @@ def _sweep(directory: Path, threshold: float) -> Section:
 
     rates = learning_rate_columns(results.swept)
     note = (
-        f"Over completed trials. IQM: mean of the middle half of the seeds, and its stratified "
-        f"bootstrap interval ({CONFIDENCE:.0%}, {RESAMPLES} resamples). {_final_note(results)} "
+        f"Over completed trials: mean ± SEM, and the median with its 95% interval. "
+        f"{_final_note(results)} "
         f"Steps to {threshold:g}: median over all trials until the mean of the last "
         f"{MEASURES[results.measure]} values is as high (Kaplan and Meier; trials that never get "
-        "there count as longer than they were trained), and how many got there."
+        "there count as longer than they were trained), where half of them got there, and how many "
+        f"did. {few_seeds(best)}"
     )
     if rates:
         note += (
@@ -149,7 +161,8 @@ def _sweep(directory: Path, threshold: float) -> Section:
     efficiency = _efficiency(results, best, threshold)
     tables = [("Comparison", note, _comparison_table(results, best, efficiency, threshold))]
     if len(pairs):
-        tables.append(("Methods against each other", _pairs_note(bool(rates)), _pairs_table(pairs)))
+        note = "\n".join([_pairs_note(pairs, bool(rates)), *confounding(by_task(chosen))])
+        tables.append(("Methods against each other", note, _pairs_table(pairs)))
     if len(best) < len(comparison):
         everything = _efficiency(results, comparison, threshold)
         tables.append(
@@ -189,13 +202,25 @@ def _final_note(results: Results) -> str:
     return f"Final: the mean {name} over the last {count} batches."
 
 
-def _pairs_note(chosen: bool) -> str:
+def _pairs_note(pairs: pd.DataFrame, chosen: bool) -> str:
     at = "at the learning rates above" if chosen else "of all completed trials"
-    return (
-        f"By AUC, {at}: the probability that a run of the first beats one of the second (0.5: "
-        "neither), with its stratified bootstrap interval. p: the Mann-Whitney test or, over "
-        "several tasks, a permutation test within tasks; p (Holm) is corrected for all rows."
+    said = (
+        f"By AUC, {at}: the difference of the means, and the probability that a run of the first "
+        "beats one of the second (0.5: neither), with its 95% interval. p: the Mann-Whitney test "
+        "or, over several tasks, a permutation test within tasks; p (Holm) is corrected for all "
+        "rows. Detectable: the true difference that so many seeds find with power 0.8 at the 5% "
+        "level, simulated from the measured spread. No difference of so much or more: the test "
+        "rejects it either way."
     )
+    few = pairs[(pairs["fewest_seeds"] < INTERVAL_SEEDS) & (pairs["tasks"] > 0)]
+    designs = few[["first_trials", "second_trials", "tasks", "smallest_p"]].drop_duplicates()
+    for row in designs.to_dict("records"):
+        over = f" in {row['tasks']} tasks" if row["tasks"] > 1 else ""
+        said += (
+            f"\nFewer than five seeds: no interval. {row['first_trials']} against "
+            f"{row['second_trials']} trials{over} cannot give a p below {row['smallest_p']:.2g}."
+        )
+    return said
 
 
 def _states(results: Results) -> list[tuple[str, str]]:
@@ -247,10 +272,11 @@ def _comparison_table(
     results: Results, points: pd.DataFrame, efficiency: Sequence[Efficiency], threshold: float
 ) -> Table:
     final, name = f"final_{results.measure}", MEASURE_NAMES[results.measure]
-    table = Table("method", *results.swept, "trials", f"final {name}", "final IQM")
-    for header in ("AUC", "AUC IQM", f"steps to {threshold:g}"):
+    table = Table("method", *results.swept, "trials", f"final {name}", "final median")
+    for header in ("AUC", "AUC median", f"steps to {threshold:g}"):
         table.add_column(header)
-    for row, needed in zip(points.to_dict("records"), efficiency, strict=True):
+    records = points.to_dict("records")
+    for row, (_, point), needed in zip(records, points.iterrows(), efficiency, strict=True):
         lost = [f"{row[key]} {key}" for key in ("failed", "unfinished") if row[key]]
         table.add_row(
             row["method"],
@@ -259,18 +285,14 @@ def _comparison_table(
             *(
                 cell
                 for score in (final, "auc")
-                for cell in (_mean(row, score), _interval(row, f"{score}_iqm"))
+                for cell in (
+                    score_text(seeds_of(results.trials, point, score)),
+                    _interval(row, f"{score}_median"),
+                )
             ),
             _steps(needed),
         )
     return table
-
-
-def _mean(row: dict, score: str) -> str:
-    if pd.isna(row[score]):
-        return "-"
-    error = row[f"{score}_sem"]
-    return f"{row[score]:.3f}" + ("" if pd.isna(error) else f" ± {error:.3f}")
 
 
 def _interval(row: dict, name: str) -> str:
@@ -283,21 +305,47 @@ def _interval(row: dict, name: str) -> str:
 def _steps(needed: Efficiency) -> str:
     if not needed.runs:
         return "-"
-    median = f"{needed.median:,.0f}" if needed.median < float("inf") else "more"
+    median = f"{needed.median:,.0f}" if needed.median < float("inf") else "-"
     return f"{median} ({needed.reached} of {needed.runs})"
 
 
 def _pairs_table(pairs: pd.DataFrame) -> Table:
-    table = Table("first", "second", "trials", "P(first better)", "p", "p (Holm)")
+    table = Table("first", "second", "trials", *_judgement_names(pairs))
     for row in pairs.to_dict("records"):
         table.add_row(
             row["first"],
             row["second"],
             f"{row['first_trials']} and {row['second_trials']}",
-            _interval(row, "probability"),
-            *("-" if pd.isna(row[key]) else f"{row[key]:.3g}" for key in ("p", "p_holm")),
+            *_judgement(row),
         )
     return table
+
+
+def _judgement_names(pairs: pd.DataFrame) -> list[str]:
+    needed = ["seeds needed"] if "seeds_needed" in pairs else []
+    return ["difference", "P(first better)", "p", "p (Holm)", "detectable", *needed, "verdict"]
+
+
+def _judgement(row: dict) -> list[str]:
+    """Cells under `_judgement_names`."""
+    cells = ["-" if pd.isna(row["difference"]) else f"{row['difference']:+.3f}"]
+    cells.append(_interval(row, "probability"))
+    cells += ["-" if pd.isna(row[key]) else f"{row[key]:.3g}" for key in ("p", "p_holm")]
+    detectable = row["detectable_difference"]
+    cells.append(
+        "-"
+        if pd.isna(detectable)
+        else "none"
+        if detectable == float("inf")
+        else f"{detectable:.2g}"
+    )
+    if "seeds_needed" in row:
+        needed = row["seeds_needed"]
+        most = f"more than {MOST_SEEDS}"
+        cells.append(
+            "-" if pd.isna(needed) else most if needed == float("inf") else f"{needed:.0f}"
+        )
+    return [*cells, row["verdict"] or "-"]
 
 
 def _trials_table(results: Results) -> Table:
@@ -349,28 +397,76 @@ def _probe(directory: Path) -> Section:
 
 
 def compare(
-    first: str | Path, second: str | Path
+    first: str | Path, second: str | Path | None = None, plan: float | None = None
 ) -> tuple[pd.DataFrame, list[tuple[str, str, Table]]]:
-    """Two experiments' methods, each against itself, at its best learning rate in each.
+    """Two experiments' methods, each against itself, or one experiment's against each other; each
+    at its best learning rate.
+
+    Args:
+        first: results folder.
+        second: the other one, if there are two.
+        plan: a difference of AUC, of which to say how many seeds would find it.
 
     Returns:
-        The frame of `statistics.compare_experiments` with each experiment's mean and SEM of final
-        score and AUC, and the tables that show it, after those of what is missing and of the
+        The frame of `statistics.compare_pairs`, or of two experiments that of
+        `statistics.compare_experiments` with each one's mean and SEM of final score and AUC, and
+        the tables that show it, after those of what is missing and, of two experiments, of the
         settings that differ.
 
     Raises:
-        ResultsError: a folder holds no results, or there is nothing to compare.
+        ResultsError: a folder holds no results, there is nothing to compare, or a plan for a
+            difference that is not above 0.
     """
-    both = [load_results(first), load_results(second)]
+    if plan is not None and not plan > 0:
+        raise ResultsError(f"a plan is for a difference above 0, got {plan:g}")
+    folders = [first] if second is None else [first, second]
+    both = [load_results(folder) for folder in folders]
+    best = [best_learning_rates(compare_methods(results.trials)) for results in both]
+    chosen = [at_points(r.trials, points) for r, points in zip(both, best, strict=True)]
+    rates = any(learning_rate_columns(results.swept) for results in both)
+    if second is None:
+        frame = compare_pairs(chosen[0], plan=plan)
+        if frame.empty or not frame["tasks"].any():
+            raise ResultsError(
+                f"{first} has no two methods with completed trials at the same swept values"
+            )
+        note = " ".join([_final_note(both[0]), few_seeds(best[0])]).strip()
+        shown = [("Comparison", note, comparison_table(best[0], both[0].trials))]
+        lines = confounding(by_task(chosen[0]))
+        title, table = "Methods against each other", _pairs_table(frame)
+    else:
+        frame, shown, lines, table = _compare_two(both, chosen, plan)
+        title = "Methods"
+    said = [_pairs_note(frame, rates), *lines]
+    if plan is not None:
+        said.insert(1, _plan_note(plan))
+    if second is not None:
+        said.insert(0, f"first: {first}, second: {second}; mean ± SEM over completed trials.")
+    missing = Table("experiment", "trial")
+    for results in both:
+        for problem in results.problems:
+            missing.add_row(str(results.directories[0]), escape(problem))
+    if missing.row_count:
+        shown.insert(0, ("What is missing", "", missing))
+    return frame, [*shown, (title, "\n".join(said), table)]
+
+
+def _plan_note(plan: float) -> str:
+    return (
+        f"Seeds needed: of each method in every task, so that a true difference of {plan:g} is "
+        "found with power 0.8."
+    )
+
+
+def _compare_two(
+    both: Sequence[Results], chosen: Sequence[pd.DataFrame], plan: float | None
+) -> tuple[pd.DataFrame, list[tuple[str, str, Table]], list[str], Table]:
+    """The frame, the table of differing settings, what confounds, and the table of methods."""
     names = [str(results.directories[0]) for results in both]
     if both[0].measure != both[1].measure:
         said = " and ".join(f"{name} by {r.measure}" for name, r in zip(names, both, strict=True))
         raise ResultsError(f"{said}: trials judged by different measures cannot be compared")
-    chosen = []
-    for results in both:
-        best = best_learning_rates(compare_methods(results.trials))
-        chosen.append(at_points(results.trials, best))
-    frame = compare_experiments(chosen[0], chosen[1])
+    frame = compare_experiments(chosen[0], chosen[1], plan=plan)
     if frame.empty or not frame["tasks"].any():
         raise ResultsError(
             f"{names[0]} and {names[1]} have no method with completed trials at the same swept "
@@ -388,32 +484,31 @@ def compare(
         values = [str(setting.get(key, "-")) for setting in settings]
         if values[0] != values[1] and key != "name":
             differences.add_row(key, *values)
+    shown = [("Settings that differ", "", differences)] if differences.row_count else []
     table = Table("method", "trials")
     for header in (f"final {MEASURE_NAMES[both[0].measure]}", "AUC"):
         for place in ("first", "second"):
             table.add_column(f"{header}, {place}")
-    for header in ("P(first better)", "p", "p (Holm)"):
+    for header in _judgement_names(frame):
         table.add_column(header)
+    tasks, lines = [by_task(trials) for trials in chosen], []
     for row in frame.to_dict("records"):
+        method = str(row["method"])
+        ours = [of_experiment[method] for of_experiment in tasks]
         table.add_row(
-            str(row["method"]),
+            method,
             f"{row['first_trials']} and {row['second_trials']}",
-            *(_mean(row, f"{place}_{s}") for s in (final, "auc") for place in ("first", "second")),
-            _interval(row, "probability"),
-            *("-" if pd.isna(row[key]) else f"{row[key]:.3g}" for key in ("p", "p_holm")),
+            *(
+                score_text(*(trials[score] for trials in of_tasks.values()))
+                for score in (final, "auc")
+                for of_tasks in ours
+            ),
+            *_judgement(row),
         )
-    note = f"first: {names[0]}, second: {names[1]}; mean ± SEM over completed trials. "
-    note += _pairs_note(any(learning_rate_columns(results.swept) for results in both))
-    tables = [("Methods", note, table)]
-    if differences.row_count:
-        tables.insert(0, ("Settings that differ", "", differences))
-    missing = Table("experiment", "trial")
-    for name, results in zip(names, both, strict=True):
-        for problem in results.problems:
-            missing.add_row(name, escape(problem))
-    if missing.row_count:
-        tables.insert(0, ("What is missing", "", missing))
-    return frame, tables
+        lines += confounding(
+            {f"{method} ({place})": of for place, of in zip(("first", "second"), ours, strict=True)}
+        )
+    return frame, shown, lines, table
 
 
 def _settings(experiment: dict, prefix: str = "") -> dict[str, object]:
@@ -485,7 +580,7 @@ def _latex(sections: Sequence[Section], out: Path) -> str:
             lines += [
                 "",
                 f"% {section.title}: {title}",
-                *([f"% {note}"] if note else []),
+                *(f"% {line}" for line in note.splitlines()),
                 f"\\begin{{tabular}}{{{'l' + 'r' * (len(header) - 1)}}}",
                 "\\toprule",
                 _latex_row(header),

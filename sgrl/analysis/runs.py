@@ -306,7 +306,12 @@ def read_experiment(directory: Path) -> dict[str, Any]:
 
 def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:
     """A trial's batch and budget in words; None where its configuration does not say."""
-    sections = {"environment": {}, "env_runners": {}, "training": {}, "learners": {}}
+    sections: dict[str, Any] = {
+        "environment": {},
+        "env_runners": {},
+        "training": {},
+        "learners": {},
+    }
     sections |= config.get("config") or {}
     runners, training = sections["env_runners"], sections["training"]
     length = 1

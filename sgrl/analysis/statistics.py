@@ -13,6 +13,7 @@ not used: at five to ten seeds they cover far less than they say.
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,16 +69,23 @@ def median_interval(scores: ArrayLike) -> Interval:
     widened by a tenth to either side, which is enough unless the median lies in a gap between two
     kinds of runs.
     """
-    values = np.sort(np.asarray(scores, dtype=float))
+    values = np.asarray(scores, dtype=float)
     if not len(values):
         return Interval(np.nan, np.nan, np.nan)
-    low, high = np.nan, np.nan
-    if len(values) > INTERVAL_SEEDS:
-        low, high = scipy.stats.quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
-    elif len(values) == INTERVAL_SEEDS:
-        margin = 0.1 * (values[-1] - values[0])
-        low, high = values[0] - margin, values[-1] + margin
-    return Interval(float(np.median(values)), float(low), float(high))
+    if len(values) < INTERVAL_SEEDS:
+        return Interval(float(np.median(values)), np.nan, np.nan)
+    return Interval(float(np.median(values)), *map(float, _median_bounds(values)))
+
+
+def _median_bounds(scores: Array) -> tuple[Array, Array]:
+    """The bounds of `median_interval`, over the last axis of at least five scores."""
+    values, n = np.sort(scores, axis=-1), scores.shape[-1]
+    # As in scipy.stats.quantile_test, which has no interval of five.
+    rank = int(scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5))
+    if rank:
+        return values[..., rank - 1], values[..., n - rank]
+    margin = 0.1 * (values[..., -1] - values[..., 0])
+    return values[..., 0] - margin, values[..., -1] + margin
 
 
 def probability_of_improvement(pairs: Pairs) -> Interval:
@@ -94,16 +102,21 @@ def probability_of_improvement(pairs: Pairs) -> Interval:
     samples = _samples(pairs)
     if not samples:
         return Interval(np.nan, np.nan, np.nan)
-    value = float(np.mean([_wins(x, y) for x, y in samples]))
+    value = np.mean([_wins(x, y) for x, y in samples])
     fewest = min(min(len(x), len(y)) for x, y in samples)
     if fewest < INTERVAL_SEEDS:
-        return Interval(value, np.nan, np.nan)
-    runs, z = fewest * len(samples), scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)
-    centre = (value + z**2 / (2 * runs)) / (1 + z**2 / runs)
-    spread = np.sqrt(value * (1 - value) / runs + (z / (2 * runs)) ** 2) * z / (1 + z**2 / runs)
-    # Rounding must not cut off a bound of 0 or 1.
-    low, high = min(centre - spread, value), max(centre + spread, value)
-    return Interval(value, float(low), float(high))
+        return Interval(float(value), np.nan, np.nan)
+    return Interval(float(value), *map(float, _wilson(value, fewest * len(samples))))
+
+
+def _wilson(share: Any, runs: int) -> tuple[Array, Array]:
+    """The bounds of Wilson's interval for a share of so many runs."""
+    z = scipy.stats.norm.ppf((1 + CONFIDENCE) / 2)
+    scale = 1 + z**2 / runs
+    centre = (share + z**2 / (2 * runs)) / scale
+    spread = np.sqrt(share * (1 - share) / runs + (z / (2 * runs)) ** 2) * z / scale
+    # Rounding must not cut off a share of 0 or 1.
+    return np.minimum(centre - spread, share), np.maximum(centre + spread, share)
 
 
 def performance_profile(tasks: Sequence[ArrayLike], levels: ArrayLike) -> tuple[Array, ...]:
@@ -186,8 +199,8 @@ def smallest_p(pairs: Pairs) -> float:
     if len(samples) == 1:
         n, m = map(len, samples[0])
         return float(scipy.stats.mannwhitneyu(*_runs_that_win(n * m, n, m)).pvalue)
-    ways = np.prod([float(scipy.special.comb(len(x) + len(y), len(x))) for x, y in samples])
-    return float(max(2 / ways, 1 / (PERMUTATIONS + 1)))
+    ways = math.prod(math.comb(len(x) + len(y), len(x)) for x, y in samples)
+    return max(2 / ways, 1 / (PERMUTATIONS + 1))
 
 
 def _runs_that_win(count: int, n: int, m: int) -> tuple[Array, Array]:
@@ -313,8 +326,8 @@ def _critical_wins(sizes: Sequence[tuple[int, int]], seed: int) -> float:
         _untied_wins(generator.random((20_000, n)), generator.random((20_000, m))) for n, m in sizes
     ]
     distances = np.abs(np.mean(shares, axis=0) - 0.5).round(9)
-    values, counts = np.unique(distances, return_counts=True)
-    p = counts[::-1].cumsum()[::-1] / len(distances)
+    values, times = np.unique(distances, return_counts=True)
+    p = times[::-1].cumsum()[::-1] / len(distances)
     return float(0.5 + values[p <= ALPHA][0]) if p[-1] <= ALPHA else np.inf
 
 
@@ -573,7 +586,7 @@ def _verdict(row: Mapping[str, Any], p_holm: float, excluded: bool) -> str:
     if p_holm <= ALPHA:
         return "differs"
     if row["p"] <= ALPHA:
-        return "cannot tell: not after correction for all rows"
+        return f"cannot tell: p (Holm) is above {ALPHA:g}"
     if row["smallest_p"] > ALPHA:
         return f"cannot tell: too few seeds for any p below {ALPHA:g}"
     if np.isnan(needed):
@@ -587,7 +600,7 @@ def _verdict(row: Mapping[str, Any], p_holm: float, excluded: bool) -> str:
 
 #: What makes a comparison one of more than methods: columns of `runs.load_results`.
 CONFOUNDERS = {
-    "planned": "iterations",
+    "planned": "length of training",
     "budget": "budget",
     "batch": "batch size",
     "parameters": "network size",
@@ -609,7 +622,7 @@ def confounding(methods: Mapping[str, Tasks]) -> list[str]:
     for column, word in CONFOUNDERS.items():
         if column in differing:
             known = {method: _known(tasks.values(), column) for method, tasks in methods.items()}
-            said = (f"{method} {' or '.join(values)}" for method, values in known.items() if values)
+            said = (f"{method} {_either(values)}" for method, values in known.items() if values)
             lines.append(f"Confounded by {word}: {', '.join(said)}.")
     return lines
 
@@ -631,5 +644,14 @@ def _differing(first: Tasks, second: Tasks) -> list[str]:
 def _known(frames: Iterable[pd.DataFrame], column: str) -> list[str]:
     """A column's values in words, each once; none where it is not recorded."""
     values = (value for frame in frames if column in frame for value in frame[column].dropna())
-    said = (value if isinstance(value, str) else f"{value:,.0f}" for value in values)
-    return list(dict.fromkeys(filter(None, said)))
+    unit = "iterations" if column == "planned" else column
+    said = (value if isinstance(value, str) else f"{value:,.0f} {unit}" for value in values)
+    return list(dict.fromkeys(said))
+
+
+def _either(values: Sequence[str]) -> str:
+    """Numbers with their units, the same unit said once."""
+    units = {value.partition(" ")[2] for value in values}
+    if len(units) > 1:
+        return " or ".join(values)
+    return f"{' or '.join(value.partition(' ')[0] for value in values)} {units.pop()}"

@@ -1,6 +1,5 @@
 """What a sweep or a simulation leaves at its end: a table on the terminal, a CSV and figures."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,15 @@ from rich.table import Table
 
 from sgrl.analysis.figures import expert_ratios, learning_curves, probe_errors
 from sgrl.analysis.runs import load_results
-from sgrl.analysis.statistics import compare_methods, measure_of
+from sgrl.analysis.statistics import (
+    INTERVAL_SEEDS,
+    at_points,
+    by_task,
+    compare_methods,
+    confounding,
+    measure_of,
+    sem,
+)
 from sgrl.theory.expert_network import Result
 from sgrl.theory.probe import Report
 from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
@@ -38,7 +45,11 @@ def write_comparison(
         f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC: mean ± SEM over "
         "completed trials"
     )
-    console.print(comparison_table(comparison))
+    # More columns than the terminal is wide are wrapped by it, not cut.
+    wide = Console(width=10_000, file=console.file)
+    wide.print(comparison_table(comparison, results.trials), crop=False)
+    for line in filter(None, [few_seeds(comparison), *confounding(by_task(results.trials))]):
+        console.print(line, soft_wrap=True, highlight=False)
     for problem in results.problems:
         console.print(problem, soft_wrap=True, highlight=False, markup=False)
     for path in (directory / "comparison.csv", figure):
@@ -47,8 +58,8 @@ def write_comparison(
     return comparison
 
 
-def comparison_table(comparison: pd.DataFrame) -> Table:
-    """The comparison for a terminal: mean ± SEM over completed trials."""
+def comparison_table(comparison: pd.DataFrame, trials: pd.DataFrame) -> Table:
+    """The comparison for a terminal: mean ± SEM over completed trials, or the seeds' own scores."""
     swept = comparison.attrs.get("swept", [])
     counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
     table = Table(
@@ -60,13 +71,13 @@ def comparison_table(comparison: pd.DataFrame) -> Table:
     measure = measure_of(comparison)
     for name in [*swept, *counts, MEASURE_NAMES[measure], "AUC"]:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in comparison.to_dict("records"):
+    for _, row in comparison.iterrows():
+        scores = (seeds_of(trials, row, name) for name in (f"final_{measure}", "auc"))
         table.add_row(
             row["method"],
             *("" if pd.isna(row[name]) else plain(row[name]) for name in swept),
             *(str(row[name]) for name in counts),
-            _mean_and_sem(row[f"final_{measure}"], row[f"final_{measure}_sem"]),
-            _mean_and_sem(row["auc"], row["auc_sem"]),
+            *map(score_text, scores),
         )
     return table
 
@@ -80,10 +91,30 @@ def plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mean_and_sem(mean: float, error: float) -> str:
-    if math.isnan(mean):
+def seeds_of(trials: pd.DataFrame, point: pd.Series, score: str) -> pd.Series:
+    """A score of the completed trials at the method and swept point that is `point`."""
+    chosen = at_points(trials, pd.DataFrame([point]))
+    return chosen[score][chosen["state"] == "completed"].dropna()
+
+
+def score_text(*tasks: pd.Series) -> str:
+    """Mean ± SEM of all scores; where a task has fewer than five, the mean and the scores."""
+    scores = pd.concat([task.dropna() for task in tasks])
+    if scores.empty:
         return "-"
-    return f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+    if min(map(len, tasks)) >= INTERVAL_SEEDS:
+        return f"{scores.mean():.3f} ± {sem(scores):.3f}"
+    if len(scores) == 1:
+        return f"{scores.mean():.3f} (one seed)"
+    own = "; ".join(", ".join(f"{score:.3f}" for score in task.dropna()) for task in tasks)
+    return f"{scores.mean():.3f} (seeds {own})"
+
+
+def few_seeds(comparison: pd.DataFrame) -> str:
+    """What to say where a row of `compare_methods` has fewer than five completed trials."""
+    if (comparison["trials"] >= INTERVAL_SEEDS).all():
+        return ""
+    return "Of fewer than five seeds their own scores are shown, and no SEM or interval."
 
 
 def print_table(title: str, note: str, table: Table, console: Console | None = None) -> None:

@@ -47,6 +47,7 @@ MEASURE_NAMES = {
 #: Other columns of ours that stand beside those of swept values.
 TAKEN = frozenset(
     {"trial", "method", "experiment", "seed", "state", "iterations", "planned", "final", "auc"}
+    | {"batch", "budget", "parameters"}
     | {"env_steps", "padded_env_steps", "seconds", "reason", "notes"}
     | {"trials", "failed", "unfinished", "failing"}
 )

@@ -28,7 +28,8 @@ class StatusError(Exception):
 
 def read_status(folder: Path) -> dict:
     """A trial's status.json: its state (running, completed or failed), the reason of a failure,
-    whether it diverged, notes on damaged checkpoints, and the iteration and text of an error that
+    whether it diverged, notes on damaged checkpoints, the number of trainable parameters without
+    the predictors' (from the first checkpoint on), and the iteration and text of an error that
     would be its own if it happened again. Empty before its first start."""
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))
