@@ -403,7 +403,7 @@ def test_confounded_comparisons() -> None:
     trials["planned"] = 10.0
     trials["batch"] = trials["envs"].map("{} episodes".format)
     assert confounding(by_task(trials)) == []  # c's other task is compared with nothing
-    assert set(compare_pairs(trials)["confounded_by"]) == {""}
+    assert set(compare_pairs(trials)["confounded_by"]) == {"nothing"}
     trials["parameters"] = trials["method"].map({"a": 1200.0, "b": 1200.0})
     assert confounding(by_task(trials)) == []  # what is not known differs from nothing
     trials.loc[trials["method"] == "c", "parameters"] = 99.0

@@ -540,7 +540,7 @@ def _versus(first: Tasks, second: Tasks, score: str, plan: float | None) -> dict
     tasks = [task for task in first if task in second]
     pairs = [(first[task][score].to_numpy(), second[task][score].to_numpy()) for task in tasks]
     better = probability_of_improvement(pairs)
-    difference = [x.mean() - y.mean() for x, y in pairs]
+    difference, differing = [x.mean() - y.mean() for x, y in pairs], _differing(first, second)
     detectable = detectable_difference(pairs)
     row = {
         "tasks": len(tasks),
@@ -555,7 +555,7 @@ def _versus(first: Tasks, second: Tasks, score: str, plan: float | None) -> dict
         "smallest_p": smallest_p(pairs),
         "detectable_difference": detectable,
         "excluded": _excluded(pairs, detectable),
-        "confounded_by": ", ".join(CONFOUNDERS[name] for name in _differing(first, second)),
+        "confounded_by": ", ".join(CONFOUNDERS[name] for name in differing) or "nothing",
     }
     return row if plan is None else row | {"seeds_needed": seeds_needed(pairs, plan)}
 
