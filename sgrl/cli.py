@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from sgrl import __version__
+from sgrl.commands import command
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -125,7 +126,7 @@ def _one_line_errors(*errors: type[Exception], resume: str | Path | None = None)
         typer.echo(f"sgrl: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        hint = f"; go on with: sgrl resume {resume}" if resume else ""
+        hint = f"; go on with: {command('sgrl', 'resume', resume)}" if resume else ""
         typer.echo(f"sgrl: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
 
