@@ -301,12 +301,14 @@ def report(
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
     from sgrl.analysis.runs import ResultsError
-    from sgrl.tuning.storage import StorageError, is_address, reading
+    from sgrl.tuning.storage import StorageError, is_address, is_archive, reading
 
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
             raise ResultsError("say with --out where on this machine the report goes")
-        if format != "html" and any(map(is_address, directories)):
+        if out is None and is_archive(directories[0]):
+            out = Path(directories[0]) / "report.html"
+        if format != "html" and any(is_address(d) or is_archive(d) for d in directories):
             raise ResultsError(f"a report in {format} refers to figures in the results: use html")
         folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(
@@ -345,6 +347,62 @@ def compare(
             except OSError as error:
                 raise ResultsError(f"{out}: {error.strerror}") from None
             typer.echo(f"written: {out}")
+
+
+@app.command()
+def archive(
+    directories: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Finished sweeps, as in results/quickstart."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write; of several sweeps, the one that holds their archives."),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRIAL", help="Trial whose final policy goes along; repeatable."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Keep policies as float16.")] = False,
+) -> None:
+    """Pack finished sweeps into a few small files, which every command reads as it reads them."""
+    from sgrl.tuning.archive import write_archive
+    from sgrl.tuning.storage import StorageError
+
+    with _one_line_errors(StorageError):
+        for directory in map(Path, directories):
+            place = out if len(directories) == 1 else out / directory.resolve().name
+            write_archive(directory, place, policy or [], half)
+            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            typer.echo(f"written: {place} ({size / 2**20:.1f} MB)")
+
+
+@app.command()
+def verify(
+    directory: Annotated[
+        str, typer.Argument(metavar="ARCHIVE", help="As in results/published/NAME.")
+    ],
+    trials: Annotated[int, typer.Option(min=1, help="Trials to train again, at most.")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each, at most.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of trials.")] = 0,
+) -> None:
+    """Train randomly chosen trials of an archive again and compare every row."""
+    import tempfile
+
+    from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.storage import StorageError
+    from sgrl.tuning.sweep import SweepError
+    from sgrl.tuning.verify import verify_archive
+
+    with (
+        _one_line_errors(StorageError, ExperimentError, SweepError),
+        tempfile.TemporaryDirectory(prefix="sgrl-") as scratch,
+    ):
+        verdicts = verify_archive(Path(directory), Path(scratch), trials, iterations, seed)
+    for verdict in verdicts:
+        typer.echo(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.text}")
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 @app.command()
