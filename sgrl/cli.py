@@ -7,6 +7,7 @@ inside the verbs, so that `sgrl --help` answers at once.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -406,8 +407,18 @@ def verify(
 
 
 @app.command()
-def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -> None:
-    """Run a checkpoint's policy on its environment."""
+def evaluate(
+    checkpoint: Checkpoint,
+    episodes: Episodes = 100,
+    seed: Seed = 0,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Take the likeliest actions instead of sampling.")
+    ] = False,
+) -> None:
+    """Run a checkpoint's policy on its environment.
+
+    Rates and means come with 95% intervals (Wilson's, Student's t).
+    """
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
@@ -415,8 +426,12 @@ def evaluate(checkpoint: Checkpoint, episodes: Episodes = 100, seed: Seed = 0) -
 
     errors = (CheckpointError, DataError, StorageError)
     with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
-        for key, value in evaluate_checkpoint(folder, episodes, seed).items():
-            typer.echo(f"{key}: {value:g}" if isinstance(value, float) else f"{key}: {value}")
+        found = evaluate_checkpoint(folder, episodes, seed, greedy)
+        typer.echo(f"episodes: {found.pop('episodes')}")
+        for name in [name for name in found if f"{name}_low" in found]:
+            low, high = found[f"{name}_low"], found[f"{name}_high"]
+            interval = "" if math.isnan(low) else f" (95% interval {low:.4g} to {high:.4g})"
+            typer.echo(f"{name}: {found[name]:g}{interval}")
 
 
 @app.command()

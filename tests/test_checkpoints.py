@@ -179,11 +179,11 @@ def test_evaluation_rolls_out_the_saved_policy(tmp_path):
     found = evaluate(tmp_path / "000020", episodes=7, seed=5)
     vector = make_vector("labyrinth_escape", 7, ENV_CONFIG)
     batch = Rollout(vector, policies[-1], seed=EVALUATION_SEED_OFFSET + 5).collect()
-    assert found == {
+    assert {name: value for name, value in found.items() if name[-4:] not in ("_low", "high")} == {
         "episodes": 7,
-        "success_rate": batch.success.float().mean().item(),
-        "episode_return_mean": batch.rewards.sum(0).mean().item(),
-        "episode_length_mean": batch.lengths.float().mean().item(),
+        "success_rate": batch.success.double().mean().item(),
+        "episode_return_mean": batch.rewards.double().sum(0).mean().item(),
+        "episode_length_mean": batch.lengths.double().mean().item(),
     }
     # More episodes than one batch holds, and a checkpoint that was moved elsewhere.
     shutil.copytree(tmp_path / "000020", tmp_path / "best")

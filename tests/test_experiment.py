@@ -122,6 +122,7 @@ def test_a_trial_is_fully_resolved(load):
         },
         "stop": {"training_iteration": 10},
         "checkpoint": {"every": 25, "keep": 2},
+        "evaluate": None,
         "num_threads": 1,
         "max_failures": 2,
         "iteration_timeout": None,

@@ -27,6 +27,7 @@ from ray.rllib.utils.metrics import (
 from sgrl.envs.registry import evaluation_config, make_vector
 from sgrl.envs.vector import VectorEnv
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.generators import generators_aside
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.rllib.module import PolicyModule
 
@@ -138,11 +139,16 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             raise ValueError("the local runner has no environments: set evaluation_interval")
         if num_timesteps is None and num_episodes is None:
             return [self._log(self.rollout.collect())]
+        with generators_aside([self.config.seed, self.worker_index]):
+            return self._evaluate(num_timesteps or 0, num_episodes or 0)
+
+    def _evaluate(self, num_timesteps: int, num_episodes: int) -> list[SampledBatch]:
         evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET, evaluating=True)
         batches: list[SampledBatch] = []
-        while sum(batch.env_steps() for batch in batches) < (num_timesteps or 0) or len(
-            batches
-        ) * evaluation.env.num_envs < (num_episodes or 0):
+        while (
+            sum(batch.env_steps() for batch in batches) < num_timesteps
+            or len(batches) * evaluation.env.num_envs < num_episodes
+        ):
             batches.append(self._log(evaluation.collect()))
         rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
         self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")

@@ -38,6 +38,7 @@ from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.policy import Policy as OldPolicy
 from ray.util.debug import log_once
 from torch.optim import Optimizer
@@ -47,6 +48,7 @@ from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policies import POLICIES
 from sgrl.nn.policy import Policy
+from sgrl.reinforce.generators import generators_aside
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.settings import refuse_ignored
@@ -78,6 +80,15 @@ class StockRunner(SingleAgentEnvRunner):
             self._needs_initial_reset = True
         self.resets += 1
         super()._reset_envs(*args, **kwargs)
+
+    def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
+        """Sample as RLlib does; an evaluation with random generators of its own, since it may share
+        the process with training."""
+        if not self.config.in_evaluation:
+            return super().sample(**kwargs)
+        seed = self.config.seed
+        with generators_aside(None if seed is None else [seed, self.worker_index or 0]):
+            return super().sample(**kwargs)
 
     def get_metrics(self) -> dict[str, Any]:
         """Return what was logged since the last call, and the sums over the ended episodes."""

@@ -11,6 +11,7 @@
     seeds: [0, 1, 2]
     stop: {training_iteration: 300}
     checkpoint: {every: 25, keep: 2}
+    evaluate: null                       # or {every: 10, episodes: 100}: apart from training
     max_failures: 2                      # restarts of a trial without a new checkpoint in between
     iteration_timeout: null              # seconds after which an iteration counts as hung
     num_threads: 1                       # torch threads of one trial
@@ -50,19 +51,21 @@ DEFAULTS: dict[str, Any] = {
     "config": {},
     "seeds": [0],
     "checkpoint": {"every": 25, "keep": 2},
+    "evaluate": None,
     "max_failures": 2,
     "iteration_timeout": None,
     "num_threads": 1,
     "concurrency": "auto",
     "track": "none",
 }
+EVALUATE = {"every": 10, "episodes": 100}
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 # Written out in every experiment. A baseline is so only where it is set: sweeps that were started
 # before there was one go on.
 TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
 TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
 KEYS = ["name", "algorithm", "config", "methods", "seeds", "stop", "checkpoint"]
-KEYS += ["max_failures", "iteration_timeout", "num_threads", "concurrency", "track"]
+KEYS += ["evaluate", "max_failures", "iteration_timeout", "num_threads", "concurrency", "track"]
 
 # Bounds RLlib does not check before a trial's processes have started: (low, high, low allowed).
 BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
@@ -126,7 +129,7 @@ class Trial:
 
     `swept` maps the short names of the swept values (as in `name`) to this trial's values.
     `config` is plain YAML: algorithm, config (its sections), model, seed, method, stop,
-    checkpoint, num_threads, max_failures and iteration_timeout.
+    checkpoint, evaluate, num_threads, max_failures and iteration_timeout.
     """
 
     name: str
@@ -282,6 +285,12 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
     _check_keys(("checkpoint",), resolved["checkpoint"], DEFAULTS["checkpoint"])
     for key in ("every", "keep"):
         _check_whole(f"checkpoint.{key}", resolved["checkpoint"][key], 1)
+    if resolved["evaluate"] is not None:
+        _check_type("evaluate", resolved["evaluate"], dict)
+        _check_keys(("evaluate",), resolved["evaluate"], EVALUATE)
+        resolved["evaluate"] = EVALUATE | resolved["evaluate"]
+        for key, value in resolved["evaluate"].items():
+            _check_whole(f"evaluate.{key}", value, 1)
     _check_whole("max_failures", resolved["max_failures"], 0)
     timeout = resolved["iteration_timeout"]
     if timeout is not None:
@@ -298,10 +307,12 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
         _resolve_model(method, entry, resolved["config"])
     _resolve_training(resolved)
 
+    trials = _trials(resolved)
+    _check_evaluate(resolved, trials)
     return Experiment(
         name=resolved["name"],
         path=path,
-        trials=_trials(resolved),
+        trials=trials,
         resolved=resolved,
         checkpoint=resolved["checkpoint"],
         max_failures=resolved["max_failures"],
@@ -309,6 +320,17 @@ def _experiment(path: Path, raw: dict[str, Any]) -> Experiment:
         concurrency=resolved["concurrency"],
         track=resolved["track"],
     )
+
+
+def _check_evaluate(resolved: dict[str, Any], trials: Sequence[Trial]) -> None:
+    if resolved["evaluate"] is None:
+        return
+    every = resolved["evaluate"]["every"]
+    shortest = min(trial.config["stop"]["training_iteration"] for trial in trials)
+    if every > shortest:
+        raise _Problem(
+            "evaluate.every", f"{every} iterations never come to an end: trials have {shortest}"
+        )
 
 
 # Reading and writing ------------------------------------------------------------------------
@@ -754,6 +776,7 @@ def _trials(
                             "seed": seed,
                             **copy.deepcopy(point),
                             "checkpoint": resolved["checkpoint"],
+                            "evaluate": resolved["evaluate"],
                             "num_threads": resolved["num_threads"],
                             "max_failures": resolved["max_failures"],
                             "iteration_timeout": resolved["iteration_timeout"],

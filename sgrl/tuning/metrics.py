@@ -1,6 +1,7 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
-Feed-forward networks under sgprop add columns for each layer, before the last one. A row is
+Feed-forward networks under sgprop add columns for each layer, before the last one, and so do
+evaluations apart from training. A row is
 appended in one write and the file is cut back to the iteration of the checkpoint that a
 trial continues from, so it holds no gap and no duplicate whatever was killed.
 """
@@ -34,6 +35,13 @@ COLUMNS = (
     "mixing_weight_max",
     "iteration_seconds",
 )
+#: What evaluations apart from training add, before the last column (see `sgrl.tuning.evaluation`).
+EVALUATION_COLUMNS = (
+    "eval_success_rate",
+    "eval_return",
+    "eval_greedy_success_rate",
+    "eval_greedy_return",
+)
 INTEGER_COLUMNS = ("iteration", "env_steps")
 #: What a trial is judged by, the first one it reports: the mean of its last so many values.
 MEASURES = {"eval_reward": 1, "success_rate": 5, "episode_return_mean": 5}
@@ -56,9 +64,11 @@ Row = dict[str, float]
 
 
 def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
-    """The columns of the file that holds `row`: `COLUMNS`, and those of its layers."""
+    """The columns of the file that holds `row`: `COLUMNS`, those of its layers and of evaluations
+    apart from training."""
     layers = tuple(name for name in row if _is_of_layer(name))
-    return (*COLUMNS[:-1], *layers, COLUMNS[-1])
+    evaluation = tuple(name for name in EVALUATION_COLUMNS if name in row)
+    return (*COLUMNS[:-1], *layers, *evaluation, COLUMNS[-1])
 
 
 def is_taken(name: str) -> bool:

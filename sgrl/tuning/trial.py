@@ -8,6 +8,7 @@ again continues from its newest whole checkpoint with exactly the numbers of an 
 import errno
 import faulthandler
 import fcntl
+import math
 import os
 import time
 from pathlib import Path
@@ -26,8 +27,10 @@ from sgrl.tuning.checkpoints import (
     newest_valid_checkpoint,
     write_checkpoint,
 )
+from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment import build_algorithm_config
 from sgrl.tuning.metrics import (
+    EVALUATION_COLUMNS,
     Row,
     append_row,
     count_rows,
@@ -57,6 +60,7 @@ class TrialRunner(tune.Trainable):
     """
 
     store: Store
+    evaluation: Evaluation
     algorithm: Any = None
     lock: TextIO | None = None
     tracking: Tracking | None = None
@@ -126,6 +130,7 @@ class TrialRunner(tune.Trainable):
         (self.directory / HANG_FILE).unlink(missing_ok=True)
         if self.trial["iteration_timeout"] is not None:
             self.hang = (self.directory / HANG_FILE).open("w")
+        self.evaluation = Evaluation(self.trial)
         torch.set_num_threads(self.trial["num_threads"])
         config = build_algorithm_config(self.trial)
         # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
@@ -159,6 +164,9 @@ class TrialRunner(tune.Trainable):
             iteration, start = len(self.rows) + 1, time.perf_counter()
             result = self._train_once()
             row = metrics_row(result, iteration, time.perf_counter() - start)
+            if self.trial.get("evaluate"):
+                row |= dict.fromkeys(EVALUATION_COLUMNS, math.nan)
+                row |= self.evaluation.columns(self.algorithm, iteration)
             # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
             # no checkpoint followed are cut off on restart.
             append_row(self.directory / "metrics.csv", row)
