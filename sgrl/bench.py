@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sgrl import __version__
 from sgrl.envs.registry import make_vector
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels import BACKENDS, native
 from sgrl.nn.policies import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import Rollout
@@ -85,11 +85,17 @@ def measure(contenders: Sequence[Contender], rounds: int) -> None:
                     contender.seconds.setdefault(phase, []).append(seconds)
 
 
+def backends_here() -> list[str]:
+    """All backends, without "native" where there is no compiler."""
+    compiled = native.unavailable(torch.float32) is None
+    return [backend for backend in BACKENDS if compiled or backend != "native"]
+
+
 def labyrinth(experiment: str, num_envs: int) -> list[Contender]:
     """Every policy and backend on a labyrinth of the published size."""
     plain, contenders = load_plain(), []
     for policy, (arguments, plain_name) in POLICIES.items():
-        backends = BACKENDS if arguments["name"] == "sparsenet" else ("torch",)
+        backends = backends_here() if arguments["name"] == "sparsenet" else ["torch"]
         for backend in backends:
             given = {**arguments, "backend": backend} if len(backends) > 1 else arguments
             batches = train(experiment, num_envs, given)
@@ -144,7 +150,7 @@ def bandit() -> list[Contender]:
     images = torch.randn(IMAGES, PIXELS)
     contenders = []
     for name, settings in BANDIT_POLICIES.items():
-        for backend in BACKENDS:
+        for backend in backends_here():
             policy = make_policy("sparse_mlp", PIXELS, CLASSES, backend=backend, **settings)
             batches = train_bandit(policy, images)
             contenders.append(Contender("mnist_bandit", name, backend, batches))

@@ -146,20 +146,28 @@ def test_every_policy_trains_on_every_kind_of_action(
     assert any((after[name] != before[name]).any() for name in actor)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    ("name", "space"), [*(("gru", space) for space in SPACES), ("own_block", "discrete")]
+)
 def test_the_plain_loop_gives_the_numbers_of_the_algorithm(
-    space: str, algorithms: list[Any]
+    name: str, space: str, algorithms: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    algorithm = build("gru", space, "Reinforce")
+    """Also of a policy of one's own, with a second layer that mixes."""
+    monkeypatch.setitem(POLICIES, "own_block", Block)
+    algorithm = build(name, space, "Reinforce")
     algorithms.append(algorithm)
     env = make_vector(f"sgrl-contract/{space}-v0", 2, {"episode_length": EPISODE_LENGTH})
-    settings = {key: SMALL[key] for key in ("feature_size", "embedding_size", "hidden_size")}
+    fields = {field.name for field in dataclasses.fields(POLICIES[name].Settings)}
+    settings = {key: SMALL[key] for key in SMALL if key in fields}
     actions = action_space_of(env.action_space)
-    policy = make_policy("gru", env.observation_size, actions, seed=0, **settings)
+    policy = make_policy(name, env.observation_size, actions, seed=0, **settings)
     for row in train(policy, env, 2, lr=1e-3, seed=0):
         reported = algorithm.train()["sgrl"]
-        for name in ("env_steps", "episode_return_mean", "policy_loss", "entropy", "grad_norm"):
-            assert reported[name] == row[name]
+        columns = ["env_steps", "episode_return_mean", "policy_loss", "entropy", "grad_norm"]
+        mixing = [column for column in row if "mixing" in column or "predict" in column]
+        assert len(mixing) == (20 if name == "own_block" else 0)
+        for column in columns + mixing:
+            assert reported[column] == row[column], column
 
 
 @pytest.mark.parametrize(("space", "best"), [("discrete", 2), ("multi_discrete", 3), ("box", 4)])

@@ -213,7 +213,7 @@ def test_wrong_shapes() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_cuda_equals_cpu(backend: str, dtype: torch.dtype, rtol: float) -> None:
     generator = torch.Generator().manual_seed(5)
     mlp = SparseMLP(40, 3, 12, 3, 3, 2, backend=backend, generator=generator, dtype=dtype)
@@ -221,6 +221,10 @@ def test_cuda_equals_cpu(backend: str, dtype: torch.dtype, rtol: float) -> None:
     weights = torch.randn(6, 12, 3, generator=generator, dtype=dtype)
     phases = ("predictor", "policy")
     expected = run(mlp, x, weights, phases)
+    if backend == "native":
+        with pytest.raises(ValueError, match="runs on the CPU, not on cuda"):
+            run(mlp.cuda(), x.cuda(), weights.cuda(), phases)
+        return
     actual = run(mlp.cuda(), x.cuda(), weights.cuda(), phases)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name].cpu(), value, rtol=rtol, atol=rtol / 100)

@@ -223,7 +223,7 @@ def test_wrong_shapes() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_cuda_equals_cpu(backend: str, dtype: torch.dtype, rtol: float) -> None:
     problem = {
@@ -238,6 +238,11 @@ def test_cuda_equals_cpu(backend: str, dtype: torch.dtype, rtol: float) -> None:
     rnn, arguments = make_problem(problem, dtype)
     rnn.backend = backend
     expected = run(rnn, *arguments)
-    actual = run(rnn.cuda(), *(a if a is None else a.cuda() for a in arguments))
+    on_gpu = [a if a is None else a.cuda() for a in arguments]
+    if backend == "native":
+        with pytest.raises(ValueError, match="runs on the CPU, not on cuda"):
+            run(rnn.cuda(), *on_gpu)
+        return
+    actual = run(rnn.cuda(), *on_gpu)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name].cpu(), value, rtol=rtol, atol=rtol / 100)

@@ -16,8 +16,8 @@ twice over one forward pass.
 
 Backends: "eager" is the plain loop over layers below, the oracle for all others; "torch" is one
 autograd function with a hand-written backward (`kernels/stack.py`); "native" is compiled code for
-the CPU (`kernels/native.py`), and "torch" where that cannot run: on a GPU, or without a C++
-compiler. "auto" takes the fastest. None supports a second derivative.
+the CPU (`kernels/native.py`). "auto" takes the fastest that can run, and one that is named and
+cannot run is an error, as in `recurrent.py`. None supports a second derivative.
 
 Source: the paper, Sections 4, H.2 and H.3.
 """

@@ -12,8 +12,10 @@ mixing weight at its end. After a backward pass `statistics` holds what it measu
 
 Backends: "eager" is the plain loop over time below, the oracle for all others; "torch" runs the
 whole unroll in one autograd function with a hand-written backward (`kernels/unroll.py`); "native"
-is compiled code for the CPU (`kernels/native.py`), and "torch" where that cannot run: on a GPU, or
-without a C++ compiler. "auto" takes the fastest. None supports a second derivative.
+is compiled code for the CPU (`kernels/native.py`). "auto" takes the fastest that can run: "torch"
+on a GPU or without a C++ compiler, "eager" where the neurons are not the plain `SlotNeurons` that
+the others compute. A backend that is named and cannot run is an error. None supports a second
+derivative. Under autocast all compute in the precision of the parameters.
 
 Source: the paper, Sections 4, H.2 and H.4.
 """

@@ -1,7 +1,8 @@
 """The "native" backend of SparseRNN and SparseMLP: compiled code for the CPU.
 
 The C++ is in `slot_neurons.cpp`, `compiler.py` builds it, this file hands it torch's memory. It
-runs in one thread and holds no lock of Python's meanwhile.
+runs in one thread and holds no lock of Python's meanwhile. Structures and functions are declared in
+the C++ alone; `read_declarations` makes what ctypes needs of it.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ STATISTICS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "predic
 #: Samples that a stack runs at once where no gradient is needed: small enough for the cache.
 PIECE = 256
 
-
+#: Types that declarations in slot_neurons.cpp may use, beside pointers.
 _TYPES: dict[str, Any] = {
     "Index": ctypes.c_int64,
     "std::int32_t": ctypes.c_int32,
@@ -124,18 +125,20 @@ def obstacle(x: Tensor, layers: Iterable[tuple[SlotNeurons, Tensor, int]]) -> st
         layers: plain `SlotNeurons`, what they read (int64 [W, ...]) and how many numbers that is.
     """
     for neurons, sources, read in layers:
-        tensors = [*neurons.parameters(), neurons.mixing_weight]
+        parameters = dict(neurons.named_parameters(recurse=False))
+        weights = neurons.mixing_weight
+        tensors = (*parameters.values(), weights)
         for tensor in (x, sources, *tensors):
-            if tensor.device.type != "cpu":
+            if not tensor.is_cpu:
                 return f"it runs on the CPU, not on {tensor.device.type}"
         for tensor in tensors:
             if tensor.dtype != x.dtype:
                 return f"the input is {_name(x.dtype)}, the parameters are {_name(tensor.dtype)}"
         # Compiled code takes them for granted.
         shapes = neurons.parameter_shapes(read)
-        fit = len(sources) == len(neurons.mixing_weight) == neurons.num_neurons
+        fit = len(sources) == len(weights) == neurons.num_neurons
         fit &= sources.dtype == torch.int64 and sources.is_contiguous()
-        if not (fit and all(getattr(neurons, n).shape == shape for n, shape in shapes.items())):
+        if not (fit and {name: p.shape for name, p in parameters.items()} == shapes):
             return "the parameters have other shapes than the layer's sizes say"
     return unavailable(x.dtype)
 

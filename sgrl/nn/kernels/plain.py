@@ -5,6 +5,9 @@ only for modules of exactly the classes it was written for, to which nothing was
 hook, no parametrization, no method replaced. All others run as they are written.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -32,10 +35,16 @@ def is_autocast_on(device: torch.device) -> bool:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    kind = type(module)
+    kind: Any = type(module)
     return (
         any(getattr(module, hooks) for hooks in _HOOKS)
         or _has_any_global_hook()
         # A method put on this one instance hides its class's.
-        or any(callable(getattr(kind, name, None)) for name in vars(module))
+        or not _methods(kind).isdisjoint(vars(module))
     )
+
+
+@cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of a class's methods."""
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
