@@ -4,11 +4,18 @@ import logging
 import os
 
 
+class LocalRayError(Exception):
+    """Ray cannot start here; the message is one line that says what to do."""
+
+
 def start_local_ray(num_cpus: int) -> None:
     """Start Ray with so many processors, listening on loopback only.
 
     On Linux its servers listen on all addresses, where anyone who reaches them can run code. A Ray
     that is told to form no clusters, which is its default on other systems, keeps to loopback.
+
+    Raises LocalRayError where it cannot write what it needs: a token in the home folder, and its
+    session's files in the folder of temporary ones.
     """
     import ray
     from ray._private import ray_constants
@@ -25,6 +32,13 @@ def start_local_ray(num_cpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        where = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise LocalRayError(
+            f"Ray cannot start here ({where}): set HOME, and TMPDIR, to folders that can be written"
+        ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
         del os.environ[variable]

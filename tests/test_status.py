@@ -1,6 +1,7 @@
 """Reading results: what is missing or foreign, and without writing, torch, Ray or environments."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -179,12 +180,13 @@ def test_results_with_a_swept_seed_from_before_names_were_kept_clear(tmp_path):
     assert list(write_comparison(directory)["trials"]) == [2, 2]
 
 
-def in_a_process(code, *arguments):
+def in_a_process(code, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
+        env={**os.environ, **environment},
     )
 
 
@@ -242,6 +244,25 @@ main()
     assert "1 interrupted, 3 completed" in result.stdout
     assert [line for line in result.stdout.splitlines() if line.startswith("wrote:")] == []
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
+
+
+def test_a_home_that_cannot_be_made(tmp_path):
+    """One line, of whatever would write there."""
+    code = "from sgrl.cli import main; main()"
+    (tmp_path / "file").touch()
+    home = {"HOME": str(tmp_path / "file" / "home"), "RAY_ADDRESS": ""}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    result = in_a_process(code, "sweep", path, "--results", tmp_path, **home)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"sgrl: Ray cannot start here ({home['HOME']}/.ray: Not a directory)")
+    assert "4 pending" in sgrl("status", tmp_path / "small").output
+    result = in_a_process(code, "resume", "memory://bucket/small", **home)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert f"sgrl: {home['HOME']}/.cache/" in line
+    assert "SGRL_MIRROR_DIR" in line
 
 
 def test_nothing_to_read(tmp_path):

@@ -220,7 +220,13 @@ class Mirror(Store):
         self.has_folders = not names & OBJECT_STORES
         self.root = root.rstrip("/")
         self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{folder} cannot be made ({error.strerror}): name another folder for this "
+                "machine's mirror with SGRL_MIRROR_DIR"
+            ) from None
         self.token = uuid.uuid4().hex
 
     def __str__(self) -> str:

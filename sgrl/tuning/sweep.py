@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sgrl.commands import command
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
-from sgrl.local_ray import start_local_ray
+from sgrl.local_ray import LocalRayError, start_local_ray
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.client import reach
 from sgrl.tuning.experiment import (
@@ -439,7 +439,10 @@ def _start_ray() -> None:
                 "without --address and RAY_ADDRESS"
             ) from None
     else:
-        start_local_ray(count_cpus())
+        try:
+            start_local_ray(count_cpus())
+        except LocalRayError as error:
+            raise SweepError(str(error)) from None
 
 
 def _resource_requests(experiment: Experiment) -> dict[str, Any]:
