@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from sgrl import __version__
-from sgrl.commands import command
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,7 +126,7 @@ def _one_line_errors(*errors: type[Exception], resume: str | Path | None = None)
         typer.echo(f"sgrl: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        hint = f"; go on with: {command('sgrl', 'resume', resume)}" if resume else ""
+        hint = f"; go on with: sgrl resume {resume}" if resume else ""
         typer.echo(f"sgrl: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
 
@@ -302,14 +301,12 @@ def report(
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
     from sgrl.analysis.runs import ResultsError
-    from sgrl.tuning.storage import StorageError, is_address, is_archive, reading
+    from sgrl.tuning.storage import StorageError, is_address, reading
 
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
             raise ResultsError("say with --out where on this machine the report goes")
-        if out is None and is_archive(directories[0]):
-            out = Path(directories[0]) / "report.html"
-        if format != "html" and any(is_address(d) or is_archive(d) for d in directories):
+        if format != "html" and any(map(is_address, directories)):
             raise ResultsError(f"a report in {format} refers to figures in the results: use html")
         folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(
@@ -419,12 +416,13 @@ def evaluate(
 
     Rates and means come with 95% intervals (Wilson's, Student's t).
     """
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    errors = (CheckpointError, DataError, StorageError)
+    errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
     with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
         found = evaluate_checkpoint(folder, episodes, seed, greedy)
         typer.echo(f"episodes: {found.pop('episodes')}")
@@ -447,11 +445,13 @@ def render(
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, RenderError, StorageError):
+    errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
+    with _one_line_errors(*errors):
         check_out(out)
         with reading_checkpoint(checkpoint) as folder:
             recorded = record_episode(folder, seed, episode)
@@ -504,6 +504,7 @@ def probe(
     ] = Path("results/probe"),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
@@ -511,7 +512,8 @@ def probe(
     from sgrl.tuning.checkpoints import CheckpointError, open_policy
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, TheoryError, StorageError):
+    errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
+    with _one_line_errors(*errors):
         with reading_checkpoint(checkpoint) as folder:
             policy, environment = open_policy(folder)
         env, env_config = environment["env"], environment["env_config"]

@@ -43,7 +43,6 @@ from typing import Any
 
 import yaml
 
-from sgrl.commands import command
 from sgrl.tuning.metrics import is_taken
 
 DEFAULTS: dict[str, Any] = {
@@ -529,7 +528,7 @@ def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
         raise _Problem(
             key,
             f"not swept here (seeds{others} can be added to); compare other values in another "
-            f"sweep: {command('sgrl', 'sweep', path, '--name', 'NAME', '--set', f'{key}=VALUE')}",
+            f"sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
         )
     if steps[0] == "config" and all(_place(raw, m, key) != key for m in raw["methods"]):
         raise _Problem(key, f"every method sets this itself: add to methods.NAME.{key}")
@@ -1063,8 +1062,9 @@ def _check_bounds(
 
 
 def _check_environment(sections: dict[str, Any]) -> None:
-    from sgrl.envs.by_id import is_known, known_ids
+    from sgrl.envs.by_id import is_known, similar_ids
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+    from sgrl.user_code import UserCodeError
 
     section = sections.get("environment", {})
     key = "config.environment.env"
@@ -1072,8 +1072,12 @@ def _check_environment(sections: dict[str, Any]) -> None:
         ids = "or an id of gymnasium, as in CartPole-v1 or popgym-RepeatPreviousEasy-v0"
         raise _Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}, {ids}")
     env = section["env"]
-    if not is_known(env):
-        _check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
+    try:
+        known = is_known(env)
+    except UserCodeError as error:
+        raise _Problem(key, str(error)) from None
+    if not known:
+        _check_known(key, "environment", env, [*ENVIRONMENTS, *similar_ids(str(env))])
     try:
         validate_env_config(env, section.get("env_config") or {})
     except ValueError as error:
