@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from sgrl import __version__
+from sgrl.commands import command
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -126,7 +127,7 @@ def _one_line_errors(*errors: type[Exception], resume: str | Path | None = None)
         typer.echo(f"sgrl: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        hint = f"; go on with: sgrl resume {resume}" if resume else ""
+        hint = f"; go on with: {command('sgrl', 'resume', resume)}" if resume else ""
         typer.echo(f"sgrl: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
 
@@ -301,12 +302,14 @@ def report(
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
     from sgrl.analysis.runs import ResultsError
-    from sgrl.tuning.storage import StorageError, is_address, reading
+    from sgrl.tuning.storage import StorageError, is_address, is_archive, reading
 
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
             raise ResultsError("say with --out where on this machine the report goes")
-        if format != "html" and any(map(is_address, directories)):
+        if out is None and is_archive(directories[0]):
+            out = Path(directories[0]) / "report.html"
+        if format != "html" and any(is_address(d) or is_archive(d) for d in directories):
             raise ResultsError(f"a report in {format} refers to figures in the results: use html")
         folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(

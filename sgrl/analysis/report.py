@@ -10,6 +10,7 @@ import base64
 import html
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,9 @@ def _sweep(directory: Path, threshold: float) -> Section:
         revision = (starts[-1].get("revision") if starts else None) or ""
         if revision:
             section.commands.append(f"git checkout {revision.removesuffix('-dirty')}")
-        section.commands.append(f"sgrl sweep {experiment} --name {name}_again")
+        # On whatever machine the page is read: `sgrl` as it is called there.
+        again = re.sub(r"[^A-Za-z0-9_.+-]", "-", f"{name}_again")
+        section.commands.append(shlex.join(["sgrl", "sweep", str(experiment), "--name", again]))
         if revision.endswith("-dirty"):
             section.facts.append(("note", f"the code had changes that {revision[:-6]} lacks"))
     return section

@@ -43,6 +43,7 @@ from typing import Any
 
 import yaml
 
+from sgrl.commands import command
 from sgrl.tuning.metrics import is_taken
 
 DEFAULTS: dict[str, Any] = {
@@ -528,7 +529,7 @@ def _grid_at(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
         raise _Problem(
             key,
             f"not swept here (seeds{others} can be added to); compare other values in another "
-            f"sweep: sgrl sweep {path} --name NAME --set {key}=VALUE",
+            f"sweep: {command('sgrl', 'sweep', path, '--name', 'NAME', '--set', f'{key}=VALUE')}",
         )
     if steps[0] == "config" and all(_place(raw, m, key) != key for m in raw["methods"]):
         raise _Problem(key, f"every method sets this itself: add to methods.NAME.{key}")

@@ -88,7 +88,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
     where the disk is full, and then leaves the file as it was.
     """
     columns = columns_of(row)
-    line = ",".join(_format(column, row.get(column, math.nan)) for column in columns) + "\n"
+    line = _line(columns, row)
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
         size = file.tell()
@@ -100,6 +100,18 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write a new file of rows that share their columns, as `append_row` would; none, no file."""
+    if rows:
+        columns = columns_of(rows[0])
+        lines = (_line(columns, row) for row in rows)
+        path.write_text(",".join(columns) + "\n" + "".join(lines), encoding="utf-8")
+
+
+def _line(columns: Iterable[str], row: Mapping[str, float]) -> str:
+    return ",".join(_format(column, row.get(column, math.nan)) for column in columns) + "\n"
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -34,6 +34,8 @@ from sgrl.tuning.checkpoints import (
 from sgrl.tuning.provenance import PROVENANCE_FILE
 
 TOKEN_FILE = "token"
+#: What makes a folder an archive.
+ARCHIVED_TRIALS_FILE = "trials.json"
 #: What a trial has reached, but for its checkpoints; the driver makes the first of them.
 TRIAL_FILES = (
     "config.yaml",
@@ -64,6 +66,11 @@ def join(results: str | Path, name: str) -> str | Path:
     return f"{str(results).rstrip('/')}/{name}" if is_address(results) else Path(results) / name
 
 
+def is_archive(location: str | Path) -> bool:
+    """Whether results are packed in an archive, see `sgrl.tuning.archive`."""
+    return not is_address(location) and (Path(location) / ARCHIVED_TRIALS_FILE).is_file()
+
+
 def open_store(location: str | Path, role: str) -> "Store":
     """The results of a sweep, wherever they lie.
 
@@ -90,7 +97,18 @@ def mirror_folder(address: str, role: str) -> Path:
 
 @contextlib.contextmanager
 def reading(location: str | Path) -> Iterator[Path]:
-    """A sweep's results to read, checkpoints aside: their folder, or a copy that lasts as long."""
+    """A sweep's results to read, checkpoints aside: their folder, or a copy that lasts as long.
+
+    Raises StorageError as `open_store`, and ArchiveError.
+    """
+    if is_archive(location):
+        from sgrl.tuning.archive import unpack  # brings NumPy and Arrow
+
+        with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+            folder = Path(home) / Path(location).resolve().name
+            unpack(Path(location), folder)
+            yield folder
+        return
     if not is_address(location):
         yield Path(location)
         return

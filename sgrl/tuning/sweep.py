@@ -24,6 +24,7 @@ import torch
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sgrl.commands import command
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.local_ray import LocalRayError, start_local_ray
@@ -108,7 +109,8 @@ def run_sweep(
     """
     store = open_store(join(results_dir, name or experiment.name), "driver")
     if not store.is_free():
-        how = f"`sgrl resume {store}` continues it, " if is_sweep(store) else ""
+        resume = command("sgrl", "resume", str(store))
+        how = f"`{resume}` continues it, " if is_sweep(store) else ""
         raise SweepError(f"{store} already exists: {how}--name NAME starts another sweep")
     check_tracker(experiment.track, store.location)
     requests = _resource_requests(experiment)
@@ -225,7 +227,8 @@ def _locked(store: Store) -> Iterator[None]:
 
 
 def _disk_full(store: Store) -> str:
-    go_on = f"`sgrl resume {store}` goes on" if is_sweep(store) else "start the sweep again"
+    resume = command("sgrl", "resume", str(store))
+    go_on = f"`{resume}` goes on" if is_sweep(store) else "start the sweep again"
     return f"no space left on the disk of {store}: make some, then {go_on}"
 
 

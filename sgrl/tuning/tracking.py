@@ -11,6 +11,7 @@ Tracking changes no number of a trial, and a tracker that fails is given up with
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -19,6 +20,7 @@ import math
 import os
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import hparams
 
+from sgrl.commands import command
 from sgrl.envs.wrappers import preserved_random_state
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.metrics import MEASURES, Row
@@ -97,18 +100,33 @@ def prepare_tracker(tracker: str, directory: Path) -> None:
 def how_to_look(tracker: str, directory: str) -> str:
     """What to type, or where to go, to see the runs of the sweep in `directory`."""
     if tracker == "tensorboard":
-        return f"tensorboard --logdir {directory}"
+        return command("tensorboard", "--logdir", directory)
     if tracker == "wandb" and os.environ.get("WANDB_MODE") == "offline":
-        return f"wandb sync {directory}/*/wandb/offline-run-*"
+        return command("wandb", "sync", directory) + "/*/wandb/offline-run-*"
     if tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
-        return f"mlflow ui --backend-store-uri sqlite:///{directory}/{MLFLOW_FILE}"
+        show = command("mlflow", "ui", "--backend-store-uri", _sqlite(f"{directory}/{MLFLOW_FILE}"))
+        # What writes runs, mlflow-skinny, does not show them.
+        whole = any(found.name == "mlflow" for found in importlib.metadata.distributions())
+        return show if whole else f"{command('pip', 'install', 'mlflow')} && {show}"
     name = directory.rpartition("/")[2]
     return f"{tracker}, {'group' if tracker == 'wandb' else 'experiment'} {name}"
 
 
 def mlflow_uri(directory: Path) -> str:
     """MLFLOW_TRACKING_URI, or a file in the sweep's own folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{directory / MLFLOW_FILE}")
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return given if given is not None else _sqlite(str(directory / MLFLOW_FILE))
+
+
+def _sqlite(path: str) -> str:
+    """The address of a database in a file. Only newer versions of SQLAlchemy read escapes in it."""
+    from sqlalchemy import make_url
+
+    for written in (urllib.parse.quote(path), path):
+        address = f"sqlite:///{written}"
+        if make_url(address).database == path:
+            return address
+    raise TrackingError(f"mlflow keeps no database in {path}: set MLFLOW_TRACKING_URI")
 
 
 def _import_mlflow() -> ModuleType:

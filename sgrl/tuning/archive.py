@@ -1,0 +1,241 @@
+"""Archives: a finished sweep in a few small files, fit for a repository.
+
+An archive is a folder with the sweep's experiment.yaml, provenance.json and summary.csv as they
+were, and
+
+- `metrics.parquet`: the rows of all trials, numbers as float32 (what training computes in; what
+  it averages, such as success rates, keeps seven digits);
+- `trials.json`: configuration, final state and starts of every trial;
+- `<trial>/checkpoints/NNNNNN/`: final policies of chosen trials, at the paths where the sweep had
+  them, `policy.safetensors` and `policy.json` only.
+
+Everything that reads results reads an archive too: `sgrl.tuning.storage.reading` unpacks it into a
+folder of the usual kind. An archive cannot be resumed.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors.torch import load_file, save_file
+
+from sgrl.tuning.checkpoints import (
+    newest_valid_checkpoint,
+    write_checkpoint,
+    write_text,
+)
+from sgrl.tuning.metrics import INTEGER_COLUMNS, Row, read_metrics, write_rows
+from sgrl.tuning.provenance import PROVENANCE_FILE, read_starts
+from sgrl.tuning.status import read_status
+from sgrl.tuning.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
+from sgrl.tuning.storage import StorageError, is_archive
+
+FORMAT = 1
+METRICS_FILE = "metrics.parquet"
+#: Files of a sweep that an archive holds as they are.
+KEPT = ("experiment.yaml", PROVENANCE_FILE, "summary.csv")
+
+
+#: What starts of many trials have in common.
+WHERE = ("versions", "revision", "machine")
+
+
+class ArchiveError(StorageError):
+    """An archive cannot be written or read; the message is one line."""
+
+
+class ArchivedTrial(NamedTuple):
+    """One trial of an archive.
+
+    Attributes:
+        name: of the trial, as its folder was called.
+        config: what config.yaml said.
+        status: what status.json said.
+        starts: what provenance.json said, see `sgrl.tuning.provenance.record_start`.
+        rows: what metrics.csv said, in float32 precision.
+    """
+
+    name: str
+    config: dict[str, Any]
+    status: dict[str, Any]
+    starts: list[dict[str, Any]]
+    rows: list[Row]
+
+
+def write_archive(
+    sweep: Path, out: Path, policies: Collection[str] = (), half: bool = False
+) -> None:
+    """Pack a finished sweep.
+
+    Args:
+        sweep: its folder.
+        out: the archive's folder, which must not hold anything else.
+        policies: trials whose final policy goes along.
+        half: whether their weights are kept as float16, in half the space: to act with, not to
+            repeat numbers with.
+
+    Raises:
+        ArchiveError: the folder holds no sweep, a trial is not over, a policy is missing, or `out`
+            holds other files.
+    """
+    trials = [_read_trial(path.parent) for path in sorted(sweep.glob("*/config.yaml"))]
+    if not trials:
+        raise ArchiveError(f"{sweep} holds no sweep: give a folder such as results/quickstart")
+    for trial in trials:
+        if trial.status.get("state") not in ("completed", "failed"):
+            raise ArchiveError(f"{trial.name} is not over: go on with sgrl resume {sweep}")
+    for name in policies:
+        if name not in {trial.name for trial in trials}:
+            raise ArchiveError(f"{sweep} has no trial {name!r}")
+    if out.exists() and any(out.iterdir()) and not is_archive(out):
+        raise ArchiveError(f"{out} holds something else: give another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for file in KEPT:
+        if (sweep / file).is_file():
+            shutil.copyfile(sweep / file, out / file)
+    for name in policies:
+        _copy_policy(sweep / name / "checkpoints", out / name / "checkpoints", half)
+    pq.write_table(
+        _table(trials),
+        out / METRICS_FILE,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=["trial"],
+        use_byte_stream_split=True,
+    )
+    # Last: with it, the folder is an archive.
+    write_text(out / TRIALS_FILE, _trials_json(trials))
+
+
+def read_archive(archive: Path) -> list[ArchivedTrial]:
+    """The trials of an archive, in the order of their names.
+
+    Raises:
+        ArchiveError: it cannot be read, or its files do not belong together.
+    """
+    try:
+        content = json.loads((archive / TRIALS_FILE).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ArchiveError(f"{archive} has the unknown format {content['format']}")
+        machines = content["machines"]
+        rows = _rows_by_trial(pq.read_table(archive / METRICS_FILE))
+        trials = [
+            ArchivedTrial(
+                trial["config"]["name"],
+                trial["config"],
+                trial["status"],
+                [
+                    {key: value for key, value in start.items() if key != "machine"}
+                    | machines[start["machine"]]
+                    for start in trial["starts"]
+                ],
+                rows.pop(trial["config"]["name"], []),
+            )
+            for trial in content["trials"]
+        ]
+    except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError, pa.ArrowException) as e:
+        reason = " ".join(str(e).split())
+        raise ArchiveError(f"{archive} is damaged: {type(e).__name__}: {reason}") from None
+    if rows:
+        raise ArchiveError(
+            f"{archive} is damaged: {TRIALS_FILE} lacks the trial {next(iter(rows))}"
+        )
+    return trials
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Lay an archive out as the folder of a sweep, checkpoints aside.
+
+    Raises:
+        ArchiveError: as `read_archive`.
+    """
+    trials = read_archive(archive)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (archive / file).is_file():
+            shutil.copyfile(archive / file, folder / file)
+    for trial in trials:
+        home = folder / trial.name
+        home.mkdir()
+        # JSON is YAML, and quicker to write.
+        (home / "config.yaml").write_text(json.dumps(trial.config), encoding="utf-8")
+        (home / "status.json").write_text(json.dumps(trial.status), encoding="utf-8")
+        (home / PROVENANCE_FILE).write_text(json.dumps(trial.starts), encoding="utf-8")
+        write_rows(home / "metrics.csv", trial.rows)
+
+
+def _read_trial(folder: Path) -> ArchivedTrial:
+    return ArchivedTrial(
+        folder.name,
+        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        read_status(folder),
+        read_starts(folder),
+        read_metrics(folder / "metrics.csv"),
+    )
+
+
+def _trials_json(trials: Iterable[ArchivedTrial]) -> str:
+    """One line a trial. Versions and machines of the starts are listed once and numbered."""
+    machines: list[dict[str, Any]] = []
+    lines = []
+    for trial in trials:
+        starts = []
+        for start in trial.starts:
+            where: dict[str, Any] = {key: start[key] for key in WHERE if key in start}
+            if where not in machines:
+                machines.append(where)
+            rest = {key: value for key, value in start.items() if key not in where}
+            starts.append({**rest, "machine": machines.index(where)})
+        lines.append(json.dumps({"config": trial.config, "status": trial.status, "starts": starts}))
+    listed = ",\n".join(json.dumps(machine) for machine in machines)
+    return (
+        f'{{"format": {FORMAT},\n"machines": [\n{listed}\n],\n'
+        '"trials": [\n' + ",\n".join(lines) + "\n]}\n"
+    )
+
+
+def _table(trials: Iterable[ArchivedTrial]) -> pa.Table:
+    """All rows, in the order of the trials; a column that a trial lacks is null there."""
+    trials = list(trials)
+    rows = [row for trial in trials for row in trial.rows]
+    names = [trial.name for trial in trials for _ in trial.rows]
+    arrays: dict[str, pa.Array] = {"trial": pa.array(names, pa.string()).dictionary_encode()}
+    for column in dict.fromkeys(name for row in rows for name in row):
+        lacking = np.array([column not in row for row in rows])
+        values = [row.get(column, 0) for row in rows]
+        kind = np.int64 if column in INTEGER_COLUMNS else np.float32
+        arrays[column] = pa.array(np.array(values, kind), mask=lacking)
+    return pa.table(arrays)
+
+
+def _rows_by_trial(table: pa.Table) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    for row in table.to_pylist():
+        name = row.pop("trial")
+        rows.setdefault(name, []).append({k: v for k, v in row.items() if v is not None})
+    return rows
+
+
+def _copy_policy(source: Path, target: Path, half: bool) -> None:
+    checkpoint, _ = newest_valid_checkpoint(source)
+    if checkpoint is None:
+        raise ArchiveError(f"{source} holds no whole checkpoint")
+
+    def save(directory: Path) -> None:
+        shutil.copyfile(checkpoint / "policy.json", directory / "policy.json")
+        state = load_file(checkpoint / "policy.safetensors")
+        if half:
+            state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        save_file(state, directory / "policy.safetensors")
+
+    try:
+        write_checkpoint(target, int(checkpoint.name), save, keep=1)
+    except OSError as error:
+        raise ArchiveError(f"{checkpoint} holds no policy: {error}") from None

@@ -1,0 +1,131 @@
+"""Check an archive by training some of its trials again.
+
+On the kind of processor, with the versions and the threads that a trial was trained with, every
+number must come out the same. Elsewhere single precision rounds differently: rows agree closely at
+first, until an action differs and the runs part.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sgrl.tuning.archive import ArchivedTrial, read_archive
+from sgrl.tuning.experiment import Trial, load_experiment
+from sgrl.tuning.metrics import Row, read_metrics
+from sgrl.tuning.provenance import describe
+from sgrl.tuning.sweep import run_sweep
+
+#: Columns that differ from run to run.
+TIMES = {"iteration_seconds"}
+#: Elsewhere, so many iterations must agree ...
+ROUNDED_ITERATIONS = 3
+#: ... to this share of the column's largest value.
+ROUNDING = 1e-3
+
+
+class Verdict(NamedTuple):
+    """What training a trial again showed.
+
+    Attributes:
+        trial: its name.
+        passed: whether its rows are those of the archive, as far as they must be.
+        text: in one line.
+    """
+
+    trial: str
+    passed: bool
+    text: str
+
+
+def verify_archive(
+    archive: Path, results: Path, trials: int = 3, iterations: int = 20, seed: int = 0
+) -> list[Verdict]:
+    """Train randomly chosen trials of an archive again and compare their rows.
+
+    Args:
+        archive: its folder.
+        results: an empty folder for the sweep that trains them.
+        trials: how many, at most.
+        iterations: of each, at most.
+        seed: of the choice.
+
+    Returns:
+        One verdict a trial.
+
+    Raises:
+        ArchiveError: the archive cannot be read.
+        ExperimentError, SweepError: its trials cannot be run here.
+    """
+    archived = [trial for trial in read_archive(archive) if trial.rows]
+    chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
+    experiment = load_experiment(archive / "experiment.yaml", name="verify", track="none")
+    again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
+    resolved = {**experiment.resolved, "stop": {"training_iteration": iterations}}
+    sweep = run_sweep(dataclasses.replace(experiment, trials=again, resolved=resolved), results)
+    here = describe()
+    verdicts = []
+    for trial in chosen:
+        rows = read_metrics(sweep / trial.name / "metrics.csv")
+        expected = min(iterations, len(trial.rows))
+        exact = all(_same_kind(start, here) for start in trial.starts) and bool(trial.starts)
+        verdicts.append(compare_rows(trial.name, trial.rows[:expected], rows, exact))
+    return verdicts
+
+
+def _shortened(trial: ArchivedTrial, iterations: int) -> Trial:
+    config = {key: value for key, value in trial.config.items() if key not in ("name", "swept")}
+    config["stop"] = {**config["stop"], "training_iteration": iterations}
+    return Trial(trial.name, config["method"], config["seed"], trial.config["swept"], config)
+
+
+def _same_kind(start: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a start rounded as this process does."""
+    versions = [
+        (where["versions"].get("torch"), where["versions"].get("numpy")) for where in (start, here)
+    ]
+    kinds = [where["machine"].get("processor_kind") for where in (start, here)]
+    return versions[0] == versions[1] and kinds[0] is not None and kinds[0] == kinds[1]
+
+
+def compare_rows(trial: str, archived: Sequence[Row], again: Sequence[Row], exact: bool) -> Verdict:
+    """Compare rows in the precision of the archive.
+
+    Args:
+        trial: name in the verdict.
+        archived: rows of the archive.
+        again: rows of the trial as trained again.
+        exact: whether all must be equal; otherwise `ROUNDED_ITERATIONS` must agree closely.
+    """
+    if len(again) < len(archived):
+        return Verdict(trial, False, f"{trial}: stopped after iteration {len(again)}")
+    largest = {
+        name: max((abs(row[name]) for row in archived if not math.isnan(row[name])), default=0.0)
+        for name in archived[0]
+    }
+    for iteration, (before, now) in enumerate(zip(archived, again, strict=False), start=1):
+        for column in before.keys() - TIMES:
+            one, other = before[column], now.get(column, math.nan)
+            if _equal(one, other):
+                continue
+            where = f"{column} at iteration {iteration} is {other:.9g}, archived is {one:.9g}"
+            if exact:
+                return Verdict(trial, False, f"{trial}: {where}")
+            close = abs(one - other) <= ROUNDING * largest[column]
+            if not close and iteration <= ROUNDED_ITERATIONS:
+                return Verdict(trial, False, f"{trial}: {where}: more than rounding explains")
+            if not close:
+                text = f"{trial}: equal but for rounding before iteration {iteration}"
+                return Verdict(trial, True, f"{text}, where rounding separates the runs ({where})")
+    how = "equal" if exact else "equal but for rounding"
+    return Verdict(trial, True, f"{trial}: {len(archived)} iterations {how}")
+
+
+def _equal(one: float, other: float) -> bool:
+    if isinstance(one, int):
+        return one == other
+    return bool(np.float32(one) == np.float32(other)) or (math.isnan(one) and math.isnan(other))
