@@ -110,6 +110,15 @@ Episodes = Annotated[int, typer.Option(min=1, help="Episodes to run.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 Numbers = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 4-12 or 2,3,4.")]
 
+X = Annotated[
+    str,
+    typer.Option(
+        "--x",
+        metavar="AXIS",
+        help="Of curves and AUC: env_steps, padded_env_steps, iteration, episodes or hours.",
+    ),
+]
+
 DataDir = Annotated[
     Path | None,
     typer.Option(
@@ -298,6 +307,7 @@ def report(
     threshold: Annotated[
         float, typer.Option(help="Score that sample efficiency is counted to.")
     ] = 0.5,
+    x: X = "env_steps",
 ) -> None:
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
@@ -313,7 +323,7 @@ def report(
             raise ResultsError(f"a report in {format} refers to figures in the results: use html")
         folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(
-            folders, out, format, threshold, lambda title: typer.echo(f"read: {title}")
+            folders, out, format, threshold, lambda title: typer.echo(f"read: {title}"), x
         )
     typer.echo(f"written: {path}")
 
@@ -328,7 +338,8 @@ def compare(
         float | None,
         typer.Option(metavar="DIFFERENCE", help="Say how many seeds find this difference of AUC."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV to write too.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=_home, help="CSV to write too.")] = None,
+    x: X = "env_steps",
 ) -> None:
     """Compare the methods of an experiment, or those of two, each with itself."""
     from sgrl.analysis.report import compare as compare_results
@@ -339,7 +350,7 @@ def compare(
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         one = stack.enter_context(reading(first))
         other = None if second is None else stack.enter_context(reading(second))
-        frame, tables = compare_results(one, other, plan)
+        frame, tables = compare_results(one, other, plan, x)
         for title, note, table in tables:
             print_table(title, note, table)
         if out is not None:
@@ -419,13 +430,12 @@ def evaluate(
 
     Rates and means come with 95% intervals (Wilson's, Student's t).
     """
-    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
+    errors = (CheckpointError, DataError, StorageError)
     with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
         found = evaluate_checkpoint(folder, episodes, seed, greedy)
         typer.echo(f"episodes: {found.pop('episodes')}")
@@ -448,13 +458,11 @@ def render(
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
-    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
-    with _one_line_errors(*errors):
+    with _one_line_errors(CheckpointError, DataError, RenderError, StorageError):
         check_out(out)
         with reading_checkpoint(checkpoint) as folder:
             recorded = record_episode(folder, seed, episode)
@@ -507,7 +515,6 @@ def probe(
     ] = Path("results/probe"),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
-    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
@@ -515,8 +522,7 @@ def probe(
     from sgrl.tuning.checkpoints import CheckpointError, open_policy
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
-    with _one_line_errors(*errors):
+    with _one_line_errors(CheckpointError, DataError, TheoryError, StorageError):
         with reading_checkpoint(checkpoint) as folder:
             policy, environment = open_policy(folder)
         env, env_config = environment["env"], environment["env_config"]

@@ -140,7 +140,8 @@ def test_a_batch_holds_one_episode_of_each_environment() -> None:
     for _ in range(3):
         batch = rollout.collect()
         assert batch.observations.shape == (60, 5, 56)
-        assert batch.num_steps == 300
+        assert (batch.num_padded_steps, batch.num_episodes) == (300, 5)
+        assert batch.num_steps == batch.mask.sum()
         assert torch.equal(batch.mask.sum(0), batch.lengths)
         assert (batch.lengths[~batch.success] == 59).all()  # popgym ends one step early
         longest = int(batch.lengths.max())
@@ -275,7 +276,9 @@ def test_the_plain_loop_repeats_itself(name: str) -> None:
     assert rows == run(0)
     assert rows != run(1)
     assert [row["iteration"] for row in rows] == [1, 2, 3]
-    assert [row["env_steps"] for row in rows] == [60, 120, 180]
+    assert [row["padded_env_steps"] for row in rows] == [60, 120, 180]
+    assert [row["episodes"] for row in rows] == [3, 6, 9]
+    assert rows[0]["env_steps"] == round(3 * rows[0]["episode_length_mean"])
 
 
 def test_backends_train_alike() -> None:

@@ -298,7 +298,7 @@ def test_batches_and_budgets_are_said(tmp_path):
     trials = load_results(folder).trials.set_index("trial").loc[[path.name for path in names]]
     assert list(trials["batch"])[:3] == ["40 episodes", "20 episodes", "1,600 environment steps"]
     assert list(trials["budget"])[:3] == [
-        "320,000 environment steps",
+        "320,000 padded environment steps",
         "2,000 episodes",
         "160,000 environment steps",
     ]

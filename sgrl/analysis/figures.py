@@ -24,7 +24,7 @@ from sgrl.analysis.statistics import (
     learning_rate_columns,
     performance_profile,
 )
-from sgrl.tuning.metrics import EVALUATION_NAMES, MEASURE_NAMES
+from sgrl.tuning.metrics import MEASURE_NAMES
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey print.
 COLOURS = {
@@ -95,8 +95,7 @@ class Figure(NamedTuple):
 
 
 def write_figures(results: Results, folder: Path) -> list[Figure]:
-    """Write every figure that a sweep's results allow: learning curves, those of evaluations apart
-    from training (success rates, else returns), performance profiles,
+    """Write every figure that a sweep's results allow: learning curves, performance profiles,
     scores against each swept number, and mixing weights where they move.
 
     Args:
@@ -106,13 +105,6 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     measure, trials = results.measure, results.trials
     title = f"{MEASURE_NAMES[measure].capitalize()} while training"
     figures = [Figure(learning_curves(results, folder / f"{measure}.png"), title)]
-    evaluated = [
-        name for name in EVALUATION_NAMES if name in results.curves.dropna(axis=1, how="all")
-    ]
-    rates = [name for name in evaluated if name.endswith("success_rate")]
-    for column in rates or evaluated:
-        path = learning_curves(results, folder / f"{column}.png", column)
-        figures.append(Figure(path, EVALUATION_NAMES[column].capitalize()))
     if by_task(trials, f"final_{measure}"):
         path = folder / "performance_profiles.png"
         figures.append(Figure(performance_profiles(results, path), "Performance profiles"))
@@ -137,9 +129,10 @@ def _is_number(values: pd.Series) -> bool:
     return known.nunique() > 1 and all(isinstance(value, int | float) for value in known)
 
 
-def learning_curves(results: Results, path: Path, column: str | None = None) -> Path:
-    """What trials are judged by (success rate, test reward or episode return) against environment
-    steps: mean over seeds, with a band of one SEM, or below five seeds a thin line for each.
+def learning_curves(results: Results, path: Path) -> Path:
+    """What trials are judged by (success rate, test reward or episode return) against the results'
+    axis: mean over seeds, with a band of one SEM, or below five seeds a thin line for each, all as
+    `Results.curves_of` has them.
 
     One panel for each combination of swept values other than learning rates; of several learning
     rates each method shows its best (see `statistics.BEST_RULE`). Failed trials are left out, and a
@@ -148,12 +141,10 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
     Args:
         results: from `runs.load_results`.
         path: of the PNG to write; an SVG of the same name is written beside it.
-        column: another column to draw, one of `EVALUATION_NAMES`.
 
     Returns:
         `path`.
     """
-    column = column or results.measure
     rates = learning_rate_columns(results.swept)
     shown = best_learning_rates(compare_methods(results.trials))
     panels = _panels(shown, [name for name in results.swept if name not in rates])
@@ -162,7 +153,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
     counts = []
     for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         for _, row in panel.iterrows():
-            lines = results.curves_of(_trials_at(results, row), column)
+            lines = results.curves_of(_trials_at(results, row), results.measure)
             if lines.empty:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
@@ -170,13 +161,13 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
             counts.append(lines.shape[1])
             _draw(axis, lines, f"{label}, n={counts[-1]}", styles[row["method"]])
         axis.set_title(title)
-        axis.set_xlabel("environment steps")
-        if column.endswith(("success_rate", "eval_reward")):
+        axis.set_xlabel(results.axis.name)
+        if results.measure != "episode_return_mean":
             axis.set_ylim(-0.02, 1.02)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
-        axis.set_ylabel((MEASURE_NAMES | EVALUATION_NAMES)[column])
+        axis.set_ylabel(MEASURE_NAMES[results.measure])
     note = seeds_note(counts) + (f"; {BEST}" if rates else "")
     return _save(figure, path, note)
 
@@ -287,7 +278,7 @@ def scores_against(results: Results, column: str, path: Path) -> Path:
             axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             axis.set_xlabel(column)
     pairs[0][0].set_ylabel(f"final {MEASURE_NAMES[results.measure]}")
-    pairs[0][1].set_ylabel("AUC")
+    pairs[0][1].set_ylabel(f"AUC over {results.axis.name}")
     note = seeds_note(shown["trials"][shown["trials"] > 0], "dots")
     if rates and column not in rates:
         note += f"; {BEST}"
@@ -295,7 +286,7 @@ def scores_against(results: Results, column: str, path: Path) -> Path:
 
 
 def mixing_weight_statistics(results: Results, path: Path) -> Path:
-    """Distribution of the neurons' mixing weights against environment steps, averaged over seeds:
+    """Distribution of the neurons' mixing weights against the results' axis, averaged over seeds:
     mean, median, the middle half of the neurons, and the range.
 
     One panel for each method with adaptive mixing weights and each swept point, each method at its
@@ -332,7 +323,7 @@ def mixing_weight_statistics(results: Results, path: Path) -> Path:
         axis.plot(steps, means["median"], color=colour, linestyle="--", label="median")
         axis.plot(steps, means["mean"], color=colour, linewidth=1.8, label="mean")
         axis.set_title(title.removeprefix("method = "), fontsize=10)
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel(results.axis.name)
     for axis in axes[:, 0]:
         axis.set_ylabel("mixing weight")
     note = "over the network's neurons, averaged over seeds" + (f"; {BEST}" if rates else "")
@@ -340,7 +331,7 @@ def mixing_weight_statistics(results: Results, path: Path) -> Path:
 
 
 def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
-    """Mean mixing weight against environment steps, a line for each value of a swept column and a
+    """Mean mixing weight against the results' axis, a line for each value of a swept column and a
     panel for each method and layer.
 
     Args:
@@ -374,7 +365,7 @@ def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
                 counts.append(lines.shape[1])
                 _draw(axis, lines, f"{column} = {_text(row[column])}", style)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel(results.axis.name)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean mixing weight")
     note = seeds_note(counts) + (f"; {BEST}" if rates else "")

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sgrl.analysis.figures import Figure, expert_ratios, probe_errors, write_figures
-from sgrl.analysis.runs import Results, ResultsError, load_results, read_experiment
+from sgrl.analysis.runs import Results, ResultsError, load_results, places, read_experiment
 from sgrl.analysis.statistics import (
     BEST_RULE,
     INTERVAL_SEEDS,
@@ -87,18 +87,19 @@ def write_report(
     format: str = "html",
     threshold: float = THRESHOLD,
     advance: Callable[[str], object] = lambda title: None,
+    x: str = "env_steps",
 ) -> Path:
     """Report on results folders. Figures go to each one's `figures/`, a sweep's numbers to its
-    `comparison.csv` and `pairs.csv`; where a folder cannot be written and `out` lies elsewhere, to
-    `<out>_files/<folder>/` beside the page.
+    `comparison.csv` and `pairs.csv`.
 
     Args:
         directories: one or several folders.
         out: file to write; by default report.html (.md, .tex) in the folder, or of several in
             the folder that holds the first.
         format: "html", "markdown" or "latex".
-        threshold: what sample efficiency counts the environment steps to.
+        threshold: what sample efficiency counts to.
         advance: called with the name of each folder once it is done.
+        x: what curves, areas and sample efficiency are taken against, a key of `AXES`.
 
     Returns:
         The file written.
@@ -112,71 +113,48 @@ def write_report(
     for folder in folders:
         if not folder.is_dir():
             raise ResultsError(f"{folder} is no folder: give one such as results/quickstart")
-    elsewhere = out is not None
-    written = {folder: folder for folder in folders}
     if out is None:
         home = folders[0] if len(folders) == 1 else folders[0].resolve().parent
         out = home / f"report{SUFFIXES[format]}"
-    else:
-        names = [folder.resolve().name for folder in folders]
-        for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
-            if not _can_be_written(folder):
-                alone = names.count(name) == 1
-                home = out.with_name(f"{out.stem}_files")
-                written[folder] = home / (name if alone else f"{name}_{i}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         sections = []
         for folder in folders:
-            written[folder].mkdir(parents=True, exist_ok=True)
-            sections.append(read_section(folder, threshold, written[folder]))
+            sections.append(read_section(folder, threshold, x))
             advance(sections[-1].title)
         render = {"html": _html, "markdown": _markdown, "latex": _latex}[format]
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(render(sections, out), encoding="utf-8")
     except OSError as error:
-        hint = "" if elsewhere else "; give --out a file where it can be written"
-        raise ResultsError(f"{error.filename or out}: {error.strerror}{hint}") from None
+        raise ResultsError(f"{error.filename or out}: {error.strerror}") from None
     return out
 
 
-def _can_be_written(folder: Path) -> bool:
-    """Whether a report's files can be written into a results folder."""
-    effective = os.access in os.supports_effective_ids
-    files = ("comparison.csv", "pairs.csv", "figures")
-    paths = [folder, *(folder / name for name in files if (folder / name).exists())]
-    return all(os.access(path, os.W_OK, effective_ids=effective) for path in paths)
-
-
-def read_section(
-    directory: Path, threshold: float = THRESHOLD, home: Path | None = None
-) -> Section:
-    """Read one folder and write its figures and CSVs, into that folder unless `home` is given.
-    Raises ResultsError and OSError."""
-    home = home or directory
+def read_section(directory: Path, threshold: float = THRESHOLD, x: str = "env_steps") -> Section:
+    """Read one folder and write its figures and CSVs. Raises ResultsError and OSError."""
     if (directory / "expert_network.csv").is_file():
-        return _expert_network(directory, home)
+        return _expert_network(directory)
     if (directory / "neurons.csv").is_file() and (directory / "layers.csv").is_file():
-        return _probe(directory, home)
-    return _sweep(directory, threshold, home)
+        return _probe(directory)
+    return _sweep(directory, threshold, x)
 
 
-def _sweep(directory: Path, threshold: float, home: Path) -> Section:
-    results = load_results(directory)
+def _sweep(directory: Path, threshold: float, x: str) -> Section:
+    results = load_results(directory, x=x)
     comparison = compare_methods(results.trials)
     best = best_learning_rates(comparison)
     chosen = at_points(results.trials, best)
     pairs = compare_pairs(chosen)
-    comparison.to_csv(home / "comparison.csv", index=False)
-    pairs.to_csv(home / "pairs.csv", index=False)
+    comparison.to_csv(directory / "comparison.csv", index=False)
+    pairs.to_csv(directory / "pairs.csv", index=False)
 
     rates = learning_rate_columns(results.swept)
     note = (
         f"Over completed trials: mean ± SEM, and the median with its 95% interval. "
-        f"{_final_note(results)} "
-        f"Steps to {threshold:g}: median over all trials until the mean of the last "
-        f"{MEASURES[results.measure]} values is as high (Kaplan and Meier; trials that never get "
-        "there count as longer than they were trained), where half of them got there, and how many "
-        f"did. {few_seeds(best)}"
+        f"{_final_note(results)} AUC: over {results.axis.name}. "
+        f"{_to_threshold(results, threshold).capitalize()}: median over all trials until the mean "
+        f"of the last {MEASURES[results.measure]} values is as high (Kaplan and Meier; trials that "
+        "never get there count as longer than they were trained), where half of them got there, "
+        f"and how many did. {few_seeds(best)}"
     )
     if rates:
         note += (
@@ -207,7 +185,7 @@ def _sweep(directory: Path, threshold: float, home: Path) -> Section:
         facts=[*_states(results), *_starts(starts)],
         problems=list(results.problems),
         tables=tables,
-        figures=write_figures(results, home / "figures"),
+        figures=write_figures(results, directory / "figures"),
     )
     if experiment.is_file():
         section.configuration = experiment.read_text(encoding="utf-8")
@@ -220,6 +198,10 @@ def _sweep(directory: Path, threshold: float, home: Path) -> Section:
         if revision.endswith("-dirty"):
             section.facts.append(("note", f"the code had changes that {revision[:-6]} lacks"))
     return section
+
+
+def _to_threshold(results: Results, threshold: float) -> str:
+    return f"{results.axis.unit} to {threshold:g}"
 
 
 def _final_note(results: Results) -> str:
@@ -256,7 +238,7 @@ def _states(results: Results) -> list[tuple[str, str]]:
     seconds = results.trials["seconds"].sum()
     return [
         ("trials", f"{len(results.trials)}: {counts}"),
-        ("environment steps", f"{int(results.trials['env_steps'].sum()):,}"),
+        ("environment steps", f"{int(results.trials['env_steps'].sum()):,} really taken"),
         ("time training", f"{seconds / 3600:.2f} hours, summed over trials"),
     ]
 
@@ -281,16 +263,21 @@ def _words(value: object) -> str:
 
 def _efficiency(results: Results, points: pd.DataFrame, threshold: float) -> list[Efficiency]:
     """Sample efficiency of every row of `points`, over all its trials that have begun."""
-    window, steps = MEASURES[results.measure], {}
-    for name, rows in results.curves.groupby("trial", sort=False):
-        curve = pd.Series(rows[results.measure].to_numpy(), rows["env_steps"].to_numpy())
-        steps[name] = steps_to_threshold(curve.dropna(), threshold, window)
+    window = MEASURES[results.measure]
+    curves = {name: results.curve(name, results.measure) for name in results.trials["trial"]}
+    steps = {name: steps_to_threshold(curve, threshold, window) for name, curve in curves.items()}
+    trained = {
+        name: float(places(rows, results.x)[-1])
+        for name, rows in results.curves.groupby("trial", sort=False)
+    }
     found = []
     for _, point in points.iterrows():
         trials = at_points(results.trials, pd.DataFrame([point]))
         trials = trials[trials["iterations"] > 0]
         # One that failed will never get there, however long the others were trained.
-        budgets = trials["env_steps"].where(trials["state"] != "failed", trials["env_steps"].max())
+        budgets = trials["trial"].map(trained)
+        trials, budgets = trials[budgets.notna()], budgets.dropna()
+        budgets = budgets.where(trials["state"] != "failed", budgets.max())
         found.append(sample_efficiency([steps[name] for name in trials["trial"]], budgets))
     return found
 
@@ -300,7 +287,7 @@ def _comparison_table(
 ) -> Table:
     final, name = f"final_{results.measure}", MEASURE_NAMES[results.measure]
     table = Table("method", *results.swept, "trials", f"final {name}", "final median")
-    for header in ("AUC", "AUC median", f"steps to {threshold:g}"):
+    for header in ("AUC", "AUC median", _to_threshold(results, threshold)):
         table.add_column(header)
     records = points.to_dict("records")
     for row, (_, point), needed in zip(records, points.iterrows(), efficiency, strict=True):
@@ -317,7 +304,7 @@ def _comparison_table(
                     _interval(row, f"{score}_median"),
                 )
             ),
-            _steps(needed),
+            _steps(needed, results.x),
         )
     return table
 
@@ -329,10 +316,11 @@ def _interval(row: dict, name: str) -> str:
     return f"{row[name]:.3f}" + ("" if pd.isna(low) else f" [{low:.3f}, {high:.3f}]")
 
 
-def _steps(needed: Efficiency) -> str:
+def _steps(needed: Efficiency, x: str) -> str:
     if not needed.runs:
         return "-"
-    median = f"{needed.median:,.0f}" if needed.median < float("inf") else "-"
+    shown = ".3g" if x == "hours" else ",.0f"
+    median = f"{needed.median:{shown}}" if needed.median < float("inf") else "-"
     return f"{median} ({needed.reached} of {needed.runs})"
 
 
@@ -393,7 +381,7 @@ def _trials_table(results: Results) -> Table:
     return table
 
 
-def _expert_network(directory: Path, home: Path) -> Section:
+def _expert_network(directory: Path) -> Section:
     frame = pd.read_csv(directory / "expert_network.csv")
     inside = within_interval(frame)
     cases = list(frame["case"].unique())
@@ -406,15 +394,15 @@ def _expert_network(directory: Path, home: Path) -> Section:
         directory=directory,
         tables=[("Ratios", note, ratio_table(frame, inside))],
         figures=[
-            Figure(expert_ratios(frame, case, home / f"ratio_{case}.png"), f"Ratios, {case}")
+            Figure(expert_ratios(frame, case, directory / f"ratio_{case}.png"), f"Ratios, {case}")
             for case in cases
         ],
     )
 
 
-def _probe(directory: Path, home: Path) -> Section:
+def _probe(directory: Path) -> Section:
     neurons, layers = (pd.read_csv(directory / f"{name}.csv") for name in ("neurons", "layers"))
-    path = probe_errors(neurons, layers, home / "probe.png", "")
+    path = probe_errors(neurons, layers, directory / "probe.png", "")
     return Section(
         title=f"probe ({directory.resolve().name})",
         directory=directory,
@@ -424,7 +412,10 @@ def _probe(directory: Path, home: Path) -> Section:
 
 
 def compare(
-    first: str | Path, second: str | Path | None = None, plan: float | None = None
+    first: str | Path,
+    second: str | Path | None = None,
+    plan: float | None = None,
+    x: str = "env_steps",
 ) -> tuple[pd.DataFrame, list[tuple[str, str, Table]]]:
     """Two experiments' methods, each against itself, or one experiment's against each other; each
     at its best learning rate.
@@ -433,6 +424,7 @@ def compare(
         first: results folder.
         second: the other one, if there are two.
         plan: a difference of AUC, of which to say how many seeds would find it.
+        x: what areas are taken against, a key of `AXES`.
 
     Returns:
         The frame of `statistics.compare_pairs`, or of two experiments that of
@@ -447,7 +439,7 @@ def compare(
     if plan is not None and not plan > 0:
         raise ResultsError(f"a plan is for a difference above 0, got {plan:g}")
     folders = [first] if second is None else [first, second]
-    both = [load_results(folder) for folder in folders]
+    both = [load_results(folder, x=x) for folder in folders]
     best = [best_learning_rates(compare_methods(results.trials)) for results in both]
     chosen = [at_points(r.trials, points) for r, points in zip(both, best, strict=True)]
     rates = any(learning_rate_columns(results.swept) for results in both)
@@ -464,9 +456,9 @@ def compare(
     else:
         frame, shown, lines, table = _compare_two(both, chosen, plan)
         title = "Methods"
-    said = [_pairs_note(frame, rates), *lines]
+    said = [f"AUC: over {both[0].axis.name}.", _pairs_note(frame, rates), *lines]
     if plan is not None:
-        said.insert(1, _plan_note(plan))
+        said.insert(2, _plan_note(plan))
     if second is not None:
         said.insert(0, f"first: {first}, second: {second}; mean ± SEM over completed trials.")
     missing = Table("experiment", "trial")

@@ -19,15 +19,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
 from sgrl.tuning.experiment import ExperimentError, planned_trials
 from sgrl.tuning.metrics import (
+    AXES,
     COLUMNS,
     INTEGER_COLUMNS,
     MEASURES,
+    NEW_COLUMNS,
+    Axis,
+    OldMetricsError,
     columns_of,
     common_measure,
     is_taken,
+    known_columns,
+    old_counts,
     read_metrics,
     score_of,
 )
@@ -56,11 +63,11 @@ class Results:
             where not recorded), final_success_rate (mean over the last
             five batches), where trials evaluate final_eval_reward (of the last evaluation), where
             the environment knows no success final_episode_return_mean (over five batches),
-            auc (area under that measure against environment steps, trapezoid, divided by their
-            span), env_steps (of the last iteration), seconds (spent training), reason (of a
-            failure). `attrs["swept"]` lists the swept columns, `attrs["measure"]` is the key of
-            `MEASURES` they are judged by. With several folders, `experiment` is the first of the
-            swept columns and part of the trials' names.
+            auc (area under that measure against the axis, trapezoid, divided by its span),
+            env_steps (of the last iteration), seconds (spent training), reason (of a failure).
+            `attrs["swept"]` lists the swept columns, `attrs["measure"]` is the key of `MEASURES`
+            they are judged by, `attrs["x"]` that of `AXES`. With several folders, `experiment` is
+            the first of the swept columns and part of the trials' names.
         curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
             each other in the order of `trials`.
         problems: one line for each folder that is missing or none of the experiment's trials, and
@@ -82,33 +89,69 @@ class Results:
         """What trials are judged by, a key of `MEASURES`."""
         return self.trials.attrs["measure"]
 
+    @property
+    def x(self) -> str:
+        """What areas and curves are taken against, a key of `AXES`."""
+        return self.trials.attrs["x"]
+
+    @property
+    def axis(self) -> Axis:
+        """The same in words."""
+        return AXES[self.x]
+
+    def curve(self, trial: str, column: str) -> pd.Series:
+        """One column of one trial's metrics.csv by `x`, without the rows in which either is
+        empty."""
+        (position,) = np.flatnonzero(self.trials["trial"] == trial)
+        counts = self.trials["iterations"].to_numpy()
+        rows = self.curves.iloc[counts[:position].sum() :][: counts[position]]
+        values = rows[column].to_numpy(float) if column in rows else np.full(len(rows), np.nan)
+        at = places(rows, self.x)
+        known = ~np.isnan(values) & ~np.isnan(at)
+        return pd.Series(values[known], pd.Index(at[known], name=self.x))
+
     def curves_of(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
-        """One column of metrics.csv of some of the trials: index env_steps (the trials' mean),
-        one column a trial. Iterations at which it is empty are left out; the frame ends with the
-        shortest trial."""
-        firsts = self.trials["iterations"].cumsum() - self.trials["iterations"]
-        lines, steps = {}, {}
-        for position, name in zip(trials.index.tolist(), trials["trial"], strict=True):
-            rows = self.curves.iloc[firsts[position] :][: trials["iterations"][position]]
-            known = rows[column].notna().to_numpy() if column in rows else np.zeros(len(rows), bool)
-            index = rows["iteration"].to_numpy()[known]
-            lines[name] = pd.Series(rows[column].to_numpy()[known] if known.any() else [], index)
-            steps[name] = pd.Series(rows["env_steps"].to_numpy(float)[known], index)
-        if not lines:
+        """One column of metrics.csv of some of the trials: index `x`, one column a trial.
+
+        At the same iteration seeds are not equally far on the axis, so each one's curve is
+        interpolated linearly on a common grid: the seeds' mean places row by row, from where the
+        last of them begins to where the first one ends. No curve is drawn beyond its own ends.
+        """
+        lines = {name: self.curve(name, column) for name in trials["trial"]}
+        shortest = min(map(len, lines.values()), default=0)
+        if not shortest:
             return pd.DataFrame()
-        wide = pd.DataFrame(lines).dropna()
-        # Seeds of an algorithm that samples whole episodes differ a little in their steps.
-        wide.index = pd.Index(
-            pd.DataFrame(steps).mean(axis=1).reindex(wide.index), name="env_steps"
-        )
-        return wide
+        knots = {name: line.index.to_numpy(float) for name, line in lines.items()}
+        first = max(places[0] for places in knots.values())
+        last = min(places[-1] for places in knots.values())
+        if first > last:
+            return pd.DataFrame()
+        mean = np.mean([places[:shortest] for places in knots.values()], axis=0)
+        grid = np.unique([first, *mean[(first < mean) & (mean < last)], last])
+        wide = {n: np.interp(grid, knots[n], line.to_numpy()) for n, line in lines.items()}
+        return pd.DataFrame(wide, index=pd.Index(grid, name=self.x))
 
 
-def load_results(*directories: str | Path) -> Results:
+def places(rows: pd.DataFrame, x: str) -> NDArray[np.float64]:
+    """Where each row of a trial, its first ones included, lies on an axis."""
+    if x == "hours":
+        return rows["iteration_seconds"].cumsum().to_numpy(float) / 3600
+    return rows[x].to_numpy(float) if x in rows else np.full(len(rows), np.nan)
+
+
+def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
     """Read results folders, each of one experiment.
 
-    Raises ResultsError where a folder holds no trial.
+    Args:
+        directories: the folders.
+        x: what areas and curves are taken against, a key of `AXES`.
+
+    Raises:
+        ResultsError: a folder holds no trial, no trial has that axis, or an older metrics.csv
+            does not tell how many steps were taken.
     """
+    if x not in AXES:
+        raise ResultsError(f"unknown axis {x!r}: give one of {', '.join(AXES)}")
     folders = list(dict.fromkeys(Path(directory) for directory in directories))
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -116,7 +159,7 @@ def load_results(*directories: str | Path) -> Results:
     several = len(folders) > 1
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
-    files: list[Path] = []
+    files: list[tuple[Path, dict[str, Any]]] = []
     swept: dict[str, None] = {"experiment": None} if several else {}
     for name, directory in zip(names, folders, strict=True):
         found = _trial_folders(directory, problems)
@@ -140,28 +183,37 @@ def load_results(*directories: str | Path) -> Results:
                     "notes": status.get("notes", []),
                 }
             )
-            files.append(folder / "metrics.csv")
-    metrics = _read_all(files)
+            files.append((folder / "metrics.csv", config))
+    try:
+        metrics = _read_all(files)
+    except OldMetricsError as error:
+        raise ResultsError(str(error)) from None
+    for row, (frame, _) in zip(rows, metrics, strict=True):
+        row["lacks_axis"] = len(frame) > 0 and bool(np.isnan(places(frame, x)).any())
+    if rows and all(row["lacks_axis"] for row in rows):
+        raise ResultsError(f"{folders[0]}: {_lacking(x)} in any trial: give another --x")
     measures = set()
     for row, (frame, _) in zip(rows, metrics, strict=True):
         lists = {name: frame[name].tolist() for name in MEASURES if name in frame}
-        measure, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), lists)
+        measure, row["final"], row["auc"] = score_of(places(frame, x).tolist(), lists)
         row["iterations"] = len(frame)
         row["env_steps"] = int(frame["env_steps"].iloc[-1]) if len(frame) else 0
         row["seconds"] = float(frame["iteration_seconds"].sum())
         measures.add(measure)
     for row, (_, dropped) in zip(rows, metrics, strict=True):
         problems += _problems(row, dropped)
+        if row["lacks_axis"]:
+            problems.append(f"{row['trial']}: {_lacking(x)}; left out of curves and AUC")
     measure = common_measure(measures)
     if measure == "episode_return_mean" and "success_rate" in measures:
         for row, (frame, _) in zip(rows, metrics, strict=True):
             column = {measure: frame[measure].tolist()} if measure in frame else {}
-            _, row["final"], row["auc"] = score_of(frame["env_steps"].tolist(), column)
+            _, row["final"], row["auc"] = score_of(places(frame, x).tolist(), column)
     first = ["trial", "method", *swept, "seed", "state", "iterations", "planned"]
     scale = ["batch", "budget", "parameters"]
     trials = pd.DataFrame(rows)[[*first, *scale, "final", "auc", "env_steps", "seconds", "reason"]]
     trials = trials.rename(columns={"final": f"final_{measure}"})
-    trials.attrs = {"swept": list(swept), "measure": measure}
+    trials.attrs = {"swept": list(swept), "measure": measure, "x": x}
     curves = _concatenate(trials["trial"], [frame for frame, _ in metrics])
     return Results(tuple(folders), trials, curves, tuple(problems))
 
@@ -171,7 +223,13 @@ def _concatenate(names: Iterable[str], frames: Sequence[pd.DataFrame]) -> pd.Dat
     curves = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COLUMNS)
     trial = np.repeat(np.array(list(names), dtype=object), [len(frame) for frame in frames])
     curves.insert(0, "trial", trial)
-    return curves.astype(dict.fromkeys(INTEGER_COLUMNS, int))
+    return curves.astype({name: int for name in INTEGER_COLUMNS if curves[name].notna().all()})
+
+
+def _lacking(x: str) -> str:
+    """Why a trial is not on an axis."""
+    why = {"padded_env_steps": " (only Reinforce pads)"}.get(x, " (an older version counted none)")
+    return f"no {x}{why}"
 
 
 def _problems(row: dict[str, Any], dropped: int) -> list[str]:
@@ -194,18 +252,20 @@ def _problems(row: dict[str, Any], dropped: int) -> list[str]:
     return found
 
 
-def _read_all(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, int]]:
-    """Each file's rows as `read_metrics` returns them, and how many lines it dropped.
+def _read_all(files: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[pd.DataFrame, int]]:
+    """The rows of each file, given with its trial's config.yaml, as `read_metrics` returns them,
+    and how many lines it dropped.
 
     Files with the same header are parsed in one go: two thousand of them take seconds. One that
     is not as it should be is read again by `read_metrics`, line by line.
     """
+    paths = [path for path, _ in files]
     texts = [_read_bytes(path) for path in paths]
     heads = [text.partition(b"\n")[0] for text in texts]
     frames: list[pd.DataFrame | None] = [None] * len(paths)
     for head in dict.fromkeys(heads):
-        columns = tuple(head.decode(errors="replace").split(","))
-        if columns != columns_of(dict.fromkeys(columns, 0.0)):
+        columns = known_columns(head.decode(errors="replace"))
+        if columns is None:
             continue
         members = [i for i, other in enumerate(heads) if other == head]
         bodies = [texts[i][len(head) + 1 : texts[i].rfind(b"\n") + 1] for i in members]
@@ -222,7 +282,7 @@ def _read_all(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, int]]:
             for i, last, count in zip(members, np.cumsum(counts), counts, strict=True):
                 frame = whole[last - count : last]
                 if _is_sound(frame):
-                    frames[i] = frame
+                    frames[i] = _with_counts(frame, *files[i])
     read = []
     for path, text, sound in zip(paths, texts, frames, strict=True):
         frame = _line_by_line(path) if sound is None else sound
@@ -230,6 +290,15 @@ def _read_all(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, int]]:
         dropped = max(0, lines - 1 - len(frame)) if text else 0
         read.append((frame, dropped))
     return read
+
+
+def _with_counts(frame: pd.DataFrame, path: Path, config: dict[str, Any]) -> pd.DataFrame:
+    """A file's rows, of an older one with the columns that it lacks."""
+    if NEW_COLUMNS[0] in frame or not len(frame):
+        return frame
+    lists = (frame[name].tolist() for name in ("env_steps", "episode_length_mean"))
+    whole = frame.assign(**old_counts(path, config, *lists))
+    return whole[list(columns_of(dict.fromkeys(frame.columns, 0.0)))]
 
 
 def _line_by_line(path: Path) -> pd.DataFrame:
@@ -314,19 +383,21 @@ def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:
     }
     sections |= config.get("config") or {}
     runners, training = sections["env_runners"], sections["training"]
-    length = 1
+    length, steps = 1, "environment steps"
     if config.get("algorithm") == "Reinforce":
+        # How many of them are really taken shows only in the end.
+        steps = "padded environment steps"
         size = runners.get("num_envs_per_env_runner", 0) * max(1, runners.get("num_env_runners", 0))
         length = (sections["environment"].get("env_config") or {}).get("episode_length", 0)
         unit = "episodes"
     else:
         size = training.get("train_batch_size_per_learner") or training.get("train_batch_size", 0)
         size *= max(1, sections["learners"].get("num_learners", 0))
-        unit = "environment steps"
+        unit = steps
     if not size:
         return {"batch": None, "budget": None}
     count = size * ((config.get("stop") or {}).get("training_iteration") or 0)
-    budget = f"{count * length:,} environment steps" if length else f"{count:,} episodes"
+    budget = f"{count * length:,} {steps}" if length else f"{count:,} episodes"
     return {"batch": f"{size:,} {unit}", "budget": budget if count else None}
 
 

@@ -396,7 +396,7 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
         One row a method and swept point, in the order of `trials`: method, the swept columns,
         trials (completed ones), failed, unfinished, then for final_success_rate (or another measure
         that trials are judged by) and auc: the mean under that name, and with _sem, _iqm, _median,
-        _median_ci_low and _median_ci_high (NaN of fewer than five seeds).
+        _median_ci_low and _median_ci_high (NaN of fewer than five seeds); last x, the axis of auc.
     """
     final = f"final_{measure_of(trials)}"
     swept = trials.attrs.get("swept", [])
@@ -417,6 +417,7 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
             row |= zip(names, median_interval(scores), strict=True)
         rows.append(row)
     comparison = pd.DataFrame(rows)
+    comparison["x"] = axis_of(trials)
     comparison.attrs = {"swept": swept, "measure": measure_of(trials)}
     return comparison
 
@@ -489,7 +490,8 @@ def compare_pairs(
         One row a pair, with columns first, second, tasks, first_trials, second_trials, fewest_seeds
         (of a method in a task), difference (of the means, averaged over tasks), probability,
         probability_ci_low, probability_ci_high (that a run of the first is better), p, smallest_p,
-        detectable_difference, confounded_by, with a plan seeds_needed, then p_holm and verdict.
+        detectable_difference, confounded_by, with a plan seeds_needed, then p_holm, verdict and x,
+        the axis.
     """
     tables = by_task(trials, score)
     pairs = itertools.combinations(dict.fromkeys(trials["method"]), 2)
@@ -498,7 +500,7 @@ def compare_pairs(
         | _versus(tables.get(first, {}), tables.get(second, {}), score, plan)
         for first, second in pairs
     ]
-    return _judged(rows)
+    return _judged(rows, trials)
 
 
 def compare_experiments(
@@ -521,7 +523,7 @@ def compare_experiments(
         for name in ours
         if name in theirs
     ]
-    return _judged(rows)
+    return _judged(rows, first)
 
 
 def by_task(trials: pd.DataFrame, score: str = "auc") -> dict[str, dict[str, pd.DataFrame]]:
@@ -572,10 +574,16 @@ def _excluded(pairs: Pairs, difference: float) -> bool:
     return True
 
 
-def _judged(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows with corrected p-values, and what follows of each."""
+def axis_of(frame: pd.DataFrame) -> str:
+    """What the areas of a frame were taken against, a key of `AXES`."""
+    return frame.attrs.get("x", "env_steps")
+
+
+def _judged(rows: list[dict[str, Any]], trials: pd.DataFrame) -> pd.DataFrame:
+    """The rows with corrected p-values, what follows of each, and the trials' axis."""
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"], row["verdict"] = p, _verdict(row, p, row.pop("excluded"))
+        row["x"] = axis_of(trials)
     return pd.DataFrame(rows)
 
 

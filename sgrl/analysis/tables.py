@@ -42,8 +42,8 @@ def write_comparison(
     count = MEASURES[results.measure]
     last = "the last evaluation" if count == 1 else f"the last {count} batches"
     console.print(
-        f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC: mean ± SEM over "
-        "completed trials"
+        f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC over "
+        "environment steps: mean ± SEM over completed trials"
     )
     # More columns than the terminal is wide are wrapped by it, not cut.
     wide = Console(width=10_000, file=console.file)

@@ -46,8 +46,18 @@ class EpisodeBatch:
 
     @property
     def num_steps(self) -> int:
-        """Environment steps as figures count them: T x B, padding included."""
+        """Steps that the environments really took."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_padded_steps(self) -> int:
+        """T x B, padding included: the published count."""
         return self.mask.numel()
+
+    @property
+    def num_episodes(self) -> int:
+        """B: every environment runs one."""
+        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> "EpisodeBatch":
         values = {name: value.to(device) for name, value in self.tensors().items()}
@@ -76,3 +86,24 @@ def concatenate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
         for name in batches[0].tensors()
     }
     return EpisodeBatch(**values)
+
+
+@dataclass
+class StepCounts:
+    """What training has taken of its environments so far; evaluation counts nowhere.
+
+    Attributes:
+        env_steps: steps really taken.
+        padded_env_steps: batches x environments x T, the published axis.
+        episodes: episodes that ended.
+    """
+
+    env_steps: int = 0
+    padded_env_steps: int = 0
+    episodes: int = 0
+
+    def add(self, batch: EpisodeBatch) -> None:
+        """Count a batch."""
+        self.env_steps += batch.num_steps
+        self.padded_env_steps += batch.num_padded_steps
+        self.episodes += batch.num_episodes

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.policy import Policy
+from sgrl.reinforce.batch import StepCounts
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
@@ -33,9 +34,10 @@ def train(
         settings: of each update; the published ones if None.
 
     Yields:
-        One row of metrics an iteration: iteration, env_steps, success_rate (unless the
-        environment knows no success), episode_return_mean, episode_length_mean, and those of
-        `update`.
+        One row of metrics an iteration: iteration, so far env_steps (steps really taken),
+        padded_env_steps (T an episode, the published axis) and episodes; of the batch success_rate
+        (unless the environment knows no success), episode_return_mean, episode_length_mean, and
+        those of `update`.
 
     Example:
         >>> env = make_vector("labyrinth_escape", 20, {})
@@ -46,14 +48,14 @@ def train(
     """
     rollout = Rollout(env, policy, seed, keep=True)
     optimizers = make_optimizers(policy, lr, predictor_lr)
-    env_steps = 0
+    counts = StepCounts()
     for iteration in range(1, iterations + 1):
         batch = rollout.collect()
-        env_steps += batch.num_steps
+        counts.add(batch)
         measured = update(policy, optimizers, batch, settings or UpdateSettings())
         yield {
             "iteration": iteration,
-            "env_steps": env_steps,
+            **vars(counts),
             **batch.statistics(),
             **measured,
         }

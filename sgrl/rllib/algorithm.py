@@ -15,6 +15,7 @@ config gives the same numbers as `sgrl.reinforce.train`, and a restored algorith
 (for one CPU type, thread count and runner count).
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Collection
@@ -32,13 +33,14 @@ from ray.rllib.utils.metrics import (
     EVALUATION_RESULTS,
     LEARNER_RESULTS,
     LEARNER_UPDATE_TIMER,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
     TIMERS,
 )
 from ray.util.debug import log_once
 
 from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.policies import POLICIES, Policy
-from sgrl.reinforce.batch import EpisodeBatch, concatenate
+from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.reinforce.update import BASELINES
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
@@ -250,12 +252,14 @@ class Reinforce(Algorithm):
     one update, or as many as `total_updates` spreads over `total_iterations`.
 
     `train()` returns RLlib's result dict; under "sgrl" it holds the metrics of the iteration as
-    flat floats: env_steps (batches x environments x T), success_rate, episode_return_mean,
-    episode_length_mean, policy_loss, entropy, grad_norm (of the policy's gradients, before
-    clipping), under sgprop predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm and
-    mixing_weight_{mean,min,p25,median,p75,max} (feed-forward: of each layer too), and where the
-    iteration ended with an evaluation eval_reward (its mean reward an episode). Over several
-    updates they are means; env_steps and the mixing weights are those after the last.
+    flat floats: so far env_steps (steps really taken), padded_env_steps (batches x environments x
+    T, the published axis) and episodes; success_rate (unless the environment knows no success),
+    episode_return_mean, episode_length_mean, policy_loss, entropy, grad_norm (of the policy's
+    gradients, before clipping), under sgprop predictor_loss, received_grad_norm, mixed_grad_norm,
+    prediction_norm and mixing_weight_{mean,min,p25,median,p75,max} (feed-forward: of each layer
+    too), and where the iteration ended with an evaluation eval_reward (its mean reward an
+    episode). Over several updates they are means; counts and the mixing weights are those after
+    the last.
 
     Source: the paper, Sections H.3 and H.4.
     """
@@ -273,7 +277,9 @@ class Reinforce(Algorithm):
         """
         _check_resources(self.config)
         self._updates = 0
-        self._env_steps = 0
+        self._counts = StepCounts()
+        #: Steps learned from that RLlib's own counters lack; none at an iteration's end.
+        self._steps_to_tell = 0
         self._row: dict[str, float] = {}
         super().setup(config)
         if self._is_all_local:
@@ -322,12 +328,12 @@ class Reinforce(Algorithm):
             with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                 batch = self._sample()
             self._updates += 1
+            self._counts.add(batch)
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 measured = self._learn(batch, ends_iteration=self._updates == end)
             if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
                 self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
-            self._env_steps += batch.num_steps
-            rows.append({"env_steps": self._env_steps, **batch.statistics(), **measured})
+            rows.append({**vars(self._counts), **batch.statistics(), **measured})
         self._row = _mean_row(rows)
 
     def _last_update_of_iteration(self) -> int:
@@ -356,10 +362,12 @@ class Reinforce(Algorithm):
         return concatenate(batches)
 
     def _learn(self, batch: EpisodeBatch, ends_iteration: bool) -> dict[str, float]:
+        self._steps_to_tell += batch.num_steps
         if self.learner_group.is_local and not ends_iteration:
             # RLlib's bookkeeping around an update costs as much as a small one.
             return self.learner_group._learner.update_policy(batch)
-        rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID)
+        rllib_batch = learner_batch(batch, DEFAULT_MODULE_ID, self._steps_to_tell)
+        self._steps_to_tell = 0
         if self.learner_group.is_local:
             self.learner_group._learner.acted = batch.acted
             results = self.learner_group.update(batch=rllib_batch)
@@ -381,11 +389,11 @@ class Reinforce(Algorithm):
         if self._check_component(COMPONENT_REINFORCE, components, not_components):
             rollouts = self.env_runner_group.foreach_env_runner(
                 lambda runner: (runner.worker_index, runner.get_state(COMPONENT_ROLLOUT)),
-                local_env_runner=self.env_runner_group.num_remote_env_runners() == 0,
+                local_env_runner=False,
             )
             state[COMPONENT_REINFORCE] = {
                 "updates": self._updates,
-                "env_steps": self._env_steps,
+                **vars(self._counts),
                 "rollouts": dict(rollouts),
             }
         return state
@@ -394,37 +402,45 @@ class Reinforce(Algorithm):
         """Set whatever `state` holds of what `get_state` returns.
 
         Raises:
-            ValueError: it was saved with another number of remote runners, above 1.
+            ValueError: it was saved with another number of remote runners.
         """
         super().set_state(state)
         if COMPONENT_REINFORCE not in state:
             return
         self._updates = state[COMPONENT_REINFORCE]["updates"]
-        self._env_steps = state[COMPONENT_REINFORCE]["env_steps"]
         rollouts = state[COMPONENT_REINFORCE]["rollouts"]
-        saved = sum(index > 0 for index in rollouts)
+        self._counts = self._counts_from(state[COMPONENT_REINFORCE])
         present = self.env_runner_group.num_remote_env_runners()
-        if saved != present:
-            if max(saved, present) > 1 or not rollouts:
-                raise ValueError(
-                    f"the checkpoint was written with {saved} remote runners, there are "
-                    f"{present}: set num_env_runners to {saved} to continue it"
-                )
-            # The only runner's environments are the same ones, wherever it runs.
-            [only] = rollouts.values()
-            rollouts = {0: only, 1: only}
-        if rollouts:
-            self.env_runner_group.foreach_env_runner(
-                lambda runner: runner.set_state(rollouts[runner.worker_index]),
-                local_env_runner=present == 0,
+        if len(rollouts) != present:
+            raise ValueError(
+                f"the checkpoint was written with {len(rollouts)} remote runners, there are "
+                f"{present}: set num_env_runners to {len(rollouts)} to continue it"
             )
+        self.env_runner_group.foreach_env_runner(
+            lambda runner: runner.set_state(rollouts[runner.worker_index]),
+            local_env_runner=False,
+        )
+
+    def _counts_from(self, state: dict[str, Any]) -> StepCounts:
+        if "padded_env_steps" not in state:
+            # Of an older version, whose env_steps were padded; RLlib's counter was not.
+            taken = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+            envs = self.config.num_envs_per_env_runner * max(1, self.config.num_env_runners)
+            return StepCounts(
+                env_steps=int(self.metrics.peek(taken, default=0)),
+                padded_env_steps=state["env_steps"],
+                episodes=self._updates * envs,
+            )
+        names = (field.name for field in dataclasses.fields(StepCounts))
+        return StepCounts(**{name: state[name] for name in names})
 
 
 def _mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
     """Means over an iteration's updates; counts and mixing weights are the last ones."""
+    counts = vars(StepCounts())
     row = dict(rows[-1])
     for name in row if len(rows) > 1 else ():
-        if name != "env_steps" and "mixing_weight" not in name:
+        if name not in counts and "mixing_weight" not in name:
             row[name] = math.fsum(other[name] for other in rows) / len(rows)
     return row
 

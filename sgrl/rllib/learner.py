@@ -230,10 +230,18 @@ class ReinforceLearner(ExactLearner):
         return MultiAgentBatch(columns, env_steps=batch.env_steps())
 
 
-def learner_batch(batch: EpisodeBatch, module_id: str) -> MultiAgentBatch:
-    """Wrap an episode batch the way RLlib hands batches to Learners."""
+def learner_batch(
+    batch: EpisodeBatch, module_id: str, env_steps: int | None = None
+) -> MultiAgentBatch:
+    """Wrap an episode batch the way RLlib hands batches to Learners.
+
+    Args:
+        batch: whole episodes.
+        module_id: whose they are.
+        env_steps: what RLlib is to count as learned from with it; the batch's own steps if None.
+    """
     columns = batch.tensors()
     return MultiAgentBatch(
         {module_id: SampleBatch(columns, _time_major=True, _zero_padded=True)},
-        env_steps=batch.num_steps,
+        env_steps=batch.num_steps if env_steps is None else env_steps,
     )

@@ -4,7 +4,7 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import gymnasium as gym
@@ -41,7 +41,7 @@ class SampledBatch(EpisodeBatch):
 
     def env_steps(self) -> int:
         """Steps really taken, without padding."""
-        return int(self.lengths.sum())
+        return self.num_steps
 
     def agent_steps(self) -> int:
         """The same: one agent."""
@@ -164,16 +164,11 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         }
         for name, value in statistics.items():
             self.metrics.log_value(names[name], value, reduce="mean")
-        self.metrics.log_value(NUM_EPISODES, len(sampled.lengths), reduce="sum")
-        steps = sampled.env_steps()
+        self.metrics.log_value(NUM_EPISODES, sampled.num_episodes, reduce="sum")
+        steps = sampled.num_steps
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, reduce="lifetime_sum")
         return sampled
-
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `func` with this runner. RLlib's own ends the process at any error, and with it what
-        the error said."""
-        return func(self, *args, **kwargs)
 
     def get_metrics(self) -> dict[str, Any]:
         """Return what was logged since the last call."""

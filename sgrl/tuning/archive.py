@@ -208,9 +208,13 @@ def _table(trials: Iterable[ArchivedTrial]) -> pa.Table:
     names = [trial.name for trial in trials for _ in trial.rows]
     arrays: dict[str, pa.Array] = {"trial": pa.array(names, pa.string()).dictionary_encode()}
     for column in dict.fromkeys(name for row in rows for name in row):
-        lacking = np.array([column not in row for row in rows])
-        values = [row.get(column, 0) for row in rows]
-        kind = np.int64 if column in INTEGER_COLUMNS else np.float32
+        whole = column in INTEGER_COLUMNS
+        # An algorithm that pads nothing leaves its column of whole numbers empty.
+        lacking = np.array(
+            [column not in row or (whole and row[column] != row[column]) for row in rows]
+        )
+        values = [0 if empty else row[column] for empty, row in zip(lacking, rows, strict=True)]
+        kind = np.int64 if whole else np.float32
         arrays[column] = pa.array(np.array(values, kind), mask=lacking)
     return pa.table(arrays)
 

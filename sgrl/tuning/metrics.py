@@ -1,9 +1,11 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
 Feed-forward networks under sgprop add columns for each layer, before the last one, and so do
-evaluations apart from training. A row is appended in one write and the file is cut back to the
-iteration of the checkpoint that a trial continues from, so it holds no gap and no duplicate
-whatever was killed.
+evaluations apart from training. A row is
+appended in one write and the file is cut back to the iteration of the checkpoint that a
+trial continues from, so it holds no gap and no duplicate whatever was killed.
+
+Files from before there was `padded_env_steps` are read as if they had it (see `old_counts`).
 """
 
 import itertools
@@ -11,11 +13,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 COLUMNS = (
     "iteration",
     "env_steps",
+    "padded_env_steps",
+    "episodes",
     "success_rate",
     "episode_return_mean",
     "episode_length_mean",
@@ -35,18 +41,36 @@ COLUMNS = (
     "mixing_weight_max",
     "iteration_seconds",
 )
-#: What evaluations apart from training add, before the last column, and what it is in words (see
-#: `sgrl.tuning.evaluation`).
-EVALUATION_NAMES = {
-    "eval_success_rate": "success rate in evaluation",
-    "eval_return": "episode return in evaluation",
-    "eval_greedy_success_rate": "success rate in evaluation, likeliest actions",
-    "eval_greedy_return": "episode return in evaluation, likeliest actions",
-}
-EVALUATION_COLUMNS = tuple(EVALUATION_NAMES)
-INTEGER_COLUMNS = ("iteration", "env_steps")
+#: What evaluations apart from training add, before the last column (see `sgrl.tuning.evaluation`).
+EVALUATION_COLUMNS = (
+    "eval_success_rate",
+    "eval_return",
+    "eval_greedy_success_rate",
+    "eval_greedy_return",
+)
+INTEGER_COLUMNS = ("iteration", "env_steps", "padded_env_steps", "episodes")
+#: Columns that older files lack, and those that they have under another name.
+NEW_COLUMNS = ("padded_env_steps", "episodes")
+OLD_NAMES = {"true_grad_norm": "received_grad_norm"}
 #: What a trial is judged by, the first one it reports: the mean of its last so many values.
 MEASURES = {"eval_reward": 1, "success_rate": 5, "episode_return_mean": 5}
+
+
+class Axis(NamedTuple):
+    """What curves are drawn and areas taken against: its name in words, and what it counts."""
+
+    name: str
+    unit: str
+
+
+#: Axes by column; hours are the sums of iteration_seconds.
+AXES = {
+    "env_steps": Axis("environment steps", "steps"),
+    "padded_env_steps": Axis("environment steps, padding included", "padded steps"),
+    "iteration": Axis("iterations", "iterations"),
+    "episodes": Axis("episodes", "episodes"),
+    "hours": Axis("hours of training", "hours"),
+}
 #: The measures in words.
 MEASURE_NAMES = {
     "eval_reward": "test reward",
@@ -59,10 +83,14 @@ TAKEN = frozenset(
     {"trial", "method", "experiment", "seed", "state", "iterations", "planned", "final", "auc"}
     | {"batch", "budget", "parameters"}
     | {"env_steps", "padded_env_steps", "seconds", "reason", "notes"}
-    | {"trials", "failed", "unfinished", "failing"}
+    | {"trials", "failed", "unfinished", "failing", "x"}
 )
 
 Row = dict[str, float]
+
+
+class OldMetricsError(ValueError):
+    """An older metrics.csv does not tell how many steps were really taken; one line."""
 
 
 def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
@@ -77,6 +105,15 @@ def is_taken(name: str) -> bool:
     """Whether tables of trials or methods have a column of that name, or may have one."""
     scores = ("auc_", *(f"final_{measure}" for measure in MEASURES))
     return name in TAKEN or name.startswith(scores)
+
+
+def known_columns(header: str) -> tuple[str, ...] | None:
+    """The columns of a file with that first line, by the names they have now; None of any other
+    file. Older ones lack `NEW_COLUMNS`."""
+    columns = tuple(OLD_NAMES.get(column, column) for column in header.split(","))
+    whole = columns_of(dict.fromkeys(columns, 0.0))
+    older = tuple(column for column in whole if column not in NEW_COLUMNS)
+    return columns if columns in (whole, older) else None
 
 
 def _is_of_layer(column: str) -> bool:
@@ -122,10 +159,77 @@ def read_metrics(path: Path) -> list[Row]:
     Empty fields read as NaN. A file that does not exist has no rows.
     """
     columns, lines = _whole_lines(path)
-    return [
+    rows = [
         {column: _parse(column, field) for column, field in zip(columns, fields, strict=True)}
         for fields in (line.split(",") for line in lines)
     ]
+    if not rows or NEW_COLUMNS[0] in rows[0]:
+        return rows
+    lists = {name: [row[name] for row in rows] for name in ("env_steps", "episode_length_mean")}
+    counts = old_counts(path, trial_config(path), *lists.values())
+    counted = [
+        dict(zip(counts, values, strict=True)) for values in zip(*counts.values(), strict=True)
+    ]
+    names = columns_of(dict.fromkeys(columns, 0.0))
+    return [
+        {name: (row | more)[name] for name in names}
+        for row, more in zip(rows, counted, strict=True)
+    ]
+
+
+def trial_config(metrics: Path) -> dict[str, Any]:
+    """The config.yaml beside a trial's metrics.csv, empty where it cannot be read."""
+    try:
+        config = yaml.safe_load((metrics.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def old_counts(
+    path: Path, config: Mapping[str, Any], env_steps: Sequence[float], lengths: Sequence[float]
+) -> dict[str, list[float]]:
+    """What `env_steps`, `padded_env_steps` and `episodes` are in a file that has only the first.
+
+    There `Reinforce` counted T steps an episode, padding included. The first iteration was one
+    batch of B episodes, so each counts env_steps[0] / B = T, and those of an iteration took
+    `episode_length_mean` steps each: their sum is a whole number. Other algorithms counted the
+    steps really taken, and no episodes.
+
+    Args:
+        path: of the file, for the error.
+        config: the trial's config.yaml.
+        env_steps: as the file has it.
+        lengths: its episode_length_mean.
+
+    Raises:
+        OldMetricsError: the configuration is missing or does not lead to whole numbers.
+    """
+    if config.get("algorithm") not in (None, "Reinforce"):
+        unknown = [math.nan] * len(env_steps)
+        return {"env_steps": [*env_steps], "padded_env_steps": unknown, "episodes": unknown}
+    try:
+        runners = config["config"].get("env_runners") or {}
+        batch = runners.get("num_envs_per_env_runner", 20) * max(
+            1, runners.get("num_env_runners", 0)
+        )
+        episodes = [batch * padded / env_steps[0] for padded in env_steps]
+        ended = [later - before for before, later in itertools.pairwise([0.0, *episodes])]
+        taken = [count * length for count, length in zip(ended, lengths, strict=True)]
+        whole = [*episodes, *taken, env_steps[0] / batch]
+        if not all(abs(number - round(number)) < 1e-3 for number in whole):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
+        raise OldMetricsError(
+            f"{path} is of an older version, which counted padding as env_steps, and the "
+            "config.yaml beside it does not say how many episodes a batch had: restore that file, "
+            "or move this trial out of the results"
+        ) from None
+    return {
+        "env_steps": list(itertools.accumulate(map(round, taken))),
+        "padded_env_steps": [*env_steps],
+        "episodes": [*map(round, episodes)],
+    }
 
 
 def count_rows(path: Path) -> int:
@@ -136,17 +240,20 @@ def count_rows(path: Path) -> int:
 def truncate_metrics(path: Path, iteration: int) -> None:
     """Keep the header and the rows of iterations 1 to `iteration`, atomically; no rows, no file.
 
-    Raises ValueError where the file holds fewer whole rows than that.
+    An older file becomes one with all columns. Raises ValueError where the file holds fewer whole
+    rows than that, and as `old_counts`.
     """
-    columns, lines = _whole_lines(path)
-    if len(lines) < iteration:
-        raise ValueError(f"{path} holds {len(lines)} whole rows, fewer than {iteration}")
+    rows = read_metrics(path)
+    if len(rows) < iteration:
+        raise ValueError(f"{path} holds {len(rows)} whole rows, fewer than {iteration}")
     if iteration == 0:
         path.unlink(missing_ok=True)
         return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in [",".join(columns), *lines[:iteration]])
+        columns = columns_of(rows[0])
+        file.write(",".join(columns) + "\n")
+        file.writelines(_line(columns, row) for row in rows[:iteration])
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -196,19 +303,20 @@ def score(rows: Sequence[Row]) -> Score:
     return score_of([row["env_steps"] for row in rows], columns)
 
 
-def score_of(env_steps: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:
+def score_of(axis: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:
     """Judge a trial by its test reward if it evaluates, else by its success rate, or where its
     environment knows no success by its episodes' mean return.
 
     final: the last test reward, or the mean of the other two over the last five batches. auc: the
-    area under the measure against environment steps (trapezoid), divided by their span; a single
-    row counts as its own. Both NaN where no row reports the measure.
+    area under the measure against the axis, which is environment steps unless something else is
+    given (trapezoid), divided by its span; a single row counts as its own. Both NaN where no row
+    reports the measure, auc also where the axis is unknown.
     """
     for measure, count in MEASURES.items():
         # Stock algorithms report no success before the first episode has ended.
         points = [
-            (steps, value)
-            for steps, value in zip(env_steps, columns.get(measure, ()), strict=False)
+            (place, value)
+            for place, value in zip(axis, columns.get(measure, ()), strict=False)
             if not math.isnan(value)
         ]
         if points:
@@ -244,8 +352,12 @@ def _rllib_columns(result: Mapping, iteration: int) -> Row:
     """
     runners = result.get("env_runners") or {}
     learner = (result.get("learners") or {}).get("default_policy") or {}
+    if math.isnan(learner.get("module_train_batch_size_mean", 0.0)):
+        # The learner's thread ended no update in this iteration, and RLlib says NaN of its loss.
+        learner = {}
     found = {
         "env_steps": result.get("num_env_steps_sampled_lifetime"),
+        "episodes": runners.get("num_episodes_lifetime"),
         "success_rate": runners.get("success_rate"),
         "episode_return_mean": runners.get("episode_return_mean"),
         "episode_length_mean": runners.get("episode_len_mean"),
@@ -296,8 +408,8 @@ def _whole_lines(path: Path) -> tuple[tuple[str, ...], list[str]]:
     except FileNotFoundError:
         return COLUMNS, []
     header, *lines = text.split("\n")[:-1] or [""]
-    columns = tuple(header.split(","))
-    if columns != columns_of(dict.fromkeys(columns, 0.0)):
+    columns = known_columns(header)
+    if columns is None:
         return COLUMNS, []
     whole: list[str] = []
     for line in lines:

@@ -13,7 +13,15 @@ from rich.table import Table
 
 from sgrl.tuning.checkpoints import write_text
 from sgrl.tuning.experiment import Trial, planned_trials
-from sgrl.tuning.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
+from sgrl.tuning.metrics import (
+    MEASURE_NAMES,
+    OldMetricsError,
+    Row,
+    Score,
+    common_measure,
+    read_metrics,
+    score,
+)
 from sgrl.tuning.storage import is_address, reading
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -157,12 +165,15 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
         trials = planned_trials(folder / EXPERIMENT_FILE)
         # Object storage has no locks that would tell whether somebody is at it.
         read = read_progress if is_address(location) or is_running(folder) else read_stopped
-        rows = [
-            read(folder, trial)
-            if (folder / trial.name / CONFIG_FILE).is_file()
-            else Progress(trial)
-            for trial in trials
-        ]
+        try:
+            rows = [
+                read(folder, trial)
+                if (folder / trial.name / CONFIG_FILE).is_file()
+                else Progress(trial)
+                for trial in trials
+            ]
+        except OldMetricsError as error:
+            raise StatusError(str(error)) from None
         return trials_table(rows, folder.name), folder_problems(folder, trials)
 
 
