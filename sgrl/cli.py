@@ -430,12 +430,13 @@ def evaluate(
 
     Rates and means come with 95% intervals (Wilson's, Student's t).
     """
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    errors = (CheckpointError, DataError, StorageError)
+    errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
     with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
         found = evaluate_checkpoint(folder, episodes, seed, greedy)
         typer.echo(f"episodes: {found.pop('episodes')}")
@@ -458,11 +459,13 @@ def render(
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.tuning.checkpoints import CheckpointError
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, RenderError, StorageError):
+    errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
+    with _one_line_errors(*errors):
         check_out(out)
         with reading_checkpoint(checkpoint) as folder:
             recorded = record_episode(folder, seed, episode)
@@ -515,6 +518,7 @@ def probe(
     ] = Path("results/probe"),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
+    from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
@@ -522,7 +526,8 @@ def probe(
     from sgrl.tuning.checkpoints import CheckpointError, open_policy
     from sgrl.tuning.storage import StorageError, reading_checkpoint
 
-    with _one_line_errors(CheckpointError, DataError, TheoryError, StorageError):
+    errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
+    with _one_line_errors(*errors):
         with reading_checkpoint(checkpoint) as folder:
             policy, environment = open_policy(folder)
         env, env_config = environment["env"], environment["env_config"]

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from sgrl.cli import app
 from sgrl.envs import mnist
+from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.tuning.checkpoints import write_checkpoint
 
@@ -246,6 +247,15 @@ def test_bad_name(run):
 def test_more_resources_than_the_machine_has(run, section, resource):
     result = run("sweep", "experiment.yaml", "--set", f"config.{section}")
     refused(result, "trial gru_seed=0 needs", resource, "there are")
+
+
+def test_compiled_code_without_a_compiler(run, monkeypatch):
+    missing = CompileError("found no C++ compiler: install one")
+    monkeypatch.setattr("sgrl.nn.kernels.native.load_library", lambda real: missing)
+    text = GOOD.replace("{policy: sparsenet}", "{policy: sparsenet, backend: native}")
+    message = "backend native of trial sparse_seed=0 cannot run: found no C++ compiler: install one"
+    refused(run("sweep", "experiment.yaml", text=text), message)
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])

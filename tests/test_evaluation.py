@@ -13,6 +13,8 @@ from scipy import stats
 from sweeps import make_experiment, metrics_without_times
 from typer.testing import CliRunner
 
+from sgrl.analysis.figures import write_figures
+from sgrl.analysis.runs import load_results
 from sgrl.cli import app
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.tuning.checkpoints import evaluate, open_policy, play
@@ -147,6 +149,11 @@ def test_a_sweep_evaluates_what_the_command_evaluates(tmp_path: Path) -> None:
         played = evaluate(checkpoint, 30, seed=3, greedy=greedy)
         assert table[f"{prefix}_success_rate"][3] == played["success_rate"]
         assert table[f"{prefix}_return"][3] == played["episode_return_mean"]
+
+    figures = [figure.path.name for figure in write_figures(load_results(directory), tmp_path)]
+    assert figures[1:3] == ["eval_success_rate.png", "eval_greedy_success_rate.png"]
+    plain = write_figures(load_results(sweeps["plain"]), tmp_path)
+    assert len(plain) == len(figures) - 2
 
     before = metrics_without_times(directory)
     (directory / "gru_seed=3/checkpoints/000005/policy.json").unlink()

@@ -1,5 +1,6 @@
 """Experiment files: what a YAML resolves to, trial by trial."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -22,6 +23,7 @@ from sgrl.tuning.experiment import (
     dump_yaml,
     extend_experiment,
     load_experiment,
+    may_move,
     required_resources,
 )
 
@@ -446,6 +448,31 @@ def test_required_resources(load):
     check_resources(experiment, {"CPU": 2, "GPU": 1})
     with pytest.raises(ExperimentError, match=r"needs 0\.25 GPUs and there are 0"):
         check_resources(experiment, {"CPU": 2})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "runners", "learners", "moves"),
+    [("Reinforce", 1, 0, True), ("Reinforce", 2, 0, False), ("PPO", 3, 1, True)],
+)
+def test_advice_to_a_resumed_sweep(load, algorithm, runners, learners, moves):
+    experiment = load(
+        SMALL,
+        f"algorithm={algorithm}",
+        f"config.env_runners.num_env_runners={runners}",
+        f"config.learners.num_learners={learners}",
+        *(["config.training={}"] if algorithm == "PPO" else []),
+    )
+    before = experiment.trials[0].config
+    fewer = copy.deepcopy(before)
+    fewer["config"]["env_runners"]["num_env_runners"] = 0
+    fewer["config"]["learners"]["num_learners"] = 0
+    assert may_move(before, fewer) == may_move(fewer, before) == moves
+    fewer["config"]["environment"]["env_config"]["episode_length"] = 9
+    assert not may_move(before, fewer)
+    with pytest.raises(ExperimentError, match="resume it where there are as many") as error:
+        check_resources(experiment, {"CPU": 1}, resuming=True)
+    assert ("to 0 in that file" in str(error.value)) == moves
+    assert "num_threads" not in str(error.value)
 
 
 def test_the_experiments_shipped():

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import test_policies
 import torch
@@ -13,7 +14,7 @@ import yaml
 from sgrl.envs.registry import make_vector
 from sgrl.nn import POLICIES, SyntheticGradient
 from sgrl.nn.policies import make_policy, predictor_parameters
-from sgrl.reinforce import train
+from sgrl.reinforce import Rollout, train
 from sgrl.tuning.experiment import load_experiment
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,7 @@ def blocks(language: str) -> list[str]:
 def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the page's Python leaves behind; its policy is registered for one test."""
     monkeypatch.setitem(POLICIES, "block_mlp", None)  # put back afterwards
+    monkeypatch.delitem(gym.registry, "Growing-v0", raising=False)
     names: dict[str, Any] = {}
     code = blocks("python")
     assert len(code) >= 4
@@ -57,6 +59,21 @@ def test_the_policy_trains(registered: dict) -> None:
         pass
     assert all(parameter.any() for parameter in predictor_parameters(policy))
     assert (policy.block.mixing_weight < 1).any()
+
+
+def test_the_environment_resumes_exactly(registered: dict) -> None:
+    rollouts = []
+    for _ in range(2):
+        env = make_vector("Growing-v0", 2)
+        policy = make_policy("mlp", env.observation_size, env.num_actions)
+        rollouts.append(Rollout(env, policy, seed=0))
+    first, second = rollouts
+    first.collect()
+    second.set_state(first.get_state())
+    batches = [rollout.collect() for rollout in rollouts]
+    assert batches[0].lengths.tolist() == [3, 3]
+    for name, value in batches[0].tensors().items():
+        assert torch.equal(value, batches[1].tensors()[name]), name
 
 
 def test_the_experiment_is_valid(registered: dict, tmp_path: Path) -> None:

@@ -296,6 +296,21 @@ def test_remote_runners(tmp_path: Path) -> None:
     restored.stop()
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 1)])
+def test_the_only_runner_may_move(before: int, after: int, tmp_path: Path) -> None:
+    """The same episodes go on, up to rounding (see `test_remote_learner`)."""
+    algorithm = config().env_runners(num_env_runners=before).build_algo()
+    rows(algorithm, 2)
+    algorithm.save_to_path(tmp_path)
+    expected = rows(algorithm, 2)
+    algorithm.stop()
+    moved = config().env_runners(num_env_runners=after).build_algo()
+    moved.restore_from_path(tmp_path)
+    for row, other in zip(rows(moved, 2), expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    moved.stop()
+
+
 def test_remote_learner() -> None:
     local = config().build_algo()
     remote = config().learners(num_learners=1).build_algo()

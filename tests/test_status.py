@@ -1,10 +1,12 @@
 """Reading results: what is missing or foreign, and without writing, torch, Ray or environments."""
 
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -263,6 +265,62 @@ def test_a_home_that_cannot_be_made(tmp_path):
     (line,) = result.stderr.splitlines()
     assert f"sgrl: {home['HOME']}/.cache/" in line
     assert "SGRL_MIRROR_DIR" in line
+
+
+@contextmanager
+def permissions_that_count():
+    """Without root's right to write where nobody may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    before = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0, os.strerror(ctypes.get_errno())
+    less = (ctypes.c_uint32 * 6)(*before)
+    less[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE, of the effective ones
+    assert libc.capset(header, less) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.fixture
+def read_only(results):
+    folders = [results, *(path for path in results.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    with permissions_that_count():
+        with pytest.raises(PermissionError):
+            (results / "new").touch()
+        yield results
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_folder_that_is_read_only(read_only, tmp_path):
+    before = sorted(read_only.rglob("*"))
+    assert "4 completed" in sgrl("status", read_only).output
+    assert sgrl("compare", read_only, read_only).exit_code == 0
+    for verb in ("report", "resume"):
+        refused = sgrl(verb, read_only)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        (line,) = refused.stderr.splitlines()
+        assert str(read_only) in line
+        assert "Permission denied" in line
+    assert "give --out" in sgrl("report", read_only).stderr
+
+    other = write_sweep(tmp_path / "other")
+    page = tmp_path / "pages" / "page.md"
+    said = sgrl("report", read_only, other, "--out", page, "--format", "markdown")
+    assert said.exit_code == 0, said.output
+    beside = tmp_path / "pages" / "page_files" / "results"
+    assert {path.name for path in beside.iterdir()} == {"comparison.csv", "pairs.csv", "figures"}
+    assert not (tmp_path / "pages" / "page_files" / "other").exists()
+    assert (other / "comparison.csv").is_file()
+    figures = re.findall(r"!\[.*\]\((.*)\)", page.read_text())
+    assert len(figures) >= 2
+    assert all((page.parent / path).is_file() for path in figures)
+    assert sorted(read_only.rglob("*")) == before
 
 
 def test_nothing_to_read(tmp_path):

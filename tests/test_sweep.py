@@ -352,6 +352,32 @@ def test_a_resumed_sweep_computes_as_it_did(copied, key, change):
         resume_sweep(copied)
 
 
+def test_a_resumed_sweep_may_compute_elsewhere(copied, capsys, monkeypatch):
+    """The advice where processors are too few is one that is then taken."""
+    path = copied / "experiment.yaml"
+    experiment = yaml.safe_load(path.read_text())
+
+    def resume(runners, cpus):
+        experiment["config"]["env_runners"]["num_env_runners"] = runners
+        path.write_text(yaml.safe_dump(experiment, sort_keys=False))
+        monkeypatch.setattr(sweep, "machine_resources", lambda: {"CPU": cpus, "GPU": 0})
+        monkeypatch.setattr(sweep, "_run_trials", None)
+        monkeypatch.setattr(sweep.ray, "is_initialized", lambda: False)
+        resume_sweep(copied)
+        return capsys.readouterr().out
+
+    moved = "6 trials go on in other processes than before, with the same numbers, up to rounding"
+    assert moved in resume(1, 2)
+    assert "other processes" not in resume(1, 2)
+    advice = "needs 2 CPUs and there are 1.*or set num_env_runners and num_learners to 0 in that"
+    with pytest.raises(ExperimentError, match=advice):
+        resume(1, 1)
+    assert moved in resume(0, 1)
+    # Two runners would hold twice the environments.
+    with pytest.raises(SweepError, match=r"config\.yaml says config: "):
+        resume(2, 8)
+
+
 def test_more_than_there_is_is_refused_before_anything_starts(tmp_path):
     experiment = make_experiment(tmp_path / "small.yaml")
     experiment = load_experiment(

@@ -24,7 +24,7 @@ from sgrl.analysis.statistics import (
     learning_rate_columns,
     performance_profile,
 )
-from sgrl.tuning.metrics import MEASURE_NAMES
+from sgrl.tuning.metrics import EVALUATION_NAMES, MEASURE_NAMES
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey print.
 COLOURS = {
@@ -95,7 +95,8 @@ class Figure(NamedTuple):
 
 
 def write_figures(results: Results, folder: Path) -> list[Figure]:
-    """Write every figure that a sweep's results allow: learning curves, performance profiles,
+    """Write every figure that a sweep's results allow: learning curves, those of evaluations apart
+    from training (success rates, else returns), performance profiles,
     scores against each swept number, and mixing weights where they move.
 
     Args:
@@ -105,6 +106,13 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     measure, trials = results.measure, results.trials
     title = f"{MEASURE_NAMES[measure].capitalize()} while training"
     figures = [Figure(learning_curves(results, folder / f"{measure}.png"), title)]
+    evaluated = [
+        name for name in EVALUATION_NAMES if name in results.curves.dropna(axis=1, how="all")
+    ]
+    rates = [name for name in evaluated if name.endswith("success_rate")]
+    for column in rates or evaluated:
+        path = learning_curves(results, folder / f"{column}.png", column)
+        figures.append(Figure(path, EVALUATION_NAMES[column].capitalize()))
     if by_task(trials, f"final_{measure}"):
         path = folder / "performance_profiles.png"
         figures.append(Figure(performance_profiles(results, path), "Performance profiles"))
@@ -129,7 +137,7 @@ def _is_number(values: pd.Series) -> bool:
     return known.nunique() > 1 and all(isinstance(value, int | float) for value in known)
 
 
-def learning_curves(results: Results, path: Path) -> Path:
+def learning_curves(results: Results, path: Path, column: str | None = None) -> Path:
     """What trials are judged by (success rate, test reward or episode return) against the results'
     axis: mean over seeds, with a band of one SEM, or below five seeds a thin line for each, all as
     `Results.curves_of` has them.
@@ -141,10 +149,12 @@ def learning_curves(results: Results, path: Path) -> Path:
     Args:
         results: from `runs.load_results`.
         path: of the PNG to write; an SVG of the same name is written beside it.
+        column: another column to draw, one of `EVALUATION_NAMES`.
 
     Returns:
         `path`.
     """
+    column = column or results.measure
     rates = learning_rate_columns(results.swept)
     shown = best_learning_rates(compare_methods(results.trials))
     panels = _panels(shown, [name for name in results.swept if name not in rates])
@@ -153,7 +163,7 @@ def learning_curves(results: Results, path: Path) -> Path:
     counts = []
     for axis, (title, panel) in zip(axes.flat, panels, strict=False):
         for _, row in panel.iterrows():
-            lines = results.curves_of(_trials_at(results, row), results.measure)
+            lines = results.curves_of(_trials_at(results, row), column)
             if lines.empty:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
@@ -162,12 +172,12 @@ def learning_curves(results: Results, path: Path) -> Path:
             _draw(axis, lines, f"{label}, n={counts[-1]}", styles[row["method"]])
         axis.set_title(title)
         axis.set_xlabel(results.axis.name)
-        if results.measure != "episode_return_mean":
+        if column.endswith(("success_rate", "eval_reward")):
             axis.set_ylim(-0.02, 1.02)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8, loc="best")
     for axis in axes[:, 0]:
-        axis.set_ylabel(MEASURE_NAMES[results.measure])
+        axis.set_ylabel((MEASURE_NAMES | EVALUATION_NAMES)[column])
     note = seeds_note(counts) + (f"; {BEST}" if rates else "")
     return _save(figure, path, note)
 

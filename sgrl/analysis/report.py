@@ -90,7 +90,8 @@ def write_report(
     x: str = "env_steps",
 ) -> Path:
     """Report on results folders. Figures go to each one's `figures/`, a sweep's numbers to its
-    `comparison.csv` and `pairs.csv`.
+    `comparison.csv` and `pairs.csv`; where a folder cannot be written and `out` lies elsewhere, to
+    `<out>_files/<folder>/` beside the page.
 
     Args:
         directories: one or several folders.
@@ -113,39 +114,65 @@ def write_report(
     for folder in folders:
         if not folder.is_dir():
             raise ResultsError(f"{folder} is no folder: give one such as results/quickstart")
+    elsewhere = out is not None
+    written = {folder: folder for folder in folders}
     if out is None:
         home = folders[0] if len(folders) == 1 else folders[0].resolve().parent
         out = home / f"report{SUFFIXES[format]}"
+    else:
+        names = [folder.resolve().name for folder in folders]
+        for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
+            if not _can_be_written(folder):
+                alone = names.count(name) == 1
+                home = out.with_name(f"{out.stem}_files")
+                written[folder] = home / (name if alone else f"{name}_{i}")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         sections = []
         for folder in folders:
-            sections.append(read_section(folder, threshold, x))
+            written[folder].mkdir(parents=True, exist_ok=True)
+            sections.append(read_section(folder, threshold, written[folder], x))
             advance(sections[-1].title)
         render = {"html": _html, "markdown": _markdown, "latex": _latex}[format]
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(render(sections, out), encoding="utf-8")
     except OSError as error:
-        raise ResultsError(f"{error.filename or out}: {error.strerror}") from None
+        hint = "" if elsewhere else "; give --out a file where it can be written"
+        raise ResultsError(f"{error.filename or out}: {error.strerror}{hint}") from None
     return out
 
 
-def read_section(directory: Path, threshold: float = THRESHOLD, x: str = "env_steps") -> Section:
-    """Read one folder and write its figures and CSVs. Raises ResultsError and OSError."""
+def _can_be_written(folder: Path) -> bool:
+    """Whether a report's files can be written into a results folder."""
+    effective = os.access in os.supports_effective_ids
+    files = ("comparison.csv", "pairs.csv", "figures")
+    paths = [folder, *(folder / name for name in files if (folder / name).exists())]
+    return all(os.access(path, os.W_OK, effective_ids=effective) for path in paths)
+
+
+def read_section(
+    directory: Path,
+    threshold: float = THRESHOLD,
+    home: Path | None = None,
+    x: str = "env_steps",
+) -> Section:
+    """Read one folder and write its figures and CSVs, into that folder unless `home` is given.
+    Raises ResultsError and OSError."""
+    home = home or directory
     if (directory / "expert_network.csv").is_file():
-        return _expert_network(directory)
+        return _expert_network(directory, home)
     if (directory / "neurons.csv").is_file() and (directory / "layers.csv").is_file():
-        return _probe(directory)
-    return _sweep(directory, threshold, x)
+        return _probe(directory, home)
+    return _sweep(directory, threshold, home, x)
 
 
-def _sweep(directory: Path, threshold: float, x: str) -> Section:
+def _sweep(directory: Path, threshold: float, home: Path, x: str) -> Section:
     results = load_results(directory, x=x)
     comparison = compare_methods(results.trials)
     best = best_learning_rates(comparison)
     chosen = at_points(results.trials, best)
     pairs = compare_pairs(chosen)
-    comparison.to_csv(directory / "comparison.csv", index=False)
-    pairs.to_csv(directory / "pairs.csv", index=False)
+    comparison.to_csv(home / "comparison.csv", index=False)
+    pairs.to_csv(home / "pairs.csv", index=False)
 
     rates = learning_rate_columns(results.swept)
     note = (
@@ -185,7 +212,7 @@ def _sweep(directory: Path, threshold: float, x: str) -> Section:
         facts=[*_states(results), *_starts(starts)],
         problems=list(results.problems),
         tables=tables,
-        figures=write_figures(results, directory / "figures"),
+        figures=write_figures(results, home / "figures"),
     )
     if experiment.is_file():
         section.configuration = experiment.read_text(encoding="utf-8")
@@ -381,7 +408,7 @@ def _trials_table(results: Results) -> Table:
     return table
 
 
-def _expert_network(directory: Path) -> Section:
+def _expert_network(directory: Path, home: Path) -> Section:
     frame = pd.read_csv(directory / "expert_network.csv")
     inside = within_interval(frame)
     cases = list(frame["case"].unique())
@@ -394,15 +421,15 @@ def _expert_network(directory: Path) -> Section:
         directory=directory,
         tables=[("Ratios", note, ratio_table(frame, inside))],
         figures=[
-            Figure(expert_ratios(frame, case, directory / f"ratio_{case}.png"), f"Ratios, {case}")
+            Figure(expert_ratios(frame, case, home / f"ratio_{case}.png"), f"Ratios, {case}")
             for case in cases
         ],
     )
 
 
-def _probe(directory: Path) -> Section:
+def _probe(directory: Path, home: Path) -> Section:
     neurons, layers = (pd.read_csv(directory / f"{name}.csv") for name in ("neurons", "layers"))
-    path = probe_errors(neurons, layers, directory / "probe.png", "")
+    path = probe_errors(neurons, layers, home / "probe.png", "")
     return Section(
         title=f"probe ({directory.resolve().name})",
         directory=directory,

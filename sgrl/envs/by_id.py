@@ -8,7 +8,6 @@ Source of POPGym: Morad et al., "POPGym", ICLR 2023.
 """
 
 import difflib
-import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,9 @@ import gymnasium as gym
 import popgym.envs
 from popgym.core.env import POPGymEnv
 
+from sgrl.envs.guard import Guard
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
+from sgrl.user_code import described, import_named
 
 #: Ids of POPGym's environments, every family and difficulty.
 POPGYM_IDS: tuple[str, ...] = tuple(entry["id"] for entry in popgym.envs.ALL.values())
@@ -49,16 +50,23 @@ def nearest(name: Any, valid: Iterable[str]) -> str:
 
 
 def is_known(env: Any) -> bool:
-    """Whether gymnasium has an environment of that id; imports the module of `module:Id-v0`."""
+    """Whether gymnasium has an environment of that id.
+
+    Raises:
+        UserCodeError: the module of `module:Id-v0` cannot be imported.
+    """
     if not isinstance(env, str):
         return False
     module, _, name = env.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            return False
+        import_named(module)
     return name in gym.registry
+
+
+def similar_ids(env: str) -> list[str]:
+    """All ids that gymnasium knows now, written as `env` is: with its module or without."""
+    module, colon, _ = env.rpartition(":")
+    return [f"{module}{colon}{name}" for name in known_ids()]
 
 
 def make(
@@ -68,7 +76,7 @@ def make(
     flatten: bool = True,
     **kwargs: Any,
 ) -> gym.Env:
-    """Build one environment, its random state kept to itself, its actions plain.
+    """Build one environment, watched, its random state kept to itself, its actions plain.
 
     Args:
         env: an id that `is_known`.
@@ -86,13 +94,20 @@ def make(
         key = next(iter(kwargs))
         raise ValueError(f"unknown env_config key {key!r}, nearest is {nearest(key, DEFAULTS)!r}")
     try:
-        made = gym.make(env, max_episode_steps=episode_length, disable_env_checker=True, **kwargs)
+        # Time is limited outside of the guard, which sees what the environment itself returns.
+        made = gym.make(env, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise ValueError(f"a package is missing: {_one_line(error)}") from None
     except Exception as error:
         # Whatever a constructor that is not ours raises; a keyword it does not take above all.
-        line = _one_line(error).partition(" was raised from the environment creator")[0]
-        raise ValueError(f"cannot be built: {type(error).__name__}: {line}") from None
+        # A TypeError is worded anew by gymnasium.
+        reworded = "was raised from the environment creator" in str(error)
+        original = (reworded and error.__context__) or error
+        raise ValueError(f"cannot be built: {described(original)}") from original
+    made = Guard(made)
+    length = episode_length or gym.registry[env.rpartition(":")[2]].max_episode_steps
+    if length is not None:
+        made = gym.wrappers.TimeLimit(made, length)
     if previous_action:
         made = PreviousAction(made)
     if flatten:
@@ -103,7 +118,9 @@ def make(
             raise ValueError(f"the observation space {space} cannot be flattened") from None
         if not isinstance(made.observation_space, gym.spaces.Box):
             raise ValueError(f"the observation space {made.observation_space} has no fixed size")
-    return IsolateRandomState(PlainActions(made))
+    # Some environments take no seed beyond a signed 32-bit number. POPGym's all do.
+    bits = 32 if isinstance(made.unwrapped, POPGymEnv) else 31
+    return IsolateRandomState(PlainActions(made), seed_bits=bits)
 
 
 _descriptions: dict[tuple[str, str], Description] = {}

@@ -18,6 +18,7 @@ from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_e
 from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
 from sgrl.envs.vector import PythonVectorEnv, VectorEnv
+from sgrl.user_code import UserCodeError
 
 __all__ = [
     "ENVIRONMENTS",
@@ -152,10 +153,14 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: unknown name or key (with the nearest valid one), or an impossible value.
     """
-    if not isinstance(env, str) or (env not in ENVIRONMENTS and not by_id.is_known(env)):
+    try:
+        known = isinstance(env, str) and (env in ENVIRONMENTS or by_id.is_known(env))
+    except UserCodeError as error:
+        raise ValueError(f"{env}: {error}") from error
+    if not known:
         raise ValueError(
             f"unknown environment {env!r}, nearest is "
-            f"{nearest(env, [*ENVIRONMENTS, *by_id.known_ids()])!r} (there are "
+            f"{nearest(env, [*ENVIRONMENTS, *by_id.similar_ids(str(env))])!r} (there are "
             f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
             "yours registers is written module:Id-v0)"
         )

@@ -8,6 +8,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from sgrl.envs import guard
+
 Observations = NDArray[np.float32]
 
 
@@ -41,8 +43,8 @@ class VectorEnv(ABC):
     """B independent environments that start together and run one episode each per reset.
 
     All state after `reset(seeds)` derives from the seeds, so nothing has to be saved between
-    batches. A finished environment ignores its actions until the next reset: it repeats its
-    terminal observation with reward 0 and all flags False.
+    batches, unless `get_state` returns something. A finished environment ignores its actions until
+    the next reset: it repeats its terminal observation with reward 0 and all flags False.
 
     Attributes:
         num_envs: B.
@@ -93,6 +95,14 @@ class VectorEnv(ABC):
             What the step gave each environment.
         """
 
+    def get_state(self) -> Any:
+        """What the next episodes depend on beside their seeds, picklable; None where that is
+        nothing."""
+        return None
+
+    def set_state(self, state: Any) -> None:  # noqa: B027 - not every environment has any
+        """Continue from what `get_state` returned."""
+
     def _check_seeds(self, seeds: Sequence[int]) -> None:
         if len(seeds) != self.num_envs:
             raise ValueError(
@@ -105,6 +115,7 @@ class PythonVectorEnv(VectorEnv):
 
     Args:
         envs: B environments of one kind. What of their endings is a success, `is_success` says.
+            `get_state` and `set_state` are theirs, where they have both.
         episode_length: their configured length T.
         seed_spacing, has_success: see `VectorEnv`.
     """
@@ -117,6 +128,7 @@ class PythonVectorEnv(VectorEnv):
         has_success: bool = True,
     ) -> None:
         self.envs = list(envs)
+        guard.number(self.envs)
         self.seed_spacing = seed_spacing
         self.has_success = has_success
         self.num_envs = len(self.envs)
@@ -152,3 +164,11 @@ class PythonVectorEnv(VectorEnv):
                 success[e] = is_success(terminated[e], info)
         self._finished |= terminated | truncated
         return StepResult(self._observations.copy(), rewards, terminated, truncated, success)
+
+    def get_state(self) -> Any:
+        states = [guard.get_state(env) for env in self.envs]
+        return None if all(state is None for state in states) else states
+
+    def set_state(self, state: Any) -> None:
+        for env, its_state in zip(self.envs, state or [], strict=False):
+            guard.set_state(env, its_state)

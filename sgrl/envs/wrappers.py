@@ -26,13 +26,30 @@ def seed_of_32_bits(seed: int) -> int:
     return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
+def seed_of_31_bits(seed: int) -> int:
+    """The same below 2**31; what does not fit is hashed, so that no two ranges of seeds fall upon
+    each other."""
+    seed = seed_of_32_bits(seed)
+    if seed < 2**31:
+        return seed
+    return int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
+
+
 class IsolateRandomState(gym.Wrapper):
     """Keeps an environment's use of the process-wide generators inside it.
 
     popgym reseeds `random` and `np.random` in `reset(seed)` and draws its maze from them. Here
     both are put back afterwards, and a reset without a seed takes its seed from the
     environment's own `np_random`, so the episodes follow from the last seed alone.
+
+    Args:
+        env: the environment.
+        seed_bits: 32 or 31; the size of the seeds that it gets.
     """
+
+    def __init__(self, env: gym.Env, seed_bits: int = 32) -> None:
+        super().__init__(env)
+        self._fit = seed_of_32_bits if seed_bits == 32 else seed_of_31_bits
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -40,7 +57,7 @@ class IsolateRandomState(gym.Wrapper):
         if seed is None:
             seed = int(self.np_random.integers(2**32))
         with preserved_random_state():
-            return self.env.reset(seed=seed_of_32_bits(seed), options=options)
+            return self.env.reset(seed=self._fit(seed), options=options)
 
 
 class PreviousAction(gym.Wrapper):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,3 +28,19 @@ def generators_aside(seed: Sequence[int] | None) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])  # noqa: NPY002
+
+
+def get_random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's (CPU) generators, picklable."""
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state().numpy(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue from `get_random_state`."""
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))

@@ -9,11 +9,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from sgrl.envs.guard import EnvironmentFailed, named
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
 from sgrl.nn.policy import Acting, Policy
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.generators import get_random_state, set_random_state
 
 #: Added to a seed for evaluation: environments that training never reaches. Environment seeds lie
 #: in [0, 2**32), and a run's seed below `MAX_SEED` leaves it a thousand million of them.
@@ -115,6 +118,7 @@ class Rollout:
                 running &= ~(step.terminated | step.truncated)
                 if not running.any():
                     break
+        _check_finite(observations, actions, rewards)
         self.batches += 1
         batch = EpisodeBatch(
             observations=torch.from_numpy(observations),
@@ -133,10 +137,39 @@ class Rollout:
         return [first + e for e in range(self.env.num_envs)]
 
     def get_state(self) -> dict[str, Any]:
-        """All that the next batch depends on, but the policy: batch counter and generator."""
-        return {"batches": self.batches, "generator": self.generator.get_state().numpy()}
+        """All that the next batch depends on, but the policy: batch counter, generator, what the
+        environments keep, and the process-wide generators, of which they may draw."""
+        return {
+            "batches": self.batches,
+            "generator": self.generator.get_state().numpy(),
+            "environments": self.env.get_state(),
+            "process": get_random_state(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         self.batches = int(state["batches"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+        if "process" in state:  # checkpoints from before have neither
+            self.env.set_state(state["environments"])
+            set_random_state(state["process"])
+
+
+def _check_finite(
+    observations: NDArray[np.float32], actions: NDArray[Any], rewards: NDArray[np.float32]
+) -> None:
+    """Raise for the first number of a batch that is NaN or infinite: EnvironmentFailed, or
+    FloatingPointError where it is an action."""
+    columns = {"observation": observations, "action": actions, "reward": rewards}
+    finite = {name: np.isfinite(values) for name, values in columns.items()}
+    if all(where.all() for where in finite.values()):
+        return
+    # The observation before step t + 1 came with step t.
+    first = [
+        (int(place[0]) + (name != "observation"), int(place[1]), name, float(columns[name][place]))
+        for name, where in finite.items()
+        for place in [tuple(index) for index in np.argwhere(~where)[:1]]
+    ]
+    step, env, name, value = min(first, key=lambda found: found[0])
+    line = f"{name} is {named(value)} at step {step} of environment {env}"
+    raise FloatingPointError(line) if name == "action" else EnvironmentFailed(line)

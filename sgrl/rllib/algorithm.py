@@ -389,7 +389,7 @@ class Reinforce(Algorithm):
         if self._check_component(COMPONENT_REINFORCE, components, not_components):
             rollouts = self.env_runner_group.foreach_env_runner(
                 lambda runner: (runner.worker_index, runner.get_state(COMPONENT_ROLLOUT)),
-                local_env_runner=False,
+                local_env_runner=self.env_runner_group.num_remote_env_runners() == 0,
             )
             state[COMPONENT_REINFORCE] = {
                 "updates": self._updates,
@@ -402,7 +402,7 @@ class Reinforce(Algorithm):
         """Set whatever `state` holds of what `get_state` returns.
 
         Raises:
-            ValueError: it was saved with another number of remote runners.
+            ValueError: it was saved with another number of remote runners, above 1.
         """
         super().set_state(state)
         if COMPONENT_REINFORCE not in state:
@@ -410,16 +410,22 @@ class Reinforce(Algorithm):
         self._updates = state[COMPONENT_REINFORCE]["updates"]
         rollouts = state[COMPONENT_REINFORCE]["rollouts"]
         self._counts = self._counts_from(state[COMPONENT_REINFORCE])
+        saved = sum(index > 0 for index in rollouts)
         present = self.env_runner_group.num_remote_env_runners()
-        if len(rollouts) != present:
-            raise ValueError(
-                f"the checkpoint was written with {len(rollouts)} remote runners, there are "
-                f"{present}: set num_env_runners to {len(rollouts)} to continue it"
+        if saved != present:
+            if max(saved, present) > 1 or not rollouts:
+                raise ValueError(
+                    f"the checkpoint was written with {saved} remote runners, there are "
+                    f"{present}: set num_env_runners to {saved} to continue it"
+                )
+            # The only runner's environments are the same ones, wherever it runs.
+            [only] = rollouts.values()
+            rollouts = {0: only, 1: only}
+        if rollouts:
+            self.env_runner_group.foreach_env_runner(
+                lambda runner: runner.set_state(rollouts[runner.worker_index]),
+                local_env_runner=present == 0,
             )
-        self.env_runner_group.foreach_env_runner(
-            lambda runner: runner.set_state(rollouts[runner.worker_index]),
-            local_env_runner=False,
-        )
 
     def _counts_from(self, state: dict[str, Any]) -> StepCounts:
         if "padded_env_steps" not in state:

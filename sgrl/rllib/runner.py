@@ -4,7 +4,7 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import gymnasium as gym
@@ -169,6 +169,11 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, steps, reduce="lifetime_sum")
         return sampled
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `func` with this runner. RLlib's own ends the process at any error, and with it what
+        the error said."""
+        return func(self, *args, **kwargs)
 
     def get_metrics(self) -> dict[str, Any]:
         """Return what was logged since the last call."""

@@ -23,10 +23,10 @@ predictors a parameter group of their own.
 """
 
 import math
-import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
+import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig, appo, impala, ppo
@@ -43,12 +43,15 @@ from ray.rllib.policy import Policy as OldPolicy
 from ray.util.debug import log_once
 from torch.optim import Optimizer
 
+from sgrl.envs.guard import get_state as get_env_state
+from sgrl.envs.guard import number
+from sgrl.envs.guard import set_state as set_env_state
 from sgrl.envs.registry import ENVIRONMENTS, has_success, validate_env_config
 from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policies import POLICIES
 from sgrl.nn.policy import Policy
-from sgrl.reinforce.generators import generators_aside
+from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.settings import refuse_ignored
@@ -63,6 +66,9 @@ class StockRunner(SingleAgentEnvRunner):
     `config.seed` again, so training would see the same few episodes for ever. Here reset k of
     runner w is seeded from (seed, w, k). Evaluation always starts from the same seeds, which
     training never uses.
+
+    What an environment raises reaches the algorithm, where RLlib's own hides it behind an error
+    without a message, or ends the process.
 
     Under "sgrl" it reports, of the episodes that ended: episodes, return_sum, length_sum, and
     where the environment tells success from failure, success_sum.
@@ -90,6 +96,30 @@ class StockRunner(SingleAgentEnvRunner):
         with generators_aside(None if seed is None else [seed, self.worker_index or 0]):
             return super().sample(**kwargs)
 
+    def make_env(self) -> None:
+        """Make the environments, and number them."""
+        super().make_env()
+        number(self._single_envs())
+
+    def _single_envs(self) -> Sequence[gym.Env]:
+        """The environments, none where they are in processes of their own or this runner has
+        none."""
+        return getattr(self.env.unwrapped, "envs", ()) if self.env is not None else ()
+
+    def _try_env_step(self, actions: Any) -> Any:
+        try:
+            return super()._try_env_step(actions)
+        except RuntimeError as error:
+            raised = error.__cause__ or error
+        # Out here: within, RLlib's error would become its context, and it is that one's cause.
+        raise raised
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `func` with this runner; an error is raised, unless RLlib is to restart runners."""
+        if self.config.restart_failed_env_runners:
+            return super().apply(func, *args, **kwargs)
+        return func(self, *args, **kwargs)
+
     def get_metrics(self) -> dict[str, Any]:
         """Return what was logged since the last call, and the sums over the ended episodes."""
         tells_success = has_success(self.config.env)
@@ -112,16 +142,16 @@ class StockRunner(SingleAgentEnvRunner):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return RLlib's state, the number of resets and the process's random generators."""
+        """Return RLlib's state, the number of resets, what the environments keep, and the
+        process's random generators."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(COMPONENT_EPISODES, components, not_components):
             state[COMPONENT_EPISODES] = {
                 "worker_index": self.worker_index,
                 "resets": self.resets,
+                "environments": [get_env_state(env) for env in self._single_envs()],
                 # Actions are drawn from torch's generator, minibatches from NumPy's.
-                "random": random.getstate(),
-                "numpy": np.random.get_state(),  # noqa: NPY002
-                "torch": torch.get_rng_state().numpy(),
+                **get_random_state(),
             }
         return state
 
@@ -132,9 +162,11 @@ class StockRunner(SingleAgentEnvRunner):
         # A remote runner is handed the local one's state.
         if episodes is not None and episodes["worker_index"] == self.worker_index:
             self.resets = episodes["resets"]
-            random.setstate(episodes["random"])
-            np.random.set_state(episodes["numpy"])  # noqa: NPY002
-            torch.set_rng_state(torch.tensor(episodes["torch"], dtype=torch.uint8))
+            # Checkpoints from before hold none of these.
+            states = episodes.get("environments", ())
+            for env, env_state in zip(self._single_envs(), states, strict=False):
+                set_env_state(env, env_state)
+            set_random_state(episodes)
 
 
 class PolicyAlgorithmConfig(AlgorithmConfig):
@@ -146,6 +178,9 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
         super().__init__(algo_class=algo_class)
         self.predictor_lr = 1e-5
         self.env_runner_cls: type[EnvRunner] | None = StockRunner
+        # Restarted in place, a runner would begin other episodes than a trial that goes on from
+        # its checkpoint; an error of the environment's own would come again and again.
+        self.restart_failed_env_runners = False
 
     def training(self, *, predictor_lr: float = NotProvided, **kwargs: Any) -> Self:
         """Set the training settings.

@@ -84,6 +84,14 @@ BOUNDS: dict[tuple[str, ...], tuple[float, float, bool]] = {
 
 MAX_RANGE = 100_000
 
+#: Sections of the keys that say in which processes a trial computes.
+PROCESSES = {
+    "num_env_runners": "env_runners",
+    "num_cpus_per_env_runner": "env_runners",
+    "num_learners": "learners",
+    "num_cpus_per_learner": "learners",
+}
+
 # Names of swept values in trial names and in summary.csv, where the key itself is too long.
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
 ONE_POLICY = (
@@ -911,18 +919,61 @@ def required_resources(trial: Trial) -> dict[str, float]:
     return total
 
 
-def check_resources(experiment: Experiment, available: Mapping[str, float]) -> None:
+def check_resources(
+    experiment: Experiment, available: Mapping[str, float], resuming: bool = False
+) -> None:
     """Raise ExperimentError if some trial alone asks for more than is available (which Ray
     would answer by waiting for ever)."""
     for trial in experiment.trials:
         for resource, needed in required_resources(trial).items():
             present = available.get(resource, 0.0)
             if needed > present:
-                raise ExperimentError(
-                    f"{experiment.path}: trial {trial.name} needs {needed:g} {resource}s and there "
-                    f"are {present:g}; lower num_threads, or num_env_runners, num_learners or "
+                advice = (
+                    "lower num_threads, or num_env_runners, num_learners or "
                     f"num_{resource.lower()}s_per_... under config.env_runners and config.learners"
                 )
+                if resuming:
+                    advice = "resume it where there are as many (--address joins a cluster)"
+                    lower = _processes(trial.config) | {"num_env_runners": 0, "num_learners": 0}
+                    if lower != _processes(trial.config) and may_move(
+                        trial.config, _with_processes(trial.config, lower)
+                    ):
+                        advice += ", or set num_env_runners and num_learners to 0 in that file"
+                raise ExperimentError(
+                    f"{experiment.path}: trial {trial.name} needs {needed:g} {resource}s and there "
+                    f"are {present:g}; {advice}"
+                )
+
+
+def _processes(trial_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a trial computes, by the keys of `PROCESSES`."""
+    defaults = algorithm_class(trial_config["algorithm"]).get_default_config()
+    return {
+        key: trial_config["config"].get(section, {}).get(key, getattr(defaults, key))
+        for key, section in PROCESSES.items()
+    }
+
+
+def _with_processes(
+    trial_config: Mapping[str, Any], processes: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = copy.deepcopy(trial_config["config"])
+    for key, section in PROCESSES.items():
+        config.setdefault(section, {})[key] = processes[key]
+    return {**trial_config, "config": config}
+
+
+def may_move(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a trial may go on with another `config`: only its processes are others, and the
+    environments that each runner of `Reinforce` holds stay what they are."""
+    runners, learners = (
+        [_processes(trial)[key] for trial in (before, after)]
+        for key in ("num_env_runners", "num_learners")
+    )
+    if before["algorithm"] == "Reinforce" and runners[0] != runners[1] and max(runners) > 1:
+        return False
+    same = _with_processes(before, _processes(after))["config"]
+    return max(learners) <= 1 and same == _with_processes(after, _processes(after))["config"]
 
 
 def check_backends(experiment: Experiment) -> None:
@@ -1063,8 +1114,9 @@ def _check_bounds(
 
 
 def _check_environment(sections: dict[str, Any]) -> None:
-    from sgrl.envs.by_id import is_known, known_ids
+    from sgrl.envs.by_id import is_known, similar_ids
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+    from sgrl.user_code import UserCodeError
 
     section = sections.get("environment", {})
     key = "config.environment.env"
@@ -1072,8 +1124,12 @@ def _check_environment(sections: dict[str, Any]) -> None:
         ids = "or an id of gymnasium, as in CartPole-v1 or popgym-RepeatPreviousEasy-v0"
         raise _Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}, {ids}")
     env = section["env"]
-    if not is_known(env):
-        _check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
+    try:
+        known = is_known(env)
+    except UserCodeError as error:
+        raise _Problem(key, str(error)) from None
+    if not known:
+        _check_known(key, "environment", env, [*ENVIRONMENTS, *similar_ids(str(env))])
     try:
         validate_env_config(env, section.get("env_config") or {})
     except ValueError as error:

@@ -1,9 +1,9 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
 Feed-forward networks under sgprop add columns for each layer, before the last one, and so do
-evaluations apart from training. A row is
-appended in one write and the file is cut back to the iteration of the checkpoint that a
-trial continues from, so it holds no gap and no duplicate whatever was killed.
+evaluations apart from training. A row is appended in one write and the file is cut back to the
+iteration of the checkpoint that a trial continues from, so it holds no gap and no duplicate
+whatever was killed.
 
 Files from before there was `padded_env_steps` are read as if they had it (see `old_counts`).
 """
@@ -41,13 +41,15 @@ COLUMNS = (
     "mixing_weight_max",
     "iteration_seconds",
 )
-#: What evaluations apart from training add, before the last column (see `sgrl.tuning.evaluation`).
-EVALUATION_COLUMNS = (
-    "eval_success_rate",
-    "eval_return",
-    "eval_greedy_success_rate",
-    "eval_greedy_return",
-)
+#: What evaluations apart from training add, before the last column, and what it is in words (see
+#: `sgrl.tuning.evaluation`).
+EVALUATION_NAMES = {
+    "eval_success_rate": "success rate in evaluation",
+    "eval_return": "episode return in evaluation",
+    "eval_greedy_success_rate": "success rate in evaluation, likeliest actions",
+    "eval_greedy_return": "episode return in evaluation, likeliest actions",
+}
+EVALUATION_COLUMNS = tuple(EVALUATION_NAMES)
 INTEGER_COLUMNS = ("iteration", "env_steps", "padded_env_steps", "episodes")
 #: Columns that older files lack, and those that they have under another name.
 NEW_COLUMNS = ("padded_env_steps", "episodes")

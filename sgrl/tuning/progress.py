@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 from ray import cloudpickle, tune
+from ray.exceptions import RayTaskError
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, TextColumn
@@ -28,7 +29,7 @@ from sgrl.tuning.status import (
     write_status,
 )
 from sgrl.tuning.storage import Store
-from sgrl.tuning.trial import HANG_FILE, first_line, is_disk_full
+from sgrl.tuning.trial import ERROR_FILE, HANG_FILE, first_line, is_disk_full
 
 LOG_FILE = "sweep.log"
 SUMMARY_FILE = "summary.csv"
@@ -153,12 +154,17 @@ class SweepView(tune.Callback, tune.Stopper):
     def _reason(self, trial: Any) -> str:
         """Why a trial's process ended, in one line."""
         config = self.trials[trial.config["trial"]].trial.config
-        hang = self.directory / trial.config["trial"] / HANG_FILE
+        folder = self.directory / trial.config["trial"]
+        hang = folder / HANG_FILE
         if hang.is_file() and hang.stat().st_size:
             timeout = config["iteration_timeout"]
             return f"an iteration of more than {timeout:g} s ({HANG_FILE} says where it hung)"
         error = _error(trial)
-        return first_line(error) if error is not None else f"an error that {LOG_FILE} holds"
+        if error is None:
+            return f"an error that {LOG_FILE} holds"
+        # Raised by the trial, which then wrote it down; or its process was lost.
+        said = isinstance(error, RayTaskError) and (folder / ERROR_FILE).is_file()
+        return f"{first_line(error)}{f' ({ERROR_FILE} says where)' if said else ''}"
 
     def _end(self, trial: Trial) -> None:
         self.store.pull(f"{trial.name}/metrics.csv", f"{trial.name}/status.json")

@@ -37,7 +37,14 @@ TOKEN_FILE = "token"
 #: What makes a folder an archive.
 ARCHIVED_TRIALS_FILE = "trials.json"
 #: What a trial has reached, but for its checkpoints; the driver makes the first of them.
-TRIAL_FILES = ("config.yaml", "metrics.csv", "status.json", "tracking.json", PROVENANCE_FILE)
+TRIAL_FILES = (
+    "config.yaml",
+    "metrics.csv",
+    "status.json",
+    "tracking.json",
+    "error.txt",
+    PROVENANCE_FILE,
+)
 EVENT_FILES = "events.out.tfevents.*"
 #: fsspec's names of storage without folders; making one there would make a bucket.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}

@@ -39,6 +39,7 @@ from sgrl.tuning.experiment import (
     check_resources,
     dump_yaml,
     extend_experiment,
+    may_move,
     planned_trials,
     with_defaults,
 )
@@ -145,7 +146,7 @@ def resume_sweep(
         store.pull_reports()
         experiment = _extended(store, iterations, additions, track)
         check_tracker(experiment.track, store.location)
-        requests = _resource_requests(experiment)
+        requests = _resource_requests(experiment, resuming=True)
         _prepare_environments(experiment)
         if iterations is not None or additions or track is not None:
             write_text(store.folder / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
@@ -255,6 +256,13 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     with quiet(directory / LOG_FILE) as console:
         record_start(directory)
         prepare_tracker(experiment.track, directory)
+        moved = [trial for trial in experiment.trials if _has_moved(directory / trial.name, trial)]
+        if moved:
+            like = "the same numbers, up to rounding"
+            if moved[0].config["algorithm"] != "Reinforce":
+                like = "other episodes"
+            words = f"{len(moved)} trials go on in other processes than before, with {like}"
+            console.print(words, soft_wrap=True, highlight=False)
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
@@ -294,7 +302,7 @@ def _config(trial: Trial) -> dict[str, Any]:
 
 def _check_config(folder: Path, trial: Trial) -> None:
     """Refuse to change what a trial's first iterations were trained with (the resolved backend
-    and the threads among it)."""
+    and the threads among it), but for the processes it computes in."""
     path, config = folder / "config.yaml", _config(trial)
     if not path.is_file():
         return
@@ -304,10 +312,17 @@ def _check_config(folder: Path, trial: Trial) -> None:
         before["model"] = with_defaults(before["model"])
     for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
         if before.get(key) != config.get(key):
+            if key == "config" and may_move(before, config):
+                continue
             raise SweepError(
                 f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
                 f"{config.get(key)}: undo the change or start another sweep with --name"
             )
+
+
+def _has_moved(folder: Path, trial: Trial) -> bool:
+    path = folder / "config.yaml"
+    return path.is_file() and read_yaml(path).get("config") != trial.config["config"]
 
 
 def _write_config(folder: Path, trial: Trial) -> None:
@@ -448,12 +463,12 @@ def _start_ray() -> None:
             raise SweepError(str(error)) from None
 
 
-def _resource_requests(experiment: Experiment) -> dict[str, Any]:
+def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[str, Any]:
     """Each trial's placement group by its name; refuses trials that could never start."""
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         _start_ray()
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
-    check_resources(experiment, present)
+    check_resources(experiment, present, resuming)
     check_backends(experiment)
     return {
         trial.name: algorithm_class(trial.config["algorithm"]).default_resource_request(

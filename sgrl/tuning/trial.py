@@ -5,19 +5,21 @@ All that a trial has reached stands in `<sweep>/<trial>/`: `config.yaml`, `metri
 again continues from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
 """
 
+import contextlib
 import errno
 import faulthandler
 import fcntl
 import math
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import yaml
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module import RLModule
 
@@ -49,6 +51,8 @@ LOCK_SECONDS = 60
 REPORT_SECONDS = 1.0
 #: Where each thread of a trial's process was when an iteration took too long.
 HANG_FILE = "hung.txt"
+#: The whole traceback of a trial's last error.
+ERROR_FILE = "error.txt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -99,10 +103,11 @@ class TrialRunner(tune.Trainable):
                 # Training again would only come to the same number.
                 self._finish("failed", first_line(error), diverged=True)
             except Exception as error:
+                self._write_error(error)
                 if not self._fails_again(error):
                     raise
-                reason = f"{first_line(error)} (again, after iteration {len(self.rows)})"
-                self._finish("failed", reason)
+                reason = f"{first_line(error)} (again, after iteration {len(self.rows)}"
+                self._finish("failed", f"{reason}; {ERROR_FILE} says where)")
         except BaseException as error:
             self._release()
             disk_full = is_disk_full(error)
@@ -203,6 +208,13 @@ class TrialRunner(tune.Trainable):
         self._write_status("running")
         return before == self.failure
 
+    def _write_error(self, error: Exception) -> None:
+        if self.lock is None:
+            return  # the folder is not this process's
+        with contextlib.suppress(OSError):
+            text = "".join(traceback.format_exception(error))
+            (self.directory / ERROR_FILE).write_text(text, encoding="utf-8")
+
     def _checkpoint(self) -> None:
         if self.saved == len(self.rows):
             return
@@ -299,17 +311,21 @@ def first_line(error: BaseException) -> str:
     """What an exception says in one line; Ray wraps those of other processes in a traceback."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or ["no message"]
+    if isinstance(cause, RayActorError) and "creation task" in lines[0]:
+        return lines[-1]  # what its constructor raised
     return f"{type(cause).__name__}: {lines[0]}"
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception comes from a full disk or a used up quota, in whatever it is wrapped:
     libraries and other processes hand on the text alone."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, OSError) and link.errno in DISK_FULL:
             return True
-        if any(os.strerror(code) in str(seen) for code in DISK_FULL):
+        if any(os.strerror(code) in str(link) for code in DISK_FULL):
             return True
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+        link = getattr(link, "cause", None) or link.__cause__ or link.__context__
     return False

@@ -96,11 +96,12 @@ def load(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled core for tensors of this type, where `unavailable` says that there is one."""
     core = load_library(_REALS[dtype])
     assert isinstance(core, ctypes.CDLL)
-    if core.sgrl_workspace.argtypes is None:
+    if "declared" not in vars(core):
         for name, (result, *arguments) in _FUNCTIONS.items():
             function = getattr(core, name)
             function.restype = result[1]
             function.argtypes = [kind for _, kind in arguments]
+        vars(core)["declared"] = True  # last: other threads may be here too
     return core
 
 

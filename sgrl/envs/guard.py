@@ -1,0 +1,172 @@
+"""Environments that are not ours, watched: what they raise, or return wrong, is said where it
+happens, and what they keep between episodes can be saved."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from sgrl.user_code import described
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+STEP_PARTS = "(observation, reward, terminated, truncated, info)"
+
+
+class EnvironmentFailed(Exception):
+    """An environment raised, or returned what it must not; the message is one line."""
+
+
+class Guard(gym.Wrapper):
+    """Checks all that an environment raises and returns.
+
+    Raises, from `reset` and `step`, EnvironmentFailed: the environment raised (the message says
+    what, in which file and line), its observation or reward is NaN or infinite, or what it
+    returned has another form than gymnasium's. FloatingPointError: the action is NaN, which is the
+    policy's fault.
+
+    Attributes:
+        environment_index: number of this environment among those beside it, for the messages.
+    """
+
+    environment_index = 0
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._seed: int | None = None
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        self._seed, self._steps = seed, 0
+        try:
+            result = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._failed(described(error)) from error
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise self._failed(f"reset returned {_form(result)}, not (observation, info)")
+        self._check(result[0], result[1])
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        if isinstance(action, np.ndarray) and not np.isfinite(action).all():
+            raise FloatingPointError(f"the policy's action is {action.tolist()}{self._where()}")
+        try:
+            result = self.env.step(action)
+        except Exception as error:
+            raise self._failed(described(error)) from error
+        if not isinstance(result, tuple) or len(result) != 5:
+            raise self._failed(f"step returned {_form(result)}, not {STEP_PARTS}")
+        observation, reward, terminated, truncated, info = result
+        fault = reward_fault(reward) or _flag_fault(terminated) or _flag_fault(truncated)
+        if fault:
+            raise self._failed(fault)
+        self._check(observation, info)
+        return observation, reward, bool(terminated), bool(truncated), info
+
+    def _check(self, observation: Any, info: Any) -> None:
+        fault = observation_fault(observation, self.env.observation_space)
+        if fault:
+            raise self._failed(fault)
+        if not isinstance(info, Mapping):
+            raise self._failed(f"info is {_form(info)}, not a dict")
+
+    def _failed(self, fault: str) -> EnvironmentFailed:
+        return EnvironmentFailed(f"{fault}{self._where()}")
+
+    def _where(self) -> str:
+        moment = f"step {self._steps}" if self._steps else "the reset"
+        seed = "" if self._seed is None else f" (its seed is {self._seed})"
+        return f" at {moment} of environment {self.environment_index}{seed}"
+
+
+def reward_fault(reward: Any) -> str | None:
+    """What is wrong with a reward, None where it is a number that float32 holds."""
+    if not isinstance(reward, int | float) and np.ndim(reward):
+        return f"reward is {_form(reward)}, not a number"
+    try:
+        value = float(reward)
+    except (TypeError, ValueError):
+        return f"reward is {reward!r}, not a number"
+    return None if abs(value) <= FLOAT32_MAX else f"reward is {named(value)}"
+
+
+def observation_fault(observation: Any, space: gym.Space, name: str = "observation") -> str | None:
+    """What is wrong with an observation, None where it fits the space (whose bounds and dtype
+    are not insisted on) and is finite."""
+    parts: list[tuple[Any, gym.Space, str]] = []
+    try:
+        match space:
+            case gym.spaces.Box():
+                array = np.asarray(observation, space.dtype)
+                if array.shape != space.shape:
+                    return f"{name} is {_form(observation)}, not of its space {space}"
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    return f"{name} is {named(array[~np.isfinite(array)][0])}"
+            case gym.spaces.Discrete() | gym.spaces.MultiDiscrete() | gym.spaces.MultiBinary():
+                if not space.contains(np.asarray(observation, space.dtype)):
+                    return f"{name} is {observation!r}, not of its space {space}"
+            case gym.spaces.Dict():
+                parts = [(observation[key], s, f"{name}[{key!r}]") for key, s in space.items()]
+            case gym.spaces.Tuple():
+                pairs = enumerate(zip(observation, space.spaces, strict=True))
+                parts = [(part, s, f"{name}[{i}]") for i, (part, s) in pairs]
+    except (TypeError, ValueError, KeyError, IndexError):
+        return f"{name} is {_form(observation)}, not of its space {space}"
+    return next(filter(None, (observation_fault(*part) for part in parts)), None)
+
+
+def named(number: float) -> str:
+    """NaN, inf, -inf or the number."""
+    return "NaN" if np.isnan(number) else f"{number:g}"
+
+
+def _flag_fault(flag: Any) -> str | None:
+    if isinstance(flag, bool | np.bool_) or not np.ndim(flag):
+        return None
+    return f"terminated or truncated is {_form(flag)}, not a bool"
+
+
+def _form(value: Any) -> str:
+    """What kind of thing a value is."""
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+def number(envs: Iterable[gym.Env]) -> None:
+    """Tell environments side by side which one each is, for what their guards say."""
+    for index, env in enumerate(envs):
+        env.set_wrapper_attr("environment_index", index, force=False)
+
+
+def get_state(env: gym.Env) -> Any:
+    """A copy of what an environment keeps beyond an episode, None where it offers nothing: it
+    needs both `get_state()` and `set_state(state)`."""
+    if not _offers_state(env):
+        return None
+    try:
+        return copy.deepcopy(env.get_wrapper_attr("get_state")())
+    except Exception as error:
+        raise EnvironmentFailed(f"get_state failed: {described(error)}") from error
+
+
+def set_state(env: gym.Env, state: Any) -> None:
+    """Give an environment back what `get_state` returned; None changes nothing."""
+    if state is None or not _offers_state(env):
+        return
+    try:
+        env.get_wrapper_attr("set_state")(copy.deepcopy(state))
+    except Exception as error:
+        raise EnvironmentFailed(f"set_state failed: {described(error)}") from error
+
+
+def _offers_state(env: gym.Env) -> bool:
+    # MuJoCo's environments have a set_state, POPGym's a get_state, of another meaning.
+    return env.has_wrapper_attr("get_state") and env.has_wrapper_attr("set_state")

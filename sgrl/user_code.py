@@ -1,0 +1,77 @@
+"""Code that users bring along: modules that experiment files name, and its errors in one line."""
+
+import importlib
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+#: Packages through which a user's code is called: where an error of theirs shows up is not where
+#: its cause is.
+LIBRARIES = ("sgrl", "gymnasium", "numpy", "torch", "ray")
+MESSAGE_LENGTH = 300
+
+
+class UserCodeError(ValueError):
+    """A module that a user named cannot be had; the message is one line."""
+
+
+def import_named(name: str) -> ModuleType:
+    """Import a module that a user named; the current folder counts, as with `python -m`.
+
+    Raises:
+        UserCodeError: there is no such module, or its own code fails, which is said with file and
+            line.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise UserCodeError(
+                f"no module named {name!r}: it is neither installed nor in the current folder"
+            ) from error
+        raise UserCodeError(f"the module {name} fails: {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """Say in one line what an exception is, and where the code that raised it stands, as in
+    `RuntimeError: simulator crashed (my_envs.py:12)`."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        message, place = error.msg, f"{_shown(error.filename)}:{error.lineno}"
+    else:
+        message, place = str(error), _place(error)
+    message = " ".join(message.split())
+    if len(message) > MESSAGE_LENGTH:
+        message = f"{message[:MESSAGE_LENGTH]}..."
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{line} ({place})" if place else line
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost frame outside of libraries; empty where there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _is_library(Path(frame.filename)):
+            return f"{_shown(frame.filename)}:{frame.lineno}"
+    return ""
+
+
+def _is_library(file: Path) -> bool:
+    if file.name.startswith("<"):
+        return True
+    parts = file.parts
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1] in LIBRARIES
+    ours = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
+    return any(file.is_relative_to(folder) for folder in ours)
+
+
+def _shown(file: str) -> str:
+    """A file's name from the current folder where it is in there."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
