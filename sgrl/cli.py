@@ -185,10 +185,16 @@ def sweep(
         return
 
     if client := _client_address(address):
+        from sgrl.tuning.experiment import user_modules
+        from sgrl.user_code import sources
+
         words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
         words += [word for setting in set_ or [] for word in ("--set", setting)]
         words += ["--track", track] if track else []
-        _run_on_cluster(client, words, results, {"experiment.yaml": config.read_text("utf-8")})
+        files = {"experiment.yaml": config.read_text("utf-8")}
+        for module in user_modules(experiment):
+            files |= sources(module)
+        _run_on_cluster(client, words, results, files)
     _join(address)
     from sgrl.tuning.storage import StorageError, join
     from sgrl.tuning.sweep import SweepError, run_sweep

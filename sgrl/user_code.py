@@ -39,6 +39,27 @@ def import_named(name: str) -> ModuleType:
         raise UserCodeError(f"the module {name} fails: {described(error)}") from error
 
 
+def source_of(name: str) -> Path | None:
+    """The file, or the folder of the package, that another machine needs to import a module that a
+    user named; None where it is installed. Raises as `import_named`."""
+    top = name.partition(".")[0]
+    module = import_named(top)
+    folders = list(getattr(module, "__path__", ()))
+    place = Path(folders[0] if folders else module.__file__ or "<built in>")
+    installed = {"site-packages", "dist-packages"} & set(place.parts) or _is_library(place)
+    return None if installed else place
+
+
+def sources(name: str) -> dict[str, str]:
+    """The texts of the Python files behind a module that a user named, by their names from its
+    folder; empty where it is installed. Raises as `import_named`."""
+    place = source_of(name)
+    if place is None:
+        return {}
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return {str(file.relative_to(place.parent)): file.read_text("utf-8") for file in files}
+
+
 def described(error: BaseException) -> str:
     """Say in one line what an exception is, and where the code that raised it stands, as in
     `RuntimeError: simulator crashed (my_envs.py:12)`."""

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import gymnasium as gym
 import psutil
 import pytest
 import ray
 import yaml
+from sweeps import make_experiment
 from typer.testing import CliRunner
 
 from sgrl.cli import app
@@ -124,3 +126,54 @@ def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
     (tmp_path / "mirror" / sweep.EXPERIMENT_FILE).write_text("name: small")
     with pytest.raises(sweep.SweepError, match=r"memory://small cannot be read on .*: other mach"):
         sweep._check_visible(Mirror("memory://small", tmp_path / "mirror"))
+
+
+MODULE = """
+import gymnasium as gym
+gym.register("Mine-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv",
+             max_episode_steps=7)
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """An experiment whose environment comes from a package in the current folder."""
+    (tmp_path / "own_envs").mkdir()
+    (tmp_path / "own_envs" / "__init__.py").write_text("")
+    (tmp_path / "own_envs" / "poles.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    config = {"environment": {"env": "own_envs.poles:Mine-v0"}}
+    yield make_experiment(tmp_path / "own.yaml", ("gru",), config=config)
+    gym.registry.pop("Mine-v0", None)
+    for name in ("own_envs", "own_envs.poles"):
+        del sys.modules[name]
+
+
+def test_every_machine_must_have_the_users_modules(ray_session, own_module, monkeypatch):
+    (node,) = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node])
+    # This Ray was started in another folder, so its workers do not find the package.
+    with pytest.raises(sweep.SweepError, match=r"^not on .*: no module named 'own_envs.poles': "):
+        sweep._check_modules(own_module)
+    monkeypatch.setattr(sweep, "_try_import", lambda modules: "")
+    sweep._check_modules(own_module)
+
+
+def test_a_cluster_gets_the_users_modules(own_module, tmp_path, monkeypatch):
+    """Of the driver on the cluster through Ray's runtime environment; from outside as files."""
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(sweep, "reach", lambda address: None)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["runtime_env"]))
+    sweep._start_ray(own_module)
+    assert asked == [{"py_modules": [str(tmp_path / "own_envs")]}]
+
+    sent = {}
+    monkeypatch.setattr(client, "run_on_cluster", lambda *given: sent.update(given[3]) or 0)
+    arguments = ["sweep", "own.yaml", "--results", "/r", "--address", "ray://10.0.0.1:10001"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert set(sent) == {"experiment.yaml", "own_envs/__init__.py", "own_envs/poles.py"}
+    assert sent["own_envs/poles.py"] == MODULE

@@ -471,6 +471,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.path[:] = path
+    gym.registry.pop("Mine-v0", None)
     for name in set(sys.modules) - modules:
         del sys.modules[name]
 

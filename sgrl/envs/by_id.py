@@ -49,6 +49,11 @@ def nearest(name: Any, valid: Iterable[str]) -> str:
     return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)[0]]
 
 
+def module_of(env: str) -> str | None:
+    """The module of `module:Id-v0`."""
+    return env.rpartition(":")[0] or None
+
+
 def is_known(env: Any) -> bool:
     """Whether gymnasium has an environment of that id.
 

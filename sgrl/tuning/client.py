@@ -111,7 +111,9 @@ class Command:
         self.lines: queue.Queue[str] = queue.Queue()
         self.folder = tempfile.TemporaryDirectory(prefix="sgrl-")
         for name, text in files.items():
-            (Path(self.folder.name) / name).write_text(text, encoding="utf-8")
+            path = Path(self.folder.name) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         cluster = ray.get_runtime_context().gcs_address
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from sgrl.cli import main; main()", *words],

@@ -907,6 +907,14 @@ def build_algorithm_config(trial_config: Mapping[str, Any]) -> Any:
     return config.debugging(seed=trial_config["seed"])
 
 
+def user_modules(experiment: Experiment) -> list[str]:
+    """The modules of the user's that the experiment's environments come from."""
+    from sgrl.envs.by_id import module_of
+
+    envs = (trial.config["config"]["environment"]["env"] for trial in experiment.trials)
+    return [module for module in dict.fromkeys(map(module_of, envs)) if module is not None]
+
+
 def required_resources(trial: Trial) -> dict[str, float]:
     """What one trial holds while it runs, summed over its processes, as in
     ``{"CPU": 1.0, "GPU": 0.0}`` (and any custom resource)."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from sgrl.tuning.experiment import (
     extend_experiment,
     may_move,
     planned_trials,
+    user_modules,
     with_defaults,
 )
 from sgrl.tuning.metrics import OldMetricsError, read_metrics
@@ -77,6 +78,7 @@ from sgrl.tuning.trial import (
     lock_file,
     read_yaml,
 )
+from sgrl.user_code import UserCodeError, import_named, source_of
 
 # What a trial's numbers do not depend on may change from one start to the next.
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
@@ -342,9 +344,10 @@ def _run_trials(
 ) -> None:
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
-    _start_ray()
+    _start_ray(experiment)
     try:
         _check_visible(store)
+        _check_modules(experiment)
         _tune(store, experiment, trials, requests, view)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
@@ -397,19 +400,27 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _on_every_node(function: Callable[[Any], Any], argument: Any) -> dict[str, Any]:
+    """What a function returns on each machine of the cluster, by its address."""
+    running = {
+        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(function)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(argument)
+        for node in _nodes()
+    }
+    return {address: ray.get(result) for address, result in running.items()}
+
+
 def _check_visible(store: Store) -> None:
     """Refuse a cluster of which some machine does not see the sweep's results."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1 and type(store) is Store:
+    if len(_nodes()) == 1 and type(store) is Store:
         return
     text = (store.folder / EXPERIMENT_FILE).read_text(encoding="utf-8")
-    looks = {
-        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(_look)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(store.location)
-        for node in nodes
-    }
-    found = {address: ray.get(look) for address, look in looks.items()}
+    found = _on_every_node(_look, store.location)
     blind = sorted(address for address, (read, _) in found.items() if read != text)
     if blind and type(store) is Store:
         raise SweepError(
@@ -435,7 +446,32 @@ def _look(location: str) -> tuple[str | None, str]:
         return None, str(error)
 
 
-def _start_ray() -> None:
+def _check_modules(experiment: Experiment) -> None:
+    """Refuse a cluster of which some machine cannot import what the environments come from."""
+    modules = user_modules(experiment)
+    if not modules or len(_nodes()) == 1:
+        return
+    wrong = {
+        address: line for address, line in _on_every_node(_try_import, modules).items() if line
+    }
+    if wrong:
+        raise SweepError(
+            f"not on {', '.join(sorted(wrong))}: {min(wrong.items())[1]}; all machines of the "
+            "cluster need what the environment imports"
+        )
+
+
+def _try_import(modules: Sequence[str]) -> str:
+    """What is wrong on this machine with the modules; empty where nothing is."""
+    try:
+        for module in modules:
+            import_named(module)
+    except UserCodeError as error:
+        return str(error)
+    return ""
+
+
+def _start_ray(experiment: Experiment) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
@@ -450,7 +486,13 @@ def _start_ray() -> None:
         print(f"joining the Ray cluster at {address}")
         try:
             reach(address)
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            # Other machines may lack what is in the current folder of this one.
+            places = [place for m in user_modules(experiment) if (place := source_of(m))]
+            ray.init(
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"py_modules": list(map(str, places))} if places else None,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise SweepError(
                 f"no Ray cluster at {address} ({first_line(error)}): start one, or run here, "
@@ -466,7 +508,7 @@ def _start_ray() -> None:
 def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[str, Any]:
     """Each trial's placement group by its name; refuses trials that could never start."""
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        _start_ray()
+        _start_ray(experiment)
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
