@@ -329,7 +329,13 @@ def report(
             raise ResultsError(f"a report in {format} refers to figures in the results: use html")
         folders = [stack.enter_context(reading(directory)) for directory in directories]
         path = write_report(
-            folders, out, format, threshold, lambda title: typer.echo(f"read: {title}"), x
+            folders,
+            out,
+            format,
+            threshold,
+            lambda title: typer.echo(f"read: {title}"),
+            x,
+            directories,
         )
     typer.echo(f"written: {path}")
 

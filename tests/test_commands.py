@@ -88,6 +88,17 @@ def test_what_to_do_instead(odd):
     assert again.output.startswith("small_again: 4 trials\n")
 
 
+def test_how_to_run_again_what_lies_elsewhere(odd, tmp_path, monkeypatch):
+    """The copy that was read is gone when the page is."""
+    directory = write_sweep(tmp_path / "small")
+    page = tmp_path / "page.html"
+    said = CliRunner().invoke(app, ["report", f"file://{directory}", "--out", str(page)])
+    assert said.exit_code == 0, said.output
+    text = page.read_text()
+    assert "the commands take the configuration as experiment.yaml" in text
+    assert "sgrl sweep experiment.yaml --name small_again" in text
+
+
 def test_how_to_look_at_tensorboard_and_wandb(odd, monkeypatch):
     assert words_of(how_to_look("tensorboard", str(odd))) == ["tensorboard", "--logdir", str(odd)]
     monkeypatch.setenv("WANDB_MODE", "offline")

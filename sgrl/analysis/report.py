@@ -88,6 +88,7 @@ def write_report(
     threshold: float = THRESHOLD,
     advance: Callable[[str], object] = lambda title: None,
     x: str = "env_steps",
+    called: Sequence[str | Path] = (),
 ) -> Path:
     """Report on results folders. Figures go to each one's `figures/`, a sweep's numbers to its
     `comparison.csv` and `pairs.csv`; where a folder cannot be written and `out` lies elsewhere, to
@@ -101,6 +102,7 @@ def write_report(
         threshold: what sample efficiency counts to.
         advance: called with the name of each folder once it is done.
         x: what curves, areas and sample efficiency are taken against, a key of `AXES`.
+        called: what the commands on the page call the folders, where these are copies for reading.
 
     Returns:
         The file written.
@@ -129,9 +131,9 @@ def write_report(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sections = []
-        for folder in folders:
+        for folder, own in zip(folders, called or folders, strict=True):
             written[folder].mkdir(parents=True, exist_ok=True)
-            sections.append(read_section(folder, threshold, written[folder], x))
+            sections.append(read_section(folder, threshold, written[folder], x, Path(own)))
             advance(sections[-1].title)
         render = {"html": _html, "markdown": _markdown, "latex": _latex}[format]
         out.write_text(render(sections, out), encoding="utf-8")
@@ -154,18 +156,19 @@ def read_section(
     threshold: float = THRESHOLD,
     home: Path | None = None,
     x: str = "env_steps",
+    called: Path | None = None,
 ) -> Section:
     """Read one folder and write its figures and CSVs, into that folder unless `home` is given.
-    Raises ResultsError and OSError."""
+    Commands call it by its own name unless another is given. Raises ResultsError and OSError."""
     home = home or directory
     if (directory / "expert_network.csv").is_file():
         return _expert_network(directory, home)
     if (directory / "neurons.csv").is_file() and (directory / "layers.csv").is_file():
         return _probe(directory, home)
-    return _sweep(directory, threshold, home, x)
+    return _sweep(directory, threshold, home, x, called or directory)
 
 
-def _sweep(directory: Path, threshold: float, home: Path, x: str) -> Section:
+def _sweep(directory: Path, threshold: float, home: Path, x: str, called: Path) -> Section:
     results = load_results(directory, x=x)
     comparison = compare_methods(results.trials)
     best = best_learning_rates(comparison)
@@ -221,7 +224,11 @@ def _sweep(directory: Path, threshold: float, home: Path, x: str) -> Section:
             section.commands.append(f"git checkout {revision.removesuffix('-dirty')}")
         # On whatever machine the page is read: `sgrl` as it is called there.
         again = re.sub(r"[^A-Za-z0-9_.+-]", "-", f"{name}_again")
-        section.commands.append(shlex.join(["sgrl", "sweep", str(experiment), "--name", again]))
+        file = called / experiment.name
+        if not file.is_file():
+            file = Path(experiment.name)
+            section.facts.append(("note", f"the commands take the configuration as {file}"))
+        section.commands.append(shlex.join(["sgrl", "sweep", str(file), "--name", again]))
         if revision.endswith("-dirty"):
             section.facts.append(("note", f"the code had changes that {revision[:-6]} lacks"))
     return section
