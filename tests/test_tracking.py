@@ -62,7 +62,7 @@ def expected_scalars(rows):
     for row in rows:
         for name, value in row.items():
             if not np.isnan(value):
-                found.setdefault(name, []).append((row["iteration"], float(np.float32(value))))
+                found.setdefault(name, []).append((row["env_steps"], float(np.float32(value))))
     return found
 
 
@@ -302,7 +302,7 @@ def wandb_runs(trial):
                 assert record.run.display_name == trial.name
             if record.HasField("history"):
                 items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
-                assert float(items["iteration"]) == record.history.step.num
+                assert float(items["env_steps"]) == record.history.step.num
                 rows.append((record.history.step.num, float(items["policy_loss"])))
             if record.HasField("exit"):
                 code = record.exit.exit_code
@@ -356,7 +356,13 @@ def test_wandb_rows_count_as_sent_once_they_are_safe(tmp_path, monkeypatch):
     assert notes == []
     follow.send(rows)
     follow.close("completed")
-    assert state() == {"id": first["id"], "sent": 9}
+    assert state() == {"id": first["id"], "sent": 9, "step": "env_steps"}
+    # A run whose steps are iterations, from an older version, is not gone on with.
+    (trial / "tracking.json").write_text(json.dumps({"wandb": {"id": first["id"], "sent": 9}}))
+    follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    follow.send(rows)
+    follow.close("completed")
+    assert state()["id"] != first["id"]
     assert notes == []
 
 
@@ -403,7 +409,7 @@ def test_one_run_through_kill_and_resume(tmp_path, monkeypatch, ray_session, unt
     rows = read_metrics(trial / "metrics.csv")
     assert numbers(rows) == numbers(untracked)
     assert scalars(trial) == expected_scalars(rows)
-    expected = [(row["iteration"], row["policy_loss"]) for row in rows]
+    expected = [(row["env_steps"], row["policy_loss"]) for row in rows]
     assert json.loads((trial / "tracking.json").read_text())[tracker]["id"] == first_id
     if tracker == "mlflow":
         assert mlflow_run(trial) == (first_id, expected, "FINISHED")

@@ -39,6 +39,8 @@ from sgrl.tuning.storage import is_address
 
 TRACKING_FILE = "tracking.json"
 MLFLOW_FILE = "mlflow.db"
+#: The column that all of them count as the step of a curve's point.
+STEP = "env_steps"
 
 
 class TrackingError(Exception):
@@ -250,7 +252,7 @@ class EventFile:
             values = [
                 Summary.Value(tag=name, simple_value=value) for name, value in _numbers(row).items()
             ]
-            self._write(wall_time, step=int(row["iteration"]), summary=Summary(value=values))
+            self._write(wall_time, step=int(row[STEP]), summary=Summary(value=values))
         self.writer.flush()
         self.sent += len(rows)
 
@@ -261,7 +263,7 @@ class EventFile:
 
 
 class WandbRun:
-    """A run at Weights & Biases: group the sweep, name the trial, step the iteration.
+    """A run at Weights & Biases: group the sweep, name the trial, step the environment steps.
 
     W&B writes behind our back, and a process that is killed takes with it what it had not written.
     So an iteration counts as sent some seconds later; after a kill the last ones go out again, with
@@ -306,11 +308,11 @@ class WandbRun:
         self._remember(self.sent)
 
     def _remember(self, sent: int) -> None:
-        _write_state(self.folder, "wandb", {"id": self.id, "sent": sent})
+        _write_state(self.folder, "wandb", {"id": self.id, "sent": sent, "step": STEP})
 
     def send(self, rows: Sequence[Row], times: Sequence[float]) -> None:
         for row in rows:
-            self.run.log(_numbers(row), step=int(row["iteration"]), commit=True)
+            self.run.log(_numbers(row), step=int(row[STEP]), commit=True)
         self.sent += len(rows)
         now = time.monotonic()
         self.history.append((now, self.sent))
@@ -324,7 +326,7 @@ class WandbRun:
 
 
 class MLflowRun:
-    """A run in MLflow: experiment the sweep, name the trial, step the iteration."""
+    """A run in MLflow: experiment the sweep, name the trial, step the environment steps."""
 
     STATES = {"completed": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
     #: The most numbers that MLflow takes at once.
@@ -350,10 +352,10 @@ class MLflowRun:
             create_experiment_if_not_exists=True,
         )
         self.id = self.mlflow.active_run().info.run_id
-        _write_state(folder, "mlflow", {"id": self.id})
+        _write_state(folder, "mlflow", {"id": self.id, "step": STEP})
         self.client = self.mlflow.MlflowClient()
         history = self.client.get_metric_history(self.id, "iteration")
-        self.sent = max((metric.step for metric in history), default=0)
+        self.sent = max((int(metric.value) for metric in history), default=0)
 
     def send(self, rows: Sequence[Row], times: Sequence[float]) -> None:
         step = max(1, self.BATCH // len(rows[0]))
@@ -362,9 +364,7 @@ class MLflowRun:
             self.client.log_batch(
                 self.id,
                 [
-                    self.mlflow.entities.Metric(
-                        name, value, round(1000 * when), int(row["iteration"])
-                    )
+                    self.mlflow.entities.Metric(name, value, round(1000 * when), int(row[STEP]))
                     for row, when in chunk
                     for name, value in _numbers(row).items()
                 ],
@@ -380,9 +380,14 @@ def _numbers(row: Row) -> Row:
 
 
 def _read_state(folder: Path, tracker: str) -> dict[str, Any]:
-    """What a tracker noted of a trial; empty where nothing or nothing readable."""
+    """What a tracker noted of a trial; empty where nothing or nothing readable.
+
+    Older versions counted iterations where now environment steps are counted: what they sent is
+    left as it is, and the trial gets a run of its own.
+    """
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / TRACKING_FILE).read_text(encoding="utf-8")).get(tracker, {})
+        state = json.loads((folder / TRACKING_FILE).read_text(encoding="utf-8")).get(tracker, {})
+        return state if state.get("step") == STEP else {}
     return {}
 
 
