@@ -1,10 +1,14 @@
 """Small sweeps, and what is compared of them."""
 
+import csv
+import pickle
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from sgrl.tuning.checkpoints import write_checkpoint
 from sgrl.tuning.experiment import load_experiment
 from sgrl.tuning.metrics import COLUMNS
 
@@ -55,3 +59,32 @@ def metrics_without_times(directory):
 
 def summary(directory):
     return pd.read_csv(directory / "summary.csv", index_col="trial")
+
+
+def make_older(trial):
+    """Turn a trial of Reinforce into one of the version that counted padding as env_steps."""
+    path = trial / "metrics.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name not in ("padded_env_steps", "episodes")]
+    header = ["true_grad_norm" if name == "received_grad_norm" else name for name in names]
+    lines = [
+        header,
+        *([{**row, "env_steps": row["padded_env_steps"]}[n] for n in names] for row in rows),
+    ]
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+    for checkpoint in (trial / "checkpoints").glob("[0-9]*"):
+        state = checkpoint / "algorithm_state.pkl"
+        content = pickle.loads(state.read_bytes())
+        counts = content["reinforce"]
+        counts["env_steps"] = counts.pop("padded_env_steps")
+        del counts["episodes"]
+        state.write_bytes(pickle.dumps(content))
+        files = shutil.copytree(checkpoint, trial / "older", dirs_exist_ok=True)
+        write_checkpoint(
+            checkpoint.parent,
+            int(checkpoint.name),
+            lambda directory, files=files: shutil.copytree(files, directory, dirs_exist_ok=True),
+            keep=9,
+        )
+        shutil.rmtree(files)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
+from sweeps import METHODS, SPARSE, make_experiment, make_older, metrics_without_times, summary
 from typer.testing import CliRunner
 
 from sgrl.cli import app
@@ -67,6 +67,9 @@ def test_an_extended_sweep_is_the_longer_and_wider_sweep(copied, tmp_path):
     # One trial is unfinished, and one lost its last checkpoint.
     shutil.rmtree(copied / "gru_seed=1" / "checkpoints" / "000005")
     shutil.rmtree(copied / "sparsenet_sgprop_seed=1")
+    # Some were started by a version that counted padding as env_steps.
+    make_older(copied / "gru_seed=0")
+    make_older(copied / "sparsenet_sgprop_seed=0")
     diverged = tree(copied / "diverging_seed=0")
     resume_sweep(copied, 9, ["seeds=2..3"])
 
@@ -95,6 +98,24 @@ def test_an_extended_sweep_is_the_longer_and_wider_sweep(copied, tmp_path):
     )
     assert plan.output == f"{copied}: 12 trials, 0 to run\n"
     assert tree(copied) == before
+
+
+def test_an_older_sweep_that_tells_too_little_is_refused(copied):
+    """In one line, before anything is started."""
+    trial = copied / "gru_seed=0"
+    make_older(trial)
+    path = trial / "metrics.csv"
+    lines = path.read_text().splitlines()
+    column = lines[0].split(",").index("episode_length_mean")
+    fields = lines[2].split(",")
+    lines[2] = ",".join([*fields[:column], "", *fields[column + 1 :]])
+    path.write_text("\n".join(lines) + "\n")
+    for command in (["resume", str(copied)], ["status", str(copied)], ["report", str(copied)]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        (said,) = result.output.splitlines()
+        assert f"{path} is of an older version" in said
+        assert "move this trial out of the results" in said
 
 
 def test_added_trials_leave_the_finished_ones_alone(copied, monkeypatch):

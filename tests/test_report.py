@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from browser import EXECUTABLE, Browser
+from sweeps import make_older
 from typer.testing import CliRunner
 
 from sgrl.analysis import report
@@ -21,6 +22,7 @@ from sgrl.cli import app
 from sgrl.nn.policies import load_policy, policy_parameters
 from sgrl.theory.expert_network import simulate, sweep_cells
 from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.metrics import AXES, read_metrics
 from sgrl.tuning.sweep import run_sweep
 
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
@@ -187,6 +189,91 @@ def test_what_the_page_says(sweep):
     assert count < sum(weights.numel() for weights in policy.parameters())  # has predictors
     assert len(table(section, "All learning rates")) == 6
     assert len(table(section, "Trials")) == 12
+
+
+def test_results_of_an_older_version_are_read_as_they_would_be_now(sweep):
+    """There env_steps counted padding; reading changes no file."""
+    before = load_results(sweep)
+    for path in sweep.glob("*/config.yaml"):
+        make_older(path.parent)
+    held = {path: path.read_bytes() for path in sweep.glob("*/metrics.csv")}
+    after = load_results(sweep)
+    pd.testing.assert_frame_equal(after.trials, before.trials, check_exact=True)
+    pd.testing.assert_frame_equal(after.curves, before.curves, check_exact=True)
+    assert after.problems == before.problems == ()
+    for path in held:  # and line by line
+        rows = after.curves[after.curves["trial"] == path.parent.name].drop(columns="trial")
+        assert pd.DataFrame(read_metrics(path)).equals(rows.reset_index(drop=True))
+    assert {path: path.read_bytes() for path in held} == held
+    # Other algorithms counted what was taken.
+    (path, *_) = sweep.glob("gru*envs=4*/config.yaml")
+    path.write_text(path.read_text().replace("algorithm: Reinforce", "algorithm: PPO"))
+    stock = load_results(sweep).curves
+    stock = stock[stock["trial"] == path.parent.name]
+    assert stock["env_steps"].tolist() == [40 * i for i in range(1, 7)]
+    assert stock[["padded_env_steps", "episodes"]].isna().all(axis=None)
+
+
+def test_axes(sweep):
+    """Curves, AUC and steps to a threshold are all taken against the axis asked for."""
+    for x in AXES:
+        results = load_results(sweep, x=x)
+        assert results.x == results.trials.attrs["x"] == x
+        for trial in results.trials.to_dict("records"):
+            rows = pd.read_csv(sweep / trial["trial"] / "metrics.csv")
+            hours = rows["iteration_seconds"].cumsum() / 3600
+            at = hours if x == "hours" else rows[x]
+            rate = rows["success_rate"]
+            area = np.trapezoid(rate, at) / (at.iloc[-1] - at.iloc[0])
+            assert trial["auc"] == pytest.approx(area, rel=1e-12)
+            curve = results.curve(trial["trial"], "success_rate")
+            assert curve.index.tolist() == at.tolist()
+            assert curve.tolist() == rate.tolist()
+        section = read_section(sweep, threshold=-1, x=x)
+        (needed,) = (
+            [name for name in row if name.endswith(" to -1")]
+            for row in table(section, "Comparison")[:1]
+        )
+        assert needed == [f"{AXES[x].unit} to -1"]
+        svg = (sweep / "figures" / "success_rate.svg").read_text()
+        assert f"<!-- {AXES[x].name} -->" in svg
+        assert set(pd.read_csv(sweep / "comparison.csv")["x"]) == {x}
+        assert set(pd.read_csv(sweep / "pairs.csv")["x"]) == {x}
+    result = CliRunner().invoke(app, ["report", str(sweep), "--x", "episodes"])
+    assert result.exit_code == 0, result.output
+    assert "AUC: over episodes." in html.unescape((sweep / "report.html").read_text())
+    result = CliRunner().invoke(app, ["compare", str(sweep), str(sweep), "--x", "hours"])
+    assert "AUC: over hours of training." in result.output
+
+
+def test_an_axis_that_a_trial_lacks_is_named(sweep):
+    lacking, *others = sorted(path.parent for path in sweep.glob("*/metrics.csv"))
+
+    def forget(trial):
+        frame = pd.read_csv(trial / "metrics.csv")
+        frame.assign(padded_env_steps=np.nan).to_csv(trial / "metrics.csv", index=False)
+
+    forget(lacking)
+    results = load_results(sweep, x="padded_env_steps")
+    line = f"{lacking.name}: no padded_env_steps (only Reinforce pads); left out of curves and AUC"
+    assert results.problems == (line,)
+    row = results.trials.set_index("trial").loc[lacking.name]
+    assert np.isnan(row["auc"])
+    assert row["final_success_rate"] == pytest.approx(
+        load_results(sweep).trials.set_index("trial").loc[lacking.name, "final_success_rate"]
+    )
+    read_section(sweep, x="padded_env_steps")
+    for trial in others:
+        forget(trial)
+    for axis, said in (
+        ("padded_env_steps", "no padded_env_steps (only Reinforce pads) in any trial"),
+        ("step", "unknown axis 'step': give one of env_steps, padded_env_steps, iteration"),
+    ):
+        for command in (["report", str(sweep)], ["compare", str(sweep), str(sweep)]):
+            result = CliRunner().invoke(app, [*command, "--x", axis])
+            assert result.exit_code == 2
+            (line,) = result.output.splitlines()
+            assert said in line
 
 
 def test_missing_and_damaged_trials_are_named(damaged):

@@ -121,6 +121,30 @@ def test_curves_of_some_trials(results):
     assert loaded.curves_of(loaded.trials[:0], "success_rate").empty
 
 
+def test_curves_are_interpolated_on_a_common_grid(tmp_path):
+    """From where the last of them begins to where the first one ends; never beyond."""
+    places = {0: [10, 20, 40, 50], 1: [12, 30, 38, 70], 2: [8, 22, 44, 46]}
+    for seed, steps in places.items():
+        folder = tmp_path / f"gru_{seed}"
+        folder.mkdir()
+        config = {"name": folder.name, "method": "gru", "seed": seed}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        for i, step in enumerate(steps, 1):
+            row = {"iteration": i, "env_steps": step, "success_rate": i / (seed + 1)}
+            append_row(folder / "metrics.csv", row)
+    loaded = load_results(tmp_path)
+    wide = loaded.curves_of(loaded.trials, "success_rate")
+    assert wide.index.name == "env_steps"
+    assert wide.index.tolist() == [12, 24, pytest.approx(122 / 3), 46]
+    for seed, steps in places.items():
+        rates = [i / (seed + 1) for i in range(1, 5)]
+        for step, value in wide[f"gru_{seed}"].items():
+            before = max(i for i, other in enumerate(steps) if other <= step)
+            share = (step - steps[before]) / (steps[min(before + 1, 3)] - steps[before] or 1)
+            expected = rates[before] + share * (rates[min(before + 1, 3)] - rates[before])
+            assert value == pytest.approx(expected)
+
+
 def test_several_folders(results, tmp_path):
     (tmp_path / "more").mkdir()
     other = write_results(tmp_path / "more" / "others", iterations=3)
