@@ -158,6 +158,15 @@ def test_rows_of_other_algorithms_come_from_rllibs_keys():
         "grad_norm": 3.0,
         "iteration_seconds": 0.25,
     }
+    # The thread in which APPO learns need not have come to an end of anything.
+    result["learners"]["default_policy"] |= {
+        "policy_loss": math.nan,
+        "total_loss": math.nan,
+        "module_train_batch_size_mean": math.nan,
+    }
+    row = metrics_row(result, 3, 0.25)
+    assert row["env_steps"] == 400
+    assert math.isnan(row["policy_loss"])
     stats = {"policy_loss": 0.1, "total_loss": 0.2, "entropy": 1.3, "grad_gnorm": 3.0}
     old = {"info": {"learner": {"default_policy": {"learner_stats": stats}}}, "env_runners": {}}
     assert metrics_row(old, 1, 0.1)["grad_norm"] == 3.0

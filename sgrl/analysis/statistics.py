@@ -359,8 +359,8 @@ def sample_efficiency(steps: ArrayLike, budgets: ArrayLike) -> Efficiency:
     """Summarise when runs reached a threshold.
 
     Args:
-        steps: environment steps at which each run reached it [n]; NaN for those that did not.
-        budgets: environment steps that each run was trained [n].
+        steps: where on the axis each run reached it [n]; NaN for those that did not.
+        budgets: how far on the axis each run was trained [n].
     """
     reached, budget = np.asarray(steps, dtype=float), np.asarray(budgets, dtype=float)
     seen = ~np.isnan(reached)
@@ -375,11 +375,11 @@ def sample_efficiency(steps: ArrayLike, budgets: ArrayLike) -> Efficiency:
 
 
 def steps_to_threshold(curve: pd.Series, threshold: float, window: int) -> float:
-    """Environment steps after which the mean of the last `window` values of a curve is at least
+    """Where on its axis the mean of the last `window` values of a curve first is at least
     the threshold; NaN where it never is.
 
     Args:
-        curve: values by environment steps, in order.
+        curve: values by their place on the axis, in order.
     """
     mean = curve.rolling(window).mean()
     reached = mean[mean >= threshold - 1e-12]
