@@ -35,6 +35,7 @@ MIXING_RULE_STUDIES = {
     "mixing_rules_escape": ("labyrinth_comparison", "sparsenet_sgprop"),
     "mixing_rules_bandit": ("mnist_bandit", "sparse_sgprop"),
 }
+PLACEBOS = ["labyrinth_placebo", "mnist_placebo"]
 
 SMALL = """
 name: small
@@ -485,6 +486,7 @@ def test_the_experiments_shipped():
         *PUBLISHED_ON_MNIST,
         "ppo_memory",
         *MIXING_RULE_STUDIES,
+        *PLACEBOS,
     }
 
 
@@ -494,6 +496,10 @@ def test_shipped_experiment(path):
     assert experiment.name == path.stem
     if path.stem in MIXING_RULE_STUDIES:
         assert set(experiment.resolved["methods"]) == {*MIXING_RULES, "backprop"}
+    elif path.stem in PLACEBOS:
+        first, placebo = (entry["model"] for entry in experiment.resolved["methods"].values())
+        differing = {key for key in first if first[key] != placebo[key]}
+        assert differing - {"backend"} == {"shuffle_predictions"}
     elif "mnist" not in path.stem:
         assert set(experiment.resolved["methods"]) == set(METHODS)
 
