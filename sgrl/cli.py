@@ -402,6 +402,29 @@ def archive(
 
 
 @app.command()
+def study(
+    published: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=_home, help="Folder of the archives.")
+    ] = Path("results/published"),
+    write: Annotated[
+        Path | None,
+        typer.Option(callback=_home, metavar="FILE", help="Page to put the table into."),
+    ] = None,
+) -> None:
+    """Judge the paper's claims from the published archives, as docs/study.md says."""
+    from sgrl.analysis.study import judge_claims, markdown, write_into
+    from sgrl.tuning.storage import StorageError
+
+    with _one_line_errors(StorageError, ValueError, OSError):
+        table = markdown(judge_claims(published))
+        if write is None:
+            typer.echo(table, nl=False)
+        else:
+            write_into(write, table)
+            typer.echo(f"written: {write}")
+
+
+@app.command()
 def verify(
     directory: Annotated[
         str, typer.Argument(metavar="ARCHIVE", help="As in results/published/NAME.")

@@ -497,7 +497,7 @@ def test_shipped_experiment(path):
     if path.stem in MIXING_RULE_STUDIES:
         assert set(experiment.resolved["methods"]) == {*MIXING_RULES, "backprop"}
     elif path.stem in PLACEBOS:
-        first, placebo = (entry["model"] for entry in experiment.resolved["methods"].values())
+        first, placebo, _ = (entry["model"] for entry in experiment.resolved["methods"].values())
         differing = {key for key in first if first[key] != placebo[key]}
         assert differing - {"backend"} == {"shuffle_predictions"}
     elif "mnist" not in path.stem:

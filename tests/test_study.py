@@ -1,0 +1,186 @@
+"""How claims are decided, on made-up archives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sgrl.analysis.study import CLAIMS, FINDINGS, judge_claims, markdown
+from sgrl.cli import app
+from sgrl.tuning.archive import write_archive
+from sgrl.tuning.metrics import write_rows
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def publish(
+    published: Path,
+    name: str,
+    scores: dict[str, list[float]],
+    swept: dict[str, list[float]] | None = None,
+    measure: str = "success_rate",
+    **columns: dict[float, float],
+) -> None:
+    """An archive whose trials have constant curves.
+
+    Args:
+        published: folder of the archives.
+        name: of this one.
+        scores: by method, of seeds 0, 1, ...; with `swept` of its first value, and lower by a
+            hundredth at each further one.
+        swept: name and values of a swept value; a method's own where the name is "METHOD.NAME".
+        columns: last values of further columns by swept value.
+    """
+    sweep = published.parent / f"sweep_{name}"
+    ((key, values),) = (swept or {"": [0.0]}).items()
+    for method, of_seeds in scores.items():
+        owner, _, short = key.rpartition(".")
+        points = values if owner in ("", method) else [None]
+        for place, value in enumerate(points):
+            for seed, score in enumerate(of_seeds):
+                point = {} if value is None or not short else {short: value}
+                trial = "_".join([method, *(f"{k}={v}" for k, v in point.items()), f"seed={seed}"])
+                folder = sweep / trial
+                folder.mkdir(parents=True)
+                config = {"name": trial, "method": method, "seed": seed, "swept": point}
+                (folder / "config.yaml").write_text(json.dumps(config))
+                (folder / "status.json").write_text('{"state": "completed"}')
+                row = {measure: score - 0.01 * place, "iteration_seconds": 1.0}
+                row |= {column: by[value] + 0.001 * seed for column, by in columns.items()}
+                rows = [{"iteration": i, "env_steps": 10 * i, **row} for i in (1, 2)]
+                write_rows(folder / "metrics.csv", rows)
+    write_archive(sweep, published / name)
+
+
+def spread(mean: float, seeds: int, width: float = 0.02) -> list[float]:
+    """Scores around a mean, all different."""
+    return (mean + width * np.linspace(-1, 1, seeds)).tolist()
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    return folder
+
+
+def judged(published: Path) -> dict[int, dict]:
+    return {row["number"]: row for row in judge_claims(published).to_dict("records")}
+
+
+def test_nothing_is_judged_without_runs(published: Path) -> None:
+    assert {row["verdict"] for row in judged(published).values()} == {"not run yet"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (spread(0.8, 20), spread(0.6, 20), "confirmed"),
+        (spread(0.6, 20), spread(0.8, 20), "not confirmed"),
+        (spread(0.7, 20, 0.01), spread(0.7, 20, 0.01), "not confirmed"),
+        (spread(0.7, 20, 0.3), spread(0.7, 20, 0.3), "cannot tell (would need"),
+    ],
+)
+def test_two_methods(published: Path, first: list, second: list, expected: str) -> None:
+    methods = {"sparsenet_sgprop": first, "sparsenet_backprop": second}
+    publish(published, "escape_confirmation", {**methods, "gru": second, "lstm": second})
+    rows = judged(published)
+    assert rows[9]["verdict"].startswith(expected)
+    assert rows[10]["verdict"].startswith(expected)
+    assert rows[9]["runs"] == "20 against 20"
+    assert f"difference {np.mean(first) - np.mean(second):+.3f}" in rows[9]["ours"]
+
+
+def test_better_than_all_is_as_good_as_the_weakest(published: Path) -> None:
+    scores = {"sparsenet_sgprop": 0.8, "sparsenet_backprop": 0.8, "gru": 0.5, "lstm": 0.9}
+    publish(published, "explore_confirmation", {k: spread(v, 20) for k, v in scores.items()})
+    assert judged(published)[12]["verdict"] == "not confirmed"
+
+
+@pytest.mark.parametrize(("gap", "verdict"), [(0.2, "confirmed"), (-0.2, "not confirmed")])
+def test_sweeps_are_stratified(published: Path, gap: float, verdict: str) -> None:
+    levels = [0.0, 0.1, 0.2, 0.3, 0.4]
+    scores = {"sparse_sgprop": spread(0.7 + gap, 6), "sparse_backprop": spread(0.7, 6)}
+    weights = {level: (0.9 - level if gap > 0 else level) for level in levels}
+    publish(
+        published,
+        "mnist_reward_noise",
+        scores,
+        {"p_flip": levels},
+        "eval_reward",
+        mixing_weight_mean=weights,
+    )
+    rows = judged(published)
+    assert rows[4]["verdict"] == rows[7]["verdict"] == verdict
+    assert rows[4]["runs"] == "30 against 30"
+    assert rows[4]["ours"].count(f"{gap:+.3f}") == 6
+
+
+def test_best_learning_rates(published: Path) -> None:
+    scores = {"sparse_sgprop": spread(0.7, 6), "sparse_backprop": spread(0.6, 6)}
+    publish(published, "mnist_learning_rate", scores, {"lr": [1e-3, 5e-3]}, "eval_reward")
+    row = judged(published)[5]
+    assert row["verdict"] == "not confirmed"  # the smaller one is best of both
+    assert row["ours"].startswith("0.001 against 0.001; larger in 0.0%")
+
+
+@pytest.mark.parametrize(("adaptive", "verdict"), [(0.7, "confirmed"), (0.5, "not confirmed")])
+def test_adaptive_against_fixed(published: Path, adaptive: float, verdict: str) -> None:
+    scores = {"sparse_sgprop": spread(adaptive, 6), "sparse_sgprop_fixed": spread(0.7, 6)}
+    swept = {"sparse_sgprop_fixed.mixing_weight": [0.9, 0.5]}
+    publish(published, "mnist_fixed_mixing", scores, swept, "eval_reward")
+    assert judged(published)[8]["verdict"] == verdict
+
+
+def test_controls(published: Path) -> None:
+    scores = {"sparsenet_sgprop": 0.7, "sparsenet_placebo": 0.6, "sparsenet_backprop": 0.8}
+    publish(published, "labyrinth_placebo", {k: spread(v, 20) for k, v in scores.items()})
+    backprop = spread(0.8, 40)
+    publish(
+        published,
+        "escape_confirmation",
+        dict.fromkeys(("sparsenet_backprop", "sparsenet_sgprop", "gru", "lstm"), backprop),
+    )
+    rows = {row["claim"]: row["verdict"] for row in judge_claims(published).to_dict("records")}
+    halves = "Backprop's seeds in two halves"
+    assert rows[f"{halves}, escape"].startswith("no difference (p = ")
+    assert rows[f"{halves}, explore"] == "not run yet"
+    escape = "On LabyrinthEscape"
+    assert rows[f"{escape} sgprop learns faster than with shuffled predictions"] == "confirmed"
+    assert rows[f"{escape} shuffled predictions learn faster than backprop"] == "not confirmed"
+
+
+def test_claims_are_those_of_the_plan() -> None:
+    plan = (DOCS / "study.md").read_text()
+    numbers = [claim.number for claim in CLAIMS if claim.number is not None]
+    assert numbers == list(range(2, 15))
+    for number in numbers:
+        assert f"| {number}. " in plan
+
+
+def test_the_page_holds_what_the_archives_say() -> None:
+    """`sgrl study --write docs/study.md` would change nothing."""
+    page = (DOCS / "study.md").read_text()
+    start, end = FINDINGS
+    table = page.partition(start)[2].partition(end)[0].strip()
+    assert table == markdown(judge_claims(DOCS.parent / "results" / "published")).strip()
+
+
+def test_the_command(published: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n" + "\nold\n".join(FINDINGS) + "\nAfter.\n")
+    result = CliRunner().invoke(app, ["study", str(published), "--write", str(page)])
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert text.count("not run yet") == len(CLAIMS)
+    assert "old" not in text
+    result = CliRunner().invoke(app, ["study", str(published)])
+    assert result.output.strip() in text
+    page.write_text("no marks")
+    result = CliRunner().invoke(app, ["study", str(published), "--write", str(page)])
+    assert result.exit_code == 2
+    assert "does not hold the lines" in result.output
