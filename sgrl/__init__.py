@@ -15,8 +15,13 @@ __version__ = "0.1.0"
 
 
 def load_policy(path: str | Path) -> "Policy":
-    """Load the policy of a checkpoint; see `sgrl.nn.policies.load_policy`."""
+    """Load the policy of a checkpoint; see `sgrl.nn.policies.load_policy`.
+
+    Args:
+        path: its folder, or a name of the zoo such as `zoo:labyrinth_escape/sparsenet_sgprop`.
+    """
     # Imported here so that `import sgrl`, and with it `sgrl --help`, does not wait for torch.
     from sgrl.nn import policies
+    from sgrl.zoo import find_policy
 
-    return policies.load_policy(path)
+    return policies.load_policy(find_policy(path))

@@ -32,6 +32,7 @@ from sgrl.tuning.checkpoints import (
     verify,
 )
 from sgrl.tuning.provenance import PROVENANCE_FILE
+from sgrl.zoo import ZooError, find_policy
 
 TOKEN_FILE = "token"
 #: What makes a folder an archive.
@@ -123,9 +124,16 @@ def reading(location: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reading_checkpoint(location: str | Path) -> Iterator[Path]:
-    """A checkpoint to read: its folder, or a copy that lasts as long."""
+    """A checkpoint to read: its folder, a policy of the zoo, or a copy that lasts as long.
+
+    Raises StorageError as `open_store`, or where the zoo has no such policy.
+    """
     if not is_address(location):
-        yield Path(location)
+        try:
+            folder = find_policy(location)
+        except ZooError as error:
+            raise StorageError(str(error)) from None
+        yield folder
         return
     above, _, name = str(location).rstrip("/").rpartition("/")
     with tempfile.TemporaryDirectory(prefix="sgrl-") as home:

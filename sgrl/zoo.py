@@ -1,0 +1,49 @@
+"""Trained policies by name: `zoo:labyrinth_escape/sparsenet_sgprop`.
+
+They lie in the study's archives; `results/published/zoo.json` of a checkout says where each one is.
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+PREFIX = "zoo:"
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+INDEX_FILE = "zoo.json"
+
+
+class ZooError(ValueError):
+    """There is no such policy; the message is one line that names those there are."""
+
+
+def policy_names() -> list[str]:
+    """Names of all policies, as `TASK/METHOD`; none where sgrl runs outside of a checkout."""
+    return sorted(_index())
+
+
+def find_policy(location: str | Path) -> Path:
+    """The folder of a policy.
+
+    Args:
+        location: a name with `zoo:` before it; anything else is a folder already.
+
+    Raises:
+        ZooError: there is no policy of that name.
+    """
+    if not str(location).startswith(PREFIX):
+        return Path(location)
+    name, index = str(location).removeprefix(PREFIX), _index()
+    if name in index:
+        return PUBLISHED / index[name]
+    if not index:
+        raise ZooError(f"{location}: the zoo lies in results/published of a checkout of sgrl")
+    close = difflib.get_close_matches(name, index, n=1)
+    hint = f"did you mean {PREFIX}{close[0]}?" if close else f"there are {', '.join(sorted(index))}"
+    raise ZooError(f"{location}: no such policy; {hint}")
+
+
+def _index() -> dict[str, str]:
+    try:
+        return json.loads((PUBLISHED / INDEX_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
