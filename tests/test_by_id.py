@@ -153,7 +153,7 @@ def test_actions_reach_the_environment_in_its_own_space(
     assert rewards[0] == np.float32(np.sum(given))
     assert not truncated[0]
     for _ in range(2):
-        truncated = vector.step(np.array([action], dtype))[3]
+        truncated = vector.step(np.array([action], dtype)).truncated
     assert truncated[0]
 
 

@@ -75,7 +75,7 @@ class VectorEnvContract:
     ) -> None:
         env = make(2)
         run_episodes(env, [0, 1], some_actions(env))
-        terminal = env.step(np.zeros(2, np.int64))[0]
+        terminal = env.step(np.zeros(2, np.int64)).observations
         for action in range(env.num_actions):
             observations, *rest = env.step(np.full(2, action))
             np.testing.assert_array_equal(observations, terminal)

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from sgrl.analysis.tables import write_probe
 from sgrl.cli import app
+from sgrl.envs.mnist import load as load_mnist
+from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES
 from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent
 from sgrl.nn.mixing import unit
@@ -37,25 +39,13 @@ from sgrl.theory.estimation import (
     optimal_mixing_weight,
     total_variance,
 )
-from sgrl.theory.probe import (
-    SGPROP_COLUMNS,
-    Episodes,
-    Feedback,
-    Group,
-    Loss,
-    Shard,
-    Sums,
-    bandit_sums,
-    check_settings,
-    explain,
-    labyrinth_shard,
-    labyrinth_sums,
-    moments,
-    neuron_numbers,
-    play,
-    probe,
-    resampled_counts,
-)
+from sgrl.theory.probe import bandit as bandit_room
+from sgrl.theory.probe import check_settings, probe
+from sgrl.theory.probe.bandit import bandit_sums
+from sgrl.theory.probe.estimates import SGPROP_COLUMNS, moments, neuron_numbers, resampled_counts
+from sgrl.theory.probe.gradients import Feedback, Group, Sums
+from sgrl.theory.probe.labyrinth import Episodes, Loss, Shard, labyrinth_shard, labyrinth_sums, play
+from sgrl.theory.probe.sufficiency import explain
 from sgrl.theory.tasks import TheoryError
 from sgrl.tuning.checkpoints import open_policy, write_checkpoint
 
@@ -746,3 +736,17 @@ def test_numbers_are_stable_when_the_sample_is_doubled(tmp_path: Path) -> None:
     assert np.mean(same) > 0.95
     for column in ("mse_backprop", "mse_sgprop", "mse_best", "mse_synthetic"):
         assert some[column].tolist() == pytest.approx(twice[column].tolist(), rel=0.1)
+
+
+def test_which_guesses_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment tells which, also of guesses that were wrong."""
+    monkeypatch.setattr(bandit_room, "bandit_sums", lambda *arguments: arguments)
+    policy = make_policy("sparse_mlp", 784, 9, num_layers=1, num_neurons=4)
+    _, images, right, p_flip, *_ = bandit_room.bandit_shard(
+        policy, {}, [], 3, seed=0, size=50, shard=0
+    )
+    pixels = np.rint((images.numpy() * 0.3081 + 0.1307) * 255).astype(np.uint8)
+    known = {image.tobytes(): label for image, label in zip(*load_mnist("train"), strict=True)}
+    digits = [known[row.tobytes()] for row in pixels]
+    assert np.array(PUBLISHED_CLASSES)[right.numpy()].tolist() == digits
+    assert p_flip == 0.4

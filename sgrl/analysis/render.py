@@ -192,7 +192,7 @@ def record_episode(
     seen_observations = [labyrinth.reset([environment_seed])[0]]
     positions, seen = [labyrinth.position(0)], [labyrinth.seen(0)]
     for action in actions:
-        seen_observations.append(labyrinth.step(action[None])[0][0])
+        seen_observations.append(labyrinth.step(action[None]).observations[0])
         positions.append(labyrinth.position(0))
         seen.append(labyrinth.seen(0))
     all_observations = np.stack(seen_observations)

@@ -1,0 +1,189 @@
+"""Sums over images of the MNIST bandit, for the feed-forward network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgrl.envs.registry import make_vector, validate_env_config
+from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.policies import SparseMLPPolicy
+from sgrl.theory.probe.gradients import (
+    Feedback,
+    Group,
+    Seen,
+    Sums,
+    backward_to_inputs,
+    scatter,
+    sums_over_samples,
+)
+
+#: Images worked on at once; no result depends on it but for rounding.
+CHUNK_IMAGES = 16
+
+
+def choose_neurons(policy: SparseMLPPolicy, count: int, seed: int) -> list[Group]:
+    """Random neurons of each layer, in their order; all of them where `count` is 0 or too many."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for index, neurons in enumerate(policy.core.layers):
+        order = torch.randperm(neurons.num_neurons, generator=generator)
+        chosen = order[: count or None].sort().values
+        groups.append(Group(str(index), chosen, neurons.mixing_weight[chosen].clone()))
+    return groups
+
+
+def bandit_shard(
+    policy: SparseMLPPolicy,
+    env_config: dict,
+    groups: Sequence[Group],
+    trained_batch: int,
+    seed: int,
+    size: int,
+    shard: int,
+) -> tuple[list[Sums], list[Feedback]]:
+    """One shard of the sample: so many images of the training environment."""
+    generator = np.random.default_rng([seed, shard])
+    env = make_vector("mnist_bandit", size, env_config)
+    seeds = generator.integers(2**63, size=size).tolist()
+    right = np.zeros(size, np.int64)
+    for action in range(env.num_actions):  # the environment tells which guess is right
+        images = env.reset(seeds)
+        right[env.step(np.full(size, action)).success] = action
+    dtype = next(policy.parameters()).dtype
+    p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
+    return bandit_sums(
+        policy,
+        torch.from_numpy(images).to(dtype),
+        torch.from_numpy(right),
+        p_flip,
+        groups,
+        trained_batch,
+    )
+
+
+def bandit_outcomes(logits: Tensor, right: Tensor, p_flip: float) -> tuple[Tensor, Tensor]:
+    """All that can follow an image: each guess rewarded, and no reward at all.
+
+    Args:
+        logits: [K, A].
+        right: the right action of each image [K].
+        p_flip: probability that a reward is flipped.
+
+    Returns:
+        Probabilities [K, A + 1], and the gradient of -reward * log pi(guess) by the logits
+        [K, A + 1, A], which is 0 without reward.
+    """
+    policy = logits.softmax(1)
+    rewarded = torch.full_like(policy, p_flip)
+    rewarded.scatter_(1, right.unsqueeze(1), 1 - p_flip)
+    with_reward = policy * rewarded
+    probabilities = torch.cat([with_reward, 1 - with_reward.sum(1, keepdim=True)], dim=1)
+    guess = torch.eye(policy.shape[1], dtype=policy.dtype, device=policy.device)
+    gradients = policy.unsqueeze(1) - guess
+    return probabilities, torch.nn.functional.pad(gradients, (0, 0, 0, 1))
+
+
+@torch.no_grad()
+def bandit_sums(
+    policy: SparseMLPPolicy,
+    images: Tensor,
+    right: Tensor,
+    p_flip: float,
+    groups: Sequence[Group],
+    trained_batch: int,
+    weights: Tensor | None = None,
+) -> tuple[list[Sums], list[Feedback]]:
+    """Sums over images and all their outcomes, for each layer's chosen neurons.
+
+    Args:
+        policy: under backprop it has no predictions, and s is 0.
+        images: [K, F].
+        right: int64 [K], the right action.
+        p_flip: probability that a reward is flipped.
+        groups: one a layer.
+        trained_batch: see `probe`.
+        weights: of the images [K], as a population's probabilities; ones if None.
+
+    The observation that `Sums.noise` conditions on is the image, which determines everything a
+    neuron sees: where different images look the same to it, the ECV is larger than that.
+    """
+    weights = images.new_ones(len(images)) if weights is None else weights
+    chunks = zip(*(t.split(CHUNK_IMAGES) for t in (images, right, weights)), strict=True)
+    parts = [
+        _bandit_chunk(policy, some, their_right, their_weights, p_flip, groups, trained_batch)
+        for some, their_right, their_weights in chunks
+    ]
+    sums, feedback = zip(*parts, strict=True)
+    return (
+        [Sums(*map(sum, zip(*of_layer, strict=True))) for of_layer in zip(*sums, strict=True)],
+        [
+            Feedback(*(torch.cat(part, dim=1) for part in zip(*of_layer, strict=True)))
+            for of_layer in zip(*feedback, strict=True)
+        ],
+    )
+
+
+def _bandit_chunk(
+    policy: SparseMLPPolicy,
+    images: Tensor,
+    right: Tensor,
+    weights: Tensor,
+    p_flip: float,
+    groups: Sequence[Group],
+    trained_batch: int,
+) -> tuple[list[Sums], list[Feedback]]:
+    mlp: SparseMLP = policy.core
+    h, activations = images, []
+    for index, neurons in enumerate(mlp.layers):
+        parents = mlp.parents[index - 1] if index else None
+        activation = neurons(
+            h[:, mlp.pixels] if parents is None else neurons.read(h, parents, None)
+        )
+        output = activation.output
+        h = torch.tanh(output) + h if mlp.is_residual(index) else output
+        activations.append(activation)
+    head = policy.actor
+    probabilities, by_logits = bandit_outcomes(head(h.flatten(1)), right, p_flip)
+    num_outcomes = probabilities.shape[1]
+    by_state = (by_logits @ head.keys * head.scale).unflatten(2, h.shape[1:])
+    # Backprop's gradients [W, K, A + 1, N] and those that were mixed, side by side.
+    received = by_state.permute(2, 0, 1, 3).repeat(1, 1, 2, 1)
+    sums, feedback = [], []
+    for index in range(len(mlp.layers) - 1, -1, -1):
+        neurons, activation, group = mlp.layers[index], activations[index], groups[index]
+        prediction = torch.zeros_like(activation.output)
+        if neurons.has_predictor:
+            prediction = trained_batch * neurons.predict(activation)
+        prediction = prediction.transpose(0, 1).unsqueeze(2)  # [W, K, 1, N]
+        slope = torch.ones_like(prediction)
+        if mlp.is_residual(index):
+            slope = 1 - torch.tanh(activation.output).square().transpose(0, 1).unsqueeze(2)
+        chosen = group.neurons
+        b, w = (received[chosen] * slope[chosen]).split(num_outcomes, dim=2)
+        s = (prediction[chosen] * slope[chosen]).expand_as(w)
+        seen = Seen.of(activation, neurons.scale, chosen)
+        sums.append(
+            sums_over_samples(
+                seen, w, s, b, group.mixing_weight.view(-1, 1, 1, 1), probabilities, weights
+            )
+        )
+        mean = torch.einsum("jkon,ko->jkn", received[chosen][:, :, :num_outcomes], probabilities)
+        feedback.append(
+            Feedback(seen.inputs, seen.attention, mean, mean, prediction[chosen].squeeze(2))
+        )
+        if index:
+            share = neurons.mixing_weight.view(-1, 1, 1, 1)
+            passed = received.clone()
+            passed[:, :, num_outcomes:].lerp_(
+                prediction.expand_as(passed[:, :, num_outcomes:]), 1 - share
+            )
+            everyone = Seen.of(activation, neurons.scale)
+            read = backward_to_inputs(neurons, everyone, passed * slope)
+            received = scatter(read, mlp.parents[index - 1], mlp.neuron_size)
+            if mlp.is_residual(index):
+                received += passed
+    return sums[::-1], feedback[::-1]

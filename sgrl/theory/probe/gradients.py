@@ -1,0 +1,175 @@
+"""One sample's parameter gradients, as linear functions of the feedback, and the sums over samples
+that everything is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgrl.nn.mixing import unit
+from sgrl.nn.neuron import Activation, SlotNeurons
+
+W, S, M, B = range(4)  # the kinds of gradients, where they are an axis
+
+
+class Seen(NamedTuple):
+    """What J neurons computed for K samples, neurons first."""
+
+    inputs: Tensor  # x [J, K, I]
+    attention: Tensor  # a [J, K, M]
+    slots: Tensor  # y [J, K, M, N]
+    output: Tensor  # [J, K, N]
+    scale: float  # 1 / sqrt(I), all inputs counted
+
+    @classmethod
+    def of(cls, activation: Activation, scale: float, chosen: Tensor | None = None) -> Seen:
+        """From a layer's activation [K, W, ...], of all its neurons or the chosen [J]."""
+        chosen_ones = (value if chosen is None else value[:, chosen] for value in activation)
+        inputs, attention, slots, output = (v.transpose(0, 1).contiguous() for v in chosen_ones)
+        return cls(inputs, attention, slots, output, scale)
+
+    def slopes(self) -> Tensor:
+        """Derivative of the output by the slots' pre-activations, a (1 - y^2) [J, K, M, N]."""
+        return self.attention.unsqueeze(3) * (1 - self.slots.square())
+
+    def arms(self) -> Tensor:
+        """a_m (y_m - output) [J, K, M, N]: a score's gradient is <feedback, arm>."""
+        return self.attention.unsqueeze(3) * (self.slots - self.output.unsqueeze(2))
+
+
+def isometry(seen: Seen) -> Tensor:
+    """E [J, K, N, N + M]: a sample's parameter gradients from feedback g and g' [N] have the inner
+    product <g E, g' E>; what `sgrl.nn.mixing.estimate_mixing_weight` says of t and dq, as one."""
+    square = seen.inputs.square().sum(2).unsqueeze(2)
+    of_slots = ((1 + square) * seen.slopes().square().sum(2)).sqrt()
+    of_keys = seen.scale * square.sqrt().unsqueeze(3) * seen.arms()
+    return torch.cat([of_slots.diag_embed(), of_keys.transpose(2, 3)], dim=3)
+
+
+def row_gradients(seen: Seen, feedback: Tensor) -> Tensor:
+    """Gradients of the keys' and matrices' products with the inputs, [J, K, O, M + M*N].
+
+    Args:
+        seen: of K samples.
+        feedback: gradients of the output [J, K, O, N], O for each sample.
+    """
+    keys = seen.scale * feedback @ seen.arms().transpose(2, 3)
+    slots = seen.slopes().unsqueeze(2) * feedback.unsqueeze(3)
+    return torch.cat([keys, slots.flatten(3)], dim=3)
+
+
+def parameter_gradients(seen: Seen, feedback: Tensor, weights: Tensor) -> Tensor:
+    """Sum over samples of their weight times the parameter gradient: [J, D].
+
+    Args:
+        seen: of K samples.
+        feedback: gradients of the output [J, K, N].
+        weights: [K].
+
+    D counts keys and matrices, row by row over all inputs, then the biases.
+    """
+    rows = row_gradients(seen, feedback.unsqueeze(2)).squeeze(2) * weights.unsqueeze(1)
+    of_weights = rows.transpose(1, 2) @ seen.inputs
+    of_biases = rows[:, :, seen.attention.shape[2] :].sum(1)
+    return torch.cat([of_weights.flatten(1), of_biases], dim=1)
+
+
+class Sums(NamedTuple):
+    """Sums over the samples of a shard, weighted, for J neurons; over `weight` they are means.
+
+    "unit" is about feedback normalised per sample and neuron, kinds received and synthetic, which
+    the learned mixing weight is estimated from.
+    """
+
+    weight: float
+    gradients: Tensor  # of each kind [4, J, D]
+    products: Tensor  # <a, b> of the kinds [J, 4, 4]
+    noise: Tensor  # covariance given the observation, summed over parameters [J, 4, 4]
+    unit_gradients: Tensor  # [2, J, D]
+    unit_products: Tensor  # [J, 2, 2]
+
+
+class Feedback(NamedTuple):
+    """What condition B is about, for J neurons and K samples: inputs, and gradients received."""
+
+    inputs: Tensor  # x [J, K, I]
+    attention: Tensor  # a [J, K, M]
+    first: Tensor  # under backprop [J, K, N]: the mean given the sample, or one replicate
+    second: Tensor  # the other replicate, or the same mean
+    prediction: Tensor  # s [J, K, N]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neurons that rows and summaries are about together: those of a layer.
+
+    Attributes:
+        layer: its name.
+        neurons: the chosen ones, int64 [J].
+        mixing_weight: their lambda [J].
+        step: of a recurrent network: the step whose contribution it is about; None: all steps.
+        unit_samples: samples that one sample counts for in the estimate of lambda.
+    """
+
+    layer: str
+    neurons: Tensor
+    mixing_weight: Tensor
+    step: int | None = None
+    unit_samples: float = 1.0
+
+
+def backward_to_inputs(neurons: SlotNeurons, seen: Seen, feedback: Tensor) -> Tensor:
+    """Gradients of what neurons read of each other [W, K, O, P*N], from those of their output."""
+    rows = row_gradients(seen, feedback)
+    read = torch.bmm(rows.flatten(1, 2), neurons.weight_h.detach())
+    return read.unflatten(1, rows.shape[1:3])
+
+
+def scatter(read: Tensor, parents: Tensor, size: int) -> Tensor:
+    """Sum of the gradients [W, K, O, P*N] at the parents [W, P]: [W, K, O, N]."""
+    num_neurons, samples, outcomes, _ = read.shape
+    edges = read.unflatten(3, (-1, size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    total = read.new_zeros(num_neurons, samples, outcomes, size)
+    return total.index_add_(0, parents.flatten(), edges)
+
+
+def sums_over_samples(
+    seen: Seen,
+    w: Tensor,
+    s: Tensor,
+    b: Tensor,
+    mixing_weight: Tensor,
+    probabilities: Tensor,
+    weights: Tensor,
+) -> Sums:
+    """Sums over K samples with O outcomes each.
+
+    Args:
+        seen: of the samples.
+        w, s, b: received, synthetic and backprop's feedback of the output [J, K, O, N].
+        mixing_weight: broadcast against them.
+        probabilities: of the outcomes [K, O].
+        weights: of the samples [K].
+    """
+    kinds = torch.stack([w, s, s + mixing_weight * (w - s), b], dim=3)  # [J, K, O, 4, N]
+    directions = torch.stack([unit(w), unit(s)], dim=3)
+    matrix = isometry(seen).unsqueeze(2)
+
+    def sums(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        means = torch.einsum("jkoan,ko->jkan", vectors, probabilities)
+        gradients = [parameter_gradients(seen, part, weights) for part in means.unbind(2)]
+        images = vectors @ matrix
+        weighted = images * (probabilities * weights.unsqueeze(1)).view(*w.shape[1:3], 1, 1)
+        products = weighted.flatten(1, 2).permute(0, 2, 1, 3).flatten(2)
+        products = products @ images.flatten(1, 2).permute(0, 2, 1, 3).flatten(2).transpose(1, 2)
+        image_means = torch.einsum("jkoac,ko->jkac", images, probabilities)
+        between = torch.einsum("jkac,jkbc,k->jab", image_means, image_means, weights)
+        return torch.stack(gradients), products.double(), between.double()
+
+    gradients, products, between = sums(kinds)
+    unit_gradients, unit_products, _ = sums(directions)
+    total = float(weights.sum())
+    return Sums(total, gradients, products, products - between, unit_gradients, unit_products)

@@ -1,0 +1,215 @@
+"""The whole probe: shards of the sample, spread over processes, and the rows that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sgrl.envs.registry import make_vector
+from sgrl.nn.feedforward_policies import ActionHead
+from sgrl.nn.kernels.plain import is_plain
+from sgrl.nn.policies import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
+from sgrl.theory.probe.bandit import bandit_shard, choose_neurons
+from sgrl.theory.probe.estimates import moments, neuron_numbers, resampled_counts, summarise
+from sgrl.theory.probe.gradients import Feedback, Group, Sums
+from sgrl.theory.probe.labyrinth import (
+    Loss,
+    choose_recurrent_neurons,
+    labyrinth_shard,
+    labyrinth_sums,
+)
+from sgrl.theory.probe.sufficiency import explain
+from sgrl.theory.tasks import TheoryError, in_ray
+
+NUM_SHARDS = 24
+#: Steps of a recurrent network that are reported apart, as shares of the episode length.
+STEP_SHARES = (0, 1 / 8, 1 / 4, 1 / 2)
+
+
+class Report(NamedTuple):
+    """What the probe found; rows are columns by name, see docs/theory.md."""
+
+    neurons: list[dict[str, object]]
+    layers: list[dict[str, object]]
+    samples: int
+    batch_size: int
+    predictors: bool  # False: a policy under backprop, which nothing can be mixed in from
+
+
+def check_settings(
+    policy: Policy,
+    env: str,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    trained_batch: int | None = None,
+    neurons: int = 20,
+    seed: int = 0,
+    parallel: int = 1,
+) -> tuple[int, int, int]:
+    """Check what `probe` takes; returns samples, batch_size and trained_batch, filled in.
+
+    Raises:
+        TheoryError: another kind of policy, or settings that make no sense.
+    """
+    recurrent = isinstance(policy, SparseNetPolicy) and env.startswith("labyrinth")
+    if not recurrent and not (isinstance(policy, SparseMLPPolicy) and env == "mnist_bandit"):
+        raise TheoryError(
+            "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
+            f"this is {policy.name} on {env}"
+        )
+    if not policy.core_is_plain() or not (recurrent or is_plain(policy.actor, ActionHead)):
+        raise TheoryError(
+            f"the probe computes the gradients of {policy.name} as it is published; this one, a "
+            f"{type(policy).__name__}, computes in another way"
+        )
+    samples = (960 if recurrent else 4800) if samples is None else samples
+    trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
+    batch_size = trained_batch if batch_size is None else batch_size
+    for name, value, least in (
+        ("samples", samples, 2 * NUM_SHARDS),
+        ("trained batch", trained_batch, 1),
+        ("batch size", batch_size, 1),
+        ("neurons", neurons, 0),
+        ("seed", seed, 0),
+        ("parallel", parallel, 1),
+    ):
+        if value < least:
+            raise TheoryError(f"{name} must be at least {least}, got {value}")
+    return samples, batch_size, trained_batch
+
+
+def probe(
+    policy: Policy,
+    env: str,
+    env_config: dict | None = None,
+    *,
+    samples: int | None = None,
+    batch_size: int | None = None,
+    trained_batch: int | None = None,
+    neurons: int = 20,
+    seed: int = 0,
+    parallel: int = 1,
+    advance: Callable[[], object] = lambda: None,
+) -> Report:
+    """Measure the estimation error of a policy's gradients on its task.
+
+    Args:
+        policy: a `sparse_mlp` on the bandit, or a `sparsenet` on a labyrinth.
+        env, env_config: its environment, as trained.
+        samples: size of the large sample, rounded up to a multiple of `NUM_SHARDS`.
+        batch_size: n, of the estimators whose error is reported; `trained_batch` if None.
+        trained_batch: samples that a training loss is the mean of; None: the published 64 images,
+            or 20 episodes. Predictors learn gradients of that mean, of which a sample's own is so
+            many times as large, and so are the predictions that are reported here.
+        neurons: of each layer, drawn at random; 0 stands for all.
+        seed: of everything random.
+        parallel: with 2 or more, shards are spread over so many Ray tasks at a time; the rows are
+            the same.
+        advance: called after each of `NUM_SHARDS` shards.
+
+    Raises:
+        TheoryError: another kind of policy, or settings that make no sense.
+        DataError: MNIST cannot be had.
+    """
+    settings = check_settings(
+        policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
+    )
+    samples, batch_size, trained_batch = settings
+    recurrent = isinstance(policy, SparseNetPolicy)
+    size = -(-samples // NUM_SHARDS)
+    config = env_config or {}
+    with one_thread():
+        if recurrent:
+            groups, finished = _probe_labyrinth(
+                policy, env, config, neurons, trained_batch, seed, size, parallel
+            )
+        else:
+            groups = choose_neurons(policy, neurons, seed)
+            same = (policy, config, groups, trained_batch, seed, size)
+            pieces = [(*same, shard) for shard in range(NUM_SHARDS)]
+            finished = _run(bandit_shard, pieces, parallel)
+        sums, feedback = [], []
+        for of_sums, of_feedback in finished:
+            sums.append(of_sums)
+            feedback.append(of_feedback)
+            advance()
+        generator = np.random.default_rng([seed, NUM_SHARDS])
+        counts = resampled_counts(NUM_SHARDS, generator)
+        test_counts = resampled_counts(len(range(1, NUM_SHARDS, 2)), generator)
+        rows: list[dict[str, object]] = []
+        layers: list[dict[str, object]] = []
+        predictors = policy.core.propagation == "sgprop"
+        for index, group in enumerate(groups):
+            of_layer = [of_shard[index] for of_shard in sums]
+            numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
+            of_group = [of_shard[index] for of_shard in feedback]
+            explained = (
+                None
+                if of_group[0] is None
+                else explain([part for part in of_group if part is not None])
+            )
+            of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
+            place: dict[str, object] = {"layer": group.layer}
+            if recurrent:
+                place["step"] = "all" if group.step is None else str(group.step)
+            for neuron, row in zip(group.neurons.tolist(), of_neurons, strict=True):
+                rows.append({**place, "neuron": neuron, **row})
+            layers.append({**place, "neurons": len(group.neurons), **of_all})
+    return Report(rows, layers, size * NUM_SHARDS, batch_size, predictors)
+
+
+def _probe_labyrinth(
+    policy: SparseNetPolicy,
+    env: str,
+    env_config: dict,
+    neurons: int,
+    trained_batch: int,
+    seed: int,
+    size: int,
+    parallel: int,
+) -> tuple[list[Group], Iterator[tuple[list[Sums], list[Feedback | None]]]]:
+    """First all episodes are played, whose returns then normalise the loss of each."""
+    length = make_vector(env, 1, env_config).episode_length
+    steps = sorted({int(length * share) for share in STEP_SHARES})
+    pieces = [(policy, env, env_config, steps, seed, size, shard) for shard in range(NUM_SHARDS)]
+    shards = list(_run(labyrinth_shard, pieces, parallel))
+    loss = Loss.of([shard.episodes for shard in shards])
+    groups = choose_recurrent_neurons(policy, neurons, seed, steps, length, loss.steps)
+    work = [(policy, shard, loss, groups, trained_batch) for shard in shards]
+    return groups, _run(labyrinth_sums, work, parallel)
+
+
+def fresh_policy(policy: Policy, seed: int) -> Policy:
+    """A policy of the same kind and settings with initial weights and connections of its own."""
+    return make_policy(
+        policy.name,
+        policy.observation_size,
+        policy.num_actions,
+        seed=seed,
+        dtype=next(policy.parameters()).dtype,
+        **asdict(policy.settings),
+    )
+
+
+def _run(function: Callable[..., Any], pieces: Sequence[tuple], parallel: int) -> Iterator[Any]:
+    if parallel > 1:
+        yield from in_ray(function, pieces, parallel)
+        return
+    for piece in pieces:
+        yield function(*piece)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a Ray task: sums do not depend on how many processors there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
