@@ -3,9 +3,10 @@
 They lie in the study's archives; `results/published/zoo.json` of a checkout says where each one is.
 """
 
-import difflib
 import json
 from pathlib import Path
+
+from sgrl.names import hint
 
 PREFIX = "zoo:"
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -37,9 +38,7 @@ def find_policy(location: str | Path) -> Path:
         return PUBLISHED / index[name]
     if not index:
         raise ZooError(f"{location}: the zoo lies in results/published of a checkout of sgrl")
-    close = difflib.get_close_matches(name, index, n=1)
-    hint = f"did you mean {PREFIX}{close[0]}?" if close else f"there are {', '.join(sorted(index))}"
-    raise ZooError(f"{location}: no such policy; {hint}")
+    raise ZooError(f"{location}: no such policy; {hint(name, index)}")
 
 
 def _index() -> dict[str, str]:

@@ -44,8 +44,8 @@ def test_policies_are_found_by_name(published: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("labyrinth_escape/grü", "did you mean zoo:labyrinth_escape/gru?"),
-        ("x", "there are labyrinth_escape/gru"),
+        ("labyrinth_escape/grü", "did you mean 'labyrinth_escape/gru'?"),
+        ("x", "known: labyrinth_escape/gru"),
     ],
 )
 def test_unknown_names(published: Path, name: str, hint: str) -> None:

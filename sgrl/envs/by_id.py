@@ -7,8 +7,7 @@ registers its environments when imported, `module:Id-v0`. Observations are flatt
 Source of POPGym: Morad et al., "POPGym", ICLR 2023.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -17,6 +16,7 @@ from popgym.core.env import POPGymEnv
 
 from sgrl.envs.guard import Guard
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
+from sgrl.names import nearest
 from sgrl.user_code import described, import_named
 
 #: Ids of POPGym's environments, every family and difficulty.
@@ -41,12 +41,6 @@ class Description(NamedTuple):
 def known_ids() -> list[str]:
     """All ids that gymnasium knows now."""
     return list(gym.registry)
-
-
-def nearest(name: Any, valid: Iterable[str]) -> str:
-    """The name among the valid ones that is closest in spelling."""
-    lowered = {other.lower(): other for other in valid}
-    return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)[0]]
 
 
 def module_of(env: str) -> str | None:

@@ -12,12 +12,12 @@ from typing import Any
 import gymnasium as gym
 
 from sgrl.envs import by_id
-from sgrl.envs.by_id import nearest
 from sgrl.envs.cards import GAMES
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
 from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
 from sgrl.envs.vector import PythonVectorEnv, VectorEnv
+from sgrl.names import nearest
 from sgrl.user_code import UserCodeError
 
 __all__ = [

@@ -4,11 +4,10 @@ The published rule is `MixingRule` itself, with the estimate it follows in `mixi
 added as a subclass and one line in `MIXING_RULES`; docs/mixing_rules.md tells how.
 """
 
-import difflib
-
 import torch
 from torch import Tensor
 
+from sgrl.names import unknown
 from sgrl.nn.mixing import MixingRule, Moments, best_mixture
 
 
@@ -75,7 +74,5 @@ def mixing_rule(name: str) -> type[MixingRule]:
         ValueError: there is none; one line that names those there are.
     """
     if name not in MIXING_RULES:
-        close = difflib.get_close_matches(name, MIXING_RULES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown mixing_rule {name!r} (known: {', '.join(MIXING_RULES)}){hint}")
+        raise ValueError(unknown("mixing_rule", name, MIXING_RULES))
     return MIXING_RULES[name]

@@ -5,7 +5,6 @@ output = policy(observations)                     # logits [T, B, A]
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sgrl.names import hint
 from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
 from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
@@ -39,13 +39,6 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def nearest_name(name: str, known: Any) -> str:
-    """Hint naming the nearest of the known names, to end an error message with."""
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
 def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
     """Validated settings of the policy `name`, defaults filled in.
 
@@ -53,12 +46,12 @@ def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
         ValueError: unknown policy, unknown setting, wrong type or impossible size.
     """
     if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; {nearest_name(name, POLICIES)}")
+        raise ValueError(f"unknown policy {name!r}; {hint(name, POLICIES)}")
     kind = POLICIES[name].Settings
     known = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"policy {name!r} has no setting {key!r}; {nearest_name(key, known)}")
+            raise ValueError(f"policy {name!r} has no setting {key!r}; {hint(key, known)}")
     return kind(**settings)
 
 

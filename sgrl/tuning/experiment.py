@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import inspect
 import itertools
 import logging
@@ -44,6 +43,7 @@ from typing import Any
 import yaml
 
 from sgrl.commands import command
+from sgrl.names import nearest
 from sgrl.tuning.metrics import is_taken
 
 DEFAULTS: dict[str, Any] = {
@@ -443,7 +443,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         found = [str(other) for other in path.parent.glob("*.yaml")]
-        hint = f"; did you mean {_nearest(str(path), found)}?" if found else ""
+        hint = f"; did you mean {nearest(str(path), found)}?" if found else ""
         raise _Problem("", f"no such file{hint}") from None
     except UnicodeDecodeError:
         raise _Problem("", "not a text file") from None
@@ -557,17 +557,12 @@ def check_name(key: str, name: Any) -> None:
         raise _Problem(key, f"{name!r} is no safe name: it must {rule}")
 
 
-def _nearest(word: str, names: Iterable[str]) -> str:
-    lowered = {name.lower(): name for name in names}
-    return lowered[difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.0)[0]]
-
-
 def _check_known(key: str | Sequence[str], kind: str, name: Any, names: Iterable[str]) -> None:
     names = list(names)
     if not isinstance(name, str):
         raise _Problem(key, f"expected the {kind}'s name, got {name!r}")
     if name not in names:
-        raise _Problem(key, f"unknown {kind} {name!r}; did you mean {_nearest(name, names)!r}?")
+        raise _Problem(key, f"unknown {kind} {name!r}; did you mean {nearest(name, names)!r}?")
 
 
 def _check_keys(
@@ -586,7 +581,7 @@ def _check_keys(
         if key not in names:
             meant = ALIASES.get(key, key)
             if meant not in names:
-                meant = elsewhere().get(meant) or _nearest(key, names)
+                meant = elsewhere().get(meant) or nearest(key, names)
             raise _Problem([*path, key], f"unknown {kind}; did you mean {meant!r}?")
 
 

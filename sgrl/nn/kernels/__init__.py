@@ -1,11 +1,12 @@
 """Backends: the ways the layers can compute. All give the numbers of "eager", the oracle."""
 
-import difflib
 import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from sgrl.names import unknown
 
 #: From the plain definition to the fastest.
 BACKENDS = ("eager", "torch", "native")
@@ -13,11 +14,9 @@ BACKENDS = ("eager", "torch", "native")
 
 def check_backend(name: str) -> None:
     """Raise ValueError where there is no backend of that name ("auto" is one)."""
-    if name not in ("auto", *BACKENDS):
-        close = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"unknown backend {name!r} (known: {known}){hint}")
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ValueError(unknown("backend", name, known))
 
 
 def resolve_backend(name: str, dtype: torch.dtype = torch.float32, compiled: bool = True) -> str:
