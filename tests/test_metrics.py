@@ -133,6 +133,29 @@ def test_columns_of_layers(tmp_path):
     assert path.read_text().splitlines()[0].split(",") == header
 
 
+@pytest.mark.parametrize("without", [{1}, {1, 2, 4}, {2}, {3, 4}])
+def test_rows_without_an_update_fit_the_others(tmp_path, without):
+    """As of APPO and IMPALA, whose learner may have ended no update in an iteration."""
+    path = tmp_path / "metrics.csv"
+    layers = {f"layer{layer}_mixing_weight_mean": 0.1 + layer for layer in (0, 1)}
+    for iteration in range(1, 5):
+        learner = {"policy_loss": 0.5, "sgrl": {**layers, "predictor_loss": 0.25}}
+        if iteration in without:
+            learner = {"policy_loss": math.nan, "module_train_batch_size_mean": math.nan}
+        row = metrics_row({"learners": {"default_policy": learner}}, iteration, 0.5)
+        append_row(path, row | {"env_steps": iteration})
+    rows = read_metrics(path)
+    expected = [math.nan if iteration in without else 1.1 for iteration in range(1, 5)]
+    assert [row["layer1_mixing_weight_mean"] for row in rows] == pytest.approx(
+        expected, nan_ok=True
+    )
+    assert [row["env_steps"] for row in rows] == [1, 2, 3, 4]
+    assert list(rows[0]) == [*COLUMNS[:-1], *layers, COLUMNS[-1]]
+    truncate_metrics(path, 3)
+    assert count_rows(path) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 def test_rows_of_other_algorithms_come_from_rllibs_keys():
     result = {
         "num_env_steps_sampled_lifetime": 400,

@@ -125,10 +125,16 @@ def _is_of_layer(column: str) -> bool:
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Append one iteration, with the header first where the file is new.
 
-    NaN and columns that `row` lacks are left empty; floats read back bit for bit. Raises OSError
-    where the disk is full, and then leaves the file as it was.
+    NaN and columns that `row` lacks are left empty; floats read back bit for bit. A file that
+    lacks columns of `row` is written anew with them, atomically: APPO and IMPALA may report rows
+    before their first update, which tell nothing of layers. Raises OSError where the disk is full,
+    and then leaves the file as it was.
     """
-    columns = columns_of(row)
+    columns = _header(path) or columns_of(row)
+    if not set(columns_of(row)) <= set(columns):
+        rows = read_metrics(path)
+        columns = columns_of({**dict.fromkeys(columns, 0.0), **row})
+        _replace(path, columns, rows)
     line = _line(columns, row)
     with path.open("ab", buffering=0) as file:
         # One write: a kill leaves a whole row or a torn last one, which reading drops.
@@ -251,11 +257,15 @@ def truncate_metrics(path: Path, iteration: int) -> None:
     if iteration == 0:
         path.unlink(missing_ok=True)
         return
+    _replace(path, columns_of(rows[0]), rows[:iteration])
+
+
+def _replace(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
+    """Make the file one of these rows, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        columns = columns_of(rows[0])
         file.write(",".join(columns) + "\n")
-        file.writelines(_line(columns, row) for row in rows[:iteration])
+        file.writelines(_line(columns, row) for row in rows)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -401,6 +411,15 @@ def _means(runners: Mapping) -> dict[str, float]:
         for name, mean in names.items()
         if name in sums
     }
+
+
+def _header(path: Path) -> tuple[str, ...] | None:
+    """The columns of the file; None where there is none yet, or no whole header."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return known_columns(file.readline().removesuffix("\n"))
+    except FileNotFoundError:
+        return None
 
 
 def _whole_lines(path: Path) -> tuple[tuple[str, ...], list[str]]:
