@@ -30,6 +30,8 @@ ALPHA = 0.05
 #: With which a difference is to be found that is called detectable.
 POWER = 0.8
 PERMUTATIONS = 2000
+#: Runs of a method up to which the test of one task is exact.
+EXACT_RUNS = 8
 SIMULATIONS = 2000
 #: Simulated in all, so that many tasks and seeds take seconds; but at least 500 experiments.
 MOST_RUNS = 2_000_000
@@ -161,9 +163,9 @@ def _wins(first: Array, second: Array) -> Array:
 def rank_test(pairs: Pairs, seed: int = SEED) -> float:
     """Two-sided p-value for the probability of improvement being one half.
 
-    Of one task it is the Mann-Whitney test's (exact for few runs without ties, else normal). Of
-    several it is that of a permutation test which exchanges runs within tasks, never across
-    (2000 permutations).
+    Of one task it is the Mann-Whitney test's, exact where a method has at most 8 runs, tied or
+    not, else normal. Of several it is that of a permutation test which exchanges runs within tasks,
+    never across: of all permutations where there are at most 2000, else of 2000 drawn ones.
 
     Args:
         pairs: for each task the scores of the first [n] and of the second method [m].
@@ -175,8 +177,13 @@ def rank_test(pairs: Pairs, seed: int = SEED) -> float:
     samples = _samples(pairs)
     if not samples:
         return np.nan
+    if _is_exact([(len(x), len(y)) for x, y in samples]):
+        shares, chances = _permuted_wins(samples)
+        wins = np.mean([_wins(x, y) for x, y in samples])
+        tails = chances[shares >= wins - 1e-9].sum(), chances[shares <= wins + 1e-9].sum()
+        return float(min(1, 2 * min(tails)))
     if len(samples) == 1:
-        return float(scipy.stats.mannwhitneyu(*samples[0]).pvalue)
+        return float(scipy.stats.mannwhitneyu(*samples[0], method="asymptotic").pvalue)
     generator = np.random.default_rng(seed)
     distances = np.zeros((len(samples), PERMUTATIONS + 1))  # the runs as they are, then permuted
     for row, (x, y) in zip(distances, samples, strict=True):
@@ -187,20 +194,64 @@ def rank_test(pairs: Pairs, seed: int = SEED) -> float:
     return float(np.mean(mean >= mean[0] - 1e-12))
 
 
+def _is_exact(sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether `rank_test` counts all permutations of so many runs [(n, m), ...]."""
+    if len(sizes) == 1:
+        return min(sizes[0]) <= EXACT_RUNS
+    return _ways(sizes) <= PERMUTATIONS
+
+
+def _ways(sizes: Sequence[tuple[int, int]]) -> int:
+    """In how many ways the runs can be parted within tasks."""
+    return math.prod(math.comb(n + m, n) for n, m in sizes)
+
+
+def _permuted_wins(samples: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The shares of wins, averaged over tasks, that permutations within tasks give [W], and how
+    likely each of them is [W]."""
+    shares: Array = np.zeros(1)
+    chances: Array = np.ones(1)
+    for x, y in samples:
+        share, chance = _permuted_wins_of_task(x, y)
+        sums = np.add.outer(shares, share).round(9)
+        shares, where = np.unique(sums, return_inverse=True)
+        chances = np.bincount(where.ravel(), np.outer(chances, chance).ravel())
+    return shares / len(samples), chances
+
+
+def _permuted_wins_of_task(x: Array, y: Array) -> tuple[Array, Array]:
+    """The same of one task, tied scores included."""
+    if len(x) > len(y):
+        share, chance = _permuted_wins_of_task(y, x)
+        return 1 - share, chance
+    # SciPy counts ways of untied scores alone, or goes through all of them one by one.
+    twice = (2 * scipy.stats.rankdata(np.concatenate([x, y]))).astype(int)
+    ways = np.zeros((len(x) + 1, twice.sum() + 1))  # to take so many ranks of such a sum
+    ways[0, 0] = 1
+    for rank in twice:
+        ways[1:, rank:] += ways[:-1, :-rank]
+    sums = np.flatnonzero(ways[-1])
+    share = (sums / 2 - len(x) * (len(x) + 1) / 2) / (len(x) * len(y))
+    return share, ways[-1, sums] / ways[-1].sum()
+
+
 def smallest_p(pairs: Pairs) -> float:
-    """The smallest p-value that `rank_test` can give for so many runs, were they not tied: two of
-    all ways to part them (within tasks); of several tasks at least one in all permutations drawn.
+    """The smallest p-value that `rank_test` can give for so many runs: where it is exact two of all
+    ways to part them (within tasks), of drawn permutations the runs as they are, one in all; of the
+    normal distribution that of untied runs.
 
     NaN where there is no task, or one in which a method has no run.
     """
     samples = _samples(pairs)
     if not samples:
         return np.nan
+    sizes = [(len(x), len(y)) for x, y in samples]
+    if _is_exact(sizes):
+        return 2 / _ways(sizes)
     if len(samples) == 1:
-        n, m = map(len, samples[0])
-        return float(scipy.stats.mannwhitneyu(*_runs_that_win(n * m, n, m)).pvalue)
-    ways = math.prod(math.comb(len(x) + len(y), len(x)) for x, y in samples)
-    return max(2 / ways, 1 / (PERMUTATIONS + 1))
+        ((n, m),) = sizes
+        return rank_test([_runs_that_win(n * m, n, m)])
+    return 1 / (PERMUTATIONS + 1)
 
 
 def _runs_that_win(count: int, n: int, m: int) -> tuple[Array, Array]:
@@ -313,12 +364,17 @@ def _critical_wins(sizes: Sequence[tuple[int, int]], seed: int) -> float:
         ((n, m),) = sizes
 
         def significant(count: int) -> bool:
-            return bool(scipy.stats.mannwhitneyu(*_runs_that_win(count, n, m)).pvalue <= ALPHA)
+            return rank_test([_runs_that_win(count, n, m)]) <= ALPHA
 
         counts = range((n * m + 1) // 2, n * m + 1)
         place = bisect.bisect_left(counts, True, key=significant)
         return counts[place] / (n * m) if place < len(counts) else np.inf
-    if min(map(min, sizes)) > 8:  # as SciPy does of one task, normal
+    if _is_exact(sizes):
+        untied = [(np.arange(n, dtype=float), np.arange(n, n + m, dtype=float)) for n, m in sizes]
+        values, chances = _permuted_wins(untied)
+        found = values[2 * chances[::-1].cumsum()[::-1] <= ALPHA + 1e-12]
+        return float(found[0]) if len(found) else np.inf
+    if min(map(min, sizes)) > EXACT_RUNS:  # as of one task, normal
         variance = sum((n + m + 1) / (12 * n * m) for n, m in sizes) / len(sizes) ** 2
         return float(0.5 - scipy.stats.norm.ppf(ALPHA / 2) * np.sqrt(variance))
     generator = np.random.default_rng(seed)
@@ -369,7 +425,7 @@ def sample_efficiency(steps: ArrayLike, budgets: ArrayLike) -> Efficiency:
         return Efficiency(runs, count, np.inf if runs else np.nan)
     censored = scipy.stats.CensoredData.right_censored(np.where(seen, reached, budget), ~seen)
     survival = scipy.stats.ecdf(censored).sf
-    under = survival.probabilities <= 0.5
+    under = survival.probabilities <= 0.5 + 1e-9  # a product of fractions, each rounded
     median = float(survival.quantiles[under.argmax()]) if under.any() else np.inf
     return Efficiency(runs, count, median)
 
