@@ -362,7 +362,8 @@ def compare(
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         one = stack.enter_context(reading(first))
         other = None if second is None else stack.enter_context(reading(second))
-        frame, tables = compare_results(one, other, plan, x)
+        called = [first] if second is None else [first, second]
+        frame, tables = compare_results(one, other, plan, x, called)
         for title, note, table in tables:
             print_table(title, note, table)
         if out is not None:
@@ -377,11 +378,16 @@ def compare(
 def archive(
     directories: Annotated[
         list[str],
-        typer.Argument(metavar="DIR...", help="Finished sweeps, as in results/quickstart."),
+        typer.Argument(
+            metavar="DIR...", callback=_homes, help="Finished sweeps, as in results/quickstart."
+        ),
     ],
     out: Annotated[
         Path,
-        typer.Option(help="Folder to write; of several sweeps, the one that holds their archives."),
+        typer.Option(
+            callback=_home,
+            help="Folder to write; of several sweeps, the one that holds their archives.",
+        ),
     ],
     policy: Annotated[
         list[str] | None,
@@ -391,9 +397,10 @@ def archive(
 ) -> None:
     """Pack finished sweeps into a few small files, which every command reads as it reads them."""
     from sgrl.tuning.archive import write_archive
+    from sgrl.tuning.metrics import OldMetricsError
     from sgrl.tuning.storage import StorageError
 
-    with _one_line_errors(StorageError):
+    with _one_line_errors(StorageError, OldMetricsError, OSError):
         for directory in map(Path, directories):
             place = out if len(directories) == 1 else out / directory.resolve().name
             write_archive(directory, place, policy or [], half)
@@ -427,7 +434,8 @@ def study(
 @app.command()
 def verify(
     directory: Annotated[
-        str, typer.Argument(metavar="ARCHIVE", help="As in results/published/NAME.")
+        str,
+        typer.Argument(metavar="ARCHIVE", callback=_home, help="As in results/published/NAME."),
     ],
     trials: Annotated[int, typer.Option(min=1, help="Trials to train again, at most.")] = 3,
     iterations: Annotated[int, typer.Option(min=1, help="Iterations of each, at most.")] = 20,

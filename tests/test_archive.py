@@ -26,6 +26,8 @@ from sgrl.tuning.verify import compare_rows
 def archive(tmp_path: Path) -> tuple[Path, Path]:
     """A made-up sweep, and its archive."""
     sweep, out = write_results(tmp_path / "sweep"), tmp_path / "published" / "sweep"
+    for config in sweep.glob("*/config.yaml"):
+        config.write_text(config.read_text().replace("lr: 0.001", "lr: 1.0e-05"))
     write_archive(sweep, out)
     return sweep, out
 
@@ -35,11 +37,12 @@ def test_reads_as_the_folder_did(archive: tuple[Path, Path]) -> None:
     before = load_results(sweep)
     with reading(out) as folder:
         after = load_results(folder)
-    pd.testing.assert_frame_equal(before.trials, after.trials, rtol=1e-6)
+    pd.testing.assert_frame_equal(before.trials, after.trials, check_exact=True)
     assert len(before.curves) == len(after.curves) > 0
     for column in ("iteration", "env_steps"):
         assert (before.curves[column] == after.curves[column]).all()
-    assert (before.curves["success_rate"].astype(np.float32) == after.curves["success_rate"]).all()
+    assert (before.curves["success_rate"] == after.curves["success_rate"]).all()
+    assert after.trials["lr"].min() == 1e-5
     assert before.problems == after.problems
 
 
@@ -51,7 +54,8 @@ def test_small_and_whole(archive: tuple[Path, Path]) -> None:
         "trials.json",
     ]
     table = pq.read_table(out / "metrics.parquet")
-    assert table.schema.field("success_rate").type == pa.float32()
+    assert table.schema.field("success_rate").type == pa.float64()
+    assert table.schema.field("entropy").type == pa.float32()
     # Writing it again gives the same bytes, in place.
     held = (out / "trials.json").read_bytes()
     write_archive(sweep, out)
@@ -62,8 +66,10 @@ def test_what_cannot_be_packed_or_read(archive: tuple[Path, Path], tmp_path: Pat
     sweep, out = archive
     status = next(sweep.glob("*/status.json"))
     status.write_text('{"state": "running"}')
-    with pytest.raises(ArchiveError, match="is not over: go on with sgrl resume"):
-        write_archive(sweep, tmp_path / "other")
+    spaced = sweep.rename(tmp_path / "my sweep")
+    with pytest.raises(ArchiveError, match=r"is not over: go on with .*sgrl resume '/.*/my sweep'"):
+        write_archive(spaced, tmp_path / "other")
+    spaced.rename(sweep)
     status.write_text('{"state": "completed"}')
     with pytest.raises(ArchiveError, match="holds no sweep"):
         write_archive(tmp_path, tmp_path / "other")
@@ -75,7 +81,14 @@ def test_what_cannot_be_packed_or_read(archive: tuple[Path, Path], tmp_path: Pat
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ArchiveError, match="holds something else"):
         write_archive(sweep, tmp_path / "full")
+    line = ["archive", str(sweep), "--out", str(tmp_path / "full" / "thesis.tex" / "out")]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "Not a directory" in result.output
     content = json.loads((out / "trials.json").read_text())
+    (out / "trials.json").write_text(json.dumps(content | {"format": 99}))
+    with pytest.raises(ArchiveError, match=r"sweep has the unknown format 99$"):
+        read_archive(out)
     content["trials"].pop()
     (out / "trials.json").write_text(json.dumps(content))
     with pytest.raises(ArchiveError, match="lacks the trial"):
@@ -87,10 +100,11 @@ def test_what_cannot_be_packed_or_read(archive: tuple[Path, Path], tmp_path: Pat
 
 
 def test_rows_are_compared_in_single_precision() -> None:
-    rows = [{"iteration": i, "loss": 0.1 * i, "iteration_seconds": 1.0} for i in range(1, 9)]
-    again = [
-        {**row, "loss": float(np.float32(row["loss"])), "iteration_seconds": 2.0} for row in rows
+    rows = [
+        {"iteration": i, "loss": float(np.float32(0.1 * i)), "iteration_seconds": 1.0}
+        for i in range(1, 9)
     ]
+    again = [{**row, "loss": row["loss"] * (1 + 1e-9), "iteration_seconds": 2.0} for row in rows]
     assert compare_rows("a", rows, again, exact=True).passed
     assert not compare_rows("a", rows, again[:-1], exact=True).passed
     for iteration, exact, factor, passed in (
@@ -104,6 +118,14 @@ def test_rows_are_compared_in_single_precision() -> None:
         verdict = compare_rows("a", rows, changed, exact)
         assert verdict.passed is passed
         assert ("rounding separates" in verdict.text) is (passed and factor == 2.0)
+
+
+def test_rows_with_columns_that_begin_empty() -> None:
+    """Of an algorithm whose first iteration ended no episode."""
+    rows = [{"iteration": i, "episodes": float("nan") if i == 1 else i} for i in range(1, 4)]
+    assert compare_rows("a", rows, rows, exact=True).passed
+    changed = [*rows[:2], {"iteration": 3, "episodes": 4}]
+    assert not compare_rows("a", rows, changed, exact=False).passed
 
 
 def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
@@ -140,6 +162,7 @@ def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
     for line in (["status", str(out)], ["report", str(out)], ["compare", str(out), str(sweep)]):
         result = CliRunner().invoke(app, line)
         assert result.exit_code == 0, result.output
+    assert f"first:{out},second:{sweep};" in "".join(result.output.split())
     assert (out / "report.html").is_file()
 
     table = pq.read_table(out / "metrics.parquet")

@@ -70,6 +70,9 @@ def test_permutations() -> None:
     again = SampleShuffle(torch.Generator().manual_seed(3))
     again.load_state_dict({"drawn": shuffle.drawn - torch.tensor([0, 1])})
     assert torch.equal(again.permutation(valid), second)
+    other = SampleShuffle(torch.Generator().manual_seed(1))
+    assert other.drawn[0] != shuffle.drawn[0]
+    assert not torch.equal(other.permutation(valid), first)
     # Every sample comes to every place of its kind.
     places = torch.stack([shuffle.permutation(torch.ones(3, dtype=torch.bool)) for _ in range(60)])
     assert len(places.unique(dim=0)) == 6

@@ -450,6 +450,7 @@ def compare(
     second: str | Path | None = None,
     plan: float | None = None,
     x: str = "env_steps",
+    called: Sequence[str | Path] = (),
 ) -> tuple[pd.DataFrame, list[tuple[str, str, Table]]]:
     """Two experiments' methods, each against itself, or one experiment's against each other; each
     at its best learning rate.
@@ -459,6 +460,7 @@ def compare(
         second: the other one, if there are two.
         plan: a difference of AUC, of which to say how many seeds would find it.
         x: what areas are taken against, a key of `AXES`.
+        called: what the tables call the folders, where these are copies for reading.
 
     Returns:
         The frame of `statistics.compare_pairs`, or of two experiments that of
@@ -473,6 +475,7 @@ def compare(
     if plan is not None and not plan > 0:
         raise ResultsError(f"a plan is for a difference above 0, got {plan:g}")
     folders = [first] if second is None else [first, second]
+    names = [str(name) for name in called or folders]
     both = [load_results(folder, x=x) for folder in folders]
     best = [best_learning_rates(compare_methods(results.trials)) for results in both]
     chosen = [at_points(r.trials, points) for r, points in zip(both, best, strict=True)]
@@ -481,24 +484,24 @@ def compare(
         frame = compare_pairs(chosen[0], plan=plan)
         if frame.empty or not frame["tasks"].any():
             raise ResultsError(
-                f"{first} has no two methods with completed trials at the same swept values"
+                f"{names[0]} has no two methods with completed trials at the same swept values"
             )
         note = " ".join([_final_note(both[0]), few_seeds(best[0])]).strip()
         shown = [("Comparison", note, comparison_table(best[0], both[0].trials))]
         lines = confounding(by_task(chosen[0]))
         title, table = "Methods against each other", _pairs_table(frame)
     else:
-        frame, shown, lines, table = _compare_two(both, chosen, plan)
+        frame, shown, lines, table = _compare_two(both, chosen, plan, names)
         title = "Methods"
     said = [f"AUC: over {both[0].axis.name}.", _pairs_note(frame, rates), *lines]
     if plan is not None:
         said.insert(2, _plan_note(plan))
     if second is not None:
-        said.insert(0, f"first: {first}, second: {second}; mean ± SEM over completed trials.")
+        said.insert(0, f"first: {names[0]}, second: {names[1]}; mean ± SEM over completed trials.")
     missing = Table("experiment", "trial")
-    for results in both:
+    for name, results in zip(names, both, strict=True):
         for problem in results.problems:
-            missing.add_row(str(results.directories[0]), escape(problem))
+            missing.add_row(name, escape(problem))
     if missing.row_count:
         shown.insert(0, ("What is missing", "", missing))
     return frame, [*shown, (title, "\n".join(said), table)]
@@ -512,10 +515,12 @@ def _plan_note(plan: float) -> str:
 
 
 def _compare_two(
-    both: Sequence[Results], chosen: Sequence[pd.DataFrame], plan: float | None
+    both: Sequence[Results],
+    chosen: Sequence[pd.DataFrame],
+    plan: float | None,
+    names: Sequence[str],
 ) -> tuple[pd.DataFrame, list[tuple[str, str, Table]], list[str], Table]:
     """The frame, the table of differing settings, what confounds, and the table of methods."""
-    names = [str(results.directories[0]) for results in both]
     if both[0].measure != both[1].measure:
         said = " and ".join(f"{name} by {r.measure}" for name, r in zip(names, both, strict=True))
         raise ResultsError(f"{said}: trials judged by different measures cannot be compared")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -176,9 +177,10 @@ class SampleShuffle(nn.Module):
             Indices into the flattened samples, int64 [K]: place k takes the prediction of sample
             `permutation[k]`.
         """
-        seed, count = self.drawn.tolist()
+        # Hashed: torch's generator sees only 32 bits of its seed.
+        mixed = np.random.SeedSequence(self.drawn.tolist()).generate_state(1)
         self.drawn[1] += 1
-        generator = torch.Generator().manual_seed((seed << 32) + count)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         flat = valid.flatten().cpu()
         order = torch.empty(len(flat), dtype=torch.int64)
         for kind in (flat, ~flat):

@@ -3,8 +3,8 @@
 An archive is a folder with the sweep's experiment.yaml, provenance.json and summary.csv as they
 were, and
 
-- `metrics.parquet`: the rows of all trials, numbers as float32 (what training computes in; what
-  it averages, such as success rates, keeps seven digits);
+- `metrics.parquet`: the rows of all trials; what trials are judged by in double precision, all
+  else in single precision, which is what training computes in;
 - `trials.json`: configuration, final state and starts of every trial;
 - `<trial>/checkpoints/NNNNNN/`: final policies of chosen trials, at the paths where the sweep had
   them, `policy.safetensors` and `policy.json` only.
@@ -14,6 +14,7 @@ folder of the usual kind. An archive cannot be resumed.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -25,12 +26,22 @@ import pyarrow.parquet as pq
 import yaml
 from safetensors.torch import load_file, save_file
 
+from sgrl.commands import command
 from sgrl.tuning.checkpoints import (
     newest_valid_checkpoint,
     write_checkpoint,
     write_text,
 )
-from sgrl.tuning.metrics import INTEGER_COLUMNS, Row, read_metrics, write_rows
+from sgrl.tuning.experiment import dump_yaml
+from sgrl.tuning.metrics import (
+    COLUMNS,
+    EVALUATION_COLUMNS,
+    INTEGER_COLUMNS,
+    MEASURES,
+    Row,
+    read_metrics,
+    write_rows,
+)
 from sgrl.tuning.provenance import PROVENANCE_FILE, read_starts
 from sgrl.tuning.status import read_status
 from sgrl.tuning.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
@@ -42,6 +53,8 @@ METRICS_FILE = "metrics.parquet"
 KEPT = ("experiment.yaml", PROVENANCE_FILE, "summary.csv")
 
 
+#: Columns kept in double precision: with them, scores and steps to a threshold stay what they are.
+DOUBLE = (*MEASURES, *EVALUATION_COLUMNS, "episode_length_mean")
 #: What starts of many trials have in common.
 WHERE = ("versions", "revision", "machine")
 
@@ -58,7 +71,7 @@ class ArchivedTrial(NamedTuple):
         config: what config.yaml said.
         status: what status.json said.
         starts: what provenance.json said, see `sgrl.tuning.provenance.record_start`.
-        rows: what metrics.csv said, in float32 precision.
+        rows: what metrics.csv said, in the precision of the archive.
     """
 
     name: str
@@ -89,7 +102,8 @@ def write_archive(
         raise ArchiveError(f"{sweep} holds no sweep: give a folder such as results/quickstart")
     for trial in trials:
         if trial.status.get("state") not in ("completed", "failed"):
-            raise ArchiveError(f"{trial.name} is not over: go on with sgrl resume {sweep}")
+            again = command("sgrl", "resume", sweep)
+            raise ArchiveError(f"{trial.name} is not over: go on with {again}")
     for name in policies:
         if name not in {trial.name for trial in trials}:
             raise ArchiveError(f"{sweep} has no trial {name!r}")
@@ -140,6 +154,8 @@ def read_archive(archive: Path) -> list[ArchivedTrial]:
             )
             for trial in content["trials"]
         ]
+    except ArchiveError:
+        raise
     except (OSError, KeyError, TypeError, IndexError, json.JSONDecodeError, pa.ArrowException) as e:
         reason = " ".join(str(e).split())
         raise ArchiveError(f"{archive} is damaged: {type(e).__name__}: {reason}") from None
@@ -164,8 +180,7 @@ def unpack(archive: Path, folder: Path) -> None:
     for trial in trials:
         home = folder / trial.name
         home.mkdir()
-        # JSON is YAML, and quicker to write.
-        (home / "config.yaml").write_text(json.dumps(trial.config), encoding="utf-8")
+        (home / "config.yaml").write_text(dump_yaml(trial.config), encoding="utf-8")
         (home / "status.json").write_text(json.dumps(trial.status), encoding="utf-8")
         (home / PROVENANCE_FILE).write_text(json.dumps(trial.starts), encoding="utf-8")
         write_rows(home / "metrics.csv", trial.rows)
@@ -209,22 +224,31 @@ def _table(trials: Iterable[ArchivedTrial]) -> pa.Table:
     arrays: dict[str, pa.Array] = {"trial": pa.array(names, pa.string()).dictionary_encode()}
     for column in dict.fromkeys(name for row in rows for name in row):
         whole = column in INTEGER_COLUMNS
-        # An algorithm that pads nothing leaves its column of whole numbers empty.
-        lacking = np.array(
-            [column not in row or (whole and row[column] != row[column]) for row in rows]
+        # A whole number that is empty is null too: so is all of an axis that a trial lacks.
+        null = np.array(
+            [column not in row or (whole and math.isnan(row[column])) for row in rows], bool
         )
-        values = [0 if empty else row[column] for empty, row in zip(lacking, rows, strict=True)]
-        kind = np.int64 if whole else np.float32
-        arrays[column] = pa.array(np.array(values, kind), mask=lacking)
+        values = [0 if empty else row[column] for empty, row in zip(null, rows, strict=True)]
+        kind = np.int64 if whole else np.float64 if column in DOUBLE else np.float32
+        arrays[column] = pa.array(np.array(values, kind), mask=null)
     return pa.table(arrays)
 
 
 def _rows_by_trial(table: pa.Table) -> dict[str, list[Row]]:
-    rows: dict[str, list[Row]] = {}
+    by_trial: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
-        name = row.pop("trial")
-        rows.setdefault(name, []).append({k: v for k, v in row.items() if v is not None})
+        by_trial.setdefault(row.pop("trial"), []).append(row)
+    rows: dict[str, list[Row]] = {}
+    for name, read in by_trial.items():
+        had = [c for c in read[0] if c in COLUMNS or any(row[c] is not None for row in read)]
+        rows[name] = [{c: math.nan if row[c] is None else row[c] for c in had} for row in read]
     return rows
+
+
+def in_archive(column: str, value: float) -> float:
+    """A number of metrics.csv as an archive keeps it."""
+    single = column not in INTEGER_COLUMNS and column not in DOUBLE
+    return float(np.float32(value)) if single else value
 
 
 def _copy_policy(source: Path, target: Path, half: bool) -> None:

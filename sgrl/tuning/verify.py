@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from sgrl.tuning.archive import ArchivedTrial, read_archive
+from sgrl.tuning.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
 from sgrl.tuning.experiment import Trial, load_experiment
 from sgrl.tuning.metrics import Row, read_metrics
 from sgrl.tuning.provenance import describe
 from sgrl.tuning.sweep import run_sweep
 
+#: Algorithms of which no run repeats, see docs/rllib.md.
+NEVER_REPEAT = {"APPO", "IMPALA"}
 #: Columns that differ from run to run.
 TIMES = {"iteration_seconds"}
 #: Elsewhere, so many iterations must agree ...
@@ -58,12 +58,17 @@ def verify_archive(
         One verdict a trial.
 
     Raises:
-        ArchiveError: the archive cannot be read.
+        ArchiveError: the archive cannot be read, or its algorithm never repeats.
         ExperimentError, SweepError: its trials cannot be run here.
     """
+    experiment = load_experiment(archive / "experiment.yaml", name="verify", track="none")
+    if experiment.resolved["algorithm"] in NEVER_REPEAT:
+        raise ArchiveError(
+            f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "
+            "thread of its own), so there is nothing to compare"
+        )
     archived = [trial for trial in read_archive(archive) if trial.rows]
     chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
-    experiment = load_experiment(archive / "experiment.yaml", name="verify", track="none")
     again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
     resolved = {**experiment.resolved, "stop": {"training_iteration": iterations}}
     sweep = run_sweep(dataclasses.replace(experiment, trials=again, resolved=resolved), results)
@@ -103,14 +108,18 @@ def compare_rows(trial: str, archived: Sequence[Row], again: Sequence[Row], exac
     """
     if len(again) < len(archived):
         return Verdict(trial, False, f"{trial}: stopped after iteration {len(again)}")
+    columns = dict.fromkeys(name for row in archived for name in row)
     largest = {
-        name: max((abs(row[name]) for row in archived if not math.isnan(row[name])), default=0.0)
-        for name in archived[0]
+        name: max(
+            (abs(value) for row in archived if (value := row.get(name, 0)) == value), default=0
+        )
+        for name in columns
     }
     for iteration, (before, now) in enumerate(zip(archived, again, strict=False), start=1):
-        for column in before.keys() - TIMES:
-            one, other = before[column], now.get(column, math.nan)
-            if _equal(one, other):
+        for column in columns:
+            one = before.get(column, math.nan)
+            other = in_archive(column, now.get(column, math.nan))
+            if column in TIMES or one == other or (math.isnan(one) and math.isnan(other)):
                 continue
             where = f"{column} at iteration {iteration} is {other:.9g}, archived is {one:.9g}"
             if exact:
@@ -123,9 +132,3 @@ def compare_rows(trial: str, archived: Sequence[Row], again: Sequence[Row], exac
                 return Verdict(trial, True, f"{text}, where rounding separates the runs ({where})")
     how = "equal" if exact else "equal but for rounding"
     return Verdict(trial, True, f"{trial}: {len(archived)} iterations {how}")
-
-
-def _equal(one: float, other: float) -> bool:
-    if isinstance(one, int):
-        return one == other
-    return bool(np.float32(one) == np.float32(other)) or (math.isnan(one) and math.isnan(other))
