@@ -1,16 +1,16 @@
 """The study: every claim of the paper beside what came out of our runs.
 
-Reads the archives in `results/published` and decides each claim by the test that docs/study.md
-names, which was written before the confirmation runs. A claim whose archive is missing is "not run
-yet".
+Reads what is in `results/published` and decides each claim by the test that docs/study.md names,
+which was written before the confirmation runs. A claim whose runs are not there is "not run yet".
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,10 +25,13 @@ from sgrl.analysis.statistics import (
     rank_test,
     seeds_needed,
 )
-from sgrl.tuning.storage import reading
+from sgrl.analysis.tables import within_interval
+from sgrl.tuning.storage import is_archive, reading
 
 #: The smallest difference of scores that we would call one.
 SMALLEST = 0.05
+#: Of a simulated law, the least share of a case's intervals that must hold it.
+LEAST_COVERAGE = 0.88
 RESAMPLES = 2000
 #: Lines of docs/study.md between which the table of claims stands.
 FINDINGS = ("<!-- findings -->", "<!-- end of findings -->")
@@ -45,6 +48,7 @@ class Finding(NamedTuple):
         p: p-value of the test against "no difference"; NaN where the claim is decided otherwise.
         verdict: where p is NaN, what it is; else empty.
         favoured: whether the difference is in the claim's direction.
+        everywhere: whether it is so in each of several cases, where the claim says so.
         small: whether the test rejects a difference of `SMALLEST` in the claim's direction.
         needed: seeds that would tell such a difference.
     """
@@ -54,6 +58,7 @@ class Finding(NamedTuple):
     p: float = math.nan
     verdict: str = ""
     favoured: bool = False
+    everywhere: bool = True
     small: bool = False
     needed: float = math.nan
 
@@ -67,7 +72,8 @@ class Claim:
         text: the claim.
         source: figure or theorem.
         archives: what decides it, names in `results/published`.
-        judge: decides it, given the results of those archives together.
+        judge: decides it, given the results of those archives together; of a simulation, its
+            folder.
         family: claims whose p-values are corrected together.
     """
 
@@ -75,7 +81,7 @@ class Claim:
     text: str
     source: str
     archives: tuple[str, ...]
-    judge: Callable[[Results], Finding]
+    judge: Callable[[Any], Finding]
     family: str = ""
 
 
@@ -88,16 +94,22 @@ def judge_claims(published: Path) -> pd.DataFrame:
     Returns:
         One row a claim or control: number (0 of a control), claim, source, ours, runs, p (Holm
         within its family), verdict.
+
+    Raises:
+        ValueError: an archive lacks runs that a claim needs; one line.
+        StorageError: an archive is damaged.
     """
     findings: list[Finding] = []
+    material: dict[tuple[str, ...], Results | Path] = {}
     for claim in CLAIMS:
         places = [published / name for name in claim.archives]
         if not all(place.is_dir() for place in places):
             findings.append(Finding("", "", verdict="not run yet"))
             continue
-        with ExitStack() as stack:
-            folders = [stack.enter_context(reading(place)) for place in places]
-            findings.append(claim.judge(load_results(*folders)))
+        if claim.archives not in material:
+            simulated = not is_archive(places[0])
+            material[claim.archives] = places[0] if simulated else _load(places)
+        findings.append(claim.judge(material[claim.archives]))
     corrected = np.array([finding.p for finding in findings])
     for family in dict.fromkeys(claim.family for claim in CLAIMS):
         members = [i for i, claim in enumerate(CLAIMS) if claim.family == family]
@@ -118,12 +130,33 @@ def judge_claims(published: Path) -> pd.DataFrame:
 
 def verdict(finding: Finding, p: float) -> str:
     """Confirmed, not confirmed, or how many seeds would tell, by docs/study.md's rule."""
+    if p < ALPHA and not finding.favoured:
+        return "not confirmed"
     if p < ALPHA:
-        return "confirmed" if finding.favoured else "not confirmed"
+        return "confirmed" if finding.everywhere else "cannot tell (not so in every case)"
     if finding.small:
         return "not confirmed"
+    if math.isnan(finding.needed):
+        return "cannot tell"
     seeds = f"{finding.needed:.0f}" if math.isfinite(finding.needed) else "more than 1,000"
     return f"cannot tell (would need {seeds} seeds)"
+
+
+def _load(archives: Sequence[Path]) -> Results:
+    """The results of archives together. A trial that failed counts as 0 from there on, in equal
+    shares of its planned iterations."""
+    with ExitStack() as stack:
+        results = load_results(*[stack.enter_context(reading(place)) for place in archives])
+    trials = results.trials
+    failed = trials["state"] == "failed"
+    share = (trials["iterations"] / trials["planned"].astype(float)).where(failed, 1.0)
+    trials["auc"] = trials["auc"].fillna(0.0) * share
+    final = f"final_{results.measure}"
+    trials[final] = trials[final].where(~failed, 0.0)
+    unknown = trials["trial"][trials["auc"].isna() | trials[final].isna()]
+    if len(unknown):
+        raise ValueError(f"{archives[0].parent}: {unknown.iloc[0]} is complete without a score")
+    return results
 
 
 # ---------------------------------------------------------------- how claims are decided
@@ -139,7 +172,7 @@ def better(first: str, second: str, score: str = "auc") -> Callable[[Results], F
 
     def judge(results: Results) -> Finding:
         column = score if score == "auc" else f"final_{results.measure}"
-        return _compared(first, second, _pairs(results.trials, first, second, column), score)
+        return _compared(results, first, second, column)
 
     return judge
 
@@ -148,11 +181,12 @@ def better_everywhere(first: str, second: str) -> Callable[[Results], Finding]:
     """Decide by the final score, stratified over tasks; the mean must be higher in each of them."""
 
     def judge(results: Results) -> Finding:
-        pairs = _pairs(results.trials, first, second, f"final_{results.measure}")
-        finding = _compared(first, second, pairs, "final")
+        column = f"final_{results.measure}"
+        finding = _compared(results, first, second, column)
+        pairs = _pairs(results.trials, first, second, column)
         differences = [x.mean() - y.mean() for x, y in pairs]
         ours = f"{finding.ours}; by level {', '.join(f'{d:+.3f}' for d in differences)}"
-        return finding._replace(ours=ours, favoured=finding.favoured and min(differences) > 0)
+        return finding._replace(ours=ours, everywhere=min(differences) > 0)
 
     return judge
 
@@ -161,10 +195,7 @@ def better_than_all(first: str, *others: str) -> Callable[[Results], Finding]:
     """Decide that a method is better than each of the others: the weakest comparison counts."""
 
     def judge(results: Results) -> Finding:
-        findings = [
-            _compared(first, other, _pairs(results.trials, first, other, "auc"), "auc")
-            for other in others
-        ]
+        findings = [_compared(results, first, other, "auc") for other in others]
         p = max(finding.p for finding in findings)
         return findings[0]._replace(
             ours="; ".join(finding.ours for finding in findings),
@@ -187,8 +218,8 @@ def larger_best_rate(first: str, second: str) -> Callable[[Results], Finding]:
         best, drawn = {}, {}
         for method in (first, second):
             mine = results.trials[results.trials["method"] == method]
-            table = mine.pivot_table(index="seed", columns=rate, values="auc").to_numpy()
-            rates = np.array(sorted(mine[rate].unique()))
+            by_rate = mine.pivot(index="seed", columns=rate, values="auc")
+            table, rates = by_rate.to_numpy(), by_rate.columns.to_numpy()
             best[method] = rates[table.mean(axis=0).argmax()]
             seeds = generator.integers(len(table), size=(RESAMPLES, len(table)))
             drawn[method] = rates[table[seeds].mean(axis=1).argmax(axis=1)]
@@ -204,9 +235,9 @@ def no_difference_in_halves(method: str) -> Callable[[Results], Finding]:
     """Compare a method with itself, seeds of even and of odd place: nothing may come out."""
 
     def judge(results: Results) -> Finding:
-        trials = results.trials
-        scores = trials[trials["method"] == method].sort_values("seed")["auc"].to_numpy()
-        finding = _compared("even", "odd", [(scores[::2], scores[1::2])], "auc")
+        mine = results.trials[results.trials["method"] == method].sort_values("seed")
+        halves = mine.assign(method=np.where(np.arange(len(mine)) % 2, "odd", "even"))
+        finding = _compared(dataclasses.replace(results, trials=halves), "even", "odd", "auc")
         as_it_must = finding.p >= ALPHA
         said = f"{'no difference' if as_it_must else 'DIFFERS'} (p = {finding.p:.2g})"
         return finding._replace(p=math.nan, verdict=said)
@@ -280,16 +311,19 @@ def _share(pairs: Pairs) -> float:
     return probability_of_improvement(pairs).value
 
 
-def _compared(first: str, second: str, pairs: Pairs, score: str) -> Finding:
+def _compared(results: Results, first: str, second: str, column: str) -> Finding:
+    pairs = _pairs(results.trials, first, second, column)
+    if not pairs:
+        raise ValueError(f"{first} and {second} have no runs at the same swept values")
     means = [float(np.mean([side[i].mean() for side in pairs])) for i in (0, 1)]
     chance = probability_of_improvement(pairs)
     shifted = [(x - SMALLEST, y) for x, y in pairs]
-    word = "AUC" if score == "auc" else "final score"
+    word = "AUC" if column == "auc" else "final score"
     interval = "" if math.isnan(chance.low) else f" ({chance.low:.2f} to {chance.high:.2f})"
     return Finding(
         f"{word} {means[0]:.3f} against {second} {means[1]:.3f}, difference "
         f"{means[0] - means[1]:+.3f}, P(better) {chance.value:.2f}{interval}",
-        f"{sum(len(x) for x, _ in pairs)} against {sum(len(y) for _, y in pairs)}",
+        _runs(results, first, second),
         rank_test(pairs),
         favoured=chance.value > 0.5,
         small=rank_test(shifted) < ALPHA and _share(shifted) < 0.5,
@@ -298,8 +332,26 @@ def _compared(first: str, second: str, pairs: Pairs, score: str) -> Finding:
 
 
 def _runs(results: Results, *methods: str) -> str:
-    counts = results.trials["method"].value_counts()
-    return " against ".join(str(counts.get(method, 0)) for method in methods)
+    """How many there are of each method, and which of them failed."""
+    of_method = [results.trials[results.trials["method"] == method] for method in methods]
+    failed = [name for runs in of_method for name in runs["trial"][runs["state"] == "failed"]]
+    counts = " against ".join(str(len(runs)) for runs in of_method)
+    return counts + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
+def law_of_experts(folder: Path) -> Finding:
+    """Decide that 2^(d-k) is the ratio of errors, from what `sgrl theory experts` wrote."""
+    frame = pd.read_csv(folder / "expert_network.csv")
+    inside = within_interval(frame)
+    shares = inside.groupby(frame["case"], sort=False).mean()
+    cases = ", ".join(f"{case} {share:.1%}" for case, share in shares.items())
+    largest = frame["d"].max()
+    return Finding(
+        f"2^(d-k) is inside the 95% interval in {inside.mean():.1%} of {len(frame)} cells "
+        f"({cases}), d up to {largest}",
+        f"{len(frame)} cells",
+        verdict="confirmed" if shares.min() >= LEAST_COVERAGE else "not confirmed",
+    )
 
 
 SPARSE = ("sparsenet_sgprop", "sparsenet_backprop")
@@ -311,8 +363,15 @@ _EXPLORE_SWEEPS = ("labyrinth_explore_20", "labyrinth_explore_40")
 
 _PLACEBO = "Control: placebo"
 
-#: Numbered as in docs/study.md; the first one is the simulation's, see `sgrl theory experts`.
+#: Numbered as in docs/study.md.
 CLAIMS = (
+    Claim(
+        1,
+        "In the expert network backprop's MSE is 2^(d-k) times that of sgprop",
+        "Figure 2a, Theorem 5",
+        ("expert_network",),
+        law_of_experts,
+    ),
     Claim(
         2,
         "On the bandit sgprop learns faster than backprop in the same network",
