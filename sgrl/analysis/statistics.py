@@ -215,7 +215,7 @@ def _permuted_wins(samples: Sequence[tuple[Array, Array]]) -> tuple[Array, Array
         share, chance = _permuted_wins_of_task(x, y)
         sums = np.add.outer(shares, share).round(9)
         shares, where = np.unique(sums, return_inverse=True)
-        chances = np.bincount(where.ravel(), np.outer(chances, chance).ravel())
+        chances = np.bincount(where.ravel(), np.outer(chances, chance).ravel()).astype(float)
     return shares / len(samples), chances
 
 
