@@ -22,9 +22,16 @@ from sgrl.analysis.figures import (
     scores_against,
 )
 from sgrl.analysis.report import write_report
-from sgrl.analysis.runs import ResultsError, load_results
+from sgrl.analysis.runs import (
+    DEFAULT_BATCHES,
+    DEFAULT_ENVIRONMENTS,
+    ResultsError,
+    _planned_steps,
+    load_results,
+)
 from sgrl.analysis.statistics import best_learning_rates, compare_methods
 from sgrl.analysis.tables import write_comparison
+from sgrl.tuning.experiment import algorithm_class
 from sgrl.tuning.metrics import append_row, read_metrics, score
 
 
@@ -304,31 +311,85 @@ def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_batches_and_budgets_are_said(tmp_path):
+def reinforce(env="mnist_bandit", length=None, **config):
+    env_config = {} if length is None else {"episode_length": length}
+    environment = {"env": env, "env_config": env_config}
+    return {"algorithm": "Reinforce", "config": {"environment": environment, **config}}
+
+
+def stock(algorithm, **config):
+    return {"algorithm": algorithm, "config": config}
+
+
+SPREAD = {"total_updates": 1500, "total_iterations": 20}
+
+
+@pytest.mark.parametrize(
+    ("config", "iterations", "batch", "budget"),
+    [
+        (
+            reinforce(length=80, env_runners={"num_envs_per_env_runner": 20, "num_env_runners": 2}),
+            *(100, "40 episodes", "320,000 padded environment steps"),
+        ),
+        # What is left to defaults counts like what is written.
+        (reinforce(), 100, "20 episodes", "2,000 episodes"),
+        (
+            reinforce("labyrinth_escape"),
+            *(100, "20 episodes", "160,000 padded environment steps"),
+        ),
+        # int(linspace(1, 1500, 20))
+        (
+            reinforce(env_runners={"num_envs_per_env_runner": 64}, training=SPREAD),
+            *(20, "64 episodes", "96,000 episodes"),
+        ),
+        (reinforce(training=SPREAD), 2, "20 episodes", "1,580 episodes"),
+        (reinforce(training=dict.fromkeys(SPREAD)), 3, "20 episodes", "60 episodes"),
+        (
+            stock("PPO", training={"train_batch_size_per_learner": 1600}),
+            *(100, "1,600 environment steps", "160,000 environment steps"),
+        ),
+        (
+            stock(
+                "PPO",
+                training={"train_batch_size_per_learner": 1600},
+                learners={"num_learners": 2},
+            ),
+            *(100, "3,200 environment steps", "320,000 environment steps"),
+        ),
+        (
+            stock("PPO", learners={"num_learners": 2}),
+            *(100, "4,000 environment steps", "400,000 environment steps"),
+        ),
+        # An iteration of these lasts ten seconds.
+        (stock("APPO"), 100, "500 environment steps", None),
+        (stock("another"), 100, None, None),
+    ],
+)
+def test_batches_and_budgets_are_said(config, iterations, batch, budget):
+    config = {**config, "stop": {"training_iteration": iterations}}
+    assert _planned_steps(config) == {"batch": batch, "budget": budget}
+
+
+def test_default_sizes_are_those_of_the_algorithms():
+    assert algorithm_class("Reinforce").get_default_config().num_envs_per_env_runner == (
+        DEFAULT_ENVIRONMENTS
+    )
+    for name, size in DEFAULT_BATCHES.items():
+        assert algorithm_class(name).get_default_config().total_train_batch_size == size
+
+
+def test_trials_have_batches_and_budgets(tmp_path):
     folder = write_results(tmp_path / "results", seeds=1)
-    names = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    settings = [
-        ("Reinforce", {"env_runners": {"num_envs_per_env_runner": 20, "num_env_runners": 2}}),
-        ("Reinforce", {"env_runners": {"num_envs_per_env_runner": 20}}),
-        ("PPO", {"training": {"train_batch_size_per_learner": 1600}}),
-        ("PPO", {}),
+    trial = min(folder.glob("*/config.yaml")).parent
+    saved = yaml.safe_load((trial / "config.yaml").read_text())
+    saved |= {**reinforce(), "stop": {"training_iteration": 3}}
+    (trial / "config.yaml").write_text(yaml.safe_dump(saved))
+    (trial / "status.json").write_text('{"state": "completed", "parameters": 123}')
+    trials = load_results(folder).trials.set_index("trial")
+    assert list(trials.loc[trial.name, ["batch", "budget", "parameters"]]) == [
+        *("20 episodes", "60 episodes", 123)
     ]
-    settings[0][1]["environment"] = {"env_config": {"episode_length": 80}}
-    for trial, (algorithm, config) in zip(names, settings, strict=False):
-        saved = yaml.safe_load((trial / "config.yaml").read_text())
-        saved |= {"algorithm": algorithm, "config": config, "stop": {"training_iteration": 100}}
-        (trial / "config.yaml").write_text(yaml.safe_dump(saved))
-        (trial / "status.json").write_text('{"state": "completed", "parameters": 123}')
-    trials = load_results(folder).trials.set_index("trial").loc[[path.name for path in names]]
-    assert list(trials["batch"])[:3] == ["40 episodes", "20 episodes", "1,600 environment steps"]
-    assert list(trials["budget"])[:3] == [
-        "320,000 padded environment steps",
-        "2,000 episodes",
-        "160,000 environment steps",
-    ]
-    assert trials[["batch", "budget"]][3:].isna().all(axis=None)
-    assert list(trials["parameters"])[:4] == [123] * 4
-    assert trials["parameters"][4:].isna().all()
+    assert trials.drop(trial.name)["parameters"].isna().all()
 
 
 def test_a_method_has_one_colour_in_all_figures():

@@ -44,6 +44,9 @@ from sgrl.tuning.status import EXPERIMENT_FILE, folder_problems, is_running, rea
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: Columns of every row of metrics.csv that is whole; the others may be empty.
 FILLED = ("iteration", "env_steps", "iteration_seconds")
+#: What a configuration may leave unsaid: the environments of Reinforce, and a batch's steps.
+DEFAULT_ENVIRONMENTS = 20
+DEFAULT_BATCHES = {"PPO": 4000, "APPO": 500, "IMPALA": 500}
 
 
 class ResultsError(ValueError):
@@ -383,22 +386,50 @@ def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:
     }
     sections |= config.get("config") or {}
     runners, training = sections["env_runners"], sections["training"]
-    length, steps = 1, "environment steps"
-    if config.get("algorithm") == "Reinforce":
-        # How many of them are really taken shows only in the end.
-        steps = "padded environment steps"
-        size = runners.get("num_envs_per_env_runner", 0) * max(1, runners.get("num_env_runners", 0))
-        length = (sections["environment"].get("env_config") or {}).get("episode_length", 0)
-        unit = "episodes"
-    else:
-        size = training.get("train_batch_size_per_learner") or training.get("train_batch_size", 0)
-        size *= max(1, sections["learners"].get("num_learners", 0))
-        unit = steps
-    if not size:
-        return {"batch": None, "budget": None}
-    count = size * ((config.get("stop") or {}).get("training_iteration") or 0)
-    budget = f"{count * length:,} {steps}" if length else f"{count:,} episodes"
-    return {"batch": f"{size:,} {unit}", "budget": budget if count else None}
+    iterations = (config.get("stop") or {}).get("training_iteration") or 0
+    match config.get("algorithm"):
+        case "Reinforce":
+            size = runners.get("num_envs_per_env_runner", DEFAULT_ENVIRONMENTS)
+            size *= max(1, runners.get("num_env_runners", 0))
+            episodes = size * _updates(iterations, training)
+            length = _episode_length(sections["environment"])
+            # How many of them are really taken shows only in the end.
+            steps = f"{episodes * length:,} padded environment steps"
+            budget = steps if length else f"{episodes:,} episodes"
+            return {"batch": f"{size:,} episodes", "budget": budget if episodes else None}
+        case "PPO" | "APPO" | "IMPALA" as algorithm:
+            size = training.get("train_batch_size_per_learner")
+            if size is None:  # RLlib splits this one among the learners
+                size = training.get("train_batch_size", DEFAULT_BATCHES[algorithm])
+            else:
+                size *= max(1, sections["learners"].get("num_learners", 0))
+            batch = f"{size:,} environment steps"
+            # Those of the others last so many seconds, not batches.
+            known = algorithm == "PPO" and iterations
+            return {
+                "batch": batch,
+                "budget": f"{size * iterations:,} environment steps" if known else None,
+            }
+    return {"batch": None, "budget": None}
+
+
+def _updates(iterations: int, training: dict[str, Any]) -> int:
+    """How many updates Reinforce makes in its first iterations, by its section `training`."""
+    updates, spread_over = training.get("total_updates"), training.get("total_iterations")
+    if not iterations or updates is None or spread_over is None:
+        return iterations
+    return int(1 + (iterations - 1) * ((updates - 1) / (spread_over - 1)))
+
+
+def _episode_length(environment: dict[str, Any]) -> int:
+    """T as configured, by default that of an environment of ours; 0 where that is unknown."""
+    settings = environment.get("env_config") or {}
+    if "episode_length" in settings:
+        return settings["episode_length"] or 0
+    from sgrl.envs.registry import ENVIRONMENTS  # takes a while
+
+    entry = ENVIRONMENTS.get(environment.get("env", ""))
+    return entry.defaults.get("episode_length", 0) if entry else 0
 
 
 def _sortable(value: Any) -> tuple:
