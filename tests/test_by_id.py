@@ -149,9 +149,9 @@ def test_actions_reach_the_environment_in_its_own_space(
     assert vector.action_space == space
     vector.reset([0])
     dtype = np.float32 if isinstance(space, gym.spaces.Box) else np.int64
-    _, rewards, _, truncated, _ = vector.step(np.array([action], dtype))
-    assert rewards[0] == np.float32(np.sum(given))
-    assert not truncated[0]
+    stepped = vector.step(np.array([action], dtype))
+    assert stepped.rewards[0] == np.float32(np.sum(given))
+    assert not stepped.truncated[0]
     for _ in range(2):
         truncated = vector.step(np.array([action], dtype)).truncated
     assert truncated[0]

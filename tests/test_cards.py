@@ -13,9 +13,12 @@ FEWER_EPISODES = {"popgym-RepeatFirstMedium-v0": 8, "popgym-RepeatFirstHard-v0":
 def episodes(env: VectorEnv, seeds: list[int], actions: np.ndarray) -> list[np.ndarray]:
     """Observations [B, T + 1, F], rewards, terminated and truncated [B, T]."""
     first = env.reset(seeds)
-    steps = [env.step(step_actions)[:4] for step_actions in actions]
-    observations, *outcomes = (np.stack(column, 1) for column in zip(*steps, strict=True))
-    return [np.concatenate([first[:, None], observations], 1), *outcomes]
+    steps = [env.step(step_actions) for step_actions in actions]
+    observations, rewards, terminated, truncated = (
+        np.stack([getattr(step, name) for step in steps], 1)
+        for name in ("observations", "rewards", "terminated", "truncated")
+    )
+    return [np.concatenate([first[:, None], observations], 1), rewards, terminated, truncated]
 
 
 @pytest.mark.parametrize("env", GAMES)

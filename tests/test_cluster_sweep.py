@@ -154,7 +154,8 @@ def test_every_machine_must_have_the_users_modules(ray_session, own_module, monk
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
     # This Ray was started in another folder, so its workers do not find the package.
-    with pytest.raises(sweep.SweepError, match=r"^not on .*: no module named 'own_envs.poles': "):
+    refused = r"^the environment cannot be imported on .*: no module named 'own_envs.poles': "
+    with pytest.raises(sweep.SweepError, match=refused):
         sweep._check_modules(own_module)
     monkeypatch.setattr(sweep, "_try_import", lambda modules: "")
     sweep._check_modules(own_module)

@@ -194,7 +194,10 @@ def test_intervals_of_evaluate(tmp_path: Path) -> None:
         ({"evry": 5}, "evaluate.evry: unknown key; did you mean 'every'"),
         (7, "evaluate: expected a mapping"),
         ({"episodes": 0}, "evaluate.episodes: must be at least 1"),
-        ({"every": 6}, "evaluate.every: 6 iterations never come to an end: trials have 5"),
+        (
+            {"every": 6},
+            "evaluate.every: must be at most 5, the trials' number of iterations, got 6",
+        ),
     ],
 )
 def test_bad_evaluations_are_refused_in_one_line(given: Any, message: str, tmp_path: Path) -> None:

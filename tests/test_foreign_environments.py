@@ -19,13 +19,14 @@ import torch
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.envs.guard import EnvironmentFailed
+from sgrl.envs.guard import EnvironmentFailed, observation_fault, reward_fault
 from sgrl.envs.registry import make_single, make_vector, validate_env_config
 from sgrl.envs.vector import VectorEnv
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.reinforce import Rollout
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, MAX_SEED
 from sgrl.rllib import APPOConfig, PPOConfig, ReinforceConfig, register_environment
+from sgrl.tuning import checkpoints
 from sgrl.tuning.metrics import metrics_row
 from sgrl.tuning.status import read_status
 from sgrl.tuning.trial import ERROR_FILE, first_line, is_disk_full
@@ -229,6 +230,41 @@ def test_a_flaw_is_found_where_it_arises(flaw: str) -> None:
     assert (caught.value.__cause__ is not None) == flaw.startswith("raise")
     assert is_disk_full(caught.value) == (flaw == "raise in reset")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("observation", "space"),
+    [
+        ([300, 1], gym.spaces.Box(0, 255, (2,), np.uint8)),
+        (2**70, gym.spaces.Discrete(3)),
+        ([-1, 1], gym.spaces.MultiBinary(2)),
+    ],
+)
+def test_numbers_that_their_type_cannot_hold(observation: Any, space: gym.Space) -> None:
+    fault = observation_fault(observation, space)
+    assert fault is not None
+    assert fault.endswith(f", not of its space {space}")
+
+
+def test_a_reward_beyond_all_floats() -> None:
+    assert reward_fault(10**400) == f"reward is {10**400}, not a number"
+
+
+def test_environments_made_to_play_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(Flawed, "close", lambda self: closed.append(getattr(self, "steps", 0)))
+    monkeypatch.setattr(checkpoints, "EVALUATION_BATCH", 2)
+    policy = make_policy("mlp", 3, 2, hidden_size=4)
+    played = checkpoints.play(policy, {"env": "Flawed-v0"}, episodes=3, seed=0)
+    assert played.lengths.tolist() == [12] * 3
+    assert closed[-3:] == [12] * 3  # one more may have been made to look at its spaces
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("window is gone")
+
+    monkeypatch.setattr(Flawed, "close", fail)
+    with pytest.raises(EnvironmentFailed, match=r"^close failed: RuntimeError: window is gone"):
+        checkpoints.play(policy, {"env": "Flawed-v0"}, episodes=1, seed=0)
 
 
 def test_the_environment_is_named_by_its_number() -> None:

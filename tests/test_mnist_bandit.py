@@ -52,12 +52,12 @@ def test_contexts_labels_and_flips() -> None:
         share = (labels[allowed] == digit).mean()
         assert (digits == digit).mean() == pytest.approx(share, abs=0.015)
     actions = np.arange(MANY) % 3
-    _, rewards, terminated, truncated, success = env.step(actions)
+    stepped = env.step(actions)
     right = digits == np.array(classes)[actions]
-    np.testing.assert_array_equal(success, right)
-    assert terminated.all()
-    assert not truncated.any()
-    flipped = rewards != right
+    np.testing.assert_array_equal(stepped.success, right)
+    assert stepped.terminated.all()
+    assert not stepped.truncated.any()
+    flipped = stepped.rewards != right
     for kind in (right, ~right):
         assert flipped[kind].mean() == pytest.approx(0.25, abs=0.02)
 

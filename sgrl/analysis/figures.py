@@ -373,7 +373,7 @@ def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
             if not lines.empty:
                 style = {"color": colours[values.index(row[column])]}
                 counts.append(lines.shape[1])
-                _draw(axis, lines, f"{column} = {_text(row[column])}", style)
+                _draw(axis, lines, f"{column} = {plain(row[column])}", style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(results.axis.name)
     for axis in axes[:, 0]:
@@ -420,12 +420,13 @@ def _panels(
             for name, value in known.items():
                 kept &= frame[name].isna() | (frame[name] == value)
             rows = frame[kept]
-        title = ", ".join(f"{name} = {_text(value)}" for name, value in known.items())
+        title = ", ".join(f"{name} = {plain(value)}" for name, value in known.items())
         panels.append((title, rows))
     return panels
 
 
-def _text(value: object) -> str:
+def plain(value: object) -> str:
+    """A swept value as text."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -8,6 +8,7 @@ sampled actions, and returns all that there is to show as arrays; drawing only d
 needs Ray.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,8 @@ def record_episode(
         drawn = ", ".join(ENVIRONMENTS)
         raise RenderError(f"{checkpoint}: episodes of {env} are not drawn, only those of {drawn}")
     rollout = evaluation_rollout(policy, environment, seed + number - place)
-    batch = rollout.collect()
+    with contextlib.closing(rollout.env):
+        batch = rollout.collect()
     assert batch.success is not None  # all that are drawn know success
     steps = int(batch.lengths[place])
     actions = batch.actions[:steps, place].numpy()

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import expert_ratios, learning_curves, probe_errors
+from sgrl.analysis.figures import expert_ratios, learning_curves, plain, probe_errors
 from sgrl.analysis.runs import load_results
 from sgrl.analysis.statistics import (
     INTERVAL_SEEDS,
@@ -84,11 +84,6 @@ def comparison_table(comparison: pd.DataFrame, trials: pd.DataFrame) -> Table:
 
 def _short(ratio: float) -> str:
     return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
-
-
-def plain(value: object) -> str:
-    """A swept value as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def seeds_of(trials: pd.DataFrame, point: pd.Series, score: str) -> pd.Series:

@@ -67,6 +67,12 @@ class Guard(gym.Wrapper):
         self._check(observation, info)
         return observation, reward, bool(terminated), bool(truncated), info
 
+    def close(self) -> None:
+        try:
+            self.env.close()
+        except Exception as error:
+            raise EnvironmentFailed(f"close failed: {described(error)}") from error
+
     def _check(self, observation: Any, info: Any) -> None:
         fault = observation_fault(observation, self.env.observation_space)
         if fault:
@@ -89,7 +95,7 @@ def reward_fault(reward: Any) -> str | None:
         return f"reward is {_form(reward)}, not a number"
     try:
         value = float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return f"reward is {reward!r}, not a number"
     return None if abs(value) <= FLOAT32_MAX else f"reward is {named(value)}"
 
@@ -114,7 +120,7 @@ def observation_fault(observation: Any, space: gym.Space, name: str = "observati
             case gym.spaces.Tuple():
                 pairs = enumerate(zip(observation, space.spaces, strict=True))
                 parts = [(part, s, f"{name}[{i}]") for i, (part, s) in pairs]
-    except (TypeError, ValueError, KeyError, IndexError):
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError):
         return f"{name} is {_form(observation)}, not of its space {space}"
     return next(filter(None, (observation_fault(*part) for part in parts)), None)
 

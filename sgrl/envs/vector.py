@@ -103,6 +103,10 @@ class VectorEnv(ABC):
     def set_state(self, state: Any) -> None:  # noqa: B027 - not every environment has any
         """Continue from what `get_state` returned."""
 
+    def close(self) -> None:  # noqa: B027 - not every environment holds anything
+        """Let go of what the environments hold, such as windows and processes. Nothing else may be
+        called afterwards."""
+
     def _check_seeds(self, seeds: Sequence[int]) -> None:
         if len(seeds) != self.num_envs:
             raise ValueError(
@@ -172,3 +176,7 @@ class PythonVectorEnv(VectorEnv):
     def set_state(self, state: Any) -> None:
         for env, its_state in zip(self.envs, state or [], strict=False):
             guard.set_state(env, its_state)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sgrl.envs.wrappers import preserved_random_state
+
 
 @contextmanager
 def generators_aside(seed: Sequence[int] | None) -> Iterator[None]:
@@ -18,16 +20,11 @@ def generators_aside(seed: Sequence[int] | None) -> Iterator[None]:
         seed: numbers that the generators start from; None: anything.
     """
     drawn = np.random.SeedSequence(seed).generate_state(3)
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), preserved_random_state():
         random.seed(int(drawn[0]))
         np.random.seed(drawn[1])  # noqa: NPY002
         torch.manual_seed(int(drawn[2]))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
+        yield
 
 
 def get_random_state() -> dict[str, Any]:

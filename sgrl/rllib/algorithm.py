@@ -387,6 +387,7 @@ class Reinforce(Algorithm):
         """Return RLlib's algorithm state, and the step counter and remote runners' rollouts."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(COMPONENT_REINFORCE, components, not_components):
+            # The local runner's too, although RLlib saves it: a remote one may continue from it.
             rollouts = self.env_runner_group.foreach_env_runner(
                 lambda runner: (runner.worker_index, runner.get_state(COMPONENT_ROLLOUT)),
                 local_env_runner=self.env_runner_group.num_remote_env_runners() == 0,

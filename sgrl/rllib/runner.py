@@ -4,6 +4,7 @@ Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, 
 seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -145,11 +146,14 @@ class EpisodeRunner(EnvRunner, Checkpointable):
     def _evaluate(self, num_timesteps: int, num_episodes: int) -> list[SampledBatch]:
         evaluation = self._make_rollout(self.config.seed + EVALUATION_SEED_OFFSET, evaluating=True)
         batches: list[SampledBatch] = []
-        while (
-            sum(batch.env_steps() for batch in batches) < num_timesteps
-            or len(batches) * evaluation.env.num_envs < num_episodes
-        ):
-            batches.append(self._log(evaluation.collect()))
+        with contextlib.ExitStack() as stack:
+            if evaluation.env is not self.env:
+                stack.enter_context(contextlib.closing(evaluation.env))
+            while (
+                sum(batch.env_steps() for batch in batches) < num_timesteps
+                or len(batches) * evaluation.env.num_envs < num_episodes
+            ):
+                batches.append(self._log(evaluation.collect()))
         rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
         self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")
         return batches

@@ -8,6 +8,7 @@ edited or lost a file is never loaded. torch is imported where a policy is: the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -201,9 +202,9 @@ def play(
     batches = []
     for start in range(0, episodes, EVALUATION_BATCH):
         size = min(EVALUATION_BATCH, episodes - start)
-        batches.append(
-            evaluation_rollout(policy, environment, seed + start, size, greedy).collect()
-        )
+        rollout = evaluation_rollout(policy, environment, seed + start, size, greedy)
+        with contextlib.closing(rollout.env):
+            batches.append(rollout.collect())
     known = [batch.success for batch in batches if batch.success is not None]
     return Episodes(
         returns=torch.cat([(batch.rewards * batch.mask).double().sum(0) for batch in batches]),
@@ -264,7 +265,7 @@ def evaluation_rollout(
     episodes: int = EVALUATION_BATCH,
     greedy: bool = False,
 ) -> Rollout:
-    """A rollout of `episodes` episodes side by side, as `play` runs them.
+    """A rollout of `episodes` episodes side by side, as `play` runs them. Close its `env`.
 
     Args:
         policy, environment: from `open_policy`.

@@ -337,7 +337,8 @@ def _check_evaluate(resolved: dict[str, Any], trials: Sequence[Trial]) -> None:
     shortest = min(trial.config["stop"]["training_iteration"] for trial in trials)
     if every > shortest:
         raise _Problem(
-            "evaluate.every", f"{every} iterations never come to an end: trials have {shortest}"
+            "evaluate.every",
+            f"must be at most {shortest}, the trials' number of iterations, got {every}",
         )
 
 

@@ -258,13 +258,7 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     with quiet(directory / LOG_FILE) as console:
         record_start(directory)
         prepare_tracker(experiment.track, directory)
-        moved = [trial for trial in experiment.trials if _has_moved(directory / trial.name, trial)]
-        if moved:
-            like = "the same numbers, up to rounding"
-            if moved[0].config["algorithm"] != "Reinforce":
-                like = "other episodes"
-            words = f"{len(moved)} trials go on in other processes than before, with {like}"
-            console.print(words, soft_wrap=True, highlight=False)
+        moved = {t.name for t in experiment.trials if _has_moved(directory / t.name, t)}
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
         progress = {t.name: read_progress(directory, t) for t in experiment.trials}
@@ -273,6 +267,15 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
                 row.state = "pending"
                 write_status(directory / row.trial.name, {"state": "pending"})
         todo = [row.trial for row in progress.values() if row.state == "pending"]
+        going_on = [trial for trial in todo if trial.name in moved]
+        if going_on:
+            like = "the same numbers, up to rounding"
+            if going_on[0].config["algorithm"] != "Reinforce":
+                like = "other episodes"
+            count = len(going_on)
+            who = "1 trial goes on" if count == 1 else f"{count} trials go on"
+            words = f"{who} in other processes than before, with {like}"
+            console.print(words, soft_wrap=True, highlight=False)
         made = (f"{trial.name}/{name}" for trial in todo for name in ("config.yaml", "status.json"))
         store.push(EXPERIMENT_FILE, PROVENANCE_FILE, *made)
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
@@ -456,8 +459,8 @@ def _check_modules(experiment: Experiment) -> None:
     }
     if wrong:
         raise SweepError(
-            f"not on {', '.join(sorted(wrong))}: {min(wrong.items())[1]}; all machines of the "
-            "cluster need what the environment imports"
+            f"the environment cannot be imported on {', '.join(sorted(wrong))}: "
+            f"{min(wrong.items())[1]}; install what it needs on every machine of the cluster"
         )
 
 

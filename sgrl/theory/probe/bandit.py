@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,9 +51,10 @@ def bandit_shard(
     env = make_vector("mnist_bandit", size, env_config)
     seeds = generator.integers(2**63, size=size).tolist()
     right = np.zeros(size, np.int64)
-    for action in range(env.num_actions):  # the environment tells which guess is right
-        images = env.reset(seeds)
-        right[env.step(np.full(size, action)).success] = action
+    with contextlib.closing(env):
+        for action in range(env.num_actions):  # the environment tells which guess is right
+            images = env.reset(seeds)
+            right[env.step(np.full(size, action)).success] = action
     dtype = next(policy.parameters()).dtype
     p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
     return bandit_sums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -378,8 +379,9 @@ def labyrinth_shard(
         return torch.empty(shape, dtype=dtype).exponential_(generator=draws).log_()
 
     shared = noise()
-    episodes = play(policy, vector, seeds, shared)
-    replicates = {}
-    for t in steps:
-        replicates[t] = play(policy, vector, seeds, torch.cat([shared[:t], noise()[t:]]))
+    with contextlib.closing(vector):
+        episodes = play(policy, vector, seeds, shared)
+        replicates = {}
+        for t in steps:
+            replicates[t] = play(policy, vector, seeds, torch.cat([shared[:t], noise()[t:]]))
     return Shard(episodes, replicates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -174,7 +175,8 @@ def _probe_labyrinth(
     parallel: int,
 ) -> tuple[list[Group], Iterator[tuple[list[Sums], list[Feedback | None]]]]:
     """First all episodes are played, whose returns then normalise the loss of each."""
-    length = make_vector(env, 1, env_config).episode_length
+    with contextlib.closing(make_vector(env, 1, env_config)) as vector:
+        length = vector.episode_length
     steps = sorted({int(length * share) for share in STEP_SHARES})
     pieces = [(policy, env, env_config, steps, seed, size, shard) for shard in range(NUM_SHARDS)]
     shards = list(_run(labyrinth_shard, pieces, parallel))
