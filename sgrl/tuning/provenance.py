@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _revision() -> str | None:
     folder = Path(sgrl.__file__).parent
     if not (folder.parent / ".git").exists():
