@@ -403,7 +403,8 @@ def archive(
     with _one_line_errors(StorageError, OldMetricsError, OSError):
         for directory in map(Path, directories):
             place = out if len(directories) == 1 else out / directory.resolve().name
-            write_archive(directory, place, policy or [], half)
+            for line in write_archive(directory, place, policy or [], half):
+                typer.echo(line)
             size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
             typer.echo(f"written: {place} ({size / 2**20:.1f} MB)")
 
@@ -423,6 +424,8 @@ def study(
     from sgrl.tuning.storage import StorageError
 
     with _one_line_errors(StorageError, ValueError, OSError):
+        if not published.is_dir():
+            raise ValueError(f"{published} does not exist: give the folder of the archives")
         table = markdown(judge_claims(published))
         if write is None:
             typer.echo(table, nl=False)

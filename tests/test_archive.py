@@ -1,6 +1,7 @@
 """Archives: everything that reads a sweep's folder reads them, and they can be trained again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from sgrl.analysis.runs import load_results
 from sgrl.cli import app
 from sgrl.nn.policies import load_policy
 from sgrl.tuning.archive import ArchiveError, read_archive, write_archive
+from sgrl.tuning.experiment import dump_yaml
+from sgrl.tuning.metrics import append_row
 from sgrl.tuning.storage import is_archive, reading
 from sgrl.tuning.sweep import run_sweep
 from sgrl.tuning.verify import compare_rows
@@ -62,6 +65,38 @@ def test_small_and_whole(archive: tuple[Path, Path]) -> None:
     assert (out / "trials.json").read_bytes() == held
 
 
+def test_folders_that_are_no_trials_are_left_out(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path / "small.yaml", stop={"training_iteration": 1})
+    sweep = tmp_path / "small"
+    sweep.mkdir()
+    (sweep / "experiment.yaml").write_text(dump_yaml(experiment.resolved))
+    for trial in experiment.trials:
+        (sweep / trial.name).mkdir()
+        config = {"name": trial.name, "swept": trial.swept, **trial.config}
+        (sweep / trial.name / "config.yaml").write_text(dump_yaml(config))
+        (sweep / trial.name / "status.json").write_text('{"state": "completed"}')
+        row = {"iteration": 1, "env_steps": 9, "success_rate": 0.5, "iteration_seconds": 1.0}
+        append_row(sweep / trial.name / "metrics.csv", row)
+    first, second, *_ = (trial.name for trial in experiment.trials)
+    shutil.copytree(sweep / first, sweep / f"{first} (copy)")
+    result = CliRunner().invoke(app, ["archive", str(sweep), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert f"{first} (copy): not one of the trials" in result.output
+    assert [t.name for t in read_archive(tmp_path / "out")] == sorted(
+        trial.name for trial in experiment.trials
+    )
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "is an archive, which cannot be resumed" in result.output
+    line = ["sweep", str(tmp_path / "small.yaml"), "--results", str(tmp_path), "--name", "out"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "already exists: --name NAME starts another sweep" in result.output
+    (sweep / second / "config.yaml").unlink()
+    with pytest.raises(ArchiveError, match=r"is not whole: .*config.yaml is missing"):
+        write_archive(sweep, tmp_path / "other")
+
+
 def test_what_cannot_be_packed_or_read(archive: tuple[Path, Path], tmp_path: Path) -> None:
     sweep, out = archive
     status = next(sweep.glob("*/status.json"))
@@ -73,6 +108,8 @@ def test_what_cannot_be_packed_or_read(archive: tuple[Path, Path], tmp_path: Pat
     status.write_text('{"state": "completed"}')
     with pytest.raises(ArchiveError, match="holds no sweep"):
         write_archive(tmp_path, tmp_path / "other")
+    with pytest.raises(ArchiveError, match=r"is no archive: make one with .*sgrl archive"):
+        read_archive(sweep)
     with pytest.raises(ArchiveError, match="has no trial 'none'"):
         write_archive(sweep, tmp_path / "other", ["none"])
     with pytest.raises(ArchiveError, match="holds no whole checkpoint"):

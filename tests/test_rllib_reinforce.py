@@ -442,6 +442,8 @@ def test_stock_ppo_trains_the_module() -> None:
         ("evaluation", {"evaluation_config": {"exlore": False}}, "evaluation_config.exlore does"),
         ("evaluation", {"evaluation_config": {"num_env_runners": 1}}, "evaluation_num_env_runners"),
         ("evaluation", {"evaluation_parallel_to_training": True}, "take place between iterations"),
+        ("evaluation", {"evaluation_duration": "auto"}, "evaluation_duration must be a number"),
+        ("experimental", {"_validate_config": False}, "_validate_config must stay true"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(

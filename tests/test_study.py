@@ -243,6 +243,9 @@ def test_the_command(published: Path, tmp_path: Path) -> None:
     assert "old" not in text
     result = CliRunner().invoke(app, ["study", str(published)])
     assert result.output.strip() in text
+    result = CliRunner().invoke(app, ["study", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2
+    assert "does not exist" in result.output
     page.write_text("no marks")
     result = CliRunner().invoke(app, ["study", str(published), "--write", str(page)])
     assert result.exit_code == 2

@@ -123,6 +123,13 @@ def refuse_ignored(
     for name, default in vars(defaults).items():
         if name in unread and name in sections and not _same(name, getattr(config, name), default):
             raise _does_nothing(config, *sections[name])
+    if not config._validate_config:
+        raise ValueError("experimental._validate_config must stay true: settings are checked")
+    if config.evaluation_duration == "auto":
+        raise ValueError(
+            "evaluation_duration must be a number, got 'auto': evaluations take place between "
+            "iterations"
+        )
     if config.evaluation_parallel_to_training:
         raise _does_nothing(config, "evaluation", "evaluation_parallel_to_training")
     shuffles = config.shuffle_batch_per_epoch and not defaults.shuffle_batch_per_epoch

@@ -13,6 +13,7 @@ Everything that reads results reads an archive too: `sgrl.tuning.storage.reading
 folder of the usual kind. An archive cannot be resumed.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -32,7 +33,7 @@ from sgrl.tuning.checkpoints import (
     write_checkpoint,
     write_text,
 )
-from sgrl.tuning.experiment import dump_yaml
+from sgrl.tuning.experiment import ExperimentError, dump_yaml, planned_trials
 from sgrl.tuning.metrics import (
     COLUMNS,
     EVALUATION_COLUMNS,
@@ -43,7 +44,7 @@ from sgrl.tuning.metrics import (
     write_rows,
 )
 from sgrl.tuning.provenance import PROVENANCE_FILE, read_starts
-from sgrl.tuning.status import read_status
+from sgrl.tuning.status import EXPERIMENT_FILE, folder_problems, read_status
 from sgrl.tuning.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
 from sgrl.tuning.storage import StorageError, is_archive
 
@@ -83,7 +84,7 @@ class ArchivedTrial(NamedTuple):
 
 def write_archive(
     sweep: Path, out: Path, policies: Collection[str] = (), half: bool = False
-) -> None:
+) -> list[str]:
     """Pack a finished sweep.
 
     Args:
@@ -93,13 +94,27 @@ def write_archive(
         half: whether their weights are kept as float16, in half the space: to act with, not to
             repeat numbers with.
 
+    Returns:
+        One line for each folder that is none of the sweep's trials and was left out.
+
     Raises:
-        ArchiveError: the folder holds no sweep, a trial is not over, a policy is missing, or `out`
-            holds other files.
+        ArchiveError: the folder holds no sweep, a trial is missing or not over, a policy is
+            missing, or `out` holds other files.
     """
-    trials = [_read_trial(path.parent) for path in sorted(sweep.glob("*/config.yaml"))]
-    if not trials:
+    folders = [path.parent for path in sorted(sweep.glob("*/config.yaml"))]
+    if not folders or is_archive(sweep):
         raise ArchiveError(f"{sweep} holds no sweep: give a folder such as results/quickstart")
+    left_out: list[str] = []
+    # Results without an experiment are taken as they are.
+    with contextlib.suppress(ExperimentError):
+        planned = planned_trials(sweep / EXPERIMENT_FILE)
+        names = {trial.name for trial in planned}
+        for problem in folder_problems(sweep, planned):
+            if problem.partition(":")[0] in names:
+                raise ArchiveError(f"{sweep} is not whole: {problem}")
+            left_out.append(problem)
+        folders = [folder for folder in folders if folder.name in names]
+    trials = [_read_trial(folder) for folder in folders]
     for trial in trials:
         if trial.status.get("state") not in ("completed", "failed"):
             again = command("sgrl", "resume", sweep)
@@ -126,6 +141,7 @@ def write_archive(
     )
     # Last: with it, the folder is an archive.
     write_text(out / TRIALS_FILE, _trials_json(trials))
+    return left_out
 
 
 def read_archive(archive: Path) -> list[ArchivedTrial]:
@@ -134,6 +150,8 @@ def read_archive(archive: Path) -> list[ArchivedTrial]:
     Raises:
         ArchiveError: it cannot be read, or its files do not belong together.
     """
+    if not is_archive(archive):
+        raise ArchiveError(f"{archive} is no archive: make one with {command('sgrl', 'archive')}")
     try:
         content = json.loads((archive / TRIALS_FILE).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

@@ -67,6 +67,7 @@ from sgrl.tuning.storage import (
     Store,
     display,
     is_address,
+    is_archive,
     join,
     open_store,
 )
@@ -203,11 +204,13 @@ def failed_trials(directory: str | Path) -> list[str]:
 
 
 def is_sweep(store: Store) -> bool:
-    """Whether the store holds a sweep's results."""
-    return store.exists(EXPERIMENT_FILE)
+    """Whether the store holds a sweep that can go on."""
+    return store.exists(EXPERIMENT_FILE) and not is_archive(store.location)
 
 
 def _check_is_sweep(store: Store) -> None:
+    if is_archive(store.location):
+        raise SweepError(f"{store} is an archive, which cannot be resumed: resume what it is of")
     if not is_sweep(store):
         what = "holds no sweep" if store.folder.exists() else "does not exist"
         raise SweepError(f"{store} {what}: give a folder such as results/quickstart")
