@@ -460,7 +460,7 @@ def _handles(axes: Any) -> dict[str, Any]:
 def _save(figure: Any, path: Path, note: str, legend: dict[str, Any] | None = None) -> Path:
     """Lay out a figure with its note and legend below, and write it as PNG and SVG."""
     width, height = figure.get_size_inches()
-    lines = textwrap.wrap(note, int(width * 20))
+    lines = textwrap.wrap(note, int(width * 17))
     below = 0.16 * len(lines) + 0.08
     figure.text(
         0.08 / width, 0.06 / height, "\n".join(lines), fontsize=7, color="0.35", va="bottom"
