@@ -11,6 +11,8 @@ from types import ModuleType
 #: its cause is.
 LIBRARIES = ("sgrl", "gymnasium", "numpy", "torch", "ray")
 MESSAGE_LENGTH = 300
+#: How a user's code fails: many simulators end the process where they should raise.
+FAILURES = (Exception, SystemExit)
 
 
 class UserCodeError(ValueError):
@@ -30,7 +32,7 @@ def import_named(name: str) -> ModuleType:
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except FAILURES as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise UserCodeError(

@@ -184,7 +184,11 @@ def test_lengths() -> None:
         ("CartPole-v9", {}, ["unknown environment", "'CartPole-v1'"]),
         ("popgym-RepeatPreviousEasy", {}, ["nearest is 'popgym-RepeatPreviousEasy-v0'"]),
         ("no_such_module:Ant-v5", {}, ["no module named 'no_such_module'"]),
-        ("popgym.envs:popgym-RepeatFirst", {}, ["'popgym.envs:popgym-RepeatFirst", "module:Id"]),
+        (
+            "popgym.envs:popgym-RepeatFirst",
+            {},
+            ["the module popgym.envs registers no", "nearest is 'popgym.envs:popgym-RepeatFirst"],
+        ),
         ("Blackjack-v1", {}, ["give episode_length"]),
         ("CartPole-v1", {"episode_length": 0}, ["episode_length", "at least 1", "got 0"]),
         ("CartPole-v1", {"gravity_typo": 1}, ["cannot be built", "gravity_typo"]),

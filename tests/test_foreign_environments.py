@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.envs.guard import EnvironmentFailed, observation_fault, reward_fault
+from sgrl.envs.guard import EnvironmentFailed, flag_fault, observation_fault, reward_fault
 from sgrl.envs.registry import make_single, make_vector, validate_env_config
 from sgrl.envs.vector import VectorEnv
 from sgrl.nn.policies import make_policy, save_policy
@@ -36,7 +36,7 @@ HERE = Path(__file__).name
 LINES = {
     words: number
     for number, line in enumerate(Path(__file__).read_text().splitlines(), 1)
-    for words in ("no licence", "simulator crashed", "division")
+    for words in ("no licence", "simulator crashed", "division", "exit")
     if f"# {words}" in line
 }
 
@@ -71,6 +71,8 @@ class Flawed(gym.Env):
         match self.flaw if self.steps == 3 else None:
             case "raise":
                 raise RuntimeError("simulator\n crashed")  # simulator crashed
+            case "exit":
+                sys.exit(3)  # exit
             case "raise without words":
                 np.divide(1, 0, out=np.zeros(0), where=1 // 0)  # division
             case "nan reward":
@@ -81,6 +83,10 @@ class Flawed(gym.Env):
                 reward = 1e39
             case "no reward":
                 reward = None
+            case "text reward":
+                reward = "1"
+            case "text array reward":
+                reward = np.array("1")
             case "array reward":
                 reward = np.ones(1)
             case "nan observation":
@@ -93,6 +99,10 @@ class Flawed(gym.Env):
                 return observation, reward, False, {}
             case "no info":
                 info = None
+            case "no flag":
+                truncated = None
+            case "number flag":
+                truncated = 1.0
             case "flags":
                 truncated = np.zeros(3, bool)
         return observation, reward, False, truncated, info
@@ -183,6 +193,7 @@ for _class in (Flawed, Stateful, Drawing, SignedSeed, Parts, Knob):
 
 FLAWS = {
     "raise": f"RuntimeError: simulator crashed ({HERE}:{LINES['simulator crashed']}) at step 3",
+    "exit": f"SystemExit: 3 ({HERE}:{LINES['exit']}) at step 3",
     "raise in reset": f"OSError: [Errno 28] no licence ({HERE}:{LINES['no licence']}) at the reset",
     "raise without words": "ZeroDivisionError: integer division or modulo by zero "
     f"({HERE}:{LINES['division']}) at step 3",
@@ -190,8 +201,10 @@ FLAWS = {
     "nan at reset": "observation is NaN at the reset",
     "nan reward": "reward is NaN at step 3",
     "infinite reward": "reward is -inf at step 3",
-    "great reward": "reward is 1e+39 at step 3",
+    "great reward": "reward is 1e+39, too large for float32 at step 3",
     "no reward": "reward is None, not a number at step 3",
+    "text reward": "reward is '1', not a number at step 3",
+    "text array reward": "reward is an array of shape (), not a number at step 3",
     "array reward": "reward is an array of shape (1,), not a number at step 3",
     "nan observation": "observation is NaN at step 3",
     "no observation": "observation is None, not of its space Box(-1.0, 1.0, (3,), float32) at "
@@ -201,6 +214,8 @@ FLAWS = {
     "four": "step returned a tuple of 4, not (observation, reward, terminated, truncated, info) at "
     "step 3",
     "no info": "info is None, not a dict at step 3",
+    "no flag": "terminated or truncated is None, not a bool at step 3",
+    "number flag": "terminated or truncated is 1.0, not a bool at step 3",
     "flags": "terminated or truncated is an array of shape (3,), not a bool at step 3",
 }
 
@@ -227,7 +242,7 @@ def test_a_flaw_is_found_where_it_arises(flaw: str) -> None:
     assert str(caught.value) == f"{FLAWS[flaw]} of environment 0 (its seed is {seed})"
     assert seed < 2**31
     # Both the user's exception and what a full disk means survive.
-    assert (caught.value.__cause__ is not None) == flaw.startswith("raise")
+    assert (caught.value.__cause__ is not None) == flaw.startswith(("raise", "exit"))
     assert is_disk_full(caught.value) == (flaw == "raise in reset")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -248,6 +263,52 @@ def test_numbers_that_their_type_cannot_hold(observation: Any, space: gym.Space)
 
 def test_a_reward_beyond_all_floats() -> None:
     assert reward_fault(10**400) == f"reward is {10**400}, not a number"
+
+
+def test_numbers_and_flags_of_other_libraries() -> None:
+    for number in (True, 2, np.int8(1), np.float32(1), np.bool_(True), np.array(1.0)):
+        assert reward_fault(number) is None
+    assert reward_fault(torch.tensor(1.0)) is None
+    for flag in (True, 0, 1, np.bool_(True), np.int64(0), np.array(True), torch.tensor(False)):
+        assert flag_fault(flag) is None
+    for flag in (None, "", 2, np.float32(1), [], [True]):
+        assert flag_fault(flag) is not None
+
+
+def test_what_ends_the_process_is_not_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, and Ray's answer to SIGTERM."""
+    env = make_vector("Flawed-v0", 1)
+
+    def interrupt(self: Any, action: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def sigterm_handler(self: Any, action: Any) -> Any:  # named as Ray's
+        sys.exit(1)
+
+    for step, kind in ((interrupt, KeyboardInterrupt), (sigterm_handler, SystemExit)):
+        monkeypatch.setattr(Flawed, "step", step)
+        env.reset([0])
+        with pytest.raises(kind):
+            env.step(np.zeros(1, np.int64))
+
+
+def test_an_exit_outside_of_an_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(self: Any, *args: Any) -> Any:
+        sys.exit(3)
+
+    env = make_vector("Stateful-v0", 1)
+    monkeypatch.setattr(Stateful, "get_state", leave)
+    monkeypatch.setattr(Stateful, "set_state", leave)
+    monkeypatch.setattr(Stateful, "close", leave)
+    with pytest.raises(EnvironmentFailed, match=r"^get_state failed: SystemExit: 3 \("):
+        env.get_state()
+    with pytest.raises(EnvironmentFailed, match=r"^set_state failed: SystemExit: 3 \("):
+        env.set_state([3])
+    with pytest.raises(EnvironmentFailed, match=r"^close failed: SystemExit: 3 \("):
+        env.envs[0].close()  # type: ignore[attr-defined]
+    monkeypatch.setattr(Stateful, "__init__", leave)
+    with pytest.raises(ValueError, match=r"cannot be built: SystemExit: 3 \("):
+        make_single("Stateful-v0", {"episode_length": 5})
 
 
 def test_environments_made_to_play_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +552,7 @@ def test_the_seeds_of_popgym_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_evaluate_says_it_in_one_line(tmp_path: Path) -> None:
     policy = make_policy("mlp", 3, 2, hidden_size=4)
-    for flaw in ("raise", "nan reward"):
+    for flaw in ("raise", "exit", "nan reward"):
         environment = {"env": "Flawed-v0", "env_config": {"flaw": flaw}}
         save_policy(policy, tmp_path, environment=environment)
         result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--episodes", "2"])
@@ -524,6 +585,17 @@ def test_a_module_of_the_current_folder_is_found(folder: Path) -> None:
     assert validate_env_config("my_envs:Mine-v0")["episode_length"] == 7
     with pytest.raises(ValueError, match=r"nearest is 'my_envs:Mine-v0'"):
         validate_env_config("my_envs:Mine-v1")
+    (folder / "empty_envs.py").touch()
+    for env, words in (
+        (
+            "empty_envs:Mine-v2",
+            "unknown environment 'empty_envs:Mine-v2': the module empty_envs registers no Mine-v2$",
+        ),
+        (":Mine-v0", "unknown environment ':Mine-v0', nearest is 'Mine-v0' "),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}") as caught:
+            validate_env_config(env)
+        assert "CartPole" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

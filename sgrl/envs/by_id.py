@@ -14,10 +14,10 @@ import gymnasium as gym
 import popgym.envs
 from popgym.core.env import POPGymEnv
 
-from sgrl.envs.guard import Guard
+from sgrl.envs.guard import Guard, failure
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
 from sgrl.names import nearest
-from sgrl.user_code import described, import_named
+from sgrl.user_code import FAILURES, import_named
 
 #: Ids of POPGym's environments, every family and difficulty.
 POPGYM_IDS: tuple[str, ...] = tuple(entry["id"] for entry in popgym.envs.ALL.values())
@@ -56,16 +56,35 @@ def is_known(env: Any) -> bool:
     """
     if not isinstance(env, str):
         return False
-    module, _, name = env.rpartition(":")
+    module, colon, name = env.rpartition(":")
     if module:
+        before = set(gym.registry)
         import_named(module)
-    return name in gym.registry
+        _registered.setdefault(module, set()).update(gym.registry.keys() - before)
+    return name in gym.registry and bool(module) == bool(colon)
 
 
-def similar_ids(env: str) -> list[str]:
-    """All ids that gymnasium knows now, written as `env` is: with its module or without."""
-    module, colon, _ = env.rpartition(":")
-    return [f"{module}{colon}{name}" for name in known_ids()]
+#: The ids that appeared when a module was imported.
+_registered: dict[str, set[str]] = {}
+
+
+def unknown_of_module(env: Any) -> str | None:
+    """What to say of `module:Id-v0` whose id is not known; None of an id without a module."""
+    module, _, name = str(env).rpartition(":")
+    if not module:
+        return None
+    own = [
+        f"{module}:{known}"
+        for known, spec in gym.registry.items()
+        if known in _registered.get(module, ()) or _is_within(spec.entry_point, module)
+    ]
+    meant = f", nearest is {nearest(env, own)!r}" if own else ""
+    return f"the module {module} registers no {name}{meant}"
+
+
+def _is_within(entry_point: Any, module: str) -> bool:
+    place = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
+    return f"{place.partition(':')[0]}.".startswith(f"{module}.")
 
 
 def make(
@@ -97,12 +116,12 @@ def make(
         made = gym.make(env, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise ValueError(f"a package is missing: {_one_line(error)}") from None
-    except Exception as error:
+    except FAILURES as error:
         # Whatever a constructor that is not ours raises; a keyword it does not take above all.
         # A TypeError is worded anew by gymnasium.
         reworded = "was raised from the environment creator" in str(error)
         original = (reworded and error.__context__) or error
-        raise ValueError(f"cannot be built: {described(original)}") from original
+        raise ValueError(f"cannot be built: {failure(original)}") from original
     made = Guard(made)
     length = episode_length or gym.registry[env.rpartition(":")[2]].max_episode_steps
     if length is not None:

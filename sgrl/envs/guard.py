@@ -2,13 +2,14 @@
 happens, and what they keep between episodes can be saved."""
 
 import copy
+import traceback
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 
-from sgrl.user_code import described
+from sgrl.user_code import FAILURES, described
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 STEP_PARTS = "(observation, reward, terminated, truncated, info)"
@@ -43,8 +44,8 @@ class Guard(gym.Wrapper):
         self._seed, self._steps = seed, 0
         try:
             result = self.env.reset(seed=seed, options=options)
-        except Exception as error:
-            raise self._failed(described(error)) from error
+        except FAILURES as error:
+            raise self._failed(failure(error)) from error
         if not isinstance(result, tuple) or len(result) != 2:
             raise self._failed(f"reset returned {_form(result)}, not (observation, info)")
         self._check(result[0], result[1])
@@ -56,12 +57,12 @@ class Guard(gym.Wrapper):
             raise FloatingPointError(f"the policy's action is {action.tolist()}{self._where()}")
         try:
             result = self.env.step(action)
-        except Exception as error:
-            raise self._failed(described(error)) from error
+        except FAILURES as error:
+            raise self._failed(failure(error)) from error
         if not isinstance(result, tuple) or len(result) != 5:
             raise self._failed(f"step returned {_form(result)}, not {STEP_PARTS}")
         observation, reward, terminated, truncated, info = result
-        fault = reward_fault(reward) or _flag_fault(terminated) or _flag_fault(truncated)
+        fault = reward_fault(reward) or flag_fault(terminated) or flag_fault(truncated)
         if fault:
             raise self._failed(fault)
         self._check(observation, info)
@@ -70,8 +71,8 @@ class Guard(gym.Wrapper):
     def close(self) -> None:
         try:
             self.env.close()
-        except Exception as error:
-            raise EnvironmentFailed(f"close failed: {described(error)}") from error
+        except FAILURES as error:
+            raise EnvironmentFailed(f"close failed: {failure(error)}") from error
 
     def _check(self, observation: Any, info: Any) -> None:
         fault = observation_fault(observation, self.env.observation_space)
@@ -89,15 +90,30 @@ class Guard(gym.Wrapper):
         return f" at {moment} of environment {self.environment_index}{seed}"
 
 
+def failure(error: BaseException) -> str:
+    """Say what an environment raised, as `described`. A SystemExit by which Ray ends its process
+    on SIGTERM is none of the environment's, and is raised again."""
+    if isinstance(error, SystemExit):
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name == "sigterm_handler" for frame in frames):
+            raise error
+    return described(error)
+
+
 def reward_fault(reward: Any) -> str | None:
     """What is wrong with a reward, None where it is a number that float32 holds."""
-    if not isinstance(reward, int | float) and np.ndim(reward):
-        return f"reward is {_form(reward)}, not a number"
+    if not isinstance(reward, int | float):
+        kind = getattr(getattr(reward, "dtype", None), "kind", "f")  # torch's dtypes have none
+        is_array = getattr(reward, "ndim", 0) > 0
+        if is_array or kind not in "biuf" or not isinstance(reward, SupportsFloat):
+            return f"reward is {_form(reward)}, not a number"
     try:
         value = float(reward)
     except (TypeError, ValueError, OverflowError):
         return f"reward is {reward!r}, not a number"
-    return None if abs(value) <= FLOAT32_MAX else f"reward is {named(value)}"
+    if abs(value) <= FLOAT32_MAX:
+        return None
+    return f"reward is {named(value)}{', too large for float32' if np.isfinite(value) else ''}"
 
 
 def observation_fault(observation: Any, space: gym.Space, name: str = "observation") -> str | None:
@@ -130,8 +146,11 @@ def named(number: float) -> str:
     return "NaN" if np.isnan(number) else f"{number:g}"
 
 
-def _flag_fault(flag: Any) -> str | None:
-    if isinstance(flag, bool | np.bool_) or not np.ndim(flag):
+def flag_fault(flag: Any) -> str | None:
+    """What is wrong with terminated or truncated, None where it is a bool, 0 or 1."""
+    if isinstance(flag, bool | np.bool_):
+        return None
+    if not isinstance(flag, float | np.floating) and not np.ndim(flag) and flag in (0, 1):
         return None
     return f"terminated or truncated is {_form(flag)}, not a bool"
 
@@ -159,8 +178,8 @@ def get_state(env: gym.Env) -> Any:
         return None
     try:
         return copy.deepcopy(env.get_wrapper_attr("get_state")())
-    except Exception as error:
-        raise EnvironmentFailed(f"get_state failed: {described(error)}") from error
+    except FAILURES as error:
+        raise EnvironmentFailed(f"get_state failed: {failure(error)}") from error
 
 
 def set_state(env: gym.Env, state: Any) -> None:
@@ -169,8 +188,8 @@ def set_state(env: gym.Env, state: Any) -> None:
         return
     try:
         env.get_wrapper_attr("set_state")(copy.deepcopy(state))
-    except Exception as error:
-        raise EnvironmentFailed(f"set_state failed: {described(error)}") from error
+    except FAILURES as error:
+        raise EnvironmentFailed(f"set_state failed: {failure(error)}") from error
 
 
 def _offers_state(env: gym.Env) -> bool:

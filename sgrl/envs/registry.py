@@ -158,9 +158,12 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     except UserCodeError as error:
         raise ValueError(f"{env}: {error}") from error
     if not known:
+        missing = by_id.unknown_of_module(env)
+        if missing is not None:
+            raise ValueError(f"unknown environment {env!r}: {missing}")
         raise ValueError(
             f"unknown environment {env!r}, nearest is "
-            f"{nearest(env, [*ENVIRONMENTS, *by_id.similar_ids(str(env))])!r} (there are "
+            f"{nearest(env, [*ENVIRONMENTS, *by_id.known_ids()])!r} (there are "
             f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
             "yours registers is written module:Id-v0)"
         )

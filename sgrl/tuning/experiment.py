@@ -1118,7 +1118,7 @@ def _check_bounds(
 
 
 def _check_environment(sections: dict[str, Any]) -> None:
-    from sgrl.envs.by_id import is_known, similar_ids
+    from sgrl.envs.by_id import is_known, known_ids, unknown_of_module
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
     from sgrl.user_code import UserCodeError
 
@@ -1133,7 +1133,10 @@ def _check_environment(sections: dict[str, Any]) -> None:
     except UserCodeError as error:
         raise _Problem(key, str(error)) from None
     if not known:
-        _check_known(key, "environment", env, [*ENVIRONMENTS, *similar_ids(str(env))])
+        missing = unknown_of_module(env)
+        if missing is not None:
+            raise _Problem(key, missing)
+        _check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
     try:
         validate_env_config(env, section.get("env_config") or {})
     except ValueError as error:

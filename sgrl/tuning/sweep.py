@@ -275,14 +275,15 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
             like = "the same numbers, up to rounding"
             if going_on[0].config["algorithm"] != "Reinforce":
                 like = "other episodes"
-            count = len(going_on)
-            who = "1 trial goes on" if count == 1 else f"{count} trials go on"
+            moving = len(going_on)
+            who = "1 trial goes on" if moving == 1 else f"{moving} trials go on"
             words = f"{who} in other processes than before, with {like}"
             console.print(words, soft_wrap=True, highlight=False)
         made = (f"{trial.name}/{name}" for trial in todo for name in ("config.yaml", "status.json"))
         store.push(EXPERIMENT_FILE, PROVENANCE_FILE, *made)
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
-        head = f"{len(progress)} trials{over}; results in {store}"
+        count = "1 trial" if len(progress) == 1 else f"{len(progress)} trials"
+        head = f"{count}{over}; results in {store}"
         console.print(head, soft_wrap=True, highlight=False)
         if experiment.track != "none":
             hint = how_to_look(experiment.track, str(store))
