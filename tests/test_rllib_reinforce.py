@@ -124,12 +124,13 @@ def test_same_numbers_as_the_plain_loop(model: str) -> None:
 
 @pytest.mark.parametrize("baseline", ["batch_mean", "value_head"])
 def test_same_numbers_as_the_plain_loop_with_a_baseline(baseline: str) -> None:
-    algorithm = config().training(baseline=baseline, value_coeff=0.2).build_algo()
+    weight = {"value_coeff": 0.2} if baseline == "value_head" else {}
+    algorithm = config().training(baseline=baseline, **weight).build_algo()
     env = make_vector("labyrinth_escape", NUM_ENVS, ENV_CONFIG)
     arguments = {key: value for key, value in SPARSE.items() if key != "policy"}
     arguments["value_head"] = baseline == "value_head"
     policy = make_policy("sparsenet", env.observation_size, env.num_actions, seed=5, **arguments)
-    settings = UpdateSettings(baseline=baseline, value_coeff=0.2)
+    settings = UpdateSettings(baseline=baseline, **weight)
     before = rows(config().build_algo(), 1)[0]
     for expected in train(policy, env, 2, seed=5, settings=settings):
         iteration, result = expected.pop("iteration"), algorithm.train()
@@ -413,6 +414,7 @@ def test_stock_ppo_trains_the_module() -> None:
         ("training", {"two_phase": True}, "two_phase must be false for the policy 'sparsenet'"),
         ("training", {"baseline": "mean"}, "baseline must be one of none, batch_mean, value_head"),
         ("training", {"value_coeff": -1}, "value_coeff must be a number at least 0"),
+        ("training", {"value_coeff": 0.1}, "value_coeff does nothing without baseline: value_head"),
         ("training", {"total_updates": 9}, "total_updates and total_iterations belong together"),
         (
             "training",

@@ -355,6 +355,23 @@ def test_the_target_network_keeps_its_connections() -> None:
         (lambda c: c.multi_agent(policies=["a"]), "multi_agent.policies does nothing under PPO"),
         (lambda c: c.offline_data(input_="dataset"), "offline_data.input_ does nothing"),
         (lambda c: c.framework("tf2"), "framework.framework does nothing under PPO"),
+        (
+            lambda c: c.training(train_batch_size=99, train_batch_size_per_learner=80),
+            "training.train_batch_size does nothing beside train_batch_size_per_learner",
+        ),
+        (
+            lambda c: c.training(grad_clip=None, grad_clip_by="value"),
+            "training.grad_clip_by does nothing without grad_clip",
+        ),
+        (lambda c: c.environment(clip_actions=True), "clip_actions does nothing where actions are"),
+        (
+            lambda c: c.environment("CartPole-v1", env_config={}, normalize_actions=False),
+            "environment.normalize_actions does nothing where actions are discrete",
+        ),
+        (
+            lambda c: c.env_runners(episode_lookback_horizon=5),
+            "env_runners.episode_lookback_horizon does nothing without connectors",
+        ),
         (lambda c: c.rl_module(model_config={"policy": "mlp", "max_seq_len": 3}), "without memory"),
         (
             lambda c: c.evaluation(evaluation_config={"clip_rewards": True}),
@@ -370,6 +387,12 @@ def test_bad_settings_are_refused_in_one_line(change: Any, message: str) -> None
     with pytest.raises(ValueError, match=message) as error:
         change(ppo()).validate()
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_do_something_beside_others_are_taken() -> None:
+    config = PPOConfig().rl_module(model_config={"policy": "mlp"})
+    config.environment("Pendulum-v1", clip_actions=True, normalize_actions=False)
+    config.training(train_batch_size=256, grad_clip=0.5, grad_clip_by="value").validate()
 
 
 @pytest.mark.parametrize("kind", [PPOConfig, APPOConfig, IMPALAConfig])

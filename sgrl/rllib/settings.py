@@ -10,8 +10,11 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
+import gymnasium as gym
 from ray.rllib.algorithms import AlgorithmConfig
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
+
+from sgrl.envs.registry import ENVIRONMENTS, make_single
 
 #: What `Reinforce` and the parts of RLlib below it read, by the names of a config's attributes.
 REINFORCE_READS = frozenset(
@@ -132,6 +135,17 @@ def refuse_ignored(
         )
     if config.evaluation_parallel_to_training:
         raise _does_nothing(config, "evaluation", "evaluation_parallel_to_training")
+    for name, works, why in _conditions(config):
+        changed = hasattr(defaults, name) and getattr(config, name) != getattr(defaults, name)
+        if changed and not works:
+            section, key = sections[name]
+            raise ValueError(f"{section}.{key} does nothing {why}: leave it out")
+    for name in ("normalize_actions", "clip_actions"):
+        if getattr(config, name) != getattr(defaults, name) and _has_discrete_actions(config):
+            section, key = sections[name]
+            raise ValueError(
+                f"{section}.{key} does nothing where actions are discrete: leave it out"
+            )
     shuffles = config.shuffle_batch_per_epoch and not defaults.shuffle_batch_per_epoch
     if shuffles and config.num_epochs == 1:
         raise _does_nothing(config, "training", "shuffle_batch_per_epoch")
@@ -153,6 +167,37 @@ def refuse_ignored(
         for key in ("vf_share_layers", *(["max_seq_len"] if reads is not None else [])):
             if key in config._model_config:
                 raise _does_nothing(config, "model", key)
+
+
+def _conditions(config: AlgorithmConfig) -> list[tuple[str, bool, str]]:
+    """Settings that do something only beside others: name, whether it does, the reason if not."""
+    connectors = (
+        config._env_to_module_connector,
+        config._module_to_env_connector,
+        config._learner_connector,
+    )
+    return [
+        (
+            "train_batch_size",
+            config._train_batch_size_per_learner is None,
+            "beside train_batch_size_per_learner",
+        ),
+        ("grad_clip_by", config.grad_clip is not None, "without grad_clip"),
+        ("value_coeff", config.get("baseline") == "value_head", "without baseline: value_head"),
+        ("episode_lookback_horizon", any(connectors), "without connectors that look back"),
+    ]
+
+
+def _has_discrete_actions(config: AlgorithmConfig) -> bool:
+    """Whether an environment known here takes discrete actions."""
+    if config.env in ENVIRONMENTS:
+        return True
+    try:
+        env = make_single(config.env, config.env_config)
+    except ValueError:  # one that a script registered with RLlib alone
+        return False
+    env.close()
+    return not isinstance(env.action_space, gym.spaces.Box)
 
 
 def _does_nothing(config: AlgorithmConfig, section: str, key: str) -> ValueError:
