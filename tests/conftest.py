@@ -12,8 +12,8 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelt by Ray
 # Bitwise comparisons hold for one thread count; Ray's actors have one thread too.
 torch.set_num_threads(1)
 
-#: Files that mostly wait, on sweeps in processes of their own; the longest first. Workers take whole
-#: files in the order of collection, so that none of these is begun last.
+#: Files that mostly wait, on sweeps in processes of their own; the longest first. Workers take
+#: whole files in the order of collection, so that none of these is begun last.
 LONG_FILES = (
     "test_readme",
     "test_cluster",
