@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	else $(BIN)/sgrl sweep tune_configs/quickstart.yaml; fi
 
 test: .venv/installed-for-tests check
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-for-tests
 	$(BIN)/ruff check .
