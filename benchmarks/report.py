@@ -13,8 +13,8 @@ import numpy as np
 import yaml
 
 from sgrl.analysis.report import write_report
-from sgrl.analysis.runs import load_results
-from sgrl.tuning.metrics import COLUMNS
+from sgrl.results.metrics import COLUMNS
+from sgrl.results.runs import load_results
 
 METHODS = ("sparsenet_sgprop", "sparsenet_backprop", "gru", "lstm", "mlp")
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)

@@ -1,7 +1,8 @@
 """sgrl: sparse networks trained with synthetic-gradient propagation, on RLlib and Ray Tune.
 
 `sgrl.load_policy(checkpoint)` needs neither Ray nor pickle; everything else is imported from
-the room it lives in (`sgrl.nn`, `sgrl.envs`, `sgrl.reinforce`, `sgrl.rllib`, `sgrl.tuning`).
+the room it lives in (`sgrl.nn`, `sgrl.envs`, `sgrl.reinforce`, `sgrl.rllib`, `sgrl.results`,
+`sgrl.tuning`).
 """
 
 from pathlib import Path
@@ -22,6 +23,6 @@ def load_policy(path: str | Path) -> "Policy":
     """
     # Imported here so that `import sgrl`, and with it `sgrl --help`, does not wait for torch.
     from sgrl.nn import policies
-    from sgrl.zoo import find_policy
+    from sgrl.results.zoo import find_policy
 
     return policies.load_policy(find_policy(path))

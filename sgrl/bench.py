@@ -26,7 +26,7 @@ from sgrl.nn.policies import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
-from sgrl.tuning.provenance import processor
+from sgrl.results.provenance import processor
 
 BASELINES = Path(__file__).parents[1] / "benchmarks"
 

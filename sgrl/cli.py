@@ -196,7 +196,7 @@ def sweep(
             files |= sources(module)
         _run_on_cluster(client, words, results, files)
     _join(address)
-    from sgrl.tuning.storage import StorageError, join
+    from sgrl.results.storage import StorageError, join
     from sgrl.tuning.sweep import SweepError, run_sweep
     from sgrl.tuning.tracking import TrackingError
 
@@ -228,8 +228,8 @@ def resume(
         words += ["--track", track] if track else []
         _run_on_cluster(client, words, directory)
     _join(address)
+    from sgrl.results.storage import StorageError
     from sgrl.tuning.experiment import ExperimentError
-    from sgrl.tuning.storage import StorageError
     from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
     from sgrl.tuning.tracking import TrackingError
 
@@ -269,9 +269,9 @@ def _join(address: str | None) -> None:
 
 def _compare(location: str | Path) -> None:
     """The table and the figure at a sweep's end; exit status 1 where a trial failed."""
-    from sgrl.analysis.runs import ResultsError
     from sgrl.analysis.tables import write_comparison
-    from sgrl.tuning.storage import open_store
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import open_store
     from sgrl.tuning.sweep import failed_trials
 
     with _one_line_errors(ResultsError, OSError):
@@ -288,9 +288,9 @@ def status(directory: Experiment) -> None:
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
+    from sgrl.results.status import StatusError, sweep_status
+    from sgrl.results.storage import StorageError
     from sgrl.tuning.experiment import ExperimentError
-    from sgrl.tuning.status import StatusError, sweep_status
-    from sgrl.tuning.storage import StorageError
 
     with _one_line_errors(ExperimentError, StatusError, StorageError):
         table, problems = sweep_status(directory)
@@ -317,8 +317,8 @@ def report(
 ) -> None:
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
-    from sgrl.analysis.runs import ResultsError
-    from sgrl.tuning.storage import StorageError, is_address, is_archive, reading
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import StorageError, is_address, is_archive, reading
 
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
@@ -355,9 +355,9 @@ def compare(
 ) -> None:
     """Compare the methods of an experiment, or those of two, each with itself."""
     from sgrl.analysis.report import compare as compare_results
-    from sgrl.analysis.runs import ResultsError
     from sgrl.analysis.tables import print_table
-    from sgrl.tuning.storage import StorageError, reading
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import StorageError, reading
 
     with _one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         one = stack.enter_context(reading(first))
@@ -396,9 +396,9 @@ def archive(
     half: Annotated[bool, typer.Option("--half", help="Keep policies as float16.")] = False,
 ) -> None:
     """Pack finished sweeps into a few small files, which every command reads as it reads them."""
-    from sgrl.tuning.archive import write_archive
-    from sgrl.tuning.metrics import OldMetricsError
-    from sgrl.tuning.storage import StorageError
+    from sgrl.results.archive import write_archive
+    from sgrl.results.metrics import OldMetricsError
+    from sgrl.results.storage import StorageError
 
     with _one_line_errors(StorageError, OldMetricsError, OSError):
         for directory in map(Path, directories):
@@ -421,7 +421,7 @@ def study(
 ) -> None:
     """Judge the paper's claims from the published archives, as docs/study.md says."""
     from sgrl.analysis.study import judge_claims, markdown, write_into
-    from sgrl.tuning.storage import StorageError
+    from sgrl.results.storage import StorageError
 
     with _one_line_errors(StorageError, ValueError, OSError):
         if not published.is_dir():
@@ -447,8 +447,8 @@ def verify(
     """Train randomly chosen trials of an archive again and compare every row."""
     import tempfile
 
+    from sgrl.results.storage import StorageError
     from sgrl.tuning.experiment import ExperimentError
-    from sgrl.tuning.storage import StorageError
     from sgrl.tuning.sweep import SweepError
     from sgrl.tuning.verify import verify_archive
 
@@ -478,9 +478,9 @@ def evaluate(
     """
     from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
-    from sgrl.tuning.checkpoints import CheckpointError
-    from sgrl.tuning.checkpoints import evaluate as evaluate_checkpoint
-    from sgrl.tuning.storage import StorageError, reading_checkpoint
+    from sgrl.results.checkpoints import CheckpointError
+    from sgrl.results.evaluation import evaluate as evaluate_checkpoint
+    from sgrl.results.storage import StorageError, reading_checkpoint
 
     errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
     with _one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
@@ -507,8 +507,8 @@ def render(
     from sgrl.analysis.render import RenderError, check_out, record_episode, write_episode
     from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
-    from sgrl.tuning.checkpoints import CheckpointError
-    from sgrl.tuning.storage import StorageError, reading_checkpoint
+    from sgrl.results.checkpoints import CheckpointError
+    from sgrl.results.storage import StorageError, reading_checkpoint
 
     errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
     with _one_line_errors(*errors):
@@ -566,11 +566,11 @@ def probe(
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
     from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
+    from sgrl.results.checkpoints import CheckpointError, open_policy
+    from sgrl.results.storage import StorageError, reading_checkpoint
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
     from sgrl.theory.tasks import TheoryError
-    from sgrl.tuning.checkpoints import CheckpointError, open_policy
-    from sgrl.tuning.storage import StorageError, reading_checkpoint
 
     errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
     with _one_line_errors(*errors):

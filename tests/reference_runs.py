@@ -20,7 +20,7 @@ from sgrl.nn.kernels import BACKENDS
 from sgrl.nn.policies import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
-from sgrl.tuning.provenance import processor_kind
+from sgrl.results.provenance import processor_kind
 
 FOLDER = Path(__file__).parent / "reference"
 ROWS, MACHINE = FOLDER / "rows.csv", FOLDER / "machine.json"
@@ -59,7 +59,7 @@ def bandit(dtype: torch.dtype, policy: str, **settings: Any) -> Rows:
 def ppo(dtype: torch.dtype, **settings: Any) -> Rows:
     """RLlib's PPO on 4 labyrinths."""
     from sgrl.rllib import PPOConfig
-    from sgrl.tuning.metrics import metrics_row
+    from sgrl.tuning.rllib_metrics import metrics_row
 
     model = {"policy": "sparsenet", "dtype": str(dtype).removeprefix("torch."), **settings}
     config = (

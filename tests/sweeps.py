@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from sgrl.tuning.checkpoints import write_checkpoint
+from sgrl.results.checkpoints import write_checkpoint
+from sgrl.results.metrics import COLUMNS
 from sgrl.tuning.experiment import load_experiment
-from sgrl.tuning.metrics import COLUMNS
 
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
 METHODS = {

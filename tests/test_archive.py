@@ -14,13 +14,13 @@ from sweeps import make_experiment
 from test_runs import write_results
 from typer.testing import CliRunner
 
-from sgrl.analysis.runs import load_results
 from sgrl.cli import app
 from sgrl.nn.policies import load_policy
-from sgrl.tuning.archive import ArchiveError, read_archive, write_archive
+from sgrl.results.archive import ArchiveError, read_archive, write_archive
+from sgrl.results.metrics import append_row
+from sgrl.results.runs import load_results
+from sgrl.results.storage import is_archive, reading
 from sgrl.tuning.experiment import dump_yaml
-from sgrl.tuning.metrics import append_row
-from sgrl.tuning.storage import is_archive, reading
 from sgrl.tuning.sweep import run_sweep
 from sgrl.tuning.verify import compare_rows
 

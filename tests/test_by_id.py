@@ -13,7 +13,8 @@ from sgrl.envs.registry import make_single, make_vector, observation_size, valid
 from sgrl.envs.wrappers import seed_of_32_bits
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.reinforce import Rollout
-from sgrl.tuning.checkpoints import CheckpointError, evaluate
+from sgrl.results.checkpoints import CheckpointError
+from sgrl.results.evaluation import evaluate
 
 
 class ManySpaces(gym.Env):

@@ -20,9 +20,9 @@ import pytest
 from network_hosts import network_hosts
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
+from sgrl.results.metrics import count_rows, read_metrics
+from sgrl.results.storage import Store
 from sgrl.tuning import sweep
-from sgrl.tuning.metrics import count_rows, read_metrics
-from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import failed_trials, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import TrialRunner
 
@@ -388,7 +388,7 @@ def test_a_sweep_on_hosts_under_a_random_killer(tmp_path, undisturbed, report):
         )
         seconds = time.monotonic() - begin
         copy = (
-            "import shutil\nfrom sgrl.tuning.storage import reading\n"
+            "import shutil\nfrom sgrl.results.storage import reading\n"
             "with reading('s3://bucket/results/small') as folder:\n"
             f"    shutil.copytree(folder, {str(tmp_path / 'small')!r})"
         )

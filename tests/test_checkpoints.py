@@ -11,16 +11,16 @@ import torch
 from sgrl.envs.registry import make_vector
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
-from sgrl.tuning.checkpoints import (
+from sgrl.results.checkpoints import (
     MANIFEST,
     CheckpointError,
     discard_after,
-    evaluate,
     list_checkpoints,
     newest_valid_checkpoint,
     verify,
     write_checkpoint,
 )
+from sgrl.results.evaluation import evaluate
 
 FILES = {"state.pkl": b"state" * 50, "learner/state.pkl": b"learner" * 30, "empty.json": b""}
 
@@ -216,7 +216,7 @@ def test_evaluation_needs_neither_ray_nor_pickle(tmp_path):
     save_small_policy(tmp_path, "gru")
     code = (
         "import sys, pickle; pickle.load = pickle.loads = None\n"
-        "from sgrl.tuning.checkpoints import evaluate\n"
+        "from sgrl.results.evaluation import evaluate\n"
         f"print(evaluate({str(tmp_path)!r}, 3))\n"
         "assert not any(name.split('.')[0] == 'ray' for name in sys.modules)\n"
     )

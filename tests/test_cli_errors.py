@@ -12,7 +12,7 @@ from sgrl.cli import app
 from sgrl.envs import mnist
 from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.policies import make_policy, save_policy
-from sgrl.tuning.checkpoints import write_checkpoint
+from sgrl.results.checkpoints import write_checkpoint
 
 GOOD = """\
 name: good

@@ -15,8 +15,8 @@ from sweeps import make_experiment
 from typer.testing import CliRunner
 
 from sgrl.cli import app
+from sgrl.results.storage import Mirror, Store
 from sgrl.tuning import client, sweep
-from sgrl.tuning.storage import Mirror, Store
 
 EXPERIMENT = {
     "name": "small",

@@ -14,13 +14,15 @@ from sweeps import make_experiment, metrics_without_times
 from typer.testing import CliRunner
 
 from sgrl.analysis.figures import write_figures
-from sgrl.analysis.runs import load_results
 from sgrl.cli import app
 from sgrl.nn.policies import make_policy, save_policy
-from sgrl.tuning.checkpoints import evaluate, open_policy, play
+from sgrl.results.checkpoints import open_policy
+from sgrl.results.evaluation import evaluate, play
+from sgrl.results.metrics import EVALUATION_COLUMNS
+from sgrl.results.runs import load_results
 from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment import ExperimentError, build_algorithm_config
-from sgrl.tuning.metrics import EVALUATION_COLUMNS, metrics_row
+from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-:UserWarning")

@@ -9,9 +9,9 @@ from sweeps import METHODS, SPARSE, make_experiment, make_older, metrics_without
 from typer.testing import CliRunner
 
 from sgrl.cli import app
+from sgrl.results.metrics import count_rows
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment import ExperimentError, extend_experiment, load_experiment
-from sgrl.tuning.metrics import count_rows
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 BANDIT = {

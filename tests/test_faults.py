@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 from sweeps import make_experiment, metrics_without_times, summary
 
-from sgrl.tuning import sweep
-from sgrl.tuning.checkpoints import (
+from sgrl.results.checkpoints import (
     MANIFEST,
     CheckpointError,
     list_checkpoints,
@@ -22,10 +21,11 @@ from sgrl.tuning.checkpoints import (
     open_policy,
     verify,
 )
+from sgrl.results.metrics import score
+from sgrl.results.storage import Store
+from sgrl.tuning import sweep
 from sgrl.tuning.experiment import load_experiment
-from sgrl.tuning.metrics import score
 from sgrl.tuning.progress import SweepView, read_progress
-from sgrl.tuning.storage import Store
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
 
@@ -218,7 +218,7 @@ from pathlib import Path
 import ray
 
 from sgrl.tuning.experiment import load_experiment
-from sgrl.tuning.metrics import append_row, read_metrics
+from sgrl.results.metrics import append_row, read_metrics
 from sgrl.tuning.sweep import SweepError, resume_sweep, run_sweep
 
 folder = Path(sys.argv[1])

@@ -25,10 +25,10 @@ from sgrl.envs.vector import VectorEnv
 from sgrl.nn.policies import make_policy, save_policy
 from sgrl.reinforce import Rollout
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, MAX_SEED
+from sgrl.results import evaluation
+from sgrl.results.status import read_status
 from sgrl.rllib import APPOConfig, PPOConfig, ReinforceConfig, register_environment
-from sgrl.tuning import checkpoints
-from sgrl.tuning.metrics import metrics_row
-from sgrl.tuning.status import read_status
+from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.trial import ERROR_FILE, first_line, is_disk_full
 
 HERE = Path(__file__).name
@@ -314,9 +314,9 @@ def test_an_exit_outside_of_an_episode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_environments_made_to_play_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[int] = []
     monkeypatch.setattr(Flawed, "close", lambda self: closed.append(getattr(self, "steps", 0)))
-    monkeypatch.setattr(checkpoints, "EVALUATION_BATCH", 2)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 2)
     policy = make_policy("mlp", 3, 2, hidden_size=4)
-    played = checkpoints.play(policy, {"env": "Flawed-v0"}, episodes=3, seed=0)
+    played = evaluation.play(policy, {"env": "Flawed-v0"}, episodes=3, seed=0)
     assert played.lengths.tolist() == [12] * 3
     assert closed[-3:] == [12] * 3  # one more may have been made to look at its spaces
 
@@ -325,7 +325,7 @@ def test_environments_made_to_play_are_closed(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Flawed, "close", fail)
     with pytest.raises(EnvironmentFailed, match=r"^close failed: RuntimeError: window is gone"):
-        checkpoints.play(policy, {"env": "Flawed-v0"}, episodes=1, seed=0)
+        evaluation.play(policy, {"env": "Flawed-v0"}, episodes=1, seed=0)
 
 
 def test_the_environment_is_named_by_its_number() -> None:

@@ -5,16 +5,16 @@ import random
 
 import pytest
 
-from sgrl.tuning.metrics import (
+from sgrl.results.metrics import (
     COLUMNS,
     append_row,
     common_measure,
     count_rows,
-    metrics_row,
     read_metrics,
     score,
     truncate_metrics,
 )
+from sgrl.tuning.rllib_metrics import metrics_row
 
 
 def write(path, rows, seed=0):

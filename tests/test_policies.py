@@ -21,7 +21,7 @@ from sgrl.nn.policies import (
     save_policy,
 )
 from sgrl.nn.recurrent_policies import SparseNetPolicy
-from sgrl.tuning.metrics import columns_of
+from sgrl.results.metrics import columns_of
 
 SMALL = {
     "gru": {"hidden_size": 8},

@@ -27,7 +27,7 @@ from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn.policies import load_policy, make_policy, save_policy
 from sgrl.reinforce import train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
-from sgrl.tuning.checkpoints import evaluate
+from sgrl.results.evaluation import evaluate
 
 ESCAPE = ("labyrinth_escape", {"maze_dims": [6, 6], "episode_length": 40})
 EXPLORE = ("labyrinth_explore", {"maze_dims": [8, 6], "episode_length": 30})

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from sgrl.analysis import report
 from sgrl.analysis.report import cells, compare, read_section, write_report
-from sgrl.analysis.runs import ResultsError, load_results
 from sgrl.analysis.statistics import at_points, best_learning_rates, compare_methods, compare_pairs
 from sgrl.analysis.tables import write_expert_network
 from sgrl.cli import app
 from sgrl.nn.policies import load_policy, policy_parameters
+from sgrl.results.metrics import AXES, read_metrics
+from sgrl.results.runs import ResultsError, load_results
 from sgrl.theory.expert_network import simulate, sweep_cells
 from sgrl.tuning.experiment import load_experiment
-from sgrl.tuning.metrics import AXES, read_metrics
 from sgrl.tuning.sweep import run_sweep
 
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}

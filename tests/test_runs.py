@@ -22,17 +22,17 @@ from sgrl.analysis.figures import (
     scores_against,
 )
 from sgrl.analysis.report import write_report
-from sgrl.analysis.runs import (
+from sgrl.analysis.statistics import best_learning_rates, compare_methods
+from sgrl.analysis.tables import write_comparison
+from sgrl.results.metrics import append_row, read_metrics, score
+from sgrl.results.runs import (
     DEFAULT_BATCHES,
     DEFAULT_ENVIRONMENTS,
     ResultsError,
     _planned_steps,
     load_results,
 )
-from sgrl.analysis.statistics import best_learning_rates, compare_methods
-from sgrl.analysis.tables import write_comparison
 from sgrl.tuning.experiment import algorithm_class
-from sgrl.tuning.metrics import append_row, read_metrics, score
 
 
 def write_results(directory, iterations=12, seeds=3):

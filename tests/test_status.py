@@ -15,14 +15,14 @@ import yaml
 from typer.testing import CliRunner
 
 from sgrl.analysis.report import write_report
-from sgrl.analysis.runs import ResultsError, load_results
 from sgrl.analysis.statistics import compare_methods
 from sgrl.analysis.tables import write_comparison
 from sgrl.cli import app
+from sgrl.results.metrics import append_row, is_taken
+from sgrl.results.runs import ResultsError, load_results
+from sgrl.results.status import read_progress
 from sgrl.tuning.experiment import dump_yaml, load_experiment, planned_trials
-from sgrl.tuning.metrics import append_row, is_taken
 from sgrl.tuning.progress import write_summary
-from sgrl.tuning.status import read_progress
 from sgrl.tuning.sweep import _write_config
 
 EXPERIMENT = """

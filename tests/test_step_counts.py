@@ -15,7 +15,7 @@ from sgrl.envs.registry import VectorEnv, make_vector
 from sgrl.nn.policies import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, ReinforceConfig, register_environment
-from sgrl.tuning.metrics import metrics_row
+from sgrl.tuning.rllib_metrics import metrics_row
 
 pytestmark = [
     pytest.mark.usefixtures("ray_session"),

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from sgrl.cli import app
 from sgrl.nn.policies import predictor_parameters
+from sgrl.results.checkpoints import newest_valid_checkpoint
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.settings import STOCK_IGNORES, setting_names
-from sgrl.tuning.checkpoints import newest_valid_checkpoint
 from sgrl.tuning.experiment import ExperimentError
-from sgrl.tuning.metrics import metrics_row
+from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 pytestmark = [

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sgrl.analysis.study import CLAIMS, FINDINGS, judge_claims, markdown
 from sgrl.cli import app
-from sgrl.tuning.archive import write_archive
-from sgrl.tuning.metrics import write_rows
+from sgrl.results.archive import write_archive
+from sgrl.results.metrics import write_rows
 
 DOCS = Path(__file__).parent.parent / "docs"
 

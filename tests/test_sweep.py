@@ -17,12 +17,12 @@ import yaml
 from rich.console import Console
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
+from sgrl.results.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
+from sgrl.results.metrics import count_rows
+from sgrl.results.provenance import processor_kind, read_starts
+from sgrl.results.status import StatusError, sweep_status, write_status
 from sgrl.tuning import sweep
-from sgrl.tuning.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
 from sgrl.tuning.experiment import ExperimentError, load_experiment
-from sgrl.tuning.metrics import count_rows
-from sgrl.tuning.provenance import processor_kind, read_starts
-from sgrl.tuning.status import StatusError, sweep_status, write_status
 from sgrl.tuning.sweep import (
     SweepError,
     failed_trials,

@@ -32,6 +32,7 @@ from sgrl.nn.policies import (
     save_policy,
 )
 from sgrl.reinforce import Rollout, UpdateSettings, discounted_returns, reinforce_loss, train
+from sgrl.results.checkpoints import open_policy, write_checkpoint
 from sgrl.theory.estimation import (
     error_terms,
     mean,
@@ -47,7 +48,6 @@ from sgrl.theory.probe.gradients import Feedback, Group, Sums
 from sgrl.theory.probe.labyrinth import Episodes, Loss, Shard, labyrinth_shard, labyrinth_sums, play
 from sgrl.theory.probe.sufficiency import explain
 from sgrl.theory.tasks import TheoryError
-from sgrl.tuning.checkpoints import open_policy, write_checkpoint
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "theory.md").read_text()
 

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import sgrl
-from sgrl import zoo
 from sgrl.cli import app
 from sgrl.nn.policies import make_policy, save_policy
+from sgrl.results import zoo
 
 ENVIRONMENT = {"env": "labyrinth_escape", "env_config": {"episode_length": 12}}
 

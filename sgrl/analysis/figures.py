@@ -14,7 +14,6 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
-from sgrl.analysis.runs import Results
 from sgrl.analysis.statistics import (
     INTERVAL_SEEDS,
     at_points,
@@ -24,7 +23,8 @@ from sgrl.analysis.statistics import (
     learning_rate_columns,
     performance_profile,
 )
-from sgrl.tuning.metrics import EVALUATION_NAMES, MEASURE_NAMES
+from sgrl.results.metrics import EVALUATION_NAMES, MEASURE_NAMES
+from sgrl.results.runs import Results
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey print.
 COLOURS = {

@@ -38,7 +38,8 @@ from sgrl.envs.registry import (
 )
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
-from sgrl.tuning.checkpoints import EVALUATION_BATCH, evaluation_rollout, open_policy
+from sgrl.results.checkpoints import open_policy
+from sgrl.results.evaluation import EVALUATION_BATCH, evaluation_rollout
 
 SUFFIXES = (".gif", ".png")
 #: Of walls, free cells, the start and the goal, in the order of `Cell`.

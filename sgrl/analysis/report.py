@@ -21,7 +21,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from sgrl.analysis.figures import Figure, expert_ratios, probe_errors, write_figures
-from sgrl.analysis.runs import Results, ResultsError, load_results, places, read_experiment
 from sgrl.analysis.statistics import (
     BEST_RULE,
     INTERVAL_SEEDS,
@@ -49,8 +48,9 @@ from sgrl.analysis.tables import (
     seeds_of,
     within_interval,
 )
-from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
-from sgrl.tuning.provenance import read_starts
+from sgrl.results.metrics import MEASURE_NAMES, MEASURES
+from sgrl.results.provenance import read_starts
+from sgrl.results.runs import Results, ResultsError, load_results, places, read_experiment
 
 THRESHOLD = 0.5
 SUFFIXES = {"html": ".html", "markdown": ".md", "latex": ".tex"}

@@ -1,6 +1,6 @@
 """Comparisons of methods over seeds: what they reach, how sure that is, and who is better.
 
-Final scores and areas under curves are those of `sgrl.tuning.metrics.score_of`. Intervals are at
+Final scores and areas under curves are those of `sgrl.results.metrics.score_of`. Intervals are at
 95%, and need five seeds; they assume nothing about how scores are distributed (what they cover on
 skewed and two-humped scores is in docs/results.md, and tested). Seeds are compared within every
 task (a swept point), never across. Everything random starts from one fixed seed: the same results

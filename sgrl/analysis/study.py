@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from sgrl.analysis.runs import Results, load_results
 from sgrl.analysis.statistics import (
     ALPHA,
     holm,
@@ -26,7 +25,8 @@ from sgrl.analysis.statistics import (
     seeds_needed,
 )
 from sgrl.analysis.tables import within_interval
-from sgrl.tuning.storage import is_archive, reading
+from sgrl.results.runs import Results, load_results
+from sgrl.results.storage import is_archive, reading
 
 #: The smallest difference of scores that we would call one.
 SMALLEST = 0.05

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sgrl.analysis.figures import expert_ratios, learning_curves, plain, probe_errors
-from sgrl.analysis.runs import load_results
 from sgrl.analysis.statistics import (
     INTERVAL_SEEDS,
     at_points,
@@ -19,9 +18,10 @@ from sgrl.analysis.statistics import (
     measure_of,
     sem,
 )
+from sgrl.results.metrics import MEASURE_NAMES, MEASURES
+from sgrl.results.runs import load_results
 from sgrl.theory.expert_network import Result
 from sgrl.theory.probe import Report
-from sgrl.tuning.metrics import MEASURE_NAMES, MEASURES
 
 
 def write_comparison(

@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 
-from sgrl.tuning.storage import is_address
+from sgrl.results.storage import is_address
 
 POLL_SECONDS = 1.0
 CONNECT_ATTEMPTS = 3

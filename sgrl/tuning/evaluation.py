@@ -14,7 +14,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from sgrl.nn.policy import Policy
 from sgrl.reinforce.generators import generators_aside
-from sgrl.tuning.checkpoints import play
+from sgrl.results.evaluation import play
 
 #: Prefixes of the columns of an evaluation, and whether its actions are the likeliest.
 ACTIONS = {"eval": False, "eval_greedy": True}

@@ -44,7 +44,7 @@ import yaml
 
 from sgrl.commands import command
 from sgrl.names import nearest
-from sgrl.tuning.metrics import is_taken
+from sgrl.results.metrics import is_taken
 
 DEFAULTS: dict[str, Any] = {
     "algorithm": "Reinforce",

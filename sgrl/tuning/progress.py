@@ -17,10 +17,9 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from sgrl.tuning.checkpoints import write_text
-from sgrl.tuning.experiment import Trial
-from sgrl.tuning.metrics import MEASURE_NAMES, Score
-from sgrl.tuning.status import (
+from sgrl.results.checkpoints import write_text
+from sgrl.results.metrics import MEASURE_NAMES, Score
+from sgrl.results.status import (
     Progress,
     measure_of,
     number,
@@ -28,7 +27,8 @@ from sgrl.tuning.status import (
     trials_table,
     write_status,
 )
-from sgrl.tuning.storage import Store
+from sgrl.results.storage import Store
+from sgrl.tuning.experiment import Trial
 from sgrl.tuning.trial import ERROR_FILE, HANG_FILE, first_line, is_disk_full
 
 LOG_FILE = "sweep.log"

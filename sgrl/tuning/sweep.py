@@ -28,7 +28,18 @@ from sgrl.commands import command
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.local_ray import LocalRayError, start_local_ray
-from sgrl.tuning.checkpoints import write_text
+from sgrl.results.checkpoints import write_text
+from sgrl.results.metrics import OldMetricsError, read_metrics
+from sgrl.results.provenance import PROVENANCE_FILE, record_start
+from sgrl.results.status import (
+    EXPERIMENT_FILE,
+    Progress,
+    read_progress,
+    read_status,
+    read_stopped,
+    write_status,
+)
+from sgrl.results.storage import Mirror, Store, display, is_address, is_archive, join, open_store
 from sgrl.tuning.client import reach
 from sgrl.tuning.experiment import (
     Experiment,
@@ -44,7 +55,6 @@ from sgrl.tuning.experiment import (
     user_modules,
     with_defaults,
 )
-from sgrl.tuning.metrics import OldMetricsError, read_metrics
 from sgrl.tuning.progress import (
     LOG_FILE,
     SUMMARY_FILE,
@@ -52,24 +62,6 @@ from sgrl.tuning.progress import (
     progress_bar,
     quiet,
     write_summary,
-)
-from sgrl.tuning.provenance import PROVENANCE_FILE, record_start
-from sgrl.tuning.status import (
-    EXPERIMENT_FILE,
-    Progress,
-    read_progress,
-    read_status,
-    read_stopped,
-    write_status,
-)
-from sgrl.tuning.storage import (
-    Mirror,
-    Store,
-    display,
-    is_address,
-    is_archive,
-    join,
-    open_store,
 )
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import (
@@ -103,7 +95,7 @@ def run_sweep(
 ) -> Path:
     """Run every trial of `experiment` and return its folder, `results_dir/<name>`.
 
-    `results_dir` may be an address such as `s3://bucket/results` (see `sgrl.tuning.storage`): the
+    `results_dir` may be an address such as `s3://bucket/results` (see `sgrl.results.storage`): the
     folder returned is then this machine's mirror of it, which holds no checkpoints.
 
     A trial that fails does not stop the others; `failed_trials` lists them. Raises SweepError or

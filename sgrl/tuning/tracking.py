@@ -33,9 +33,9 @@ from tensorboardX.summary import hparams
 
 from sgrl.commands import command
 from sgrl.envs.wrappers import preserved_random_state
-from sgrl.tuning.checkpoints import write_text
-from sgrl.tuning.metrics import MEASURES, Row
-from sgrl.tuning.storage import is_address
+from sgrl.results.checkpoints import write_text
+from sgrl.results.metrics import MEASURES, Row
+from sgrl.results.storage import is_address
 
 TRACKING_FILE = "tracking.json"
 MLFLOW_FILE = "mlflow.db"

@@ -24,27 +24,23 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module import RLModule
 
 from sgrl.nn.policies import policy_parameters, save_policy
-from sgrl.tuning.checkpoints import (
-    discard_after,
-    newest_valid_checkpoint,
-    write_checkpoint,
-)
-from sgrl.tuning.evaluation import Evaluation
-from sgrl.tuning.experiment import build_algorithm_config
-from sgrl.tuning.metrics import (
+from sgrl.results.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
+from sgrl.results.metrics import (
     EVALUATION_COLUMNS,
     Row,
     append_row,
     count_rows,
     flush_metrics,
-    metrics_row,
     read_metrics,
     score,
     truncate_metrics,
 )
-from sgrl.tuning.provenance import record_start
-from sgrl.tuning.status import read_status, seconds_per_iteration, write_status
-from sgrl.tuning.storage import Store, open_store
+from sgrl.results.provenance import record_start
+from sgrl.results.status import read_status, seconds_per_iteration, write_status
+from sgrl.results.storage import Store, open_store
+from sgrl.tuning.evaluation import Evaluation
+from sgrl.tuning.experiment import build_algorithm_config
+from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60

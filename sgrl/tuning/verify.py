@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgrl.tuning.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
+from sgrl.results.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
+from sgrl.results.metrics import Row, read_metrics
+from sgrl.results.provenance import describe
 from sgrl.tuning.experiment import Trial, load_experiment
-from sgrl.tuning.metrics import Row, read_metrics
-from sgrl.tuning.provenance import describe
 from sgrl.tuning.sweep import run_sweep
 
 #: Algorithms of which no run repeats, see docs/rllib.md.

@@ -21,8 +21,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from sgrl.tuning.experiment import ExperimentError, planned_trials
-from sgrl.tuning.metrics import (
+from sgrl.results.metrics import (
     AXES,
     COLUMNS,
     INTEGER_COLUMNS,
@@ -38,7 +37,8 @@ from sgrl.tuning.metrics import (
     read_metrics,
     score_of,
 )
-from sgrl.tuning.status import EXPERIMENT_FILE, folder_problems, is_running, read_status
+from sgrl.results.status import EXPERIMENT_FILE, folder_problems, is_running, read_status
+from sgrl.tuning.experiment import ExperimentError, planned_trials
 
 #: The same YAML, read in C, where libyaml is there: several times faster.
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sgrl.names import hint
 
 PREFIX = "zoo:"
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 INDEX_FILE = "zoo.json"
 
 

@@ -24,15 +24,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sgrl.tuning.checkpoints import (
+from sgrl.results.checkpoints import (
     MANIFEST,
     CheckpointError,
     list_checkpoints,
     newest_valid_checkpoint,
     verify,
 )
-from sgrl.tuning.provenance import PROVENANCE_FILE
-from sgrl.zoo import ZooError, find_policy
+from sgrl.results.provenance import PROVENANCE_FILE
+from sgrl.results.zoo import ZooError, find_policy
 
 TOKEN_FILE = "token"
 #: What makes a folder an archive.
@@ -68,7 +68,7 @@ def join(results: str | Path, name: str) -> str | Path:
 
 
 def is_archive(location: str | Path) -> bool:
-    """Whether results are packed in an archive, see `sgrl.tuning.archive`."""
+    """Whether results are packed in an archive, see `sgrl.results.archive`."""
     return not is_address(location) and (Path(location) / ARCHIVED_TRIALS_FILE).is_file()
 
 
@@ -103,7 +103,7 @@ def reading(location: str | Path) -> Iterator[Path]:
     Raises StorageError as `open_store`, and ArchiveError.
     """
     if is_archive(location):
-        from sgrl.tuning.archive import unpack  # brings NumPy and Arrow
+        from sgrl.results.archive import unpack  # brings NumPy and Arrow
 
         with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
             folder = Path(home) / Path(location).resolve().name

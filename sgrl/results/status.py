@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sgrl.tuning.checkpoints import write_text
-from sgrl.tuning.experiment import Trial, planned_trials
-from sgrl.tuning.metrics import (
+from sgrl.results.checkpoints import write_text
+from sgrl.results.metrics import (
     MEASURE_NAMES,
     OldMetricsError,
     Row,
@@ -22,7 +21,8 @@ from sgrl.tuning.metrics import (
     read_metrics,
     score,
 )
-from sgrl.tuning.storage import is_address, reading
+from sgrl.results.storage import is_address, reading
+from sgrl.tuning.experiment import Trial, planned_trials
 
 EXPERIMENT_FILE = "experiment.yaml"
 CONFIG_FILE = "config.yaml"

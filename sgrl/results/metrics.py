@@ -98,7 +98,7 @@ class OldMetricsError(ValueError):
 def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
     """The columns of the file that holds `row`: `COLUMNS`, those of its layers and of evaluations
     apart from training."""
-    layers = tuple(name for name in row if _is_of_layer(name))
+    layers = tuple(name for name in row if is_of_layer(name))
     evaluation = tuple(name for name in EVALUATION_COLUMNS if name in row)
     return (*COLUMNS[:-1], *layers, *evaluation, COLUMNS[-1])
 
@@ -118,7 +118,8 @@ def known_columns(header: str) -> tuple[str, ...] | None:
     return columns if columns in (whole, older) else None
 
 
-def _is_of_layer(column: str) -> bool:
+def is_of_layer(column: str) -> bool:
+    """Whether a column is of one layer among several."""
     return column.startswith("layer")
 
 
@@ -277,29 +278,6 @@ def flush_metrics(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
-    """One row, of all columns, from what RLlib's `Algorithm.train()` returned.
-
-    `Reinforce` reports the columns themselves under `result["sgrl"]`; for every other algorithm
-    they are taken from RLlib's own keys where it has them.
-
-    Raises FloatingPointError where the loss is NaN or infinite.
-    """
-    reported = result.get("sgrl")
-    row = dict(reported) if reported is not None else _rllib_columns(result, iteration)
-    for loss in ("policy_loss", "total_loss"):
-        if not math.isfinite(row.get(loss, 0.0)):
-            raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
-    row |= {"iteration": iteration, "iteration_seconds": seconds}
-    layers = {name: row[name] for name in sorted(filter(_is_of_layer, row), key=_layer_order)}
-    return {column: row.get(column, math.nan) for column in COLUMNS} | layers
-
-
-def _layer_order(column: str) -> tuple[int, int]:
-    layer, _, name = column.partition("_")
-    return int(layer.removeprefix("layer")), COLUMNS.index(name)
-
-
 class Score(NamedTuple):
     """How well a trial does: by which measure (empty where it reports none), its final value and
     the area under its curve."""
@@ -354,63 +332,6 @@ def _area_under(points: Sequence[tuple[float, float]]) -> float:
         for (earlier, before), (later, after) in itertools.pairwise(points)
     )
     return area / span
-
-
-def _rllib_columns(result: Mapping, iteration: int) -> Row:
-    """The columns that RLlib's own result keys hold (either API stack).
-
-    Of the episodes that ended in this iteration where `StockRunner` sampled, else RLlib's moving
-    averages.
-    """
-    runners = result.get("env_runners") or {}
-    learner = (result.get("learners") or {}).get("default_policy") or {}
-    if math.isnan(learner.get("module_train_batch_size_mean", 0.0)):
-        # The learner's thread ended no update in this iteration, and RLlib says NaN of its loss.
-        learner = {}
-    found = {
-        "env_steps": result.get("num_env_steps_sampled_lifetime"),
-        "episodes": runners.get("num_episodes_lifetime"),
-        "success_rate": runners.get("success_rate"),
-        "episode_return_mean": runners.get("episode_return_mean"),
-        "episode_length_mean": runners.get("episode_len_mean"),
-        "policy_loss": learner.get("policy_loss", learner.get("mean_pi_loss")),
-        "total_loss": learner.get("total_loss"),
-        "entropy": learner.get("entropy"),
-        "grad_norm": learner.get(
-            "gradients_policy_global_norm", learner.get("gradients_default_optimizer_global_norm")
-        ),
-        **(learner.get("sgrl") or {}),
-        **_means(runners),
-    }
-    if not learner:
-        info = (result.get("info") or {}).get("learner", {}).get("default_policy", {})
-        stats = info.get("learner_stats") or {}
-        found |= {key: stats.get(key) for key in ("policy_loss", "total_loss", "entropy")}
-        found["grad_norm"] = stats.get("grad_gnorm")
-    interval = (result.get("config") or {}).get("evaluation_interval")
-    # In between, RLlib repeats the last evaluation's results.
-    if interval and iteration % interval == 0:
-        evaluation = (result.get("evaluation") or {}).get("env_runners") or {}
-        found["eval_reward"] = _means(evaluation).get("episode_return_mean")
-    return {column: float(value) for column, value in found.items() if value is not None}
-
-
-def _means(runners: Mapping) -> dict[str, float]:
-    """Means over the episodes that `StockRunner` has summed up; NaN where none has ended."""
-    sums = runners.get("sgrl")
-    if not sums:
-        return {}
-    count = sums["episodes"]
-    names = {
-        "return_sum": "episode_return_mean",
-        "length_sum": "episode_length_mean",
-        "success_sum": "success_rate",
-    }
-    return {
-        mean: sums[name] / count if count else math.nan
-        for name, mean in names.items()
-        if name in sums
-    }
 
 
 def _header(path: Path) -> tuple[str, ...] | None:

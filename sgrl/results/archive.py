@@ -9,7 +9,7 @@ were, and
 - `<trial>/checkpoints/NNNNNN/`: final policies of chosen trials, at the paths where the sweep had
   them, `policy.safetensors` and `policy.json` only.
 
-Everything that reads results reads an archive too: `sgrl.tuning.storage.reading` unpacks it into a
+Everything that reads results reads an archive too: `sgrl.results.storage.reading` unpacks it into a
 folder of the usual kind. An archive cannot be resumed.
 """
 
@@ -28,13 +28,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sgrl.commands import command
-from sgrl.tuning.checkpoints import (
-    newest_valid_checkpoint,
-    write_checkpoint,
-    write_text,
-)
-from sgrl.tuning.experiment import ExperimentError, dump_yaml, planned_trials
-from sgrl.tuning.metrics import (
+from sgrl.results.checkpoints import newest_valid_checkpoint, write_checkpoint, write_text
+from sgrl.results.metrics import (
     COLUMNS,
     EVALUATION_COLUMNS,
     INTEGER_COLUMNS,
@@ -43,10 +38,11 @@ from sgrl.tuning.metrics import (
     read_metrics,
     write_rows,
 )
-from sgrl.tuning.provenance import PROVENANCE_FILE, read_starts
-from sgrl.tuning.status import EXPERIMENT_FILE, folder_problems, read_status
-from sgrl.tuning.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
-from sgrl.tuning.storage import StorageError, is_archive
+from sgrl.results.provenance import PROVENANCE_FILE, read_starts
+from sgrl.results.status import EXPERIMENT_FILE, folder_problems, read_status
+from sgrl.results.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
+from sgrl.results.storage import StorageError, is_archive
+from sgrl.tuning.experiment import ExperimentError, dump_yaml, planned_trials
 
 FORMAT = 1
 METRICS_FILE = "metrics.parquet"
@@ -71,7 +67,7 @@ class ArchivedTrial(NamedTuple):
         name: of the trial, as its folder was called.
         config: what config.yaml said.
         status: what status.json said.
-        starts: what provenance.json said, see `sgrl.tuning.provenance.record_start`.
+        starts: what provenance.json said, see `sgrl.results.provenance.record_start`.
         rows: what metrics.csv said, in the precision of the archive.
     """
 
