@@ -12,16 +12,8 @@ from PIL import Image
 from popgym.core.maze import Cell
 from typer.testing import CliRunner
 
-from sgrl.analysis.render import (
-    AGENT_COLOUR,
-    CELL_COLOURS,
-    BanditEpisode,
-    Episode,
-    LabyrinthDrawing,
-    LabyrinthEpisode,
-    record_episode,
-    write_episode,
-)
+from sgrl.analysis.episodes import BanditEpisode, Episode, LabyrinthEpisode, record_episode
+from sgrl.analysis.render import AGENT_COLOUR, CELL_COLOURS, LabyrinthDrawing, write_episode
 from sgrl.cli import app
 from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn.policies import load_policy, make_policy, save_policy

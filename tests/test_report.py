@@ -13,10 +13,12 @@ from browser import EXECUTABLE, Browser
 from sweeps import make_older
 from typer.testing import CliRunner
 
-from sgrl.analysis import report
-from sgrl.analysis.report import cells, compare, read_section, write_report
-from sgrl.analysis.statistics import at_points, best_learning_rates, compare_methods, compare_pairs
-from sgrl.analysis.tables import write_expert_network
+from sgrl.analysis import pages, report
+from sgrl.analysis.compare import compare
+from sgrl.analysis.comparison import at_points, best_learning_rates, compare_methods, compare_pairs
+from sgrl.analysis.outputs import write_expert_network
+from sgrl.analysis.report import read_section, write_report
+from sgrl.analysis.tables import cells
 from sgrl.cli import app
 from sgrl.nn.policies import load_policy, policy_parameters
 from sgrl.results.metrics import AXES, read_metrics
@@ -336,7 +338,7 @@ def test_markdown_and_latex(sweep, tmp_path, monkeypatch):
     tex = path.read_text()
     assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 4
     assert "sparsenet\\_sgprop" in tex
-    assert report._latex_row(["a_b", "0.5 ± 0.1"]) == "a\\_b & 0.5 $\\pm$ 0.1 \\\\"
+    assert pages._latex_row(["a_b", "0.5 ± 0.1"]) == "a\\_b & 0.5 $\\pm$ 0.1 \\\\"
     assert all(line.startswith("%") for line in tex.splitlines() if "Confounded" in line)
     for line in re.findall(r"\\midrule\n(.*?)\\bottomrule", tex, flags=re.DOTALL)[0].splitlines():
         assert line.count(" & ") == 8

@@ -14,16 +14,11 @@ import yaml
 from rich.console import Console
 
 from sgrl.analysis import figures
-from sgrl.analysis.figures import (
-    COLOURS,
-    learning_curves,
-    method_styles,
-    performance_profiles,
-    scores_against,
-)
+from sgrl.analysis.comparison import best_learning_rates, compare_methods
+from sgrl.analysis.figures import learning_curves, performance_profiles, scores_against
+from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
-from sgrl.analysis.statistics import best_learning_rates, compare_methods
-from sgrl.analysis.tables import write_comparison
+from sgrl.analysis.style import COLOURS, method_styles
 from sgrl.results.metrics import append_row, read_metrics, score
 from sgrl.results.runs import (
     DEFAULT_BATCHES,
@@ -289,7 +284,7 @@ def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
     """Fewer are drawn themselves, and the caption says so."""
     drawn = []
     monkeypatch.setattr(
-        figures, "_save", lambda figure, path, note, legend=None: drawn.append((figure, note))
+        figures, "save", lambda figure, path, note, legend=None: drawn.append((figure, note))
     )
     results = load_results(write_results(tmp_path / "results", seeds=seeds))
     learning_curves(results, tmp_path / "curves.png")

@@ -8,29 +8,33 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from sgrl.analysis.statistics import (
-    _critical_wins,
-    _median_bounds,
-    _wilson,
-    _wins,
+from sgrl.analysis.comparison import (
     at_points,
     best_learning_rates,
     by_task,
     compare_methods,
     compare_pairs,
     confounding,
+)
+from sgrl.analysis.rank_test import (
+    _critical_wins,
     detectable_difference,
     holm,
+    rank_test,
+    seeds_needed,
+    smallest_p,
+)
+from sgrl.analysis.statistics import (
+    _median_bounds,
+    _wilson,
     interquartile_mean,
     median_interval,
     performance_profile,
     probability_of_improvement,
-    rank_test,
     sample_efficiency,
-    seeds_needed,
     sem,
-    smallest_p,
     steps_to_threshold,
+    win_share,
 )
 
 
@@ -84,14 +88,15 @@ def test_intervals_cover_of_skewed_scores(name: str) -> None:
         "normal": lambda g, shape: median + 0.2 * g.standard_normal(shape),
     }
     truths = {
-        other: _wins(many[None], rule(generator, (1, 400_000)))[0] for other, rule in others.items()
+        other: win_share(many[None], rule(generator, (1, 400_000)))[0]
+        for other, rule in others.items()
     }
     for n in (5, 6, 10, 20):
         scores = draw(generator, (4000, n))
         assert covers(*_median_bounds(scores), median, 4000), n
         wins = {}
         for other, rule in others.items():
-            wins[other] = _wins(draw(generator, (4000, n)), rule(generator, (4000, n)))
+            wins[other] = win_share(draw(generator, (4000, n)), rule(generator, (4000, n)))
             assert covers(*_wilson(wins[other], n), truths[other], 4000), (n, other)
         mean, truth = np.mean([*wins.values()], axis=0), np.mean([*truths.values()])
         assert covers(*_wilson(mean, 3 * n), truth, 4000), n
@@ -229,7 +234,7 @@ def test_critical_wins_are_those_of_the_test() -> None:
         critical = _critical_wins(sizes, seed=0)
         for _ in range(60):
             pairs = [(generator.normal(0.7, 1, n), generator.normal(size=m)) for n, m in sizes]
-            wins = abs(np.mean([_wins(x, y) for x, y in pairs]) - 0.5) + 0.5
+            wins = abs(np.mean([win_share(x, y) for x, y in pairs]) - 0.5) + 0.5
             # Of several tasks with many runs both come from random permutations, and differ a
             # little.
             if len(sizes) == 1 or sizes[0] == (3, 2) or abs(wins - critical) > 0.02:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from sgrl.analysis.comparison import compare_methods
+from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
-from sgrl.analysis.statistics import compare_methods
-from sgrl.analysis.tables import write_comparison
 from sgrl.cli import app
 from sgrl.results.metrics import append_row, is_taken
 from sgrl.results.runs import ResultsError, load_results

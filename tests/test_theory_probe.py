@@ -17,7 +17,7 @@ from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sgrl.analysis.tables import write_probe
+from sgrl.analysis.outputs import write_probe
 from sgrl.cli import app
 from sgrl.envs.mnist import load as load_mnist
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES

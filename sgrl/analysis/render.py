@@ -1,26 +1,15 @@
-"""One episode of a trained policy, to watch: an animation (GIF) or a filmstrip (PNG).
+"""Drawings of an episode: an animation (GIF) or a filmstrip (PNG).
 
-    episode = record_episode("results/NAME/TRIAL/checkpoints/000100", seed=0, number=3)
-    write_episode(episode, Path("episode.gif"))
-
-`record_episode` plays the very episode that `sgrl evaluate` plays, the same maze and the same
-sampled actions, and returns all that there is to show as arrays; drawing only draws them. Neither
-needs Ray.
+episode = record_episode("results/NAME/TRIAL/checkpoints/000100", seed=0, number=3)
+write_episode(episode, Path("episode.gif"))
 """
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -28,212 +17,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from popgym.core.maze import Actions, Cell
 
-from sgrl.analysis.figures import method_styles
-from sgrl.envs.labyrinth import VectorLabyrinth
-from sgrl.envs.registry import (
-    ENVIRONMENTS,
-    evaluation_config,
-    make_vector,
-    validate_env_config,
-)
-from sgrl.nn.policy import Policy
-from sgrl.nn.recurrent import SparseRNN
-from sgrl.results.checkpoints import open_policy
-from sgrl.results.evaluation import EVALUATION_BATCH, evaluation_rollout
+from sgrl.analysis.episodes import BanditEpisode, LabyrinthEpisode, RenderError
+from sgrl.analysis.style import method_styles
 
 SUFFIXES = (".gif", ".png")
 #: Of walls, free cells, the start and the goal, in the order of `Cell`.
 CELL_COLOURS = ["#FFFFFF", "#4D4D4D", "#D9D9D9", "#F0E442"]
 AGENT_COLOUR = "#D55E00"
-#: The last frame of an animation stays so many seconds.
+_AGENT: dict[str, Any] = {"color": AGENT_COLOUR, "markeredgecolor": "white", "markeredgewidth": 1.2}
+#: How long an animation shows its last frame.
 LAST_FRAME_SECONDS = 2.0
 
 
-class RenderError(Exception):
-    """An episode cannot be drawn; the message is one line that says what to do."""
-
-
-# ---------------------------------------------------------------- what happened
-
-
-@dataclass(frozen=True)
-class Episode:
-    """S steps of one policy in one environment with A actions.
-
-    Attributes:
-        method: the policy, by the name that experiments give it.
-        env: the environment's name.
-        seed, number: it is episode `number`, from 0, of `sgrl evaluate --seed SEED`.
-        observations: float32 [S + 1, F], the last one after the last step.
-        actions: int64 [S].
-        rewards: float32 [S].
-        probabilities: the policy's, float32 [S, A].
-        success: whether the episode ended in success.
-        mixing_weights: lambda of each neuron, [layers, W]; None unless the policy uses sgprop.
-    """
-
-    method: str
-    env: str
-    seed: int
-    number: int
-    observations: NDArray[np.float32]
-    actions: NDArray[np.int64]
-    rewards: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    success: bool
-    mixing_weights: NDArray[np.float32] | None
-
-    @property
-    def title(self) -> str:
-        """What it is and how it ended."""
-        end = "success" if self.success else "no success"
-        return f"{self.method}, {self.env}, seed {self.seed}, episode {self.number}: {end}"
-
-
-@dataclass(frozen=True)
-class LabyrinthEpisode(Episode):
-    """An episode in a maze.
-
-    Attributes:
-        maze: `Cell` codes, int8 [H, W], borders included.
-        positions: row and column of the agent, at first and after each step, [S + 1, 2].
-        seen: the cells in its view, [S + 1, 3, 3]: indices into the maze row by row, H * W where
-            the view is padded.
-        views: their codes as the policy reads them, int8 [S + 1, 3, 3].
-        hidden: output of the policy's core at each step, [S, W, N]; of a dense core [S, H, 1].
-        memory: whether the core has memory, and `hidden` is its state.
-    """
-
-    maze: NDArray[np.int8]
-    positions: NDArray[np.int64]
-    seen: NDArray[np.int64]
-    views: NDArray[np.int8]
-    hidden: NDArray[np.float32]
-    memory: bool
-
-
-@dataclass(frozen=True)
-class BanditEpisode(Episode):
-    """The only step of a bandit: an image and a guess.
-
-    Attributes:
-        classes: the digits that the actions stand for, A of them.
-        right: the action that is right.
-    """
-
-    classes: list[int]
-    right: int
-
-
-def record_episode(
-    checkpoint: str | Path, seed: int = 0, number: int = 0
-) -> LabyrinthEpisode | BanditEpisode:
-    """Play episode `number` of `sgrl evaluate CHECKPOINT --seed SEED`, without Ray or pickle.
-
-    Evaluation plays a hundred episodes side by side, their actions drawn together; so does this.
+def check_out(out: Path) -> None:
+    """Check that a drawing can be written to a file, and create its folder.
 
     Args:
-        checkpoint: as in `open_policy`.
-        seed: as in `evaluate`.
-        number: which of evaluation's episodes, from 0.
+        out: the file.
 
     Raises:
-        CheckpointError: as `open_policy`.
-        DataError: the bandit's images cannot be had.
-        RenderError: there is no drawing of its environment.
+        RenderError: the name has another suffix, or the folder cannot be created.
     """
-    policy, environment = open_policy(Path(checkpoint))
-    env, place = environment["env"], number % EVALUATION_BATCH
-    if env not in ENVIRONMENTS:
-        drawn = ", ".join(ENVIRONMENTS)
-        raise RenderError(f"{checkpoint}: episodes of {env} are not drawn, only those of {drawn}")
-    rollout = evaluation_rollout(policy, environment, seed + number - place)
-    with contextlib.closing(rollout.env):
-        batch = rollout.collect()
-    assert batch.success is not None  # all that are drawn know success
-    steps = int(batch.lengths[place])
-    actions = batch.actions[:steps, place].numpy()
-    observations = batch.observations[:steps, place : place + 1]
-    with torch.inference_mode():
-        inputs, state = observations.to(_dtype(policy)), policy.initial_state(1)
-        hidden, _ = policy.run_core(policy.encoder(inputs), state, None)
-        probabilities = policy(inputs).logits.softmax(-1)
-    core: Any = getattr(policy, "core", None)
-    shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
-    if hidden.shape[-1] == shape[0] * shape[1]:
-        hidden = hidden.unflatten(-1, shape)
-    else:
-        hidden = hidden.unsqueeze(-1)
-
-    # The episode once more, alone, for what observations do not tell.
-    settings = evaluation_config(env, environment["env_config"]) | {"vectorized": True}
-    environment_seed = rollout.seed * rollout.env.seed_spacing + place
-    shared: dict[str, Any] = {
-        "method": method_name(policy),
-        "env": env,
-        "seed": seed,
-        "number": number,
-        "actions": actions,
-        "rewards": batch.rewards[:steps, place].numpy(),
-        "probabilities": probabilities[:, 0].float().numpy(),
-        "success": bool(batch.success[place]),
-        "mixing_weights": _mixing_weights(core),
-    }
-    if env == "mnist_bandit":
-        vector = make_vector(env, policy.num_actions, settings)
-        vector.reset([environment_seed] * policy.num_actions)
-        right = vector.step(np.arange(policy.num_actions)).success
-        assert right is not None
-        return BanditEpisode(
-            **shared,
-            observations=batch.observations[:1, place].numpy(),
-            classes=validate_env_config(env, settings)["classes"],
-            right=int(right.argmax()),
-        )
-    labyrinth = make_vector(env, 1, settings)
-    assert isinstance(labyrinth, VectorLabyrinth)
-    seen_observations = [labyrinth.reset([environment_seed])[0]]
-    positions, seen = [labyrinth.position(0)], [labyrinth.seen(0)]
-    for action in actions:
-        seen_observations.append(labyrinth.step(action[None]).observations[0])
-        positions.append(labyrinth.position(0))
-        seen.append(labyrinth.seen(0))
-    all_observations = np.stack(seen_observations)
-    one_hot = all_observations[:, : 9 * len(Cell)].reshape(-1, 3, 3, len(Cell))
-    return LabyrinthEpisode(
-        **shared,
-        observations=all_observations,
-        maze=labyrinth.maze(0),
-        positions=np.array(positions),
-        seen=np.stack(seen),
-        views=one_hot.argmax(-1).astype(np.int8),
-        hidden=hidden[:, 0].float().numpy(),
-        memory=bool(state),
-    )
-
-
-def _dtype(policy: Policy) -> torch.dtype:
-    return next(policy.parameters()).dtype
-
-
-def method_name(policy: Policy) -> str:
-    """The name that the shipped experiments give a policy, and figures its colour by."""
-    name = {"sparse_mlp": "sparse"}.get(policy.name, policy.name)
-    propagation = getattr(policy.settings, "propagation", None)
-    return f"{name}_{propagation}" if propagation else name
-
-
-def _mixing_weights(core: Any) -> NDArray[np.float32] | None:
-    weights = getattr(core, "mixing_weights", [])
-    return np.stack([values.float().numpy() for values in weights]) if weights else None
-
-
-# ---------------------------------------------------------------- files
-
-
-def check_out(out: Path) -> None:
-    """Raise RenderError unless the file's name says what to write, and its folder is or can be
-    made."""
     if out.suffix.lower() not in SUFFIXES:
         raise RenderError(f"{out}: give a name that ends in {' or '.join(SUFFIXES)}")
     if out.is_dir():
@@ -251,18 +55,18 @@ def write_episode(
     frames: int = 6,
     advance: Callable[[int], object] = lambda total: None,
 ) -> None:
-    """Draw an episode into a file.
+    """Draw an episode to a file.
 
     Args:
         episode: from `record_episode`.
-        out: `.gif`: an animation with a frame before each step and one after the last; `.png`:
-            a filmstrip of evenly spaced steps. A bandit's only step makes a `.png`.
-        fps: steps a second in the animation, at most 50.
+        out: `.gif` for an animation with a frame before each step and one after the last, `.png`
+            for a filmstrip of evenly spaced steps. A bandit's single step can only be a `.png`.
+        fps: steps per second in the animation, at most 50.
         frames: pictures in the filmstrip.
-        advance: called after each picture with how many there are.
+        advance: called after each picture with the total number of pictures.
 
     Raises:
-        RenderError: a name of another kind, or a file that cannot be written.
+        RenderError: the name has another suffix, or the file cannot be written.
     """
     check_out(out)
     animated = out.suffix.lower() == ".gif"
@@ -297,7 +101,7 @@ def write_episode(
 
 
 def _write_gif(pictures: list[Image.Image], file: Any, fps: int) -> None:
-    # One palette for all frames, from the first, a middle and the last one: colours do not flicker.
+    # One palette for all frames, from the first, middle and last one, so that nothing flickers.
     samples = [pictures[0], pictures[len(pictures) // 2], pictures[-1]]
     palette = _tile(samples).quantize(255, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pictures]
@@ -314,7 +118,7 @@ def _write_gif(pictures: list[Image.Image], file: Any, fps: int) -> None:
 
 
 def _tile(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size, two in a row."""
+    """Arrange pictures of one size, two in a row."""
     width, height = pictures[0].size
     columns = min(2, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -324,13 +128,13 @@ def _tile(pictures: list[Image.Image]) -> Image.Image:
     return tiled
 
 
-# ---------------------------------------------------------------- pictures
-
-
 class LabyrinthDrawing:
-    """The picture of each step of an episode.
+    """Draws the steps of an episode.
 
-    What does not change is drawn once; each step draws the rest over it.
+    The parts that do not change are drawn once; each step draws the others on top.
+
+    Args:
+        episode: the episode.
 
     Attributes:
         maze: the axes of the maze; cell (row, column) is at (column, row) in its data.
@@ -353,15 +157,23 @@ class LabyrinthDrawing:
         self.still = self.canvas.copy_from_bbox(self.figure.bbox)
 
     def close(self) -> None:
+        """Free the figure."""
         plt.close(self.figure)
 
     def draw(self, step: int) -> Image.Image:
-        """The picture before `step`, or, with as many steps as there are, after the last."""
+        """Draw the state before a step.
+
+        Args:
+            step: from 0; the number of steps for the state after the last one.
+
+        Returns:
+            The picture.
+        """
         self._update(step)
         self.canvas.restore_region(self.still)
         for artist in self.moving:
             artist.axes.draw_artist(artist) if artist.axes else self.figure.draw_artist(artist)
-        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+        return _picture(self.canvas)
 
     def _titles(self) -> None:
         self.figure.text(0.02, 0.945, self.episode.title, fontsize=12, weight="bold")
@@ -378,7 +190,7 @@ class LabyrinthDrawing:
             for row, column in np.argwhere(episode.maze == code):
                 corner = (column - 0.44, row - 0.44)
                 self.maze.text(*corner, letter, ha="left", va="top", fontsize=min(9, 0.6 * size))
-        # What it sees, legible on walls too.
+        # The outline of its view, with a border that is visible on walls.
         self.outline = Rectangle((0, 0), 1, 1, fill=False, edgecolor="black", lw=1.5, ls=":")
         self.outline.set_path_effects([withStroke(linewidth=3, foreground="white")])
         self.maze.add_patch(self.outline)
@@ -419,7 +231,7 @@ class LabyrinthDrawing:
         axes.set_xlabel("step", fontsize=9, labelpad=1)
         axes.set_ylabel("neuron" if size > 1 else "unit", fontsize=9, labelpad=1)
         axes.tick_params(labelsize=8)
-        # A row for each number of the state; the axis counts neurons.
+        # One row per component of the state; the axis counts neurons.
         rows = episode.hidden.reshape(steps, -1).T
         self.rows = np.ma.masked_array(rows, mask=True)
         limit = max(float(np.percentile(np.abs(rows), 99)), 1e-6)
@@ -501,9 +313,6 @@ class LabyrinthDrawing:
         self.now.set_data([acted - 1, acted - 1], self.hidden.axes.get_ylim())
 
 
-_AGENT: dict[str, Any] = {"color": AGENT_COLOUR, "markeredgecolor": "white", "markeredgewidth": 1.2}
-
-
 def _show_cells(axes: Any, cells: NDArray[np.int8]) -> Any:
     count = len(CELL_COLOURS)
     image = axes.imshow(
@@ -521,7 +330,14 @@ def _show_cells(axes: Any, cells: NDArray[np.int8]) -> Any:
 
 
 def draw_bandit(episode: BanditEpisode) -> Image.Image:
-    """The image, the probability of each class, and the mixing weights of each layer."""
+    """Draw a bandit's image, the probability of each class, and each layer's mixing weights.
+
+    Args:
+        episode: the episode.
+
+    Returns:
+        The picture.
+    """
     colour = method_styles([episode.method])[episode.method]["color"]
     weights = episode.mixing_weights
     figure, axes = plt.subplots(1, 2 if weights is None else 3, figsize=(9.6, 3.4), dpi=100)
@@ -548,7 +364,10 @@ def draw_bandit(episode: BanditEpisode) -> Image.Image:
         axes[2].spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.canvas.draw()
-    canvas: Any = figure.canvas
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    picture = _picture(figure.canvas)
     plt.close(figure)
     return picture
+
+
+def _picture(canvas: Any) -> Image.Image:
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -1,76 +1,78 @@
-"""What a sweep or a simulation leaves at its end: a table on the terminal, a CSV and figures."""
-
-from collections.abc import Sequence
-from pathlib import Path
+"""Tables for terminals and pages, and the text in their cells."""
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.figures import expert_ratios, learning_curves, plain, probe_errors
-from sgrl.analysis.statistics import (
-    INTERVAL_SEEDS,
-    at_points,
-    by_task,
-    compare_methods,
-    confounding,
-    measure_of,
-    sem,
-)
+from sgrl.analysis.comparison import at_points, measure_of, plain
+from sgrl.analysis.rank_test import MOST_SEEDS
+from sgrl.analysis.statistics import INTERVAL_SEEDS, sem
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
-from sgrl.results.runs import load_results
-from sgrl.theory.expert_network import Result
-from sgrl.theory.probe import Report
+from sgrl.results.runs import Results
+
+#: A table with its title and a note.
+Titled = tuple[str, str, Table]
 
 
-def write_comparison(
-    directory: str | Path, console: Console | None = None, shown_as: str | None = None
-) -> pd.DataFrame:
-    """Compare the methods of a sweep: print the table, and write `comparison.csv` and
-    `figures/success_rate.png` (or of another measure) into its folder, which the lines printed
-    call `shown_as`.
+# ---------------------------------------------------------------- printing
 
-    Returns the table (see `compare_methods`). Raises ResultsError where there are no results.
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines of text as they are, whatever the terminal's width.
+
+    Args:
+        console: where to print them.
+        lines: the lines.
     """
-    directory = Path(directory)
-    console = console or Console()
-    results = load_results(directory)
-    comparison = compare_methods(results.trials)
-    comparison.to_csv(directory / "comparison.csv", index=False)
-    figure = learning_curves(results, directory / "figures" / f"{results.measure}.png")
-    count = MEASURES[results.measure]
-    last = "the last evaluation" if count == 1 else f"the last {count} batches"
-    console.print(
-        f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC over "
-        "environment steps: mean ± SEM over completed trials"
-    )
-    # More columns than the terminal is wide are wrapped by it, not cut.
-    wide = Console(width=10_000, file=console.file)
-    wide.print(comparison_table(comparison, results.trials), crop=False)
-    for line in filter(None, [few_seeds(comparison), *confounding(by_task(results.trials))]):
-        console.print(line, soft_wrap=True, highlight=False)
-    for problem in results.problems:
-        console.print(problem, soft_wrap=True, highlight=False, markup=False)
-    for path in (directory / "comparison.csv", figure):
-        name = f"{shown_as or directory}/{path.relative_to(directory).as_posix()}"
-        console.print(f"written: {name}", soft_wrap=True, highlight=False)
-    return comparison
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table in full: the terminal wraps lines that are too long, and no cell is cut.
+
+    Args:
+        table: the table, whose look is changed to that of a terminal.
+        console: where to print it.
+    """
+    table.box, table.padding, table.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
+    Console(width=10_000, file=console.file).print(table, crop=False, highlight=False)
+
+
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return the text of a table.
+
+    Args:
+        table: the table.
+
+    Returns:
+        The cells of its header, and those of each row.
+    """
+    header = [str(column.header) for column in table.columns]
+    rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    return header, [list(row) for row in rows]
+
+
+# ---------------------------------------------------------------- scores of methods
 
 
 def comparison_table(comparison: pd.DataFrame, trials: pd.DataFrame) -> Table:
-    """The comparison for a terminal: mean ± SEM over completed trials, or the seeds' own scores."""
+    """Tabulate methods: mean ± SEM over completed trials, or the seeds' own scores.
+
+    Args:
+        comparison: from `comparison.compare_methods`.
+        trials: the trials that it summarises.
+
+    Returns:
+        The table, one row per method and swept point.
+    """
     swept = comparison.attrs.get("swept", [])
     counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("method", no_wrap=True)
+    table = Table("method")
     measure = measure_of(comparison)
     for name in [*swept, *counts, MEASURE_NAMES[measure], "AUC"]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for _, row in comparison.iterrows():
         scores = (seeds_of(trials, row, name) for name in (f"final_{measure}", "auc"))
         table.add_row(
@@ -82,18 +84,30 @@ def comparison_table(comparison: pd.DataFrame, trials: pd.DataFrame) -> Table:
     return table
 
 
-def _short(ratio: float) -> str:
-    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
-
-
 def seeds_of(trials: pd.DataFrame, point: pd.Series, score: str) -> pd.Series:
-    """A score of the completed trials at the method and swept point that is `point`."""
+    """Return a score of the completed trials at one method and swept point.
+
+    Args:
+        trials: from `runs.load_results`.
+        point: a row with a method and the swept values.
+        score: "auc" or the final score's column.
+
+    Returns:
+        The scores, without NaN.
+    """
     chosen = at_points(trials, pd.DataFrame([point]))
     return chosen[score][chosen["state"] == "completed"].dropna()
 
 
 def score_text(*tasks: pd.Series) -> str:
-    """Mean ± SEM of all scores; where a task has fewer than five, the mean and the scores."""
+    """Format scores: mean ± SEM, or with fewer than five seeds in a task the mean and the scores.
+
+    Args:
+        tasks: the scores of each task.
+
+    Returns:
+        The text; "-" without scores.
+    """
     scores = pd.concat([task.dropna() for task in tasks])
     if scores.empty:
         return "-"
@@ -105,88 +119,197 @@ def score_text(*tasks: pd.Series) -> str:
     return f"{scores.mean():.3f} (seeds {own})"
 
 
+def interval_text(row: dict, name: str) -> str:
+    """Format an estimate with its 95% interval, if there is one.
+
+    Args:
+        row: with the columns NAME, NAME_ci_low and NAME_ci_high.
+        name: of the estimate.
+
+    Returns:
+        The text; "-" for NaN.
+    """
+    if pd.isna(row[name]):
+        return "-"
+    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    return f"{row[name]:.3f}" + ("" if pd.isna(low) else f" [{low:.3f}, {high:.3f}]")
+
+
 def few_seeds(comparison: pd.DataFrame) -> str:
-    """What to say where a row of `compare_methods` has fewer than five completed trials."""
+    """Explain rows with fewer than five completed trials.
+
+    Args:
+        comparison: from `comparison.compare_methods`.
+
+    Returns:
+        A sentence; empty if there are no such rows.
+    """
     if (comparison["trials"] >= INTERVAL_SEEDS).all():
         return ""
     return "Of fewer than five seeds their own scores are shown, and no SEM or interval."
 
 
-def print_table(title: str, note: str, table: Table, console: Console | None = None) -> None:
-    """Print a table of a report; more than the terminal is wide is wrapped by it, not cut."""
-    console = console or Console()
-    table.box, table.padding, table.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
-    console.print(title, style="bold", highlight=False)
-    Console(width=10_000, file=console.file).print(table, crop=False, highlight=False)
-    if note:
-        console.print(note, style="dim", highlight=False)
-    console.print()
+def final_note(results: Results) -> str:
+    """Explain the final score.
 
+    Args:
+        results: from `runs.load_results`.
 
-def write_expert_network(
-    results: Sequence[Result], directory: Path, console: Console | None = None
-) -> pd.DataFrame:
-    """Print the expert simulation's tables, and write `expert_network.csv` and one figure a case,
-    `ratio_<case>.png`, into a folder that exists.
-
-    Returns the frame that the CSV holds, one row a result.
+    Returns:
+        A sentence.
     """
-    console = console or Console()
-    frame = pd.DataFrame(results, columns=Result._fields)
-    frame.to_csv(directory / "expert_network.csv", index=False)
-    cases = list(frame["case"].unique())
-    figures = [expert_ratios(frame, case, directory / f"ratio_{case}.png") for case in cases]
+    if results.measure == "eval_reward":
+        return "Final: the last evaluation's test reward."
+    name, count = MEASURE_NAMES[results.measure], MEASURES[results.measure]
+    return f"Final: the mean {name} over the last {count} batches."
 
-    inside = within_interval(frame)
-    console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
-    # More columns than the terminal is wide are wrapped by it, not cut.
-    console.print(ratio_table(frame, inside), width=10_000, crop=False)
-    largest = frame[(frame["d"] == frame["d"].max()) & (frame["k"] == frame["k"].min())]
-    for row in largest[largest["n"] == frame["n"].min()].itertuples():
-        console.print(
-            f"{row.case}, d = {row.d}, k = {row.k}, n = {row.n}: ratio {_short(row.ratio)}, "
-            f"95% interval {_short(row.ratio_ci_low)} to {_short(row.ratio_ci_high)}, "
-            f"theory {2 ** (row.d - row.k)}",
-            soft_wrap=True,
-            highlight=False,
+
+# ---------------------------------------------------------------- methods against each other
+
+
+def pairs_table(pairs: pd.DataFrame) -> Table:
+    """Tabulate methods against each other.
+
+    Args:
+        pairs: from `comparison.compare_pairs`.
+
+    Returns:
+        The table, one row per pair.
+    """
+    table = Table("first", "second", "trials", *judgement_names(pairs))
+    for row in pairs.to_dict("records"):
+        table.add_row(
+            row["first"],
+            row["second"],
+            f"{row['first_trials']} and {row['second_trials']}",
+            *judgement(row),
         )
-    console.print(
-        f"2^(d-k) is inside the 95% interval in {inside.sum()} of {len(frame)} cells "
-        f"({inside.mean():.1%})",
-        soft_wrap=True,
-        highlight=False,
+    return table
+
+
+def judgement_names(pairs: pd.DataFrame) -> list[str]:
+    """Name the columns that judge a pair.
+
+    Args:
+        pairs: from `comparison.compare_pairs` or `comparison.compare_experiments`.
+
+    Returns:
+        The headers of the cells of `judgement`.
+    """
+    needed = ["seeds needed"] if "seeds_needed" in pairs else []
+    return ["difference", "P(first better)", "p", "p (Holm)", "detectable", *needed, "verdict"]
+
+
+def judgement(row: dict) -> list[str]:
+    """Format how a pair is judged.
+
+    Args:
+        row: of `comparison.compare_pairs` or `comparison.compare_experiments`.
+
+    Returns:
+        The cells under `judgement_names`.
+    """
+    found = ["-" if pd.isna(row["difference"]) else f"{row['difference']:+.3f}"]
+    found.append(interval_text(row, "probability"))
+    found += ["-" if pd.isna(row[key]) else f"{row[key]:.3g}" for key in ("p", "p_holm")]
+    found.append(_finite(row["detectable_difference"], ".2g", "none"))
+    if "seeds_needed" in row:
+        found.append(_finite(row["seeds_needed"], ".0f", f"more than {MOST_SEEDS}"))
+    return [*found, row["verdict"] or "-"]
+
+
+def _finite(value: float, format: str, infinite: str) -> str:
+    if pd.isna(value):
+        return "-"
+    return infinite if value == float("inf") else f"{value:{format}}"
+
+
+def pairs_note(pairs: pd.DataFrame, chosen: bool) -> str:
+    """Explain a table of methods against each other.
+
+    Args:
+        pairs: from `comparison.compare_pairs` or `comparison.compare_experiments`.
+        chosen: whether learning rates were swept, of which each method's best was selected.
+
+    Returns:
+        The lines of the table's note.
+    """
+    at = "at the learning rates above" if chosen else "of all completed trials"
+    said = (
+        f"By AUC, {at}: the difference of the means, and the probability that a run of the first "
+        "beats one of the second (0.5: neither), with its 95% interval. p: the Mann-Whitney test "
+        "or, over several tasks, a permutation test within tasks; p (Holm) is corrected for all "
+        "rows. Detectable: the true difference that so many seeds find with power 0.8 at the 5% "
+        "level, simulated from the measured spread. No difference of so much or more: the test "
+        "rejects it either way."
     )
-    for path in (directory / "expert_network.csv", *figures):
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
-    return frame
+    few = pairs[(pairs["fewest_seeds"] < INTERVAL_SEEDS) & (pairs["tasks"] > 0)]
+    designs = few[["first_trials", "second_trials", "tasks", "smallest_p"]].drop_duplicates()
+    for row in designs.to_dict("records"):
+        over = f" in {row['tasks']} tasks" if row["tasks"] > 1 else ""
+        said += (
+            f"\nFewer than five seeds: no interval. {row['first_trials']} against "
+            f"{row['second_trials']} trials{over} cannot give a p below {row['smallest_p']:.2g}."
+        )
+    return said
+
+
+# ---------------------------------------------------------------- the expert network
 
 
 def within_interval(frame: pd.DataFrame) -> pd.Series:
-    """Whether the theory's 2^(d-k) lies inside each cell's interval."""
+    """Check whether 2^(d-k) (Theorem 5) lies inside each cell's interval.
+
+    Args:
+        frame: rows of `expert_network.csv`.
+
+    Returns:
+        One boolean a row.
+    """
     theory = 2.0 ** (frame["d"] - frame["k"])
     return (frame["ratio_ci_low"] <= theory) & (theory <= frame["ratio_ci_high"])
 
 
 def ratio_table(frame: pd.DataFrame, inside: pd.Series) -> Table:
-    """The ratios for a terminal: a row for each k, case and n, a column for each d."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("k", "case", "n"):
-        table.add_column(name, no_wrap=True)
+    """Tabulate ratios of errors.
+
+    Args:
+        frame: rows of `expert_network.csv`.
+        inside: from `within_interval`.
+
+    Returns:
+        The table, one row per k, case and n, one column per d.
+    """
     dimensions = sorted(frame["d"].unique())
+    table = Table("k", "case", "n")
     for d in dimensions:
-        table.add_column(f"d={d}", justify="right", no_wrap=True)
-    marked = frame["ratio"].map(_short) + inside.map({True: " ", False: "*"})
+        table.add_column(f"d={d}", justify="right")
+    marked = frame["ratio"].map(short) + inside.map({True: " ", False: "*"})
     for k in sorted(frame["k"].unique()):
         of_k = frame[frame["k"] == k]
-        table.add_row(str(k), "2^(d-k)", "", *(_short(2.0 ** (d - k)) + " " for d in dimensions))
+        table.add_row(str(k), "2^(d-k)", "", *(short(2.0 ** (d - k)) + " " for d in dimensions))
         for (case, n), row in of_k.groupby(["case", "n"], sort=False):
-            cells = dict(zip(row["d"], marked[row.index], strict=True))
-            table.add_row("", str(case), str(n), *(cells.get(d, "") for d in dimensions))
+            by_d = dict(zip(row["d"], marked[row.index], strict=True))
+            table.add_row("", str(case), str(n), *(by_d.get(d, "") for d in dimensions))
         table.add_section()
     return table
 
 
-#: Columns of the probe that its table shows, by what they are called there.
+def short(ratio: float) -> str:
+    """Format a ratio of errors in three digits, or as a whole number.
+
+    Args:
+        ratio: the ratio.
+
+    Returns:
+        The text.
+    """
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
+
+
+# ---------------------------------------------------------------- the probe
+
+#: Columns of the probe that its table shows, by their titles there.
 PROBE_ROWS = {
     "MSE of backprop": "mse_backprop",
     "  ECV share of variance": "ecv_share_backprop",
@@ -204,42 +327,20 @@ PROBE_ROWS = {
 }
 
 
-def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
-    """Print the probe's table, a column a layer, and write `neurons.csv`, `layers.csv` and
-    `probe.png` into a folder that exists.
-
-    Returns the frame that `layers.csv` holds.
-    """
-    console = console or Console()
-    neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
-    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
-    neurons.to_csv(paths[0], index=False)
-    layers.to_csv(paths[1], index=False)
-    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
-    console.print(
-        f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
-        "means over neurons, and 95% intervals",
-        soft_wrap=True,
-        highlight=False,
-    )
-    # A terminal that is narrower than the table wraps its lines; nothing is cut.
-    wide = Console(width=max(console.width, 28 + 24 * len(layers)), file=console.file)
-    wide.print(probe_table(layers), crop=False)
-    if not report.predictors:
-        console.print("a policy under backprop: there are no predictions to mix in")
-    for path in paths:
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
-    return layers
-
-
 def probe_table(layers: pd.DataFrame) -> Table:
-    """The layers' numbers for a terminal, each with its interval below it."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("layer", no_wrap=True)
+    """Tabulate the probe's results, each with its interval below it.
+
+    Args:
+        layers: rows of `layers.csv`.
+
+    Returns:
+        The table, one column per layer (and time step).
+    """
+    table = Table("layer")
     for row in layers.to_dict("records"):
         step = row.get("step", "")
         at = {"": "", "all": ", all steps"}.get(step, f", step {step}")
-        table.add_column(f"{row['layer']}{at}", justify="right", no_wrap=True)
+        table.add_column(f"{row['layer']}{at}", justify="right")
     for title, name in PROBE_ROWS.items():
         if layers[name].isna().all():
             continue

@@ -1,0 +1,134 @@
+"""What a sweep, a simulation and a probe write at their end: a table, CSVs and figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from sgrl.analysis.comparison import by_task, compare_methods, confounding
+from sgrl.analysis.figures import learning_curves
+from sgrl.analysis.tables import (
+    comparison_table,
+    few_seeds,
+    print_table,
+    probe_table,
+    ratio_table,
+    say,
+    short,
+    within_interval,
+)
+from sgrl.analysis.theory_figures import expert_ratios, probe_errors
+from sgrl.results.metrics import MEASURE_NAMES, MEASURES
+from sgrl.results.runs import load_results
+from sgrl.theory.expert_network import Result
+from sgrl.theory.probe import Report
+
+
+def write_comparison(
+    directory: str | Path, console: Console | None = None, shown_as: str | None = None
+) -> pd.DataFrame:
+    """Compare the methods of a sweep.
+
+    Prints a table, and writes `comparison.csv` and `figures/success_rate.png` (or that of another
+    measure) into the sweep's folder.
+
+    Args:
+        directory: the sweep's folder.
+        console: where to print; stdout by default.
+        shown_as: name of the folder in the lines printed, if it is a copy.
+
+    Returns:
+        The frame of `comparison.compare_methods`.
+
+    Raises:
+        ResultsError: there are no results.
+    """
+    directory = Path(directory)
+    console = console or Console()
+    results = load_results(directory)
+    comparison = compare_methods(results.trials)
+    comparison.to_csv(directory / "comparison.csv", index=False)
+    figure = learning_curves(results, directory / "figures" / f"{results.measure}.png")
+    count = MEASURES[results.measure]
+    last = "the last evaluation" if count == 1 else f"the last {count} batches"
+    console.print(
+        f"{MEASURE_NAMES[results.measure].capitalize()} of {last}, and AUC over "
+        "environment steps: mean ± SEM over completed trials"
+    )
+    print_table(comparison_table(comparison, results.trials), console)
+    say(console, *filter(None, [few_seeds(comparison), *confounding(by_task(results.trials))]))
+    say(console, *results.problems)
+    for path in (directory / "comparison.csv", figure):
+        say(console, f"written: {shown_as or directory}/{path.relative_to(directory).as_posix()}")
+    return comparison
+
+
+def write_expert_network(
+    results: Sequence[Result], directory: Path, console: Console | None = None
+) -> pd.DataFrame:
+    """Print the tables of an expert-network simulation, and write its results.
+
+    Writes `expert_network.csv` and for each case a figure `ratio_<case>.png`.
+
+    Args:
+        results: the simulation's cells.
+        directory: an existing folder.
+        console: where to print; stdout by default.
+
+    Returns:
+        The frame that the CSV holds, one row per result.
+    """
+    console = console or Console()
+    frame = pd.DataFrame(results, columns=Result._fields)
+    frame.to_csv(directory / "expert_network.csv", index=False)
+    cases = list(frame["case"].unique())
+    figures = [expert_ratios(frame, case, directory / f"ratio_{case}.png") for case in cases]
+
+    inside = within_interval(frame)
+    console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
+    print_table(ratio_table(frame, inside), console)
+    largest = frame[(frame["d"] == frame["d"].max()) & (frame["k"] == frame["k"].min())]
+    for row in largest[largest["n"] == frame["n"].min()].itertuples():
+        say(
+            console,
+            f"{row.case}, d = {row.d}, k = {row.k}, n = {row.n}: ratio {short(row.ratio)}, "
+            f"95% interval {short(row.ratio_ci_low)} to {short(row.ratio_ci_high)}, "
+            f"theory {2 ** (row.d - row.k)}",
+        )
+    say(
+        console,
+        f"2^(d-k) is inside the 95% interval in {inside.sum()} of {len(frame)} cells "
+        f"({inside.mean():.1%})",
+        *(f"written: {path}" for path in (directory / "expert_network.csv", *figures)),
+    )
+    return frame
+
+
+def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
+    """Print a probe's table, and write `neurons.csv`, `layers.csv` and `probe.png`.
+
+    Args:
+        report: from `sgrl.theory.probe.probe`.
+        directory: an existing folder.
+        console: where to print; stdout by default.
+
+    Returns:
+        The frame that `layers.csv` holds.
+    """
+    console = console or Console()
+    neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
+    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
+    neurons.to_csv(paths[0], index=False)
+    layers.to_csv(paths[1], index=False)
+    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
+    say(
+        console,
+        f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
+        "means over neurons, and 95% intervals",
+    )
+    print_table(probe_table(layers), console)
+    if not report.predictors:
+        console.print("a policy under backprop: there are no predictions to mix in")
+    say(console, *(f"written: {path}" for path in paths))
+    return layers

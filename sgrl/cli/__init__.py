@@ -1,0 +1,71 @@
+"""The `sgrl` command: thin commands over the other packages.
+
+Whatever a user can get wrong is one line on stderr and exit status 2. Ray and torch are imported
+inside the commands, so that `sgrl --help` answers at once.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from sgrl import __version__
+from sgrl.cli import data, policies, results, sweeps, theory
+
+app = typer.Typer(
+    help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    sweeps.sweep,
+    sweeps.resume,
+    sweeps.status,
+    results.report,
+    results.compare,
+    results.archive,
+    results.study,
+    results.verify,
+    policies.evaluate,
+    policies.render,
+    policies.bench,
+    theory.probe,
+):
+    app.command()(command)
+app.add_typer(theory.app, name="theory")
+app.add_typer(data.app, name="data")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sgrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Say which this is."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the `sgrl` command."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app()
+    except SystemExit as end:
+        if "--dry-run" not in sys.argv:
+            raise
+        # Nothing was started that would have to be shut down, and destroying RLlib's and torch's
+        # objects one by one would take a third of the command's time.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)

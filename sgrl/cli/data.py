@@ -1,0 +1,30 @@
+"""Commands that fetch data sets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgrl.cli.options import home
+from sgrl.cli.terminal import one_line_errors
+
+app = typer.Typer(help="Data sets.", no_args_is_help=True)
+
+
+@app.command()
+def mnist(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            callback=home,
+            help="Folder of the files; SGRL_DATA_DIR, or one under the user's cache.",
+        ),
+    ] = None,
+) -> None:
+    """Fetch MNIST, checked, and say where it is."""
+    from sgrl.envs.mnist import DataError, fetch
+    from sgrl.tuning.progress import progress_bar
+
+    with one_line_errors(DataError), progress_bar() as report:
+        folder = fetch(data_dir, report)
+    typer.echo(f"MNIST: {folder}")

@@ -1,0 +1,179 @@
+"""Commands that read results: reports, comparisons, archives and the study."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgrl.cli.options import Experiment, home, homes
+from sgrl.cli.terminal import one_line_errors
+
+Axis = Annotated[
+    str,
+    typer.Option(
+        "--x",
+        metavar="AXIS",
+        help="Of curves and AUC: env_steps, padded_env_steps, iteration, episodes or hours.",
+    ),
+]
+
+
+def report(
+    directories: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", callback=homes, help="As in results/quickstart."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(callback=home, help="File to write; DIR/report.html.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="html, markdown or latex.")] = "html",
+    threshold: Annotated[
+        float, typer.Option(help="Score that sample efficiency is counted to.")
+    ] = 0.5,
+    x: Axis = "env_steps",
+) -> None:
+    """Report on results folders, finished or not: tables, figures, and how to run them again."""
+    from sgrl.analysis.report import write_report
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import StorageError, is_address, is_archive, reading
+
+    with one_line_errors(ResultsError, StorageError), ExitStack() as stack:
+        if out is None and any(map(is_address, directories)):
+            raise ResultsError("say with --out where on this machine the report goes")
+        if out is None and is_archive(directories[0]):
+            out = Path(directories[0]) / "report.html"
+        if format != "html" and any(is_address(d) or is_archive(d) for d in directories):
+            raise ResultsError(f"a report in {format} refers to figures in the results: use html")
+        folders = [stack.enter_context(reading(directory)) for directory in directories]
+        path = write_report(
+            folders,
+            out,
+            format,
+            threshold,
+            lambda title: typer.echo(f"read: {title}"),
+            x,
+            directories,
+        )
+    typer.echo(f"written: {path}")
+
+
+def compare(
+    first: Experiment,
+    second: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="The other one, if there are two.")
+    ] = None,
+    plan: Annotated[
+        float | None,
+        typer.Option(metavar="DIFFERENCE", help="Say how many seeds find this difference of AUC."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(callback=home, help="CSV to write too.")] = None,
+    x: Axis = "env_steps",
+) -> None:
+    """Compare the methods of an experiment, or those of two, each with itself."""
+    from rich.console import Console
+
+    from sgrl.analysis.compare import compare as compare_results
+    from sgrl.analysis.tables import print_table
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import StorageError, reading
+
+    with one_line_errors(ResultsError, StorageError, OSError), ExitStack() as stack:
+        one = stack.enter_context(reading(first))
+        other = None if second is None else stack.enter_context(reading(second))
+        called = [first] if second is None else [first, second]
+        frame, tables = compare_results(one, other, plan, x, called)
+        console = Console()
+        for title, note, table in tables:
+            console.print(title, style="bold", highlight=False)
+            print_table(table, console)
+            console.print(f"{note}\n" if note else "", style="dim", highlight=False)
+        if out is not None:
+            out.write_text(frame.to_csv(index=False), encoding="utf-8")
+            typer.echo(f"written: {out}")
+
+
+def archive(
+    directories: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...", callback=homes, help="Finished sweeps, as in results/quickstart."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=home,
+            help="Folder to write; of several sweeps, the one that holds their archives.",
+        ),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRIAL", help="Trial whose final policy goes along; repeatable."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Keep policies as float16.")] = False,
+) -> None:
+    """Pack finished sweeps into a few small files, which every command reads as it reads them."""
+    from sgrl.results.archive import write_archive
+    from sgrl.results.metrics import OldMetricsError
+    from sgrl.results.storage import StorageError
+
+    with one_line_errors(StorageError, OldMetricsError, OSError):
+        for directory in map(Path, directories):
+            place = out if len(directories) == 1 else out / directory.resolve().name
+            for line in write_archive(directory, place, policy or [], half):
+                typer.echo(line)
+            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            typer.echo(f"written: {place} ({size / 2**20:.1f} MB)")
+
+
+def study(
+    published: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=home, help="Folder of the archives.")
+    ] = Path("results/published"),
+    write: Annotated[
+        Path | None,
+        typer.Option(callback=home, metavar="FILE", help="Page to put the table into."),
+    ] = None,
+) -> None:
+    """Judge the paper's claims from the published archives, as docs/study.md says."""
+    from sgrl.analysis.study import judge_claims, markdown, write_into
+    from sgrl.results.storage import StorageError
+
+    with one_line_errors(StorageError, ValueError, OSError):
+        if not published.is_dir():
+            raise ValueError(f"{published} does not exist: give the folder of the archives")
+        table = markdown(judge_claims(published))
+        if write is None:
+            typer.echo(table, nl=False)
+        else:
+            write_into(write, table)
+            typer.echo(f"written: {write}")
+
+
+def verify(
+    directory: Annotated[
+        str,
+        typer.Argument(metavar="ARCHIVE", callback=home, help="As in results/published/NAME."),
+    ],
+    trials: Annotated[int, typer.Option(min=1, help="Trials to train again, at most.")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each, at most.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of trials.")] = 0,
+) -> None:
+    """Train randomly chosen trials of an archive again and compare every row."""
+    import tempfile
+
+    from sgrl.results.storage import StorageError
+    from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.sweep import SweepError
+    from sgrl.tuning.verify import verify_archive
+
+    with (
+        one_line_errors(StorageError, ExperimentError, SweepError),
+        tempfile.TemporaryDirectory(prefix="sgrl-") as scratch,
+    ):
+        verdicts = verify_archive(Path(directory), Path(scratch), trials, iterations, seed)
+    for verdict in verdicts:
+        typer.echo(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.text}")
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)

@@ -1,0 +1,192 @@
+"""Commands that run and resume sweeps, and show their progress."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from sgrl.cli.options import Experiment, home
+from sgrl.cli.terminal import one_line_errors
+
+Config = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", callback=home, help="Experiment file, as in tune_configs/."),
+]
+Results = Annotated[
+    str,
+    typer.Option(
+        callback=home,
+        help="Folder that holds the experiments' folders, or as in s3://bucket/results.",
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Folder under results; the experiment's name.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+Track = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: auto or HOST:PORT to join it, ray://HOST:PORT from outside."),
+]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Train every trial up to this one.")]
+Add = Annotated[
+    list[str] | None,
+    typer.Option("--add", metavar="KEY=VALUES", help="As in seeds=6..11; repeatable."),
+]
+Plan = Annotated[bool, typer.Option("--dry-run", help="Check, and list what would run.")]
+
+
+def sweep(
+    config: Config,
+    results: Results = "results",
+    name: Name = None,
+    set_: Set = None,
+    track: Track = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run all trials of an experiment file into RESULTS/NAME."""
+    with _without_collector() if dry_run else nullcontext():
+        from sgrl.tuning.experiment import ExperimentError, load_experiment
+
+        with one_line_errors(ExperimentError):
+            experiment = load_experiment(config, set_ or [], name, track)
+    if dry_run:
+        typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
+        for trial in experiment.trials:
+            typer.echo(f"  {trial.name}")
+        return
+
+    if client := _client_address(address):
+        from sgrl.tuning.experiment import user_modules
+        from sgrl.user_code import sources
+
+        words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
+        words += [word for setting in set_ or [] for word in ("--set", setting)]
+        words += ["--track", track] if track else []
+        files = {"experiment.yaml": config.read_text("utf-8")}
+        for module in user_modules(experiment):
+            files |= sources(module)
+        _run_on_cluster(client, words, results, files)
+    _join(address)
+    from sgrl.results.storage import StorageError, join
+    from sgrl.tuning.sweep import SweepError, run_sweep
+    from sgrl.tuning.tracking import TrackingError
+
+    location = join(results, experiment.name)
+    errors = (ExperimentError, SweepError, TrackingError, StorageError)
+    with one_line_errors(*errors, resume=location):
+        run_sweep(experiment, results)
+    _compare(location)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Importing RLlib makes hardly any garbage; collecting it would take a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def resume(
+    directory: Experiment,
+    iterations: Iterations = None,
+    add: Add = None,
+    track: Track = None,
+    address: Address = None,
+    dry_run: Plan = False,
+) -> None:
+    """Finish the trials of an interrupted sweep; train on, or add trials.
+
+    --add takes seeds, and values of any key that the experiment sweeps, as in
+    config.training.lr=[1e-4,2e-4].
+    """
+    if client := _client_address(address):
+        words = ["resume", directory, *(["--dry-run"] if dry_run else [])]
+        words += ["--iterations", str(iterations)] if iterations else []
+        words += [word for addition in add or [] for word in ("--add", addition)]
+        words += ["--track", track] if track else []
+        _run_on_cluster(client, words, directory)
+    _join(address)
+    from sgrl.results.storage import StorageError
+    from sgrl.tuning.experiment import ExperimentError
+    from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
+    from sgrl.tuning.tracking import TrackingError
+
+    errors = (ExperimentError, SweepError, TrackingError, StorageError)
+    with one_line_errors(*errors, resume=directory):
+        if dry_run:
+            trials, todo = resume_plan(directory, iterations, add or [])
+            typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
+            for row in todo:
+                typer.echo(f"  {row.trial.name}: from {row.iteration} to {row.last_iteration}")
+            return
+        resume_sweep(directory, iterations, add or [], track)
+    _compare(directory)
+
+
+def _client_address(address: str | None) -> str | None:
+    """The address of a cluster that this machine is not part of."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    return address if address.startswith("ray://") else None
+
+
+def _run_on_cluster(
+    address: str, words: list[str], results: str, files: dict[str, str] | None = None
+) -> NoReturn:
+    """Run the command on the cluster, and exit with its status."""
+    from sgrl.tuning.client import ClientError, run_on_cluster
+
+    with one_line_errors(ClientError):
+        raise typer.Exit(run_on_cluster(address, words, results, files))
+
+
+def _join(address: str | None) -> None:
+    """Pass the cluster's address to Ray."""
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+
+
+def _compare(location: str | Path) -> None:
+    """Write a finished sweep's table and figure; exit with status 1 if a trial failed."""
+    from sgrl.analysis.outputs import write_comparison
+    from sgrl.results.runs import ResultsError
+    from sgrl.results.storage import open_store
+    from sgrl.tuning.sweep import failed_trials
+
+    with one_line_errors(ResultsError, OSError):
+        store = open_store(location, "driver")
+        write_comparison(store.folder, shown_as=str(store))
+        figures = store.folder.glob("figures/*.png")
+        store.push("comparison.csv", *(f"figures/{path.name}" for path in figures))
+    if failed_trials(store.folder):
+        raise typer.Exit(1)
+
+
+def status(directory: Experiment) -> None:
+    """Show how far each trial of a sweep is."""
+    from rich.console import Console
+
+    from sgrl.results.status import StatusError, sweep_status
+    from sgrl.results.storage import StorageError
+    from sgrl.tuning.experiment import ExperimentError
+
+    with one_line_errors(ExperimentError, StatusError, StorageError):
+        table, problems = sweep_status(directory)
+    console = Console()
+    console.print(table)
+    for problem in problems:
+        console.print(problem, soft_wrap=True, highlight=False, markup=False)

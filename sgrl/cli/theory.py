@@ -1,0 +1,98 @@
+"""Commands that measure what the theory predicts: the probe and the expert network."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgrl.cli.options import Checkpoint, home
+from sgrl.cli.terminal import one_line_errors, progress_bar
+
+app = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
+
+Numbers = Annotated[str, typer.Option(metavar="NUMBERS", help="As in 4-12 or 2,3,4.")]
+
+
+def probe(
+    checkpoint: Checkpoint,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="With initial weights drawn anew.")
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(help="Images or episodes that the true gradient is taken from.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="n; TRAINED_BATCH unless given.")] = None,
+    trained_batch: Annotated[
+        int | None, typer.Option(help="Samples in a training batch; the published number.")
+    ] = None,
+    neurons: Annotated[int, typer.Option(help="Of each layer, drawn at random; 0: all.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
+    out: Annotated[
+        Path, typer.Option(callback=home, help="Folder for the CSVs and the figure.")
+    ] = Path("results/probe"),
+) -> None:
+    """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
+    from sgrl.envs.guard import EnvironmentFailed
+    from sgrl.envs.mnist import DataError
+    from sgrl.results.checkpoints import CheckpointError, open_policy
+    from sgrl.results.storage import StorageError, reading_checkpoint
+    from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
+    from sgrl.theory.probe import probe as probe_policy
+    from sgrl.theory.tasks import TheoryError
+
+    errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
+    with one_line_errors(*errors):
+        with reading_checkpoint(checkpoint) as folder:
+            policy, environment = open_policy(folder)
+        env, env_config = environment["env"], environment["env_config"]
+        check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
+        with one_line_errors(OSError):
+            out.mkdir(parents=True, exist_ok=True)
+        with progress_bar("probing", NUM_SHARDS) as advance:
+            report = probe_policy(
+                fresh_policy(policy, seed) if fresh else policy,
+                env,
+                env_config,
+                samples=samples,
+                batch_size=batch_size,
+                trained_batch=trained_batch,
+                neurons=neurons,
+                seed=seed,
+                parallel=parallel,
+                advance=advance,
+            )
+
+        from sgrl.analysis.outputs import write_probe
+
+        write_probe(report, out)
+
+
+@app.command()
+def experts(
+    d: Numbers = "4-12",
+    k: Numbers = "2-4",
+    n: Numbers = "1-4",
+    cases: Annotated[str, typer.Option(help="Kinds of noise.")] = "noisy,activation,partial",
+    trials: Annotated[int, typer.Option(help="Trials of each cell.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Ray tasks at a time; 1: without Ray.")] = 1,
+    out: Annotated[
+        Path, typer.Option(callback=home, help="Folder for the CSV and the figures.")
+    ] = Path("results/expert_network"),
+) -> None:
+    """Simulate the expert network: how many samples synthetic gradients save."""
+    from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
+
+    with one_line_errors(TheoryError):
+        cells = sweep_cells(
+            parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
+        )
+        with one_line_errors(OSError):
+            out.mkdir(parents=True, exist_ok=True)
+        with progress_bar("simulating", work(cells, trials)) as advance:
+            results = simulate(cells, trials, seed, parallel, advance)
+
+        from sgrl.analysis.outputs import write_expert_network
+
+        write_expert_network(results, out)
