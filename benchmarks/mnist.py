@@ -16,8 +16,8 @@ import plain_mnist
 import torch
 
 from sgrl.envs.registry import evaluation_config, make_vector
-from sgrl.nn.kernels import BACKENDS
-from sgrl.nn.policies import make_policy
+from sgrl.nn.kernels.backends import BACKENDS
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 

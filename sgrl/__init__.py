@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def load_policy(path: str | Path) -> "Policy":
-    """Load the policy of a checkpoint; see `sgrl.nn.policies.load_policy`.
+    """Load the policy of a checkpoint; see `sgrl.nn.registry.load_policy`.
 
     Args:
         path: its folder, or a name of the zoo such as `zoo:labyrinth_escape/sparsenet_sgprop`.

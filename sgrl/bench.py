@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sgrl import __version__
 from sgrl.envs.registry import make_vector
-from sgrl.nn.kernels import BACKENDS, native
-from sgrl.nn.policies import Policy, make_policy
+from sgrl.nn.kernels import native
+from sgrl.nn.kernels.backends import BACKENDS
+from sgrl.nn.registry import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update

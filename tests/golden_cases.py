@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policies import make_policy
 from sgrl.nn.recurrent_policies import SparseNetPolicy
+from sgrl.nn.registry import make_policy
 
 RTOL, ATOL, ATOL_TRAINED = 1e-9, 1e-12, 1e-10
 

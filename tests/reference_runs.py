@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.kernels import BACKENDS
-from sgrl.nn.policies import make_policy
+from sgrl.nn.kernels.backends import BACKENDS
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
 from sgrl.results.provenance import processor_kind

@@ -14,7 +14,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import (
 )
 
 from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete, action_space_from
-from sgrl.nn.policies import load_policy, make_policy, save_policy
+from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce import action_space_of
 
 SPACES: list[ActionSpace] = [Discrete(5), MultiDiscrete((3, 2, 4)), Box(2)]

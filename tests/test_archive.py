@@ -15,7 +15,7 @@ from test_runs import write_results
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.nn.policies import load_policy
+from sgrl.nn.registry import load_policy
 from sgrl.results.archive import ArchiveError, read_archive, write_archive
 from sgrl.results.metrics import append_row
 from sgrl.results.runs import load_results

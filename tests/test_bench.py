@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from sgrl import bench
 from sgrl.cli import app
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 
 
 def test_every_backend_policy_and_experiment(

@@ -11,7 +11,7 @@ import pytest
 from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector, observation_size, validate_env_config
 from sgrl.envs.wrappers import seed_of_32_bits
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.reinforce import Rollout
 from sgrl.results.checkpoints import CheckpointError
 from sgrl.results.evaluation import evaluate

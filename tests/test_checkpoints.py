@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.results.checkpoints import (
     MANIFEST,

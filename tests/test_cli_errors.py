@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sgrl.cli import app
 from sgrl.envs import mnist
 from sgrl.nn.kernels.compiler import CompileError
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.results.checkpoints import write_checkpoint
 
 GOOD = """\

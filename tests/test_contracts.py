@@ -21,9 +21,9 @@ from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn import SparseRNN, SyntheticGradient
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
-from sgrl.nn.policies import POLICIES, load_policy, make_policy, save_policy
 from sgrl.nn.policy import Policy, PolicyOutput, State, orthogonal_linear
 from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
+from sgrl.nn.registry import POLICIES, load_policy, make_policy, save_policy
 from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import make_optimizers, update

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 from sgrl.envs.registry import ENVIRONMENTS, VectorEnv, make_single, make_vector
 from sgrl.envs.vector import PythonVectorEnv
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.rollout import Rollout
 

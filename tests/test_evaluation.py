@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sgrl.analysis.figures import write_figures
 from sgrl.cli import app
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.results.checkpoints import open_policy
 from sgrl.results.evaluation import evaluate, play
 from sgrl.results.metrics import EVALUATION_COLUMNS

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgrl.nn.kernels import resolve_backend
+from sgrl.nn.kernels.backends import resolve_backend
 from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.mixing_rules import MIXING_RULES
-from sgrl.nn.policies import POLICIES, policy_settings
 from sgrl.nn.recurrent_policies import SparseNetPolicy
+from sgrl.nn.registry import POLICIES, policy_settings
 from sgrl.tuning.experiment import (
     ExperimentError,
     _parse,

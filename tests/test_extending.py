@@ -13,7 +13,7 @@ import yaml
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn import POLICIES, SyntheticGradient
-from sgrl.nn.policies import make_policy, predictor_parameters
+from sgrl.nn.registry import make_policy, predictor_parameters
 from sgrl.reinforce import Rollout, train
 from sgrl.tuning.experiment import load_experiment
 

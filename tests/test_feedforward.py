@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import backward_phase, split_parameters
 
 

@@ -22,7 +22,7 @@ from sgrl.cli import app
 from sgrl.envs.guard import EnvironmentFailed, flag_fault, observation_fault, reward_fault
 from sgrl.envs.registry import make_single, make_vector, validate_env_config
 from sgrl.envs.vector import VectorEnv
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.reinforce import Rollout
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, MAX_SEED
 from sgrl.results import evaluation

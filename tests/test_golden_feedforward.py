@@ -17,9 +17,9 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import backward_phase
-from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import reinforce_loss
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update

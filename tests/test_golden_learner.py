@@ -21,7 +21,7 @@ from golden_cases import (
 )
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.rllib import ReinforceConfig
 from sgrl.rllib.learner import learner_batch

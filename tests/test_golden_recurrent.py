@@ -17,7 +17,7 @@ from golden_cases import (
     to_policy_names,
 )
 
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import temporal_schedule
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
 from sgrl.tuning.experiment import load_experiment

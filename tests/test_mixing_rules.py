@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import Moments, backward_phase, split_parameters, unit
 from sgrl.nn.mixing_rules import MIXING_RULES, RunningRule
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policies import load_policy, make_policy, save_policy
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import NonFiniteLoss, UpdateSettings, make_optimizers, update
 

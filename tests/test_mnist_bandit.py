@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 from sgrl.envs.mnist import load
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, uniform
 from sgrl.envs.registry import evaluation_config, make_vector, validate_env_config
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.rollout import Rollout
 
 MANY = 20_000

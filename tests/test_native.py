@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn import kernels
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import BACKENDS, compiler, native, resolve_backend
+from sgrl.nn.kernels import backends, compiler, native
+from sgrl.nn.kernels.backends import BACKENDS, resolve_backend
 from sgrl.nn.neuron import Activation, SlotNeurons
-from sgrl.nn.policies import load_policy, make_policy, save_policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import SparseNetPolicy
+from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, batch_loss, make_optimizers, update
 
@@ -292,10 +292,10 @@ def test_native_feedforward_on_uneven_sizes(
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SGRL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SGRL_CXXFLAGS", "-O0")  # what it compiles here is never run for long
-    for cached in (compiler.load_library, kernels._warn):
+    for cached in (compiler.load_library, backends._warn):
         cached.cache_clear()
     yield tmp_path
-    for cached in (compiler.load_library, kernels._warn):
+    for cached in (compiler.load_library, backends._warn):
         cached.cache_clear()
 
 

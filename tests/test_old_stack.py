@@ -11,7 +11,7 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.columns import Columns
 from ray.rllib.examples.envs.classes.random_env import RandomEnv
 
-from sgrl.nn.policies import make_policy, predictor_parameters
+from sgrl.nn.registry import make_policy, predictor_parameters
 from sgrl.rllib import (
     GRUNetwork,
     LSTMNetwork,

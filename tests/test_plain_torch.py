@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 

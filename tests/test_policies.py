@@ -12,7 +12,8 @@ import torch
 from sgrl import load_policy
 from sgrl.nn import SyntheticGradient
 from sgrl.nn.mixing import mixing_modules, mixing_summary
-from sgrl.nn.policies import (
+from sgrl.nn.recurrent_policies import SparseNetPolicy
+from sgrl.nn.registry import (
     POLICIES,
     make_policy,
     mixing_statistics,
@@ -20,7 +21,6 @@ from sgrl.nn.policies import (
     predictor_parameters,
     save_policy,
 )
-from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.results.metrics import columns_of
 
 SMALL = {

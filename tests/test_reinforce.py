@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.loss import (

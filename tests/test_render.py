@@ -16,7 +16,7 @@ from sgrl.analysis.episodes import BanditEpisode, Episode, LabyrinthEpisode, rec
 from sgrl.analysis.render import AGENT_COLOUR, CELL_COLOURS, LabyrinthDrawing, write_episode
 from sgrl.cli import app
 from sgrl.envs.registry import make_single, make_vector
-from sgrl.nn.policies import load_policy, make_policy, save_policy
+from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce import train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.results.evaluation import evaluate

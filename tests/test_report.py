@@ -20,7 +20,7 @@ from sgrl.analysis.outputs import write_expert_network
 from sgrl.analysis.report import read_section, write_report
 from sgrl.analysis.tables import cells
 from sgrl.cli import app
-from sgrl.nn.policies import load_policy, policy_parameters
+from sgrl.nn.registry import load_policy, policy_parameters
 from sgrl.results.metrics import AXES, read_metrics
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.theory.expert_network import simulate, sweep_cells

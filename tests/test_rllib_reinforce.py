@@ -13,7 +13,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from sgrl.envs.registry import make_vector
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig

@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.rllib.algorithms import AlgorithmConfig
 
 from sgrl.envs.registry import VectorEnv, make_vector
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, ReinforceConfig, register_environment
 from sgrl.tuning.rllib_metrics import metrics_row

@@ -17,7 +17,7 @@ from sweeps import make_experiment, metrics_without_times, summary
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.nn.policies import predictor_parameters
+from sgrl.nn.registry import predictor_parameters
 from sgrl.results.checkpoints import newest_valid_checkpoint
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner

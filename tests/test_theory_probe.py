@@ -24,7 +24,7 @@ from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES
 from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent
 from sgrl.nn.mixing import unit
-from sgrl.nn.policies import (
+from sgrl.nn.registry import (
     SparseMLPPolicy,
     SparseNetPolicy,
     make_policy,

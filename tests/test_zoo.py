@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import sgrl
 from sgrl.cli import app
-from sgrl.nn.policies import make_policy, save_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.results import zoo
 
 ENVIRONMENT = {"env": "labyrinth_escape", "env_config": {"episode_length": 12}}

@@ -8,8 +8,8 @@ calls `loss.backward()` trains it.
 """
 
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.policies import POLICIES, Policy, load_policy, make_policy, save_policy
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.registry import POLICIES, Policy, load_policy, make_policy, save_policy
 from sgrl.nn.synthetic_gradient import SyntheticGradient
 
 __all__ = [

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import check_backend, choose_backend, native, resolve_backend
+from sgrl.nn.kernels import native
+from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.kernels.stack import stack
-from sgrl.nn.mixing import SampleShuffle, batch_moments, check_mixing, length
+from sgrl.nn.mixing import SampleShuffle, batch_moments, check_mixing, norm
 from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
 
@@ -300,9 +301,9 @@ class _BackwardRecord:
         mixed = weight * gradient + (1 - weight) * offered
         share = 1 / len(mlp.layers)
         measured = {
-            "received_grad_norm": length(gradient).mean() * share,
-            "mixed_grad_norm": length(mixed).mean() * share,
-            "prediction_norm": length(synthetic).mean() * share,
+            "received_grad_norm": norm(gradient).mean() * share,
+            "mixed_grad_norm": norm(mixed).mean() * share,
+            "prediction_norm": norm(synthetic).mean() * share,
         }
         regression: tuple[Tensor | None, Tensor | None] = None, None
         if rule.phase != "policy":

@@ -1,6 +1,6 @@
-"""The bandit's policies: feed-forward SparseNet and a dense network of as many parameters.
+"""Policies without memory: the labyrinths' MLP, and for the bandit a dense network and SparseNet.
 
-Sizes and initial values: the paper, Section H.3.
+Sizes and initial values of the bandit's: the paper, Section H.3.
 """
 
 import dataclasses
@@ -11,12 +11,44 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels import native
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import SlotNeurons, predictor_generator
-from sgrl.nn.policy import Acting, Policy, PolicyOutput, PolicySettings, RecordingActing, State
+from sgrl.nn.policy import (
+    Acting,
+    Policy,
+    PolicyOutput,
+    PolicySettings,
+    RecordingActing,
+    State,
+    orthogonal_linear,
+)
+
+
+class MLPPolicy(EncodedPolicy):
+    """Baseline without memory: the core is a linear layer and tanh.
+
+    POPGym's mazes can be solved without memory, so a comparison without it misleads.
+    """
+
+    name = "mlp"
+    Settings = DenseCoreSettings
+    settings: DenseCoreSettings
+
+    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        size = self.settings.hidden_size
+        self.core = nn.Sequential(
+            orthogonal_linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
+        )
+        return size
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings), {}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sgrl.nn.connectivity import child_counts
 from sgrl.nn.neuron import Activation, predictor_generator
 
-#: Lengths below this are taken as this when a vector is divided by its length.
-MIN_LENGTH = 1e-12
+#: Norms below this count as this where a vector is divided by its norm.
+MIN_NORM = 1e-12
 
 
 class Moments(NamedTuple):
@@ -243,17 +243,17 @@ def temporal_schedule(mixing_weight: Tensor, parents: Tensor, length: int, beta:
 def positive_projection(gradient: Tensor, prediction: Tensor, dim: int = -1) -> Tensor:
     """max(<g, s>, 0) s / max(|s|^2, 1e-12), vectors along `dim` (paper, Section H.4)."""
     along = (gradient * prediction).sum(dim, keepdim=True).clamp(min=0)
-    return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_LENGTH)
+    return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_NORM)
 
 
-def length(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Euclidean length along `dim`, kept as an axis of 1 (Tensor.norm is slow on inner axes)."""
+def norm(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Euclidean norm along `dim`, kept as an axis of 1 (Tensor.norm is slow on inner axes)."""
     return vectors.square().sum(dim, keepdim=True).sqrt()
 
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Vectors along `dim` scaled to length 1 (shorter than 1e-12: divided by 1e-12)."""
-    return vectors / length(vectors, dim).clamp(min=MIN_LENGTH)
+    """Vectors along `dim` scaled to norm 1 (shorter than 1e-12: divided by 1e-12)."""
+    return vectors / norm(vectors, dim).clamp(min=MIN_NORM)
 
 
 def optimal_mixing_weight(

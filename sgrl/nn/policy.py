@@ -4,7 +4,7 @@
     output = policy.step(observations[0], state)      # logits [B, A], for acting
 
 A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and one line in
-`policies.POLICIES`.
+`registry.POLICIES`.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class PolicySettings:
             elif kind is float and type(value) is int:
                 object.__setattr__(self, name, float(value))
             elif type(value) is not kind:
-                raise ValueError(f"{name} must be {_article(kind)}, got {value!r}")
+                raise ValueError(f"{name} must be {_words_of(kind)}, got {value!r}")
             if name.endswith("_size") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -57,7 +57,7 @@ class PolicySettings:
         """Raise ValueError where observations of this length cannot be read."""
 
 
-def _article(kind: type) -> str:
+def _words_of(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     return names[kind]
 

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import check_backend, choose_backend, native, resolve_backend
+from sgrl.nn.kernels import native
+from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.kernels.unroll import unroll
 from sgrl.nn.mixing import (

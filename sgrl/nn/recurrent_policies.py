@@ -1,4 +1,4 @@
-"""The labyrinths' policies: GRU, LSTM, MLP (no memory) and recurrent SparseNet, one encoder.
+"""The labyrinths' policies with memory: GRU, LSTM and recurrent SparseNet, behind one encoder.
 
 Sizes and initial values: the paper, Section H.4.
 """
@@ -11,99 +11,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sgrl.nn.encoder import (
+    DenseCoreSettings,
+    EncodedPolicy,
+    EncoderSettings,
+    is_published_encoder,
+)
 from sgrl.nn.kernels import native
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policy import (
-    Acting,
-    Policy,
-    PolicySettings,
-    RecordingActing,
-    State,
-    orthogonal_linear,
-)
+from sgrl.nn.policy import Acting, Policy, RecordingActing, State
 from sgrl.nn.recurrent import SparseRNN
-
-
-@dataclass(frozen=True)
-class EncoderSettings(PolicySettings):
-    """Settings of the policies with the published encoder.
-
-    Attributes:
-        feature_size: length of the encoder's first layer.
-        embedding_size: length of the encoder's output, the core's input.
-    """
-
-    feature_size: int = 128
-    embedding_size: int = 128
-
-
-class EncodedPolicy(Policy):
-    """Base of the labyrinths' policies: the published encoder, and a dense actor."""
-
-    settings: EncoderSettings
-
-    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
-        features, embedding = self.settings.feature_size, self.settings.embedding_size
-        return nn.Sequential(
-            orthogonal_linear(self.observation_size, features, generator, dtype),
-            nn.LayerNorm(features, eps=1e-5, elementwise_affine=False),
-            orthogonal_linear(features, embedding, generator, dtype),
-            nn.LeakyReLU(0.01),
-        )
-
-    def _build_actor(
-        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
-    ) -> nn.Module:
-        logits = nn.utils.skip_init(nn.Linear, 128, self.num_outputs, dtype=dtype)
-        nn.init.normal_(logits.weight, std=0.01, generator=generator)
-        nn.init.zeros_(logits.bias)
-        return nn.Sequential(
-            orthogonal_linear(core_size, 128, generator, dtype),
-            nn.LeakyReLU(0.01),
-            orthogonal_linear(128, 128, generator, dtype),
-            nn.LeakyReLU(0.01),
-            logits,
-        )
-
-
-def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> bool:
-    """Whether a module is exactly the encoder that `EncodedPolicy` makes, of any width.
-
-    Args:
-        encoder: the module.
-        size_in: length of the observations.
-        size_out: length of the embedding.
-    """
-    kinds = (nn.Linear, nn.LayerNorm, nn.Linear, nn.LeakyReLU)
-    if not (
-        is_plain(encoder, nn.Sequential)
-        and len(encoder) == len(kinds)
-        and all(map(is_plain, encoder, kinds))
-    ):
-        return False
-    first, norm, second, slope = encoder
-    return (
-        first.in_features == size_in
-        and first.weight.shape == (first.out_features, size_in)
-        and norm.normalized_shape == (first.out_features,)
-        and (norm.eps, norm.weight, norm.bias) == (1e-5, None, None)
-        and second.weight.shape == (size_out, first.out_features)
-        and None not in (first.bias, second.bias)
-        and slope.negative_slope == 0.01
-    )
-
-
-@dataclass(frozen=True)
-class RecurrentSettings(EncoderSettings):
-    """Settings of the labyrinths' dense policies.
-
-    Attributes:
-        hidden_size: length of the core's output (and, with memory, of its state).
-    """
-
-    hidden_size: int = 256
-
 
 DenseRNN = TypeVar("DenseRNN", nn.GRU, nn.LSTM)
 
@@ -130,8 +48,8 @@ class GRUPolicy(EncodedPolicy):
     """Dense recurrent baseline: one layer of gated recurrent units."""
 
     name = "gru"
-    Settings = RecurrentSettings
-    settings: RecurrentSettings
+    Settings = DenseCoreSettings
+    settings: DenseCoreSettings
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         size = self.settings.hidden_size
@@ -152,8 +70,8 @@ class LSTMPolicy(EncodedPolicy):
     """Dense recurrent baseline: one layer of long short-term memory."""
 
     name = "lstm"
-    Settings = RecurrentSettings
-    settings: RecurrentSettings
+    Settings = DenseCoreSettings
+    settings: DenseCoreSettings
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         size = self.settings.hidden_size
@@ -170,29 +88,6 @@ class LSTMPolicy(EncodedPolicy):
         before = tuple(state[name].unsqueeze(0).contiguous() for name in ("h", "c"))
         features, (h, c) = self.core(embeddings, before)
         return features, {"h": h[0], "c": c[0]}
-
-
-class MLPPolicy(EncodedPolicy):
-    """Baseline without memory: the core is a linear layer and tanh.
-
-    POPGym's mazes can be solved without memory, so a comparison without it misleads.
-    """
-
-    name = "mlp"
-    Settings = RecurrentSettings
-    settings: RecurrentSettings
-
-    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
-        size = self.settings.hidden_size
-        self.core = nn.Sequential(
-            orthogonal_linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
-        )
-        return size
-
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return self.core(embeddings), {}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.mixing import Moments, check_mixing, length, positive_projection, unit
+from sgrl.nn.mixing import Moments, check_mixing, norm, positive_projection, unit
 from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
 
 
@@ -191,9 +191,9 @@ class SyntheticGradient(nn.Module):
         )
         mixed = weight * gradient + (1 - weight) * substitute
         measured = {
-            "received_grad_norm": length(gradient).mean(),
-            "mixed_grad_norm": length(mixed).mean(),
-            "prediction_norm": length(prediction).mean(),
+            "received_grad_norm": norm(gradient).mean(),
+            "mixed_grad_norm": norm(mixed).mean(),
+            "prediction_norm": norm(prediction).mean(),
         }
         regression: tuple[Tensor | None, Tensor | None] = None, None
         if rule.phase != "policy":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from sgrl.nn.mixing import backward_phase, split_parameters
-from sgrl.nn.policies import Policy, mixing_statistics
+from sgrl.nn.registry import Policy, mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import (
     LossTerms,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sgrl.nn.policies import Policy
+    from sgrl.nn.registry import Policy
 
 MANIFEST = "manifest.json"
 
@@ -137,7 +137,7 @@ def open_policy(checkpoint: Path) -> tuple[Policy, dict]:
     Raises CheckpointError where the checkpoint is damaged or holds no policy; the message names
     the newest whole checkpoint beside it.
     """
-    from sgrl.nn.policies import load_policy
+    from sgrl.nn.registry import load_policy
 
     checkpoint = Path(checkpoint)
     if not (checkpoint / MANIFEST).is_file() and not (checkpoint / "policy.json").is_file():

@@ -16,7 +16,7 @@ from sgrl.results.checkpoints import CheckpointError, open_policy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sgrl.nn.policies import Policy
+    from sgrl.nn.registry import Policy
     from sgrl.reinforce.rollout import Rollout
 
 #: Episodes that are played side by side.

@@ -39,7 +39,7 @@ from ray.rllib.utils.metrics import (
 from ray.util.debug import log_once
 
 from sgrl.envs.registry import check_flat, validate_env_config
-from sgrl.nn.policies import POLICIES, Policy
+from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
 from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.reinforce.update import BASELINES

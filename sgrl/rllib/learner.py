@@ -20,8 +20,8 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor
 
 from sgrl.nn.mixing import split_parameters
-from sgrl.nn.policies import mixing_statistics
 from sgrl.nn.policy import Acting, Policy
+from sgrl.nn.registry import mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 

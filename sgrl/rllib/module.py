@@ -21,7 +21,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from sgrl.nn.actions import MultiDiscrete
-from sgrl.nn.policies import Policy, make_policy, policy_settings
+from sgrl.nn.registry import Policy, make_policy, policy_settings
 from sgrl.reinforce.rollout import action_space_of
 
 # Keys of a model_config that RLlib itself adds or reads; all others are the policy's.
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     """A registered policy as an RLModule.
 
-    `model_config` holds "policy" (a name in `sgrl.nn.policies.POLICIES`), the policy's settings,
+    `model_config` holds "policy" (a name in `sgrl.nn.registry.POLICIES`), the policy's settings,
     and optionally "seed" (of its initial weights and connections, default 0), "dtype" ("float32",
     the default, or "float64") and RLlib's own "max_seq_len" (steps of the sequences that stock
     algorithms cut episodes into for truncated BPTT, default 20, RLlib's own default).

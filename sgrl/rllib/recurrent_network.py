@@ -19,7 +19,7 @@ import torch
 from ray.rllib.models.torch.recurrent_net import RecurrentNetwork
 from torch import Tensor, nn
 
-from sgrl.nn.policies import make_policy
+from sgrl.nn.registry import make_policy
 
 
 class PolicyNetwork(RecurrentNetwork, nn.Module):

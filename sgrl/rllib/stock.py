@@ -49,8 +49,8 @@ from sgrl.envs.guard import set_state as set_env_state
 from sgrl.envs.registry import ENVIRONMENTS, has_success, validate_env_config
 from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
-from sgrl.nn.policies import POLICIES
 from sgrl.nn.policy import Policy
+from sgrl.nn.registry import POLICIES
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments

@@ -651,7 +651,7 @@ def _in_words(annotation: Any) -> str:
 def _resolve_model(method: str, entry: dict[str, Any], config: Any) -> None:
     """Write into a method's model what it leaves to defaults, and the backend that `auto` stands
     for: a resumed sweep computes with what it was started with."""
-    from sgrl.nn.policies import POLICIES
+    from sgrl.nn.registry import POLICIES
 
     key = f"methods.{method}.model"
     model = entry["model"]
@@ -675,8 +675,8 @@ def _resolve_model(method: str, entry: dict[str, Any], config: Any) -> None:
 
 def _automatic_backend(model: Mapping[str, Any], configs: Iterable[Any]) -> str:
     """What `backend: auto` stands for in a model; "auto" itself where only a trial can tell."""
-    from sgrl.nn.kernels import resolve_backend
-    from sgrl.nn.policies import POLICIES
+    from sgrl.nn.kernels.backends import resolve_backend
+    from sgrl.nn.registry import POLICIES
 
     # On GPUs not what a runner on a CPU does; and compiled code may not know what is new in a
     # policy from elsewhere.
@@ -699,7 +699,7 @@ def _asks_for_gpus(config: Any) -> bool:
 
 def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
     """A method's model with the settings that it leaves to its policy's defaults."""
-    from sgrl.nn.policies import POLICIES
+    from sgrl.nn.registry import POLICIES
 
     fields = dataclasses.fields(POLICIES[model["policy"]].Settings)
     defaults = {field.name: field.default for field in fields}
@@ -1146,7 +1146,7 @@ def _check_environment(sections: dict[str, Any]) -> None:
 def _check_observations(point: dict[str, Any]) -> None:
     """Whether the policy can read what the environment shows."""
     from sgrl.envs.registry import observation_size
-    from sgrl.nn.policies import policy_settings
+    from sgrl.nn.registry import policy_settings
     from sgrl.rllib.module import policy_arguments
 
     section = point["config"]["environment"]

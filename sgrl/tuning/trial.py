@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module import RLModule
 
-from sgrl.nn.policies import policy_parameters, save_policy
+from sgrl.nn.registry import policy_parameters, save_policy
 from sgrl.results.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
 from sgrl.results.metrics import (
     EVALUATION_COLUMNS,

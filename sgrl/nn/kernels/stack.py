@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import MIN_LENGTH, Moments, length
+from sgrl.nn.mixing import MIN_NORM, Moments, norm
 from sgrl.nn.neuron import SlotNeurons
 
 if TYPE_CHECKING:
@@ -235,9 +235,9 @@ def _predictor_gradients(
 
 def _norms(gradient: Tensor, mixed: Tensor, prediction: Tensor, depth: int) -> dict[str, Tensor]:
     return {
-        "received_grad_norm": length(gradient, dim=1).mean() / depth,
-        "mixed_grad_norm": length(mixed, dim=1).mean() / depth,
-        "prediction_norm": length(prediction, dim=1).mean() / depth,
+        "received_grad_norm": norm(gradient, dim=1).mean() / depth,
+        "mixed_grad_norm": norm(mixed, dim=1).mean() / depth,
+        "prediction_norm": norm(prediction, dim=1).mean() / depth,
     }
 
 
@@ -255,14 +255,14 @@ def _update_mixing_weight(
     the feedback, so those of g and s serve for everything.
     """
     gradient, prediction = slopes.of_residual(gradient), slopes.of_residual(prediction)
-    lengths = [gradient.new_ones(()), gradient.new_ones(())]
+    norms = [gradient.new_ones(()), gradient.new_ones(())]
     if mlp.rule.unit_gradients:
-        lengths = [length(v, dim=1).clamp(min=MIN_LENGTH) for v in (gradient, prediction)]
+        norms = [norm(v, dim=1).clamp(min=MIN_NORM) for v in (gradient, prediction)]
     scores = [_score_gradients(layer, slopes, v) for v in (gradient, prediction)]
-    w, u = gradient / lengths[0], prediction / lengths[1]
+    w, u = gradient / norms[0], prediction / norms[1]
     u -= w
-    scores_w = scores[0] / lengths[0]
-    scores_u = scores[1] / lengths[1] - scores_w
+    scores_w = scores[0] / norms[0]
+    scores_u = scores[1] / norms[1] - scores_w
     rows_w = _row_gradients(slopes, w, scores_w, neurons.scale, place=0)
     rows_u = _row_gradients(slopes, u, scores_u, neurons.scale, place=1)
     batch, num_slots = w.shape[-1], neurons.num_slots

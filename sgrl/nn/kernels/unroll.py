@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import Moments, positive_projection, unit
-from sgrl.nn.mixing import length as length_of
+from sgrl.nn.mixing import Moments, norm, positive_projection, unit
 
 if TYPE_CHECKING:
     from sgrl.nn.recurrent import SparseRNN
@@ -241,10 +240,10 @@ class _Measured:
             ("mixed_grad_norm", mixture.mixed),
             ("prediction_norm", mixture.prediction),
         ):
-            lengths = length_of(vectors, dim=2)
+            norms = norm(vectors, dim=2)
             if mixture.valid is not None:
-                lengths = torch.where(mixture.valid, lengths, 0.0)
-            self.statistics[name] += lengths.sum() * share
+                norms = torch.where(mixture.valid, norms, 0.0)
+            self.statistics[name] += norms.sum() * share
         return 2 * residual / self.terms
 
     def add_moments(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgrl.envs.registry import make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.policies import SparseMLPPolicy
+from sgrl.nn.registry import SparseMLPPolicy
 from sgrl.theory.probe.gradients import (
     Feedback,
     Group,

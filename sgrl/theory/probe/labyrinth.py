@@ -14,7 +14,7 @@ from torch import Tensor
 from sgrl.envs.registry import VectorEnv, make_vector
 from sgrl.nn.mixing import positive_projection, unit
 from sgrl.nn.neuron import Activation
-from sgrl.nn.policies import SparseNetPolicy
+from sgrl.nn.registry import SparseNetPolicy
 from sgrl.reinforce.loss import discounted_returns
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.reinforce.update import UpdateSettings

@@ -14,7 +14,7 @@ import torch
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward_policies import ActionHead
 from sgrl.nn.kernels.plain import is_plain
-from sgrl.nn.policies import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
+from sgrl.nn.registry import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
 from sgrl.theory.probe.bandit import bandit_shard, choose_neurons
 from sgrl.theory.probe.estimates import moments, neuron_numbers, resampled_counts, summarise
 from sgrl.theory.probe.gradients import Feedback, Group, Sums

@@ -18,11 +18,11 @@ from torch import nn
 
 from sgrl.names import hint
 from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
-from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
+from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
 from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
 from sgrl.nn.policy import Policy, PolicySettings
 from sgrl.nn.recurrent import SparseRNN
-from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, MLPPolicy, SparseNetPolicy
+from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
 
 FORMAT_VERSION = 1
 

@@ -1,0 +1,99 @@
+"""What the labyrinths' policies share: the published encoder, and the dense actor of the baselines.
+
+Sizes and initial values: the paper, Section H.4.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from sgrl.nn.kernels.plain import is_plain
+from sgrl.nn.policy import Policy, PolicySettings, orthogonal_linear
+
+
+@dataclass(frozen=True)
+class EncoderSettings(PolicySettings):
+    """Settings of the policies with the published encoder.
+
+    Attributes:
+        feature_size: length of the encoder's first layer.
+        embedding_size: length of the encoder's output, the core's input.
+    """
+
+    feature_size: int = 128
+    embedding_size: int = 128
+
+
+class EncodedPolicy(Policy):
+    """Base of the labyrinths' policies: the published encoder, and a dense actor.
+
+    Attributes:
+        actor_size: units of the actor's hidden layers.
+    """
+
+    actor_size: ClassVar[int] = 128
+    settings: EncoderSettings
+
+    def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
+        features, embedding = self.settings.feature_size, self.settings.embedding_size
+        return nn.Sequential(
+            orthogonal_linear(self.observation_size, features, generator, dtype),
+            nn.LayerNorm(features, eps=1e-5, elementwise_affine=False),
+            orthogonal_linear(features, embedding, generator, dtype),
+            nn.LeakyReLU(0.01),
+        )
+
+    def _build_actor(
+        self, core_size: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> nn.Module:
+        size = self.actor_size
+        logits = nn.utils.skip_init(nn.Linear, size, self.num_outputs, dtype=dtype)
+        nn.init.normal_(logits.weight, std=0.01, generator=generator)
+        nn.init.zeros_(logits.bias)
+        return nn.Sequential(
+            orthogonal_linear(core_size, size, generator, dtype),
+            nn.LeakyReLU(0.01),
+            orthogonal_linear(size, size, generator, dtype),
+            nn.LeakyReLU(0.01),
+            logits,
+        )
+
+
+def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> bool:
+    """Whether a module is exactly the encoder that `EncodedPolicy` makes, of any width.
+
+    Args:
+        encoder: the module.
+        size_in: length of the observations.
+        size_out: length of the embedding.
+    """
+    kinds = (nn.Linear, nn.LayerNorm, nn.Linear, nn.LeakyReLU)
+    if not (
+        is_plain(encoder, nn.Sequential)
+        and len(encoder) == len(kinds)
+        and all(map(is_plain, encoder, kinds))
+    ):
+        return False
+    first, norm, second, slope = encoder
+    return (
+        first.in_features == size_in
+        and first.weight.shape == (first.out_features, size_in)
+        and norm.normalized_shape == (first.out_features,)
+        and (norm.eps, norm.weight, norm.bias) == (1e-5, None, None)
+        and second.weight.shape == (size_out, first.out_features)
+        and None not in (first.bias, second.bias)
+        and slope.negative_slope == 0.01
+    )
+
+
+@dataclass(frozen=True)
+class DenseCoreSettings(EncoderSettings):
+    """Settings of the labyrinths' dense policies.
+
+    Attributes:
+        hidden_size: length of the core's output (and, with memory, of its state).
+    """
+
+    hidden_size: int = 256

@@ -1,0 +1,78 @@
+"""Backends: the ways the layers can compute. All give the numbers of "eager", the oracle."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from sgrl.names import unknown
+from sgrl.nn.kernels import native
+
+#: From the plain definition to the fastest.
+BACKENDS = ("eager", "torch", "native")
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError where there is no backend of that name ("auto" is one)."""
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ValueError(unknown("backend", name, known))
+
+
+def resolve_backend(name: str, dtype: torch.dtype = torch.float32, compiled: bool = True) -> str:
+    """The backend that `name` stands for on this machine's CPU; "auto" is the fastest there is.
+
+    "auto" warns once where compiled code would run but for a missing compiler.
+
+    Args:
+        name: "auto" or one of `BACKENDS`.
+        dtype: of the numbers.
+        compiled: whether the layer can do what it is set to in compiled code.
+
+    Raises:
+        ValueError: no backend of that name, or "native" where it cannot run.
+    """
+    check_backend(name)
+    if name not in ("auto", "native"):
+        return name
+    if name == "auto" and not compiled:
+        return "torch"
+    reason = native.unavailable(dtype)
+    if reason is None:
+        return "native"
+    if name == "native":
+        raise ValueError(_refusal(name, reason))
+    if native.takes(dtype):
+        _warn(reason)
+    return "torch"
+
+
+def choose_backend(name: str, obstacle: Callable[[str], str | None]) -> str:
+    """The backend to compute with; what `name` says, and for "auto" the fastest that can.
+
+    Args:
+        name: as a layer was given it.
+        obstacle: says of a backend why it cannot compute this, None where it can. "eager" always
+            can.
+
+    Raises:
+        ValueError: the one that is named cannot; it is never replaced by another.
+    """
+    if name == "auto":
+        return next(b for b in reversed(BACKENDS) if b == "eager" or obstacle(b) is None)
+    reason = None if name == "eager" else obstacle(name)
+    if reason is not None:
+        raise ValueError(_refusal(name, reason))
+    return name
+
+
+def _refusal(name: str, reason: str) -> str:
+    return f"backend {name!r} cannot run: {reason}; backend 'auto' takes the fastest that can"
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Warn once a process."""
+    message = f"{reason}; using the slower torch backend"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
