@@ -22,7 +22,7 @@ def load_policy(path: str | Path) -> "Policy":
         path: its folder, or a name of the zoo such as `zoo:labyrinth_escape/sparsenet_sgprop`.
     """
     # Imported here so that `import sgrl`, and with it `sgrl --help`, does not wait for torch.
-    from sgrl.nn import policies
+    from sgrl.nn import registry
     from sgrl.results.zoo import find_policy
 
-    return policies.load_policy(find_policy(path))
+    return registry.load_policy(find_policy(path))

@@ -18,7 +18,7 @@ from golden_cases import (
 )
 
 from sgrl.nn.kernels.backends import BACKENDS
-from sgrl.nn.mixing import temporal_schedule
+from sgrl.nn.sgprop import temporal_schedule
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update

@@ -5,14 +5,14 @@ import torch
 
 from sgrl.nn.connectivity import child_counts, random_connectivity
 from sgrl.nn.mixing import (
+    Moments,
+    batch_moments,
     estimate_mixing_weight,
     mixing_summary,
-    optimal_mixing_weight,
-    positive_projection,
-    temporal_schedule,
     unit,
 )
 from sgrl.nn.neuron import SlotNeurons
+from sgrl.nn.sgprop import positive_projection, temporal_schedule
 
 
 def test_connectivity_is_uniform_without_replacement() -> None:
@@ -60,9 +60,8 @@ def test_estimate_equals_materialised_gradients() -> None:
     activation = neurons(inputs)
     previous = torch.full((num_neurons,), 0.5, dtype=torch.float64)
     with torch.no_grad():
-        estimate = estimate_mixing_weight(
-            activation, gradient, prediction, neurons.scale, previous, 1e-12
-        )
+        moments = batch_moments(activation, gradient, prediction, neurons.scale)
+        estimate = estimate_mixing_weight(moments, previous, 1e-12)
 
     parameters = [neurons.weight_h, neurons.weight_x, neurons.bias]
 
@@ -94,9 +93,11 @@ def test_estimate_equals_materialised_gradients() -> None:
 
 def test_estimate_keeps_what_it_cannot_tell() -> None:
     one, previous = torch.ones(2), torch.tensor([0.3, 0.7])
-    assert torch.equal(optimal_mixing_weight(one, one, one, one, 1, previous, 0.0), previous)
+    single = Moments(one, one, one, one, num_samples=1)
+    assert torch.equal(estimate_mixing_weight(single, previous, 0.0), previous)
     zero = torch.zeros(2)
-    assert torch.equal(optimal_mixing_weight(zero, zero, zero, zero, 5, previous, 0.0), previous)
+    equal = Moments(zero, zero, zero, zero, num_samples=5)
+    assert torch.equal(estimate_mixing_weight(equal, previous, 0.0), previous)
 
 
 def test_positive_projection() -> None:

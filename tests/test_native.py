@@ -239,7 +239,10 @@ def test_native_bandit_step_reuses_the_rollout() -> None:
         policy.zero_grad()
         for neurons in policy.core.layers:
             neurons.mixing_weight.fill_(0.5)
-        output = policy(images.unsqueeze(0), acted=acted)
+        if acted is None:
+            output = policy(images.unsqueeze(0))
+        else:
+            output = acted.replay(policy, images.unsqueeze(0), None)
         assert torch.equal(output.logits[0], logits)
         output.logits.sin().sum().backward()
         lambdas = [neurons.mixing_weight.clone() for neurons in policy.core.layers]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.mixing import SampleShuffle
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import load_policy, make_policy, save_policy
+from sgrl.nn.sgprop import SampleShuffle
 
 SIZES = {"num_neurons": 5, "neuron_size": 3, "num_parents": 2, "num_slots": 2}
 T, B = 4, 6

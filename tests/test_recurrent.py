@@ -1,6 +1,7 @@
 """SparseRNN: backends against each other, gradients against finite differences, the interface."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -152,7 +153,7 @@ def test_switches(backend: str) -> None:
     mixed = run(rnn, x, h_0, None, weights)
     assert not torch.equal(mixed["lambda"], rnn.neurons.mixing_weight)
     rnn.rule.update_enabled = False
-    rnn.rule.predictor_target = "received"
+    rnn.sgprop = dataclasses.replace(rnn.sgprop, predictor_target="received")
     received = run(rnn, x, h_0, None, weights)
     assert torch.equal(received["lambda"], rnn.neurons.mixing_weight)
     for name in mixed:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import estimate_mixing_weight, unit
+from sgrl.nn.mixing import batch_moments, estimate_mixing_weight, unit
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.theory.estimation import (
     batch_mixing_weight,
@@ -438,9 +438,8 @@ def test_the_networks_closed_form(samples: int) -> None:
     previous = torch.linspace(0.2, 0.7, num_neurons)
     with torch.no_grad():
         activation = layer(inputs)
-        estimate = estimate_mixing_weight(
-            activation, gradient, prediction, layer.scale, previous, 1e-12
-        )
+        moments = batch_moments(activation, gradient, prediction, layer.scale)
+        estimate = estimate_mixing_weight(moments, previous, 1e-12)
 
     def per_sample(feedback: Tensor) -> Tensor:
         """Gradients of keys, matrices and biases [B, W, D], zeros where a neuron has none."""

@@ -22,21 +22,19 @@ cannot run is an error, as in `recurrent.py`. None supports a second derivative.
 Source: the paper, Sections 4, H.2 and H.3.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import native
+from sgrl.nn.kernels import native, native_stack, torch_stack
 from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
-from sgrl.nn.kernels.stack import stack
-from sgrl.nn.mixing import SampleShuffle, batch_moments, check_mixing, norm
-from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
-from sgrl.nn.neuron import Activation, SlotNeurons, predictor_generator
+from sgrl.nn.mixing import batch_moments
+from sgrl.nn.neuron import Activation, SlotNeurons, Stack, predictor_generator
+from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mean_norms, mix
 
 _SIZES = ("input_size", "num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
 
@@ -52,24 +50,24 @@ class SparseMLP(nn.Module):
         num_parents: P, neurons each neuron reads; in the first layer P * N numbers of the input.
         num_slots: M, slots of a neuron.
         residual: whether all layers but the first are residual.
-        propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
-        mixing_weight: initial lambda, in [0, 1].
-        adaptive: whether lambda follows its estimate from each batch.
-        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
-        mixing_momentum: weight of the past in that update.
-        predictor_target: gradient the predictor regresses on, "received" or "mixed".
-        shuffle_predictions: True mixes into each sample the prediction of another one of the batch,
-            drawn at random (`mixing.SampleShuffle`); the predictors learn as ever. A control: with
-            it, whatever is gained is not due to prediction. Not in the backend "native".
+        sgprop: how it mixes; `SparseMLP.sgprop_defaults` if None.
         flatten: True gives output [B, W*N].
         backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
             torch's global one.
+        dtype: floating-point type of the parameters.
+        **settings: fields of `SGPropSettings`, in place of those of `sgprop`. Those for recurrent
+            networks are none of this one's: schedule_beta, positive_projection, mask_predictions.
 
     Raises:
         ValueError: a size or setting that is impossible, or `backend="native"` without a compiler
             or for other numbers than float32 and float64.
+        TypeError: a setting that there is not.
     """
+
+    sgprop_defaults: ClassVar = SGPropSettings(mixing_weight=0.9, predictor_target="received")
+    #: Settings of `SGPropSettings` that mean nothing here.
+    unused: ClassVar = ("schedule_beta", "positive_projection", "mask_predictions")
 
     pixels: Tensor
     parents: Tensor
@@ -84,19 +82,15 @@ class SparseMLP(nn.Module):
         num_slots: int = 5,
         *,
         residual: bool = True,
-        propagation: Literal["backprop", "sgprop"] = "sgprop",
-        mixing_weight: float = 0.9,
-        adaptive: bool = True,
-        mixing_rule: str = "published",
-        mixing_momentum: float = 0.9,
-        predictor_target: Literal["received", "mixed"] = "received",
-        shuffle_predictions: bool = False,
+        sgprop: SGPropSettings | None = None,
         flatten: bool = False,
         backend: str = "auto",
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        sgprop = (sgprop or self.sgprop_defaults).changed(settings, self.unused)
         self.check_settings(
             input_size=input_size,
             num_layers=num_layers,
@@ -104,30 +98,20 @@ class SparseMLP(nn.Module):
             neuron_size=neuron_size,
             num_parents=num_parents,
             num_slots=num_slots,
-            propagation=propagation,
-            mixing_weight=mixing_weight,
-            mixing_rule=mixing_rule,
-            mixing_momentum=mixing_momentum,
-            predictor_target=predictor_target,
-            shuffle_predictions=shuffle_predictions,
+            shuffle_predictions=sgprop.shuffle_predictions,
             backend=backend,
         )
         # Not kept: what "auto" stands for depends on what comes, too.
         of_numbers = torch.get_default_dtype() if dtype is None else dtype
-        resolve_backend(backend, of_numbers, compiled=not shuffle_predictions)
+        resolve_backend(backend, of_numbers, compiled=not sgprop.shuffle_predictions)
         self.backend = backend
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
         self.residual = residual
-        self.propagation = propagation
+        self.sgprop = sgprop
         self.flatten = flatten
-        self.rule = rule_of_name(mixing_rule)(
-            adaptive=adaptive,
-            momentum=mixing_momentum,
-            eps=1e-6,
-            predictor_target=predictor_target,
-        )
+        self.rule = sgprop.make_rule(eps=1e-6)
         read = num_parents * neuron_size
         self.register_buffer(
             "pixels", random_connectivity(num_neurons, input_size, read, generator)
@@ -145,19 +129,17 @@ class SparseMLP(nn.Module):
                 neuron_size,
                 num_parents,
                 num_slots,
-                predictor=propagation == "sgprop",
+                predictor=sgprop.mixes,
                 predictor_std=read**-0.5,
-                mixing_weight=mixing_weight,
-                memory_rows=len(self.rule.memory) if propagation == "sgprop" else 0,
+                mixing_weight=sgprop.mixing_weight,
+                memory_rows=len(self.rule.memory) if sgprop.mixes else 0,
                 generator=generator,
                 predictor_generator=of_predictors,
                 dtype=dtype,
             )
             for _ in range(num_layers)
         )
-        self.shuffle = (
-            SampleShuffle(generator) if shuffle_predictions and propagation == "sgprop" else None
-        )
+        self.shuffle = sgprop.make_shuffle(generator)
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
         #: neurons and dimensions, summed over layers), and received_grad_norm, mixed_grad_norm,
         #: prediction_norm (mean length, per layer, neuron and sample, of g, of the mixed gradient
@@ -185,17 +167,15 @@ class SparseMLP(nn.Module):
                 f"num_parents * neuron_size ({read}) must be at most input_size "
                 f"({settings['input_size']}): neurons of the first layer read that many inputs"
             )
-        check_mixing(settings)
-        rule_of_name(settings["mixing_rule"])
-        check_backend(settings["backend"])
+        check_backend(settings["backend"], settings["shuffle_predictions"])
 
     @property
     def mixing_weights(self) -> list[Tensor]:
         """Lambda [W] of each layer; an empty list under backprop."""
-        return [n.mixing_weight for n in self.layers] if self.propagation == "sgprop" else []
+        return [n.mixing_weight for n in self.layers] if self.sgprop.mixes else []
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
+        return f"{self.input_size}, propagation={self.sgprop.propagation}, backend={self.backend}"
 
     def _obstacle(self, x: Tensor, backend: str) -> str | None:
         """Why a backend other than "eager" cannot run the layers on x; None where it can."""
@@ -211,9 +191,16 @@ class SparseMLP(nn.Module):
         if type(self).is_residual is not SparseMLP.is_residual:
             return f"{type(self).__name__} says for itself what is residual"
         read = self.pixels.shape[1]
+        shapes = [neurons.parameter_shapes(read) for neurons in self.layers]
+        return native.obstacle(x, zip(self.stack().layers, shapes, strict=True))
+
+    def stack(self) -> Stack:
+        """The layers as kernels take them."""
         sources = (self.pixels, *self.parents.unbind())
-        return native.obstacle(
-            x, [(*pair, read) for pair in zip(self.layers, sources, strict=True)]
+        layers = zip(self.layers, sources, strict=True)
+        return Stack(
+            [neurons.layer(read) for neurons, read in layers],
+            [self.is_residual(index) for index in range(len(self.layers))],
         )
 
     def runs_on(self, x: Tensor) -> str:
@@ -228,13 +215,8 @@ class SparseMLP(nn.Module):
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
         return self.residual and layer > 0
 
-    def forward(self, x: Tensor, done: native.StackForward | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Run all layers: x [..., input_size] -> [..., W, N] (flattened: [..., W*N]).
-
-        Args:
-            x: the input.
-            done: a forward pass on the same x with the same parameters, which is then not run
-                again. The caller sees to "same".
 
         Raises:
             ValueError: x of another shape, or of no sample at all.
@@ -246,10 +228,12 @@ class SparseMLP(nn.Module):
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
         flat = x.flatten(0, -2)
-        if done is not None:
-            output = native.stack(self, flat, done)
+        backend = self.runs_on(flat)
+        if backend == "eager":
+            output = eager_stack(self, flat)
         else:
-            output = STACKS[self.runs_on(flat)](self, flat)
+            kernel = native_stack if backend == "native" else torch_stack
+            output = kernel.stack(self.stack(), Mixing.of(self), flat)
         output = output.unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 
@@ -263,17 +247,11 @@ def eager_stack(mlp: SparseMLP, x: Tensor) -> Tensor:
         activation = neurons(inputs)
         output = activation.output
         h = torch.tanh(output) + h if mlp.is_residual(layer) else output
-        if mlp.propagation == "sgprop":
+        if mlp.sgprop.mixes:
             record.activations.append(Activation(*(value.detach() for value in activation)))
-            h = _MixPrediction.apply(h, layer, record, neurons.predictor_h, neurons.predictor_bias)
+            predictor = neurons.predictor_h, neurons.predictor_bias
+            h = MixGradient.apply(h, partial(record.mix, layer), (), *predictor)
     return h
-
-
-STACKS: dict[str, Callable[..., Tensor]] = {
-    "eager": eager_stack,
-    "torch": stack,
-    "native": native.stack,
-}
 
 
 class _BackwardRecord:
@@ -298,17 +276,11 @@ class _BackwardRecord:
             valid = synthetic.new_ones(len(synthetic), dtype=torch.bool)
             offered = synthetic[mlp.shuffle.permutation(valid)]
         weight = neurons.mixing_weight.view(1, -1, 1)
-        mixed = weight * gradient + (1 - weight) * offered
-        share = 1 / len(mlp.layers)
-        measured = {
-            "received_grad_norm": norm(gradient).mean() * share,
-            "mixed_grad_norm": norm(mixed).mean() * share,
-            "prediction_norm": norm(synthetic).mean() * share,
-        }
+        mixed, _, residual = mix(mlp.sgprop, weight, gradient, synthetic, offered)
+        norms = mean_norms(gradient, mixed, synthetic)
+        measured = {name: value * (1 / len(mlp.layers)) for name, value in norms.items()}
         regression: tuple[Tensor | None, Tensor | None] = None, None
         if rule.phase != "policy":
-            target = mixed if rule.predictor_target == "mixed" else gradient
-            residual = synthetic - target
             measured["predictor_loss"] = residual.square().mean()
             regression = torch.autograd.grad(
                 prediction,
@@ -330,25 +302,5 @@ class _BackwardRecord:
             )
             rule.update(neurons, moments)
         if layer == 0:
-            mlp.statistics = {**mlp.statistics, **self.sums}
+            mlp.statistics.update(self.sums)
         return mixed, *regression
-
-
-class _MixPrediction(torch.autograd.Function):
-    """Identity going forward; going back, mixes the prediction into the gradient of the state.
-
-    The gradient it returns for the predictor's parameters is that of the predictor's loss.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, layer: int, record: _BackwardRecord, *predictor: Tensor
-    ) -> Tensor:
-        ctx.layer, ctx.record = layer, record
-        return h.view_as(h)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        mixed, *regression = ctx.record.mix(ctx.layer, gradient)
-        return mixed, None, None, *regression

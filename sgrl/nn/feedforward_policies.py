@@ -3,17 +3,16 @@
 Sizes and initial values of the bandit's: the paper, Section H.3.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import native
+from sgrl.nn.kernels.native_stack import StackForward, stack
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import SlotNeurons, predictor_generator
@@ -26,6 +25,7 @@ from sgrl.nn.policy import (
     State,
     orthogonal_linear,
 )
+from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings
 
 
 class MLPPolicy(EncodedPolicy):
@@ -106,7 +106,7 @@ def _xavier(
 
 
 @dataclass(frozen=True)
-class SparseMLPSettings(PolicySettings):
+class SparseMLPSettings(SGPropSettings, PolicySettings):
     """Settings of the feed-forward sparse policy; see `SparseMLP` for what they do."""
 
     num_layers: int = 5
@@ -115,29 +115,31 @@ class SparseMLPSettings(PolicySettings):
     num_parents: int = 5
     num_slots: int = 5
     residual: bool = True
-    propagation: Literal["sgprop", "backprop"] = "sgprop"
     mixing_weight: float = 0.9
-    adaptive: bool = True
-    mixing_rule: str = "published"
-    mixing_momentum: float = 0.9
-    predictor_target: Literal["received", "mixed"] = "received"
-    shuffle_predictions: bool = False
+    predictor_target: Literal["mixed", "received"] = "received"
     backend: str = "auto"
+    # No settings here: constants, since they are for recurrent networks.
+    schedule_beta: ClassVar[float] = SGPropSettings.schedule_beta  # type: ignore[misc]
+    positive_projection: ClassVar[bool] = False  # type: ignore[misc]
+    mask_predictions: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        PolicySettings.__post_init__(self)
         # Any input will do here: `check_observations` knows the real one.
-        read = self.num_parents * self.neuron_size
-        SparseMLP.check_settings(input_size=max(read, 1), **self.core_settings())
+        self.check_observations(max(self.num_parents * self.neuron_size, 1))
+        SGPropSettings.__post_init__(self)
 
     def check_observations(self, observation_size: int) -> None:
-        SparseMLP.check_settings(input_size=observation_size, **self.core_settings())
+        SparseMLP.check_settings(
+            input_size=observation_size,
+            **self.core_settings(),
+            shuffle_predictions=self.shuffle_predictions,
+        )
 
     def core_settings(self) -> dict[str, Any]:
-        """The settings that `SparseMLP` takes, with its names."""
-        settings = dataclasses.asdict(self)
-        del settings["value_head"]
-        return settings
+        """The sizes and the backend that `SparseMLP` takes, with its names."""
+        names = ("num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
+        return {name: getattr(self, name) for name in (*names, "residual", "backend")}
 
 
 class ActionHead(nn.Module):
@@ -173,7 +175,7 @@ class ActionHead(nn.Module):
             self.predictor_bias = nn.Parameter(torch.empty(shape[::2], dtype=dtype))
             for parameter in (self.predictor_A, self.predictor_bias):
                 nn.init.normal_(parameter, std=self.scale, generator=source)
-        self.rule = MixingRule(adaptive=False, predictor_target="received")
+        self.rule = MixingRule(adaptive=False)
         #: None: what the head predicts is not mixed in.
         self.mixing_weights: list[Tensor] = []
         #: predictor_loss of the last backward pass, mean over samples and actions.
@@ -182,38 +184,25 @@ class ActionHead(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         logits = nn.functional.linear(h, self.keys) * self.scale
         if self.has_predictor and torch.is_grad_enabled():
-            logits = _PredictGradient.apply(
-                logits, h.detach(), self, self.predictor_A, self.predictor_bias
-            )
+            seen = [value.detach().flatten(0, -2) for value in (logits, h)]
+            predictor = self.predictor_A, self.predictor_bias
+            logits = MixGradient.apply(logits, self._regress, seen, *predictor)
         return logits
 
-
-class _PredictGradient(torch.autograd.Function):
-    """Identity; the gradient it returns for the predictor is that of the predictor's loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, h: Tensor, head: ActionHead, *predictor: Tensor
-    ) -> Tensor:
-        ctx.head = head
-        ctx.save_for_backward(logits.flatten(0, -2), h.flatten(0, -2))
-        return logits.view_as(logits)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        head: ActionHead = ctx.head
-        if head.rule.phase == "policy":
-            return gradient, None, None, None, None
-        logits, h = ctx.saved_tensors
+    def _regress(
+        self, gradient: Tensor, logits: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The received gradient as it is, and those of the predictor's loss."""
+        if self.rule.phase == "policy":
+            return gradient, None, None
         routing = logits.softmax(-1)
-        guesses = torch.einsum("bh,ahk->bak", h, head.predictor_A) + head.predictor_bias
+        guesses = torch.einsum("bh,ahk->bak", h, self.predictor_A) + self.predictor_bias
         prediction = torch.einsum("ba,bak->bk", routing, guesses)
         residual = prediction - gradient.flatten(0, -2)
-        head.statistics = {"predictor_loss": residual.square().mean()}
+        self.statistics = {"predictor_loss": residual.square().mean()}
         regression = 2 * residual / residual.numel()
         routed = torch.einsum("ba,bk->bak", routing, regression)
-        return gradient, None, None, torch.einsum("bh,bak->ahk", h, routed), routed.sum(0)
+        return gradient, torch.einsum("bh,bak->ahk", h, routed), routed.sum(0)
 
 
 class SparseMLPPolicy(Policy):
@@ -227,6 +216,7 @@ class SparseMLPPolicy(Policy):
         self.core = SparseMLP(
             self.observation_size,
             **self.settings.core_settings(),
+            sgprop=self.settings,
             flatten=True,
             generator=generator,
             dtype=dtype,
@@ -270,14 +260,10 @@ class SparseMLPPolicy(Policy):
         )
 
     def forward(
-        self,
-        observations: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        acted: Acting | None = None,
+        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
     ) -> PolicyOutput:
         if mask is None or bool(mask.all()) or self.initial_state(1):  # a subclass with memory
-            return super().forward(observations, state, mask, acted)
+            return super().forward(observations, state, mask)
         # Masked steps are passed over: their logits and values are zeros.
         valid = super().forward(observations[mask].unsqueeze(0))
         logits = valid.logits.new_zeros(*mask.shape, self.num_outputs)
@@ -292,11 +278,21 @@ class _SparseMLPActing(RecordingActing):
     """The only step of its episodes, kept for the backward pass."""
 
     policy: SparseMLPPolicy
-    done: native.StackForward | None = None
+    done: StackForward | None = None
 
     def step(self, observations: Tensor) -> Tensor:
-        self.done = native.StackForward(self.policy.core, observations)
+        core = self.policy.core
+        if observations.shape[1:] != (core.input_size,) or core.runs_on(observations) != "native":
+            raise ValueError(
+                f"{list(observations.shape)} {observations.dtype} is no input of this SparseMLP"
+            )
+        self.done = StackForward(core.stack(), observations)
         return self.policy.actor(self.done.output.flatten(1))
+
+    def replay(self, policy: Policy, observations: Tensor, mask: Tensor | None) -> PolicyOutput:
+        if mask is not None and not bool(mask.all()):  # masked samples are passed over
+            return policy(observations, mask=mask)
+        return super().replay(policy, observations, mask)
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
         return super().is_of(policy, observations) and self.policy.core_is_plain()
@@ -305,4 +301,6 @@ class _SparseMLPActing(RecordingActing):
         return None if self.done is None else self.done.x.unsqueeze(0)
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
-        return self.policy.core(embeddings, self.done), {}
+        core = self.policy.core
+        output = stack(core.stack(), Mixing.of(core), embeddings.flatten(0, -2), self.done)
+        return output.flatten(1).unflatten(0, embeddings.shape[:-1]), {}

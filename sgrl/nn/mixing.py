@@ -1,25 +1,20 @@
-"""Mixing weights: how much of the received gradient a neuron uses and passes on.
+"""Mixing weights: how lambda, the share of the received gradient, is estimated and learned.
 
-A neuron that receives the gradient g and predicts s uses and passes on
-lambda * g + (1 - lambda) * s. Lambda = 1 everywhere is exactly backpropagation.
-
-Here are the mixture, its schedule over time in BPTT (`temporal_schedule`), the estimate of the
-best lambda from one batch (`estimate_mixing_weight`), and the published rule by which lambda
-follows it (`MixingRule`); the others are in `mixing_rules.py`. Source: the paper, Sections 4 and
-H.2.
+Here are the moments of a batch's gradients (`batch_moments`), the estimate of the best lambda from
+them (`estimate_mixing_weight`), and the published rule by which lambda follows it (`MixingRule`);
+the others are in `mixing_rules.py`, the mixture itself in `sgprop.py`. Source: the paper, Sections
+4 and H.2.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.connectivity import child_counts
-from sgrl.nn.neuron import Activation, predictor_generator
+from sgrl.nn.neuron import Activation
 
 #: Norms below this count as this where a vector is divided by its norm.
 MIN_NORM = 1e-12
@@ -41,7 +36,7 @@ class Moments(NamedTuple):
 
 @dataclass
 class MixingRule:
-    """How a layer mixes predictions into its gradients, and how lambda follows: as published.
+    """How lambda follows what the batches tell: as published.
 
     The other rules are its subclasses (`mixing_rules.py`). A rule says what lambda becomes after a
     batch (`next_weight`), of which gradients it wants the moments (`unit_gradients`), and what it
@@ -58,8 +53,6 @@ class MixingRule:
         momentum: m, weight of the past: lambda <- m * lambda + (1 - m) * estimate.
         eps: the estimate is used only where its denominator exceeds this. Made for vectors of
             length 1: without them 0 serves (the denominator is at least mean |u|^2 / B).
-        positive_projection: mix max(<g, s>, 0) s / |s|^2 instead of s.
-        predictor_target: what the predictor regresses on: the "mixed" gradient or the "received".
         phase: what a backward pass is for (see `backward_phase`).
     """
 
@@ -70,8 +63,6 @@ class MixingRule:
     update_enabled: bool = True
     momentum: float = 0.9
     eps: float = 1e-12
-    positive_projection: bool = False
-    predictor_target: Literal["mixed", "received"] = "mixed"
     phase: Literal["joint", "predictor", "policy"] = "joint"
 
     @property
@@ -84,11 +75,12 @@ class MixingRule:
         """What the estimate's denominator must exceed."""
         return self.eps if self.unit_gradients else 0.0
 
-    def update(self, neurons: nn.Module, moments: Moments) -> None:
-        """Move the layer's lambda, after a backward pass that has mixed with the old one.
+    def update(self, neurons: Any, moments: Moments) -> None:
+        """Update the layer's lambda after a backward pass, which used the previous value.
 
-        `neurons` holds `mixing_weight` and `mixing_memory`, as `SlotNeurons` and
-        `SyntheticGradient` do.
+        Args:
+            neurons: has tensors `mixing_weight` [W] and `mixing_memory`, changed in place.
+            moments: of the batch.
         """
         precision = moments.mean_u_square.dtype  # not always that of the layer
         memory = neurons.mixing_memory.to(precision, copy=True)
@@ -107,7 +99,7 @@ class MixingRule:
         Returns:
             [W], in [0, 1].
         """
-        estimate = optimal_mixing_weight(*moments, previous, self.least_denominator)
+        estimate = estimate_mixing_weight(moments, previous, self.least_denominator)
         return self.momentum * previous + (1 - self.momentum) * estimate
 
 
@@ -142,110 +134,6 @@ def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> 
             rule.phase = "joint"
 
 
-class SampleShuffle(nn.Module):
-    """Permutations of a batch's samples: the placebo of `shuffle_predictions`.
-
-    Predictions that are dealt out anew among the samples keep their lengths and their mean and lose
-    what they say about the sample that they are mixed into. What a network gains by them is not due
-    to prediction.
-
-    Attributes:
-        drawn: int64 [2], the seed and the number of permutations drawn so far; saved with the
-            layer, so that a restored one draws on.
-    """
-
-    drawn: Tensor
-
-    #: Apart from the streams of the predictors' initial weights, which are numbered from 0.
-    STREAM = 1000
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        super().__init__()
-        # Not from `generator` itself: with and without the placebo a network starts the same.
-        own = predictor_generator(generator, self.STREAM)
-        seed = torch.randint(2**31, (), generator=own)
-        self.register_buffer("drawn", torch.stack([seed, torch.zeros_like(seed)]))
-
-    def permutation(self, valid: Tensor) -> Tensor:
-        """Draw the next permutation.
-
-        Args:
-            valid: bool, any shape of K elements; valid samples change places among themselves, and
-                so do the others.
-
-        Returns:
-            Indices into the flattened samples, int64 [K]: place k takes the prediction of sample
-            `permutation[k]`.
-        """
-        # Hashed: torch's generator sees only 32 bits of its seed.
-        mixed = np.random.SeedSequence(self.drawn.tolist()).generate_state(1)
-        self.drawn[1] += 1
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        flat = valid.flatten().cpu()
-        order = torch.empty(len(flat), dtype=torch.int64)
-        for kind in (flat, ~flat):
-            places = kind.nonzero().squeeze(1)
-            order[places] = places[torch.randperm(len(places), generator=generator)]
-        return order.to(valid.device)
-
-
-def check_mixing(settings: Mapping[str, Any]) -> None:
-    """Check the settings that a layer passes on to its rule.
-
-    Raises:
-        ValueError: one line that names the setting.
-    """
-    for name, choices in (
-        ("propagation", ("backprop", "sgprop")),
-        ("predictor_target", ("mixed", "received")),
-    ):
-        if settings[name] not in choices:
-            known = " or ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name} must be {known}, got {settings[name]!r}")
-    if settings.get("shuffle_predictions") and settings["backend"] == "native":
-        raise ValueError(
-            "shuffle_predictions is for the backends torch and eager: leave backend at auto"
-        )
-    for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
-        if name in settings and not 0 <= settings[name] <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
-
-
-def temporal_schedule(mixing_weight: Tensor, parents: Tensor, length: int, beta: float) -> Tensor:
-    """Lambda of every neuron at every step of a sequence.
-
-    lambda_T = lambda; going back in time, lambda_t[j] = min(1, lambda_{t+1}[j] + beta * mean over
-    j's child edges of (1 - lambda_{t+1}[child])), the mean being 0 where j has no children.
-
-    Args:
-        mixing_weight: lambda [W].
-        parents: [W, P].
-        length: T.
-        beta: step of the schedule, >= 0.
-
-    Returns:
-        [T, W]; the last row is `mixing_weight`.
-
-    Source: the paper, Section H.4.
-    """
-    schedule = mixing_weight.repeat(length, 1)
-    if beta == 0:
-        return schedule
-    edges = child_counts(parents, len(mixing_weight)).clamp(min=1)
-    parent_of_edge = parents.flatten()
-    for t in range(length - 2, -1, -1):
-        distrust = (1 - schedule[t + 1]).repeat_interleave(parents.shape[1])
-        total = torch.zeros_like(mixing_weight).index_add_(0, parent_of_edge, distrust)
-        schedule[t] = (schedule[t + 1] + beta * total / edges).clamp(max=1)
-    return schedule
-
-
-def positive_projection(gradient: Tensor, prediction: Tensor, dim: int = -1) -> Tensor:
-    """max(<g, s>, 0) s / max(|s|^2, 1e-12), vectors along `dim` (paper, Section H.4)."""
-    along = (gradient * prediction).sum(dim, keepdim=True).clamp(min=0)
-    return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_NORM)
-
-
 def norm(vectors: Tensor, dim: int = -1) -> Tensor:
     """Euclidean norm along `dim`, kept as an axis of 1 (Tensor.norm is slow on inner axes)."""
     return vectors.square().sum(dim, keepdim=True).sqrt()
@@ -256,76 +144,68 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     return vectors / norm(vectors, dim).clamp(min=MIN_NORM)
 
 
-def optimal_mixing_weight(
-    mean_u_square: Tensor,
-    mean_wu: Tensor,
-    square_mean_u: Tensor,
-    mean_w_mean_u: Tensor,
-    num_samples: int,
-    previous: Tensor,
-    eps: float,
-) -> Tensor:
-    """Lambda* from the moments of one batch (paper, equations 17 and 18, estimated as in H.2).
+def estimate_mixing_weight(moments: Moments, previous: Tensor, eps: float) -> Tensor:
+    """Estimate of lambda* from the moments of one batch, for the mean of that batch.
 
-    With w the parameter gradient from the received gradient, s that from the prediction and
-    u = s - w, per neuron over the batch:
+    Covariances are the unbiased ones, and |E[u]|^2 is |mean u|^2 less what chance adds to it.
 
     Args:
-        mean_u_square: mean of |u|^2 [W].
-        mean_wu: mean of <w, u> [W].
-        square_mean_u: |mean u|^2 [W].
-        mean_w_mean_u: <mean w, mean u> [W].
-        num_samples: B.
+        moments: of the batch.
         previous: lambda before [W], kept where nothing can be told.
         eps: least denominator.
 
     Returns:
         [W], in [0, 1].
+
+    Source: the paper, Section H.2.
     """
-    if num_samples <= 1:
+    if moments.num_samples <= 1:
         return previous.clone()
+    return mixing_weight_from(mean_covariances(moments), previous, eps)
+
+
+def mean_covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Unbiased estimates of Var(mean u) and Cov(mean w, mean u), and |mean u|^2, all [W].
+
+    There must be 2 samples at least.
+    """
+    mean_u_square, mean_wu, square_mean_u, mean_w_mean_u, num_samples = moments
     variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)
     covariance = (mean_wu - mean_w_mean_u) / (num_samples - 1)
-    return best_mixture(variance, covariance, square_mean_u, previous, eps)
+    return variance, covariance, square_mean_u
 
 
-def best_mixture(
-    variance: Tensor, covariance: Tensor, square_mean_u: Tensor, previous: Tensor, eps: float
-) -> Tensor:
-    """Lambda* from estimates of Var(mean u), Cov(mean w, mean u) and the raw |mean u|^2, all [W].
+def mixing_weight_from(covariances: Sequence[Tensor], previous: Tensor, eps: float) -> Tensor:
+    """Lambda* from what `mean_covariances` returns, or averages of it.
 
     `previous` [W] is kept where the denominator is not above `eps`. Returns [W], in [0, 1].
     """
+    variance, covariance, square_mean_u = covariances
     squared_bias = (square_mean_u - variance).clamp(min=0)
-    denominator = variance + squared_bias
-    known = denominator > eps
-    ratio = covariance / torch.where(known, denominator, torch.ones_like(denominator))
-    return torch.where(known, (1 + ratio).clamp(0, 1), previous)
+    return clipped_mixing_weight(covariance, variance + squared_bias, eps, previous)
 
 
-def estimate_mixing_weight(
-    activation: Activation,
-    gradient: Tensor,
-    prediction: Tensor,
-    scale: float,
-    previous: Tensor,
-    eps: float,
+def clipped_mixing_weight(
+    numerator: Tensor, denominator: Tensor, least: Tensor | float, otherwise: Tensor
 ) -> Tensor:
-    """Estimate of lambda* from one batch of K samples, by the formulas of the paper's H.2.
+    """1 + numerator / denominator, clipped to [0, 1]; `otherwise` where the denominator is not
+    above `least`."""
+    known = denominator > least
+    ratio = numerator / torch.where(known, denominator, torch.ones_like(denominator))
+    return torch.where(known, (1 + ratio).clamp(0, 1), otherwise)
 
-    Args:
-        activation: of the same K samples.
-        gradient: received gradient g [K, W, N].
-        prediction: s [K, W, N].
-        scale: 1 / sqrt(I).
-        previous: lambda before [W].
-        eps: see `MixingRule`.
 
-    Returns:
-        [W], in [0, 1].
-    """
-    moments = batch_moments(activation, gradient, prediction, scale)
-    return optimal_mixing_weight(*moments, previous, eps)
+def gradient_moments(w: Tensor, s: Tensor) -> Moments:
+    """Moments of gradients that are given, w and s [B, ..., D]."""
+    u = s - w
+    w_bar, u_bar = w.mean(0), u.mean(0)
+    return Moments(
+        mean_u_square=u.square().sum(-1).mean(0),
+        mean_wu=(w * u).sum(-1).mean(0),
+        square_mean_u=u_bar.square().sum(-1),
+        mean_w_mean_u=(w_bar * u_bar).sum(-1),
+        num_samples=len(w),
+    )
 
 
 def batch_moments(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sgrl.names import unknown
-from sgrl.nn.mixing import MixingRule, Moments, best_mixture
+from sgrl.nn.mixing import MixingRule, Moments, mean_covariances, mixing_weight_from
 
 
 class RunningRule(MixingRule):
@@ -28,15 +28,12 @@ class RunningRule(MixingRule):
     def next_weight(self, moments: Moments, previous: Tensor, memory: Tensor) -> Tensor:
         if moments.num_samples <= 1:
             return previous.clone()
-        mean_u_square, mean_wu, square_mean_u, mean_w_mean_u, num_samples = moments
-        variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)
-        covariance = (mean_wu - mean_w_mean_u) / (num_samples - 1)
+        variance, covariance, square_mean_u = mean_covariances(moments)
         batch = torch.stack([variance, covariance, square_mean_u, torch.ones_like(variance)])
         memory.copy_(self.momentum * memory + (1 - self.momentum) * batch)
         # No weight at all (m = 1): zeros, from which nothing can be told.
         total = memory[3].clamp(min=torch.finfo(memory.dtype).tiny)
-        variance, covariance, square_mean_u = memory[:3] / total
-        return best_mixture(variance, covariance, square_mean_u, previous, self.least_denominator)
+        return mixing_weight_from((memory[:3] / total).unbind(), previous, self.least_denominator)
 
 
 class RawRule(MixingRule):

@@ -14,7 +14,7 @@ Source: the paper, Section H.2.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,56 @@ class Activation(NamedTuple):
     attention: Tensor  # a [K, W, M]
     slots: Tensor  # y [K, W, M, N]
     output: Tensor  # [K, W, N]
+
+
+class Layer(NamedTuple):
+    """A layer of slot neurons as kernels take it: sizes, connections, and the tensors themselves.
+
+    Shapes are those of `SlotNeurons`; tensors that the layer lacks are None.
+    """
+
+    num_neurons: int  # W
+    neuron_size: int  # N
+    num_slots: int  # M
+    external_size: int  # E
+    num_input_neurons: int
+    scale: float  # 1 / sqrt(I)
+    sources: Tensor  # what each neuron reads, int64: neurons [W, P], or single numbers [W, P * N]
+    weight_h: Tensor
+    weight_x: Tensor | None
+    bias: Tensor
+    predictor_h: Tensor | None
+    predictor_x: Tensor | None
+    predictor_bias: Tensor | None
+    mixing_weight: Tensor
+    mixing_memory: Tensor
+
+    @property
+    def num_parents(self) -> int:
+        """P, of which each is N numbers."""
+        return self.weight_h.shape[2] // self.neuron_size
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Those there are, by name."""
+        every = {name: getattr(self, name) for name in PARAMETERS}
+        return {name: value for name, value in every.items() if value is not None}
+
+
+#: Names of a layer's parameters, in the order in which autograd functions take them.
+PARAMETERS = ("weight_h", "weight_x", "bias", "predictor_h", "predictor_x", "predictor_bias")
+
+
+class Stack(NamedTuple):
+    """Layers of which each reads the one before; the first reads single numbers of the input."""
+
+    layers: list[Layer]
+    residual: list[bool]  # whether a layer's state is tanh(output) + state of the layer before
+
+    def parameters(self) -> list[Tensor]:
+        """weight_h and bias of every layer, then predictor_h and predictor_bias of every layer."""
+        weights = [p for layer in self.layers for p in (layer.weight_h, layer.bias)]
+        predictors = [(layer.predictor_h, layer.predictor_bias) for layer in self.layers]
+        return weights + [p for pair in predictors for p in pair if p is not None]
 
 
 class SlotNeurons(nn.Module):
@@ -115,6 +165,22 @@ class SlotNeurons(nn.Module):
                 shapes[f"{part}_x"] = (num_x, rows, size_x)
             shapes[bias] = (self.num_neurons, self.num_slots, self.neuron_size)
         return shapes
+
+    def layer(self, sources: Tensor) -> Layer:
+        """The layer as kernels take it, reading from `sources` (see `Layer`)."""
+        parameters: dict[str, Any] = {name: getattr(self, name, None) for name in PARAMETERS}
+        return Layer(
+            num_neurons=self.num_neurons,
+            neuron_size=self.neuron_size,
+            num_slots=self.num_slots,
+            external_size=self.external_size,
+            num_input_neurons=self.num_input_neurons,
+            scale=self.scale,
+            sources=sources,
+            mixing_weight=self.mixing_weight,
+            mixing_memory=self.mixing_memory,
+            **parameters,
+        )
 
     def _add_normal(
         self,

@@ -7,7 +7,7 @@ A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and
 `registry.POLICIES`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -40,8 +40,9 @@ class PolicySettings:
     value_head: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
+        kinds = get_type_hints(type(self))
+        for name in (field.name for field in fields(self)):
+            kind, value = kinds[name], getattr(self, name)
             if get_origin(kind) is Literal:
                 if value not in get_args(kind):
                     choices = " or ".join(repr(choice) for choice in get_args(kind))
@@ -140,17 +141,13 @@ class Policy(nn.Module):
     def acting(self, length: int, batch_size: int, keep: bool = False) -> "Acting":
         """For acting through whole episodes of T steps, from the initial state on.
 
-        With `keep` it may hold, where the policy can, what lets `forward` on the same observations
-        skip those steps of its core.
+        With `keep` it may hold, where the policy can, what lets `Acting.replay` skip those steps
+        of its core.
         """
         return Acting(self, batch_size)
 
     def forward(
-        self,
-        observations: Tensor,
-        state: State | None = None,
-        mask: Tensor | None = None,
-        acted: "Acting | None" = None,
+        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
     ) -> PolicyOutput:
         """Run over whole sequences.
 
@@ -158,15 +155,13 @@ class Policy(nn.Module):
             observations: [T, B, F].
             state: before the first step; `initial_state` if None.
             mask: bool [T, B], True at valid steps; all if None.
-            acted: has perhaps seen these observations; used if so, and if nothing changed since.
         """
-        embeddings = self.encoder(observations)
-        if acted is not None and state is None and acted.is_of(self, observations):
-            features, state = acted.continue_core(embeddings, mask)
-        else:
-            if state is None:
-                state = self.initial_state(observations.shape[1])
-            features, state = self.run_core(embeddings, state, mask)
+        if state is None:
+            state = self.initial_state(observations.shape[1])
+        return self.read_out(*self.run_core(self.encoder(observations), state, mask))
+
+    def read_out(self, features: Tensor, state: State) -> PolicyOutput:
+        """Actor and value head on the core's output [T, B, core size]."""
         values = None if self.value_head is None else self.value_head(features).squeeze(-1)
         return PolicyOutput(self.actor(features), values, state)
 
@@ -180,7 +175,8 @@ class Policy(nn.Module):
 class Acting:
     """A policy taking one step of B episodes after the other, from their beginning.
 
-    This one merely carries the state along.
+    It also owns the use of that forward pass in the update (`replay`). This one merely carries the
+    state along, and keeps nothing.
     """
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
@@ -192,6 +188,18 @@ class Acting:
         output = self.policy.step(observations, self.state)
         self.state = output.state
         return output.logits
+
+    def replay(self, policy: Policy, observations: Tensor, mask: Tensor | None) -> PolicyOutput:
+        """`policy(observations, mask=mask)`, without the steps taken already where they are kept.
+
+        Args:
+            policy: may be another one, or have changed meanwhile.
+            observations: [T, B, F].
+            mask: bool [T, B], True at valid steps; all if None.
+        """
+        if not self.is_of(policy, observations):
+            return policy(observations, mask=mask)
+        return policy.read_out(*self.continue_core(policy.encoder(observations), mask))
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
         """Whether `continue_core` gives this policy's features of observations [T, B, F]."""

@@ -20,27 +20,19 @@ derivative. Under autocast all compute in the precision of the parameters.
 Source: the paper, Sections 4, H.2 and H.4.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
-from sgrl.nn.kernels import native
+from sgrl.nn.kernels import native, native_unroll, torch_unroll
 from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
-from sgrl.nn.kernels.unroll import unroll
-from sgrl.nn.mixing import (
-    SampleShuffle,
-    batch_moments,
-    check_mixing,
-    positive_projection,
-    temporal_schedule,
-)
-from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
-from sgrl.nn.neuron import Activation, SlotNeurons
+from sgrl.nn.mixing import batch_moments
+from sgrl.nn.neuron import Activation, Layer, SlotNeurons
+from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mix, temporal_schedule
 
 _SIZES = (
     "input_size",
@@ -62,28 +54,21 @@ class SparseRNN(nn.Module):
         num_parents: P, neurons each neuron reads, drawn at random once (may include itself).
         num_slots: M, slots of a neuron.
         num_input_neurons: the first so many neurons read x_t.
-        propagation: "backprop", or "sgprop" for synthetic-gradient propagation.
-        mixing_weight: initial lambda, in [0, 1].
-        adaptive: whether lambda follows its estimate from each batch.
-        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
-        mixing_momentum: weight of the past in that update.
-        schedule_beta: step of the temporal schedule of lambda.
-        positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
-        predictor_target: gradient the predictor regresses on, "mixed" or "received".
-        mask_predictions: True passes the received gradient on unmixed at masked steps. The
-            published method mixes there too.
-        shuffle_predictions: True mixes into each sample the prediction of another one of the batch,
-            drawn at random (`mixing.SampleShuffle`); the predictors learn as ever. A control: with
-            it, whatever is gained is not due to prediction. Not in the backend "native".
+        sgprop: how it mixes; `SGPropSettings()` if None.
         flatten: True gives output [T, B, W*N] and h_n [B, W*N], and takes such an h_0.
         backend: "auto", "eager", "torch" or "native".
         generator: source of connectivity and initial weights, a CPU generator; None draws from
             torch's global one.
+        dtype: floating-point type of the parameters.
+        **settings: fields of `SGPropSettings`, in place of those of `sgprop`.
 
     Raises:
         ValueError: a size or setting that is impossible, or `backend="native"` without a compiler
             or for other numbers than float32 and float64.
+        TypeError: a setting that there is not.
     """
+
+    sgprop_defaults: ClassVar = SGPropSettings()
 
     parents: Tensor
 
@@ -96,22 +81,15 @@ class SparseRNN(nn.Module):
         num_slots: int = 6,
         num_input_neurons: int = 16,
         *,
-        propagation: Literal["backprop", "sgprop"] = "sgprop",
-        mixing_weight: float = 1.0,
-        adaptive: bool = True,
-        mixing_rule: str = "published",
-        mixing_momentum: float = 0.9,
-        schedule_beta: float = 0.1,
-        positive_projection: bool = False,
-        predictor_target: Literal["mixed", "received"] = "mixed",
-        mask_predictions: bool = False,
-        shuffle_predictions: bool = False,
+        sgprop: SGPropSettings | None = None,
         flatten: bool = False,
         backend: str = "auto",
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        sgprop = (sgprop or self.sgprop_defaults).changed(settings)
         self.check_settings(
             input_size=input_size,
             num_neurons=num_neurons,
@@ -119,32 +97,19 @@ class SparseRNN(nn.Module):
             num_parents=num_parents,
             num_slots=num_slots,
             num_input_neurons=num_input_neurons,
-            propagation=propagation,
-            mixing_weight=mixing_weight,
-            mixing_rule=mixing_rule,
-            mixing_momentum=mixing_momentum,
-            schedule_beta=schedule_beta,
-            predictor_target=predictor_target,
-            shuffle_predictions=shuffle_predictions,
+            shuffle_predictions=sgprop.shuffle_predictions,
             backend=backend,
         )
         # Not kept: what "auto" stands for depends on what comes, too.
         of_numbers = torch.get_default_dtype() if dtype is None else dtype
-        resolve_backend(backend, of_numbers, compiled=not shuffle_predictions)
+        resolve_backend(backend, of_numbers, compiled=not sgprop.shuffle_predictions)
         self.backend = backend
         self.input_size = input_size
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
-        self.propagation = propagation
-        self.schedule_beta = schedule_beta
-        self.mask_predictions = mask_predictions
+        self.sgprop = sgprop
         self.flatten = flatten
-        self.rule = rule_of_name(mixing_rule)(
-            adaptive=adaptive,
-            momentum=mixing_momentum,
-            positive_projection=positive_projection,
-            predictor_target=predictor_target,
-        )
+        self.rule = sgprop.make_rule()
         parents = random_connectivity(num_neurons, num_neurons, num_parents, generator)
         self.register_buffer("parents", parents)
         self.neurons = SlotNeurons(
@@ -154,15 +119,13 @@ class SparseRNN(nn.Module):
             num_slots,
             external_size=input_size,
             num_input_neurons=num_input_neurons,
-            predictor=propagation == "sgprop",
-            mixing_weight=mixing_weight,
-            memory_rows=len(self.rule.memory) if propagation == "sgprop" else 0,
+            predictor=sgprop.mixes,
+            mixing_weight=sgprop.mixing_weight,
+            memory_rows=len(self.rule.memory) if sgprop.mixes else 0,
             generator=generator,
             dtype=dtype,
         )
-        self.shuffle = (
-            SampleShuffle(generator) if shuffle_predictions and propagation == "sgprop" else None
-        )
+        self.shuffle = sgprop.make_shuffle(generator)
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over valid
         #: steps, neurons and dimensions), and received_grad_norm, mixed_grad_norm, prediction_norm
         #: (mean length, per neuron and valid step, of g, of the mixed gradient and of s).
@@ -184,9 +147,7 @@ class SparseRNN(nn.Module):
                 raise ValueError(
                     f"{name} ({settings[name]}) must be at most num_neurons ({num_neurons})"
                 )
-        check_mixing(settings)
-        rule_of_name(settings["mixing_rule"])
-        check_backend(settings["backend"])
+        check_backend(settings["backend"], settings["shuffle_predictions"])
 
     def _obstacle(self, x: Tensor, backend: str) -> str | None:
         """Why a backend other than "eager" cannot unroll over x; None where it can."""
@@ -202,7 +163,11 @@ class SparseRNN(nn.Module):
         if type(self).schedule is not SparseRNN.schedule:
             return f"{type(self).__name__} has a schedule of its own"
         read = self.parents.shape[1] * self.neuron_size
-        return native.obstacle(x, [(self.neurons, self.parents, read)])
+        return native.obstacle(x, [(self.layer(), neurons.parameter_shapes(read))])
+
+    def layer(self) -> Layer:
+        """The neurons as kernels take them."""
+        return self.neurons.layer(self.parents)
 
     def runs_on(self, x: Tensor) -> str:
         """The backend that unrolls over x.
@@ -215,10 +180,10 @@ class SparseRNN(nn.Module):
     @property
     def mixing_weights(self) -> list[Tensor]:
         """Lambda [W] of the layer, alone in a list; an empty list under backprop."""
-        return [self.neurons.mixing_weight] if self.propagation == "sgprop" else []
+        return [self.neurons.mixing_weight] if self.sgprop.mixes else []
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, propagation={self.propagation}, backend={self.backend}"
+        return f"{self.input_size}, propagation={self.sgprop.propagation}, backend={self.backend}"
 
     def initial_state(self, batch_size: int) -> Tensor:
         """Zero state [B, W, N] (flattened: [B, W*N])."""
@@ -229,16 +194,12 @@ class SparseRNN(nn.Module):
     def schedule(self, length: int) -> Tensor:
         """Lambda at every step: [T, W]; ones under backpropagation."""
         weights = self.neurons.mixing_weight
-        if self.propagation == "backprop":
+        if not self.sgprop.mixes:
             return torch.ones_like(weights).expand(length, -1)
-        return temporal_schedule(weights, self.parents, length, self.schedule_beta)
+        return temporal_schedule(weights, self.parents, length, self.sgprop.schedule_beta)
 
     def forward(
-        self,
-        x: Tensor,
-        h_0: Tensor | None = None,
-        mask: Tensor | None = None,
-        recorder: native.Recorder | None = None,
+        self, x: Tensor, h_0: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Unroll over time.
 
@@ -247,8 +208,6 @@ class SparseRNN(nn.Module):
             h_0: state before the first step [B, W, N]; zeros if None.
             mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
                 loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
-            recorder: has run the first steps of the same x from the zero state with the same
-                parameters; they are not run again. The caller sees to "same".
 
         Returns:
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).
@@ -277,10 +236,13 @@ class SparseRNN(nn.Module):
         elif h_0.shape[0] != x.shape[1] or h_0[0].numel() != state_shape[1] * state_shape[2]:
             raise ValueError(f"h_0 must be {list(state_shape)}, got {list(h_0.shape)}")
         h_0 = h_0.reshape(state_shape)
-        if recorder is not None:
-            output = native.unroll(self, x, h_0, mask, recorder)
+        backend, mixing = self.runs_on(x), Mixing.of(self)
+        if backend == "eager":
+            output = eager_unroll(self, x, h_0, mask)
+        elif backend == "native":
+            output = native_unroll.unroll(self.layer(), mixing, x, h_0, mask)
         else:
-            output = UNROLLS[self.runs_on(x)](self, x, h_0, mask)
+            output = torch_unroll.unroll(self.layer(), mixing, self.schedule, x, h_0, mask)
         if self.flatten:
             output = output.flatten(2)
         return output, output[-1]
@@ -293,19 +255,12 @@ def eager_unroll(rnn: SparseRNN, x: Tensor, h_0: Tensor, mask: Tensor | None) ->
     for t in range(len(x)):
         activation = rnn.neurons(rnn.neurons.read(h, rnn.parents, x[t]))
         h = activation.output
-        if rnn.propagation == "sgprop":
+        if rnn.sgprop.mixes:
             prediction = rnn.neurons.predict(activation)
             record.add(activation, prediction)
-            h = _MixPrediction.apply(h, prediction, t, record)
+            h = MixGradient.apply(h, partial(record.mix, t), (prediction,), prediction)
         outputs.append(h)
     return torch.stack(outputs)
-
-
-UNROLLS: dict[str, Callable[..., Tensor]] = {
-    "eager": eager_unroll,
-    "torch": unroll,
-    "native": native.unroll,
-}
 
 
 class _BackwardRecord:
@@ -333,20 +288,14 @@ class _BackwardRecord:
 
     def mix(self, t: int, gradient: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Received gradient and prediction of step t, both [B, W, N] -> (mixed, residual)."""
-        rule, weight = self.rnn.rule, self.schedule[t].view(1, -1, 1)
         if t == self.length - 1 and self.rnn.shuffle is not None:
             every = torch.stack(self.offered)
             order = self.rnn.shuffle.permutation(self.mask)
             self.offered = list(every.flatten(0, 1)[order].view_as(every))
-        substitute = self.offered[t]
-        if rule.positive_projection:
-            substitute = positive_projection(gradient, substitute)
-        mixed = weight * gradient + (1 - weight) * substitute
-        valid = self.mask[t].view(-1, 1, 1)
-        if self.rnn.mask_predictions:
-            mixed = torch.where(valid, mixed, gradient)
-        target = mixed if rule.predictor_target == "mixed" else gradient
-        residual = torch.where(valid, prediction - target, 0.0)
+        weight, valid = self.schedule[t].view(1, -1, 1), self.mask[t].view(-1, 1, 1)
+        mixed, substitute, residual = mix(
+            self.rnn.sgprop, weight, gradient, prediction, self.offered[t], valid
+        )
         self.gradients[t], self.mixed[t] = gradient, mixed
         self.predictions[t], self.substitutes[t] = prediction, substitute
         self.residuals[t] = residual
@@ -367,15 +316,15 @@ class _BackwardRecord:
         def gather(steps: dict[int, Tensor]) -> Tensor:
             return torch.stack([steps[t] for t in range(self.length)])[valid]
 
-        def mean_length(vectors: Tensor) -> Tensor:
+        def mean_norm(vectors: Tensor) -> Tensor:
             return vectors.norm(dim=-1).sum() / max(vectors[..., 0].numel(), 1)
 
         gradient, substitute = gather(self.gradients), gather(self.substitutes)
         rnn.statistics = {
             "predictor_loss": gather(self.residuals).square().sum() / self.count,
-            "received_grad_norm": mean_length(gradient),
-            "mixed_grad_norm": mean_length(gather(self.mixed)),
-            "prediction_norm": mean_length(gather(self.predictions)),
+            "received_grad_norm": mean_norm(gradient),
+            "mixed_grad_norm": mean_norm(gather(self.mixed)),
+            "prediction_norm": mean_norm(gather(self.predictions)),
         }
         if not rnn.rule.updates:
             return
@@ -385,23 +334,3 @@ class _BackwardRecord:
         scale, unit_gradients = rnn.neurons.scale, rnn.rule.unit_gradients
         moments = batch_moments(activation, gradient, substitute, scale, unit_gradients)
         rnn.rule.update(rnn.neurons, moments)
-
-
-class _MixPrediction(torch.autograd.Function):
-    """Identity going forward; going back, mixes the prediction into the gradient of the state.
-
-    The gradient it returns for the prediction is that of the predictor's loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, prediction: Tensor, t: int, record: _BackwardRecord) -> Tensor:
-        ctx.t, ctx.record = t, record
-        ctx.save_for_backward(prediction)
-        return h.view_as(h)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (prediction,) = ctx.saved_tensors
-        mixed, regression = ctx.record.mix(ctx.t, gradient, prediction)
-        return mixed, regression, None, None

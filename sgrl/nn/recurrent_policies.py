@@ -3,10 +3,9 @@
 Sizes and initial values: the paper, Section H.4.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,12 @@ from sgrl.nn.encoder import (
     EncoderSettings,
     is_published_encoder,
 )
-from sgrl.nn.kernels import native
+from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.policy import Acting, Policy, RecordingActing, State
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.sgprop import Mixing, SGPropSettings
 
 DenseRNN = TypeVar("DenseRNN", nn.GRU, nn.LSTM)
 
@@ -91,7 +91,7 @@ class LSTMPolicy(EncodedPolicy):
 
 
 @dataclass(frozen=True)
-class SparseNetSettings(EncoderSettings):
+class SparseNetSettings(SGPropSettings, EncoderSettings):
     """Settings of the recurrent sparse policy; see `SparseRNN` for what they do.
 
     Attributes:
@@ -104,31 +104,22 @@ class SparseNetSettings(EncoderSettings):
     num_slots: int = 6
     num_input_neurons: int = 16
     actor_slots: int = 6
-    propagation: Literal["sgprop", "backprop"] = "sgprop"
-    mixing_weight: float = 1.0
-    adaptive: bool = True
-    mixing_rule: str = "published"
-    mixing_momentum: float = 0.9
-    schedule_beta: float = 0.1
-    positive_projection: bool = False
-    predictor_target: Literal["mixed", "received"] = "mixed"
-    mask_predictions: bool = False
-    shuffle_predictions: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EncoderSettings.__post_init__(self)
         if self.actor_slots < 1:
             raise ValueError(f"actor_slots must be at least 1, got {self.actor_slots}")
-        SparseRNN.check_settings(**self.core_settings())
+        SparseRNN.check_settings(
+            **self.core_settings(), shuffle_predictions=self.shuffle_predictions
+        )
+        SGPropSettings.__post_init__(self)
 
     def core_settings(self) -> dict[str, Any]:
-        """The settings that `SparseRNN` takes, with its names."""
-        settings = dataclasses.asdict(self)
-        for name in ("feature_size", "value_head", "actor_slots"):
-            del settings[name]
-        settings["input_size"] = settings.pop("embedding_size")
-        return settings
+        """The sizes and the backend that `SparseRNN` takes, with its names."""
+        names = ("num_neurons", "neuron_size", "num_parents", "num_slots", "num_input_neurons")
+        sizes = {name: getattr(self, name) for name in (*names, "backend")}
+        return {"input_size": self.embedding_size, **sizes}
 
 
 class SlotActor(nn.Module):
@@ -177,7 +168,11 @@ class SparseNetPolicy(EncodedPolicy):
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         self.core = SparseRNN(
-            **self.settings.core_settings(), flatten=True, generator=generator, dtype=dtype
+            **self.settings.core_settings(),
+            sgprop=self.settings,
+            flatten=True,
+            generator=generator,
+            dtype=dtype,
         )
         return self.settings.num_neurons * self.settings.neuron_size
 
@@ -211,7 +206,7 @@ class SparseNetPolicy(EncodedPolicy):
         )
 
     def step_is_published(self) -> bool:
-        """Whether a step is just what `native.Recorder` computes, with nothing of a subclass's."""
+        """Whether a step is just what `Recorder` computes, with nothing of a subclass's."""
         encoder, core, actor = self.encoder, self.core, self.actor
         if not (self.core_is_plain() and is_plain(actor, SlotActor)):
             return False
@@ -239,9 +234,9 @@ class _SparseNetActing(RecordingActing):
     def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
         super().__init__(policy)
         encoder, actor = policy.encoder, policy.actor
-        self.recorder = native.Recorder(
-            policy.core,
-            (encoder[0], encoder[2]),
+        self.recorder = Recorder(
+            policy.core.layer(),
+            (encoder[0].weight, encoder[0].bias, encoder[2].weight, encoder[2].bias),
             (actor.stack(), actor.b),
             length,
             batch_size,
@@ -260,5 +255,9 @@ class _SparseNetActing(RecordingActing):
         return same_length and super().is_of(policy, observations) and policy.step_is_published()
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
-        features, h = self.policy.core(embeddings, mask=mask, recorder=self.recorder)
-        return features, {"h": h}
+        core = self.policy.core
+        h_0 = core.initial_state(embeddings.shape[1])
+        h_0 = h_0.view(-1, core.num_neurons, core.neuron_size)
+        layer, mixing = core.layer(), Mixing.of(core)
+        states = unroll(layer, mixing, embeddings, h_0, mask, self.recorder).flatten(2)
+        return states, {"h": states[-1]}

@@ -12,13 +12,13 @@ block's parameters, so the optimizer that steps the network trains the predictor
 Source: the paper, Definition 1 and Section H.2.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.mixing import Moments, check_mixing, norm, positive_projection, unit
-from sgrl.nn.mixing_rules import mixing_rule as rule_of_name
+from sgrl.nn.mixing import Moments, gradient_moments, unit
+from sgrl.nn.sgprop import MixGradient, SGPropSettings, mean_norms, mix
 
 
 class SyntheticGradient(nn.Module):
@@ -42,12 +42,10 @@ class SyntheticGradient(nn.Module):
         num_neurons: W.
         neuron_size: N.
         context_size: C, length of the context given to `forward`; None: x is the context.
-        mixing_weight: initial lambda, in [0, 1]; 1 is exactly backpropagation.
-        adaptive: whether lambda follows what each batch tells (`output_moments`).
-        mixing_rule: how it follows, a key of `mixing_rules.MIXING_RULES`.
-        mixing_momentum: weight of the past in that update.
-        positive_projection: mix the projection max(<g, s>, 0) s / |s|^2 instead of s.
-        predictor_target: gradient the predictor regresses on, "received" or "mixed".
+        sgprop: how it mixes; `SyntheticGradient.sgprop_defaults` if None.
+        dtype: floating-point type of predictor and lambda.
+        **settings: fields of `SGPropSettings`, in place of those of `sgprop`: mixing_weight,
+            adaptive, mixing_rule, mixing_momentum, positive_projection, predictor_target.
 
     Shapes:
         predictor_weight [W, N, C], predictor_bias [W, N], mixing_weight [W] and mixing_memory
@@ -55,7 +53,12 @@ class SyntheticGradient(nn.Module):
 
     Raises:
         ValueError: a size or setting that is impossible.
+        TypeError: a setting that there is not.
     """
+
+    sgprop_defaults: ClassVar = SGPropSettings(predictor_target="received")
+    #: Settings of `SGPropSettings` that mean nothing here.
+    unused: ClassVar = ("propagation", "schedule_beta", "mask_predictions", "shuffle_predictions")
 
     mixing_weight: Tensor
     mixing_memory: Tensor
@@ -66,13 +69,9 @@ class SyntheticGradient(nn.Module):
         neuron_size: int = 1,
         *,
         context_size: int | None = None,
-        mixing_weight: float = 1.0,
-        adaptive: bool = True,
-        mixing_rule: str = "published",
-        mixing_momentum: float = 0.9,
-        positive_projection: bool = False,
-        predictor_target: Literal["received", "mixed"] = "received",
+        sgprop: SGPropSettings | None = None,
         dtype: torch.dtype | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         for name, size in (
@@ -82,30 +81,17 @@ class SyntheticGradient(nn.Module):
         ):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        check_mixing(
-            {
-                "propagation": "sgprop",
-                "mixing_weight": mixing_weight,
-                "mixing_momentum": mixing_momentum,
-                "predictor_target": predictor_target,
-            }
-        )
+        self.sgprop = (sgprop or self.sgprop_defaults).changed(settings, self.unused)
         self.num_neurons = num_neurons
         self.neuron_size = neuron_size
         self.context_size = context_size
-        self.rule = rule_of_name(mixing_rule)(
-            adaptive=adaptive,
-            momentum=mixing_momentum,
-            positive_projection=positive_projection,
-            predictor_target=predictor_target,
-        )
+        self.rule = self.sgprop.make_rule()
         read = num_neurons * neuron_size if context_size is None else context_size
         shape = (num_neurons, neuron_size)
         self.predictor_weight = nn.Parameter(torch.zeros(*shape, read, dtype=dtype))
         self.predictor_bias = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        self.register_buffer(
-            "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
-        )
+        weights = torch.full((num_neurons,), float(self.sgprop.mixing_weight), dtype=dtype)
+        self.register_buffer("mixing_weight", weights)
         memory = torch.zeros(len(self.rule.memory), num_neurons, dtype=dtype)
         self.register_buffer("mixing_memory", memory, persistent=bool(self.rule.memory))
         #: What the last backward pass measured, 0-dim tensors: predictor_loss (mean over samples,
@@ -168,10 +154,26 @@ class SyntheticGradient(nn.Module):
         seen = seen.detach().reshape(-1, *seen.shape[len(leading) :])
         valid = None if mask is None else mask.flatten()
         predictor = self.predictor_weight, self.predictor_bias
-        return _MixPrediction.apply(x, seen, valid, self, *predictor)
+        return MixGradient.apply(x, self._backward, (seen, valid), *predictor)
 
-    def mix(self, gradient: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The backward pass: predict, mix, learn.
+    def _backward(
+        self, gradient: Tensor, context: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # Under automatic mixed precision the activations may be narrower than the predictor.
+        dtype = self.mixing_weight.dtype
+        received = gradient.reshape(-1, self.num_neurons, self.neuron_size).to(dtype)
+        context = context.to(dtype)
+        if valid is None:
+            mixed, *regression = self._mix(received, context)
+        else:
+            mixed = received.clone()
+            mixed[valid], *regression = self._mix(received[valid], context[valid])
+        return mixed.reshape(gradient.shape).to(gradient.dtype), *regression
+
+    def _mix(
+        self, gradient: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Predict, mix and learn.
 
         Args:
             gradient: received [K, W, N].
@@ -186,18 +188,10 @@ class SyntheticGradient(nn.Module):
         axes = "kc" if context.dim() == 2 else "kwc"
         prediction = torch.einsum(f"{axes},wnc->kwn", context, self.predictor_weight)
         prediction += self.predictor_bias
-        substitute = (
-            positive_projection(gradient, prediction) if rule.positive_projection else prediction
-        )
-        mixed = weight * gradient + (1 - weight) * substitute
-        measured = {
-            "received_grad_norm": norm(gradient).mean(),
-            "mixed_grad_norm": norm(mixed).mean(),
-            "prediction_norm": norm(prediction).mean(),
-        }
+        mixed, substitute, residual = mix(self.sgprop, weight, gradient, prediction)
+        measured = mean_norms(gradient, mixed, prediction)
         regression: tuple[Tensor | None, Tensor | None] = None, None
         if rule.phase != "policy":
-            residual = prediction - (mixed if rule.predictor_target == "mixed" else gradient)
             measured["predictor_loss"] = residual.square().mean()
             residual *= 2 / residual.numel()
             regression = torch.einsum(f"kwn,{axes}->wnc", residual, context), residual.sum(0)
@@ -220,48 +214,4 @@ def output_moments(gradient: Tensor, prediction: Tensor, unit_gradients: bool = 
     """
     if unit_gradients:
         gradient, prediction = unit(gradient), unit(prediction)
-    w, u = gradient, prediction - gradient
-    w_bar, u_bar = w.mean(0), u.mean(0)
-    return Moments(
-        mean_u_square=u.square().sum(-1).mean(0),
-        mean_wu=(w * u).sum(-1).mean(0),
-        square_mean_u=u_bar.square().sum(-1),
-        mean_w_mean_u=(w_bar * u_bar).sum(-1),
-        num_samples=len(w),
-    )
-
-
-class _MixPrediction(torch.autograd.Function):
-    """Identity going forward; going back, mixes the predictions into the gradient.
-
-    The gradient it returns for the predictor's parameters is that of the predictor's loss.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        context: Tensor,
-        valid: Tensor | None,
-        block: SyntheticGradient,
-        *predictor: Tensor,
-    ) -> Tensor:
-        ctx.block = block
-        ctx.save_for_backward(context, valid)
-        return x.view_as(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        block: SyntheticGradient = ctx.block
-        context, valid = ctx.saved_tensors
-        # Under automatic mixed precision the activations may be narrower than the predictor.
-        dtype = block.mixing_weight.dtype
-        received = gradient.reshape(-1, block.num_neurons, block.neuron_size).to(dtype)
-        context = context.to(dtype)
-        if valid is None:
-            mixed, *regression = block.mix(received, context)
-        else:
-            mixed = received.clone()
-            mixed[valid], *regression = block.mix(received[valid], context[valid])
-        return mixed.reshape(gradient.shape).to(gradient.dtype), None, None, None, *regression
+    return gradient_moments(gradient, prediction)

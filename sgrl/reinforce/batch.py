@@ -25,7 +25,7 @@ class EpisodeBatch:
         lengths: int64 [B], steps of each episode.
         success: bool [B], whether the episode ended in success; None where the environment knows
             no success.
-        acted: what the policy kept while it acted, for `Policy.forward`; one update uses it up.
+        acted: what the policy kept while it acted, for `Acting.replay`; one update uses it up.
 
     Source: the paper, Section H.4.
     """

@@ -103,9 +103,11 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     """
     dtype = next(policy.parameters()).dtype
     returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
-    # A policy that keeps nothing need not know of this argument.
-    kept = {} if batch.acted is None else {"acted": batch.acted}
-    output = policy(batch.observations.to(dtype), mask=batch.mask, **kept)
+    observations = batch.observations.to(dtype)
+    if batch.acted is None:
+        output = policy(observations, mask=batch.mask)
+    else:
+        output = batch.acted.replay(policy, observations, batch.mask)
     advantages = returns
     if settings.baseline == "batch_mean":
         advantages = subtract_batch_mean(returns, batch.mask)

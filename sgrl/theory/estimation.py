@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgrl.nn.mixing import clipped_mixing_weight, estimate_mixing_weight, gradient_moments
+
 
 class ErrorTerms(NamedTuple):
     """The three parts of the mean squared error, each [...]."""
@@ -137,20 +139,50 @@ def optimal_mixing_weight(
     u = s - w
     u_mean = mean(u, probabilities)
     bias = mean(w, probabilities) - target
-    covariance = total_covariance(w, u, probabilities) / num_samples
-    numerator = covariance + (bias * u_mean).sum(-1)
-    denominator = total_variance(u, probabilities) / num_samples + u_mean.square().sum(-1)
     square = mean((w.square() + s.square()).sum(-1), probabilities)
-    rounding = square * (10 * torch.finfo(w.dtype).eps) ** 2
-    return _mixing_weight(numerator, denominator, rounding, torch.ones_like(denominator))
+    return mixing_weight_of_moments(
+        covariance_wu=total_covariance(w, u, probabilities),
+        variance_u=total_variance(u, probabilities),
+        bias_u=(bias * u_mean).sum(-1),
+        square_mean_u=u_mean.square().sum(-1),
+        num_samples=num_samples,
+        rounding=square * (10 * torch.finfo(w.dtype).eps) ** 2,
+    )
+
+
+def mixing_weight_of_moments(
+    *,
+    covariance_wu: Tensor,
+    variance_u: Tensor,
+    bias_u: Tensor,
+    square_mean_u: Tensor,
+    num_samples: float,
+    rounding: Tensor,
+) -> Tensor:
+    """Equation 18 from moments, all [...].
+
+    Args:
+        covariance_wu: trace of Cov(w, u).
+        variance_u: trace of Cov(u).
+        bias_u: <E[w] - target, E[u]>.
+        square_mean_u: |E[u]|^2.
+        num_samples: n.
+        rounding: denominators up to here are 0 but for rounding.
+
+    Returns:
+        [...], in [0, 1]; 1 where u is always 0.
+    """
+    numerator = covariance_wu / num_samples + bias_u
+    denominator = variance_u / num_samples + square_mean_u
+    otherwise = torch.ones_like(denominator)
+    return clipped_mixing_weight(numerator, denominator, rounding, otherwise)
 
 
 def batch_mixing_weight(w: Tensor, s: Tensor, previous: Tensor, eps: float = 1e-12) -> Tensor:
     """Estimate of lambda* from one batch of B samples, for the mean of this batch.
 
-    The target is taken to be E[w], covariances are the unbiased ones, and |E[u]|^2 is |mean u|^2
-    less what chance adds to it. Networks do the same without ever forming these gradients
-    (`sgrl.nn.mixing.estimate_mixing_weight`), from feedback that they normalise first.
+    The target is taken to be E[w]. This is what networks do (`sgrl.nn.mixing.batch_moments`), with
+    gradients that are given; networks never form them, and normalise the feedback first.
 
     Args:
         w: gradients through Jacobians [B, ..., D].
@@ -163,21 +195,7 @@ def batch_mixing_weight(w: Tensor, s: Tensor, previous: Tensor, eps: float = 1e-
 
     Source: the paper, Section H.2.
     """
-    samples = len(w)
-    if samples <= 1:
-        return previous.clone()
-    u = s - w
-    # An unbiased covariance of samples, S / (S - 1) of theirs, over S: that of their mean.
-    variance = total_variance(u) / (samples - 1)
-    covariance = total_covariance(w, u) / (samples - 1)
-    squared_mean = (u.mean(0).square().sum(-1) - variance).clamp(min=0)
-    return _mixing_weight(covariance, variance + squared_mean, eps, previous)
-
-
-def _mixing_weight(numerator: Tensor, denominator: Tensor, eps: float, otherwise: Tensor) -> Tensor:
-    known = denominator > eps
-    ratio = numerator / denominator.where(known, torch.ones_like(denominator))
-    return (1 + ratio).clamp(0, 1).where(known, otherwise)
+    return estimate_mixing_weight(gradient_moments(w, s), previous, eps)
 
 
 def mixing_gain(

@@ -13,11 +13,23 @@ from sgrl.nn.kernels import native
 BACKENDS = ("eager", "torch", "native")
 
 
-def check_backend(name: str) -> None:
-    """Raise ValueError where there is no backend of that name ("auto" is one)."""
+def check_backend(name: str, shuffle_predictions: bool = False) -> None:
+    """Check a layer's backend.
+
+    Args:
+        name: "auto" or one of `BACKENDS`.
+        shuffle_predictions: whether the layer is to shuffle them.
+
+    Raises:
+        ValueError: no backend of that name, or one that cannot shuffle predictions.
+    """
     known = ("auto", *BACKENDS)
     if name not in known:
         raise ValueError(unknown("backend", name, known))
+    if shuffle_predictions and name == "native":
+        raise ValueError(
+            "shuffle_predictions is for the backends torch and eager: leave backend at auto"
+        )
 
 
 def resolve_backend(name: str, dtype: torch.dtype = torch.float32, compiled: bool = True) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sgrl.envs.registry import make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.registry import SparseMLPPolicy
+from sgrl.nn.sgprop import mixture
 from sgrl.theory.probe.gradients import (
     Feedback,
     Group,
@@ -180,9 +181,7 @@ def _bandit_chunk(
         if index:
             share = neurons.mixing_weight.view(-1, 1, 1, 1)
             passed = received.clone()
-            passed[:, :, num_outcomes:].lerp_(
-                prediction.expand_as(passed[:, :, num_outcomes:]), 1 - share
-            )
+            passed[:, :, num_outcomes:] = mixture(share, received[:, :, num_outcomes:], prediction)
             everyone = Seen.of(activation, neurons.scale)
             read = backward_to_inputs(neurons, everyone, passed * slope)
             received = scatter(read, mlp.parents[index - 1], mlp.neuron_size)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgrl.theory.estimation import mixing_weight_of_moments
 from sgrl.theory.probe.gradients import B, Group, M, S, Sums, W
 from sgrl.theory.probe.sufficiency import Explained
 
@@ -81,7 +82,7 @@ def moments(shards: Sequence[Sums], counts: Tensor | None = None) -> Moments:
 def best_mixing_weight(
     var_w: Tensor, cov_ws: Tensor, var_s: Tensor, bias_u: Tensor, u_square: Tensor, n: float
 ) -> Tensor:
-    """Equation 18, clipped; 1 where u is 0.
+    """Equation 18.
 
     Args:
         var_w, cov_ws, var_s: (co)variances of w and s, summed over parameters.
@@ -89,12 +90,14 @@ def best_mixing_weight(
         u_square: |E[u]|^2.
         n: samples.
     """
-    numerator = (cov_ws - var_w) / n + bias_u
-    denominator = (var_s - 2 * cov_ws + var_w) / n + u_square
-    # As in `estimation.optimal_mixing_weight`: nothing but rounding.
-    known = denominator > (var_w.abs() + var_s.abs() + u_square.abs()) * 1e-14
-    ratio = numerator / denominator.where(known, torch.ones_like(denominator))
-    return (1 + ratio).clamp(0, 1).where(known, torch.ones_like(ratio))
+    return mixing_weight_of_moments(
+        covariance_wu=cov_ws - var_w,
+        variance_u=var_s - 2 * cov_ws + var_w,
+        bias_u=bias_u,
+        square_mean_u=u_square,
+        num_samples=n,
+        rounding=(var_w.abs() + var_s.abs() + u_square.abs()) * 1e-14,
+    )
 
 
 def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgrl.nn.mixing import unit
 from sgrl.nn.neuron import Activation, SlotNeurons
+from sgrl.nn.sgprop import mixture
 
 W, S, M, B = range(4)  # the kinds of gradients, where they are an axis
 
@@ -42,7 +43,7 @@ class Seen(NamedTuple):
 
 def isometry(seen: Seen) -> Tensor:
     """E [J, K, N, N + M]: a sample's parameter gradients from feedback g and g' [N] have the inner
-    product <g E, g' E>; what `sgrl.nn.mixing.estimate_mixing_weight` says of t and dq, as one."""
+    product <g E, g' E>; what `sgrl.nn.mixing.batch_moments` says of t and dq, as one."""
     square = seen.inputs.square().sum(2).unsqueeze(2)
     of_slots = ((1 + square) * seen.slopes().square().sum(2)).sqrt()
     of_keys = seen.scale * square.sqrt().unsqueeze(3) * seen.arms()
@@ -154,19 +155,19 @@ def sums_over_samples(
         probabilities: of the outcomes [K, O].
         weights: of the samples [K].
     """
-    kinds = torch.stack([w, s, s + mixing_weight * (w - s), b], dim=3)  # [J, K, O, 4, N]
+    kinds = torch.stack([w, s, mixture(mixing_weight, w, s), b], dim=3)  # [J, K, O, 4, N]
     directions = torch.stack([unit(w), unit(s)], dim=3)
     matrix = isometry(seen).unsqueeze(2)
 
     def sums(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         means = torch.einsum("jkoan,ko->jkan", vectors, probabilities)
         gradients = [parameter_gradients(seen, part, weights) for part in means.unbind(2)]
-        images = vectors @ matrix
-        weighted = images * (probabilities * weights.unsqueeze(1)).view(*w.shape[1:3], 1, 1)
+        mapped = vectors @ matrix
+        weighted = mapped * (probabilities * weights.unsqueeze(1)).view(*w.shape[1:3], 1, 1)
         products = weighted.flatten(1, 2).permute(0, 2, 1, 3).flatten(2)
-        products = products @ images.flatten(1, 2).permute(0, 2, 1, 3).flatten(2).transpose(1, 2)
-        image_means = torch.einsum("jkoac,ko->jkac", images, probabilities)
-        between = torch.einsum("jkac,jkbc,k->jab", image_means, image_means, weights)
+        products = products @ mapped.flatten(1, 2).permute(0, 2, 1, 3).flatten(2).transpose(1, 2)
+        mapped_means = torch.einsum("jkoac,ko->jkac", mapped, probabilities)
+        between = torch.einsum("jkac,jkbc,k->jab", mapped_means, mapped_means, weights)
         return torch.stack(gradients), products.double(), between.double()
 
     gradients, products, between = sums(kinds)

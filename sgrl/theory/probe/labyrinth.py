@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sgrl.envs.registry import VectorEnv, make_vector
-from sgrl.nn.mixing import positive_projection, unit
+from sgrl.nn.mixing import unit
 from sgrl.nn.neuron import Activation
 from sgrl.nn.registry import SparseNetPolicy
+from sgrl.nn.sgprop import mix
 from sgrl.reinforce.loss import discounted_returns
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
 from sgrl.reinforce.update import UpdateSettings
@@ -162,13 +163,10 @@ def unroll(
     carried = by_states.new_zeros(num_neurons, count, 2, size)
     for t in range(length - 1, -1, -1):
         g, b = (by_states[t].unsqueeze(2) + carried).unbind(2)
-        s = predictions[t].transpose(0, 1)
-        if neurons.has_predictor and rnn.rule.positive_projection:
-            s = positive_projection(g, s)
-        if rnn.mask_predictions:
-            s = torch.where(episodes.mask[t].view(1, -1, 1), s, g)
-        received[t], synthetic[t], backprop[t] = g, s, b
-        mixed[t] = s + schedule[t].view(-1, 1, 1) * (g - s)
+        weight, valid = schedule[t].view(-1, 1, 1), episodes.mask[t].view(1, -1, 1)
+        step = mix(rnn.sgprop, weight, g, predictions[t].transpose(0, 1), valid=valid)
+        received[t], synthetic[t], backprop[t] = g, step.substitute, b
+        mixed[t] = step.gradient
         seen = Seen.of(activations[t], neurons.scale)
         read = backward_to_inputs(neurons, seen, torch.stack([mixed[t], b], dim=2))
         carried = scatter(read, rnn.parents, size)
@@ -303,8 +301,8 @@ def _totals(
     directions = [torch.where(valid, unit(kind[:, chosen]), 0.0) for kind in kinds[:2]]
     unit_gradients = torch.stack([of_episodes(direction) for direction in directions])
     # In the estimate of lambda every valid step is a sample of its own.
-    lengths = [d.transpose(0, 1).flatten(1, 2).unsqueeze(2) for d in directions]
-    images = torch.stack([d @ isometry(seen) for d in lengths]).squeeze(3)
+    by_neuron = [d.transpose(0, 1).flatten(1, 2).unsqueeze(2) for d in directions]
+    mapped = torch.stack([d @ isometry(seen) for d in by_neuron]).squeeze(3)
     of_steps = weights.repeat(length)
     return Sums(
         float(weights.sum()),
@@ -312,7 +310,7 @@ def _totals(
         products(gradients),
         torch.full((len(chosen), 4, 4), math.nan, dtype=torch.float64),
         torch.einsum("ajkd,k->ajd", unit_gradients, weights) / loss.steps,
-        torch.einsum("ajkc,bjkc,k->jab", images, images, of_steps).double() / loss.steps,
+        torch.einsum("ajkc,bjkc,k->jab", mapped, mapped, of_steps).double() / loss.steps,
     )
 
 

@@ -144,7 +144,7 @@ def probe(
         test_counts = resampled_counts(len(range(1, NUM_SHARDS, 2)), generator)
         rows: list[dict[str, object]] = []
         layers: list[dict[str, object]] = []
-        predictors = policy.core.propagation == "sgprop"
+        predictors = policy.core.sgprop.mixes
         for index, group in enumerate(groups):
             of_layer = [of_shard[index] for of_shard in sums]
             numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)

@@ -14,50 +14,62 @@ Letters: W neurons of size N, M slots, R = M + M*N rows of the stacked weights, 
 read from parents, E external inputs, X input neurons, K = T * B samples.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgrl.nn.mixing import Moments, norm, positive_projection, unit
-
-if TYPE_CHECKING:
-    from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.mixing import Moments, norm, unit
+from sgrl.nn.neuron import Layer
+from sgrl.nn.sgprop import Mixing, positive_projection
 
 #: Samples (steps x batch) that a chunk of the backward pass holds.
 CHUNK_SAMPLES = 160
 
 
-def unroll(rnn: "SparseRNN", x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
-    """The unroll of SparseRNN: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
-    neurons = rnn.neurons
-    predictor = (
-        (neurons.predictor_h, neurons.predictor_x, neurons.predictor_bias)
-        if rnn.propagation == "sgprop"
-        else (None, None, None)
-    )
-    parameters = (neurons.weight_h, neurons.weight_x, neurons.bias, *predictor)
-    inputs = (x, h_0, *parameters)
-    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)):
-        states, _, _ = _forward(rnn, x, h_0, *parameters[:3])
+def unroll(
+    layer: Layer,
+    mixing: Mixing,
+    schedule: Callable[[int], Tensor],
+    x: Tensor,
+    h_0: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Unroll a layer over time.
+
+    Args:
+        layer: reads its own states and x.
+        mixing: how predictions are mixed in.
+        schedule: lambda at every step [T, W], from T.
+        x: [T, B, E].
+        h_0: state before the first step [B, W, N].
+        mask: bool [T, B], True at valid steps; all if None.
+
+    Returns:
+        [T, B, W, N].
+    """
+    parameters = layer.parameters()
+    inputs = (x, h_0, *parameters.values())
+    if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
+        states, _, _ = _forward(layer, x, h_0, *inputs[2:5])
         return states[1:].permute(0, 3, 1, 2)
-    return _Unroll.apply(rnn, mask, *inputs)
+    return _Unroll.apply(layer, mixing, schedule, mask, *inputs)
 
 
 def _forward(
-    rnn: "SparseRNN", x: Tensor, h_0: Tensor, weight_h: Tensor, weight_x: Tensor, bias: Tensor
+    layer: Layer, x: Tensor, h_0: Tensor, weight_h: Tensor, weight_x: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> states [T+1, W, N, B] (h_0 first), attention [T, W, M, B], slots [T, W, M, N, B]."""
-    neurons = rnn.neurons
-    num_neurons, size, num_slots = neurons.num_neurons, neurons.neuron_size, neurons.num_slots
+    num_neurons, size, num_slots = layer.num_neurons, layer.neuron_size, layer.num_slots
     length, batch, _ = x.shape
-    parents = rnn.parents.flatten()
-    scaled_h = _scale_keys(weight_h, num_slots, neurons.scale)
+    parents = layer.sources.flatten()
+    scaled_h = _scale_keys(weight_h, num_slots, layer.scale)
     num_x, rows = weight_x.shape[:2]
     external = torch.matmul(weight_x.flatten(0, 1), x.transpose(1, 2)).view(
         length, num_x, rows, batch
     )
-    external[:, :, :num_slots] *= neurons.scale
+    external[:, :, :num_slots] *= layer.scale
     bias_rows = bias.view(num_neurons, -1, 1)
     states = x.new_empty(length + 1, num_neurons, size, batch)
     states[0] = h_0.permute(1, 2, 0)
@@ -85,7 +97,9 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rnn: "SparseRNN",
+        layer: Layer,
+        mixing: Mixing,
+        schedule: Callable[[int], Tensor],
         mask: Tensor | None,
         x: Tensor,
         h_0: Tensor,
@@ -94,37 +108,37 @@ class _Unroll(torch.autograd.Function):
         bias: Tensor,
         *predictor: Tensor,
     ) -> Tensor:
-        states, attention, slots = _forward(rnn, x, h_0, weight_h, weight_x, bias)
-        ctx.rnn, ctx.mask = rnn, mask
-        ctx.schedule = rnn.schedule(len(x)) if rnn.propagation == "sgprop" else None
+        states, attention, slots = _forward(layer, x, h_0, weight_h, weight_x, bias)
+        ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
+        ctx.schedule = schedule(len(x)) if mixing.settings.mixes else None
         ctx.save_for_backward(x, weight_h, weight_x, states, attention, slots, *predictor)
         return states[1:].permute(0, 3, 1, 2).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        rnn, mask = ctx.rnn, ctx.mask
+        layer, mixing, mask = ctx.layer, ctx.mixing, ctx.mask
         x, weight_h, weight_x, states, attention, slots, *predictor = ctx.saved_tensors
-        neurons, rule = rnn.neurons, rnn.rule
-        num_neurons, num_slots = neurons.num_neurons, neurons.num_slots
+        num_neurons, num_slots = layer.num_neurons, layer.num_slots
         length, batch, _ = x.shape
         rows, num_x = weight_h.shape[1], len(weight_x)
-        parents = rnn.parents.flatten()
-        sgprop = rnn.propagation == "sgprop"
+        parents = layer.sources.flatten()
 
-        scaled_t = _scale_keys(weight_h, num_slots, neurons.scale).transpose(1, 2)
-        scaled_x = _scale_keys(weight_x, num_slots, neurons.scale).flatten(0, 1)
+        scaled_t = _scale_keys(weight_h, num_slots, layer.scale).transpose(1, 2)
+        scaled_x = _scale_keys(weight_x, num_slots, layer.scale).flatten(0, 1)
         grad_output = grad_output.permute(0, 2, 3, 1)  # [T, W, N, B]
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
-        grads = [torch.zeros_like(p) for p in (weight_h, weight_x, neurons.bias)]
-        grad_predictor = [torch.zeros_like(p) for p in predictor if p is not None]
-        measured = _Measured(rnn, mask, length * batch) if sgprop else None
-        carried = x.new_zeros(num_neurons, neurons.neuron_size, batch)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
+        grads = [torch.zeros_like(p) for p in (weight_h, weight_x, layer.bias)]
+        grad_predictor = [torch.zeros_like(p) for p in predictor]
+        measured = None
+        if mixing.settings.mixes:
+            measured = _Measured(layer, mixing, mask, length * batch)
+        carried = x.new_zeros(num_neurons, layer.neuron_size, batch)
         shuffled = None
-        if measured is not None and rnn.shuffle is not None:
+        if mixing.permutation is not None:
             valid = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask
-            order = rnn.shuffle.permutation(valid)
-            shuffled = _shuffled_predictions(rnn, order, predictor, states, x, attention)
+            order = mixing.permutation(valid)
+            shuffled = _shuffled_predictions(layer, order, predictor, states, x, attention)
 
         # Chunk after chunk from the end, so that what is needed only for the sums over all
         # samples stays small enough for the cache and never fills the memory.
@@ -140,7 +154,7 @@ class _Unroll(torch.autograd.Function):
             grad_rows = x.new_empty(count, num_neurons, rows, batch)
             if measured is not None:
                 mixture = _Mixture(
-                    rnn, predictor, read, external, a, ctx.schedule[steps], mask, steps, shuffled
+                    mixing, predictor, read, external, a, ctx.schedule[steps], mask, steps, shuffled
                 )
             for t in range(count - 1, -1, -1):
                 feedback = grad_output[steps.start + t] + carried
@@ -151,19 +165,20 @@ class _Unroll(torch.autograd.Function):
                 carried = torch.zeros_like(carried)
                 carried.view(num_neurons, -1).index_add_(0, parents, grad_read)
             by_neuron = grad_rows.permute(1, 2, 0, 3).reshape(num_neurons, rows, -1)
-            _add(grads, _parameter_gradients(rnn, by_neuron, read, external))
+            _add(grads, _parameter_gradients(layer, by_neuron, read, external))
             if grad_x is not None:
                 grad_external = scaled_x.t() @ by_neuron[:num_x].flatten(0, 1)
                 grad_x[steps] = grad_external.t().view(count, batch, -1)
             if measured is not None:
                 grad_prediction = measured.add(mixture)
-                _add(grad_predictor, _predictor_gradients(rnn, grad_prediction, a, read, external))
-                if rule.updates:
+                parts = _predictor_gradients(layer, grad_prediction, a, read, external)
+                _add(grad_predictor, parts)
+                if mixing.rule.updates:
                     measured.add_moments(mixture, a, y, h, read, external)
         if measured is not None:
             measured.finish()
-        grad_h0 = carried.permute(2, 0, 1) if ctx.needs_input_grad[3] else None
-        return (None, None, grad_x, grad_h0, *grads, *(grad_predictor or (None, None, None)))
+        grad_h0 = carried.permute(2, 0, 1) if ctx.needs_input_grad[5] else None
+        return (None, None, None, None, grad_x, grad_h0, *grads, *grad_predictor)
 
 
 def _add(totals: list[Tensor], parts: tuple[Tensor, ...]) -> None:
@@ -176,7 +191,7 @@ class _Mixture:
 
     def __init__(
         self,
-        rnn: "SparseRNN",
+        mixing: Mixing,
         predictor: list[Tensor],
         read: Tensor,
         external: Tensor,
@@ -186,11 +201,11 @@ class _Mixture:
         steps: slice,
         shuffled: Tensor | None,
     ) -> None:
-        self.projects = rnn.rule.positive_projection
+        self.projects = mixing.settings.positive_projection
         self.valid = None if mask is None else mask[steps].view(len(schedule), 1, 1, -1)
         self.prediction = _predict(predictor, read, external, attention)
         self.weight = schedule.view(*schedule.shape, 1, 1)
-        if rnn.mask_predictions and self.valid is not None:
+        if mixing.settings.mask_predictions and self.valid is not None:
             self.weight = torch.where(self.valid, self.weight, 1.0)
         self.offered = self.prediction if shuffled is None else shuffled[steps]
         self.injected = (1 - self.weight) * self.offered
@@ -213,28 +228,27 @@ class _Measured:
     The same sums as `mixing.batch_moments`, as products over all samples of a chunk.
     """
 
-    def __init__(self, rnn: "SparseRNN", mask: Tensor | None, samples: int) -> None:
-        neurons = rnn.neurons
-        self.rnn = rnn
+    def __init__(self, layer: Layer, mixing: Mixing, mask: Tensor | None, samples: int) -> None:
+        self.layer, self.mixing = layer, mixing
         self.num_valid = samples if mask is None else int(mask.sum())
-        self.terms = max(self.num_valid, 1) * neurons.num_neurons * neurons.neuron_size
-        zero = neurons.bias.new_zeros(())
+        self.terms = max(self.num_valid, 1) * layer.num_neurons * layer.neuron_size
+        zero = layer.bias.new_zeros(())
         names = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
         self.statistics = {name: zero.clone() for name in names}
-        self.u_square = torch.zeros_like(neurons.mixing_weight)
-        self.wu = torch.zeros_like(neurons.mixing_weight)
-        parameters = (neurons.weight_h, neurons.weight_x, neurons.bias)
+        self.u_square = torch.zeros_like(layer.mixing_weight)
+        self.wu = torch.zeros_like(layer.mixing_weight)
+        parameters = list(layer.parameters().values())[:3]
         self.w_sum = [torch.zeros_like(p) for p in parameters]
         self.u_sum = [torch.zeros_like(p) for p in parameters]
 
     def add(self, mixture: _Mixture) -> Tensor:
         """Add a chunk's statistics; returns the gradient of its predictions [T, W, N, B]."""
-        received = self.rnn.rule.predictor_target == "received"
+        received = self.mixing.settings.predictor_target == "received"
         residual = mixture.prediction - (mixture.received if received else mixture.mixed)
         if mixture.valid is not None:
             residual = torch.where(mixture.valid, residual, 0.0)
         self.statistics["predictor_loss"] += residual.square().sum() / self.terms
-        share = 1 / (max(self.num_valid, 1) * self.rnn.num_neurons)
+        share = 1 / (max(self.num_valid, 1) * self.layer.num_neurons)
         for name, vectors in (
             ("received_grad_norm", mixture.received),
             ("mixed_grad_norm", mixture.mixed),
@@ -256,10 +270,10 @@ class _Measured:
         external: Tensor,
     ) -> None:
         """Add a chunk's moments of w and u = s - w."""
-        neurons = self.rnn.neurons
-        num_slots, num_x = neurons.num_slots, neurons.num_input_neurons
+        layer = self.layer
+        num_slots, num_x = layer.num_slots, layer.num_input_neurons
         gradient, synthetic = mixture.received, mixture.substitute
-        if self.rnn.rule.unit_gradients:
+        if self.mixing.rule.unit_gradients:
             gradient, synthetic = unit(gradient, dim=2), unit(synthetic, dim=2)
         difference = synthetic - gradient
         if mixture.valid is not None:
@@ -268,7 +282,7 @@ class _Measured:
 
         def rows_of(feedback: Tensor) -> Tensor:
             count, num_neurons, _, batch = feedback.shape
-            rows = feedback.new_empty(count, num_neurons, neurons.weight_h.shape[1], batch)
+            rows = feedback.new_empty(count, num_neurons, layer.weight_h.shape[1], batch)
             _row_gradients(rows, feedback, attention, slots, output)
             return rows.permute(1, 2, 0, 3).reshape(num_neurons, rows.shape[2], -1)
 
@@ -279,18 +293,18 @@ class _Measured:
         def inner(rows: Tensor, other: Tensor) -> Tensor:
             product = rows * other
             slot_part = (1 + x_square) * product[:, num_slots:].sum(1)
-            key_part = neurons.scale**2 * x_square * product[:, :num_slots].sum(1)
+            key_part = layer.scale**2 * x_square * product[:, :num_slots].sum(1)
             return (slot_part + key_part).sum(1)
 
         self.u_square += inner(rows_u, rows_u)
         self.wu += inner(rows_w, rows_u)
-        _add(self.w_sum, _parameter_gradients(self.rnn, rows_w, read, external))
-        _add(self.u_sum, _parameter_gradients(self.rnn, rows_u, read, external))
+        _add(self.w_sum, _parameter_gradients(layer, rows_w, read, external))
+        _add(self.u_sum, _parameter_gradients(layer, rows_u, read, external))
 
     def finish(self) -> None:
-        """Hand over the statistics and, if lambda is adaptive, move it."""
-        self.rnn.statistics = self.statistics
-        if not self.rnn.rule.updates:
+        """Hand over the statistics and, if lambda is adaptive, update it."""
+        self.mixing.statistics.update(self.statistics)
+        if not self.mixing.rule.updates:
             return
 
         def inner_of_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
@@ -307,7 +321,7 @@ class _Measured:
             mean_w_mean_u=inner_of_sums(self.w_sum, self.u_sum) / count**2,
             num_samples=self.num_valid,
         )
-        self.rnn.rule.update(self.rnn.neurons, moments)
+        self.mixing.rule.update(self.layer, moments)
 
 
 def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor) -> Tensor:
@@ -325,7 +339,7 @@ def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention:
 
 
 def _shuffled_predictions(
-    rnn: "SparseRNN",
+    layer: Layer,
     order: Tensor,
     predictor: list[Tensor],
     states: Tensor,
@@ -334,8 +348,9 @@ def _shuffled_predictions(
 ) -> Tensor:
     """Predictions of all steps, dealt out anew among the samples, [T, W, N, B]."""
     length, batch, _ = x.shape
-    read = states[:-1].permute(1, 2, 0, 3).reshape(rnn.num_neurons, -1)
-    read = read.index_select(0, rnn.parents.flatten()).view(rnn.num_neurons, -1, length * batch)
+    read = states[:-1].permute(1, 2, 0, 3).reshape(layer.num_neurons, -1)
+    read = read.index_select(0, layer.sources.flatten())
+    read = read.view(layer.num_neurons, -1, length * batch)
     external = x.permute(2, 0, 1).reshape(-1, length * batch)
     prediction = _predict(predictor, read, external, attention)
     by_sample = prediction.permute(0, 3, 1, 2).flatten(0, 1)[order]
@@ -360,27 +375,25 @@ def _row_gradients(
 
 
 def _parameter_gradients(
-    rnn: "SparseRNN", grad_rows: Tensor, read: Tensor, external: Tensor
+    layer: Layer, grad_rows: Tensor, read: Tensor, external: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight_h, weight_x, bias from those of the rows [W, R, K], summed over K."""
-    neurons = rnn.neurons
-    num_x, num_slots = neurons.num_input_neurons, neurons.num_slots
+    num_x, num_slots = layer.num_input_neurons, layer.num_slots
     grad_h = torch.bmm(grad_rows, read.transpose(1, 2))
     grad_x = (grad_rows[:num_x].flatten(0, 1) @ external.t()).view(num_x, -1, len(external))
-    grad_h[:, :num_slots] *= neurons.scale
-    grad_x[:, :num_slots] *= neurons.scale
-    grad_bias = grad_rows[:, num_slots:].sum(-1).view_as(neurons.bias)
+    grad_h[:, :num_slots] *= layer.scale
+    grad_x[:, :num_slots] *= layer.scale
+    grad_bias = grad_rows[:, num_slots:].sum(-1).view_as(layer.bias)
     return grad_h, grad_x, grad_bias
 
 
 def _predictor_gradients(
-    rnn: "SparseRNN", grad_prediction: Tensor, attention: Tensor, read: Tensor, external: Tensor
+    layer: Layer, grad_prediction: Tensor, attention: Tensor, read: Tensor, external: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the predictor's parameters from that of its prediction [T, W, N, B]."""
-    neurons = rnn.neurons
-    num_x = neurons.num_input_neurons
+    num_x = layer.num_input_neurons
     weighted = attention.unsqueeze(3) * grad_prediction.unsqueeze(2)  # [T, W, M, N, B]
     rows = weighted.flatten(2, 3).permute(1, 2, 0, 3).reshape(len(read), -1, read.shape[2])
     grad_h = torch.bmm(rows, read.transpose(1, 2))
     grad_x = (rows[:num_x].flatten(0, 1) @ external.t()).view(num_x, -1, len(external))
-    return grad_h, grad_x, rows.sum(-1).view_as(neurons.predictor_bias)
+    return grad_h, grad_x, rows.sum(-1).view(len(read), layer.num_slots, -1)

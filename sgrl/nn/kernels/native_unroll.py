@@ -1,0 +1,229 @@
+"""The "native" backend of SparseRNN, and whole policy steps that an update can go on from."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgrl.nn.kernels.native import (
+    STATISTICS,
+    Record,
+    gradients_structure,
+    layer_structure,
+    load,
+    make_structure,
+    mixing_structure,
+    pointer,
+    update_mixing_weight,
+)
+from sgrl.nn.neuron import Layer
+from sgrl.nn.sgprop import Mixing
+
+
+def unroll(
+    layer: Layer,
+    mixing: Mixing,
+    x: Tensor,
+    h_0: Tensor,
+    mask: Tensor | None,
+    recorder: "Recorder | None" = None,
+) -> Tensor:
+    """Unroll a layer over time.
+
+    Args:
+        layer: reads its own states and x.
+        mixing: how predictions are mixed in.
+        x: [T, B, E].
+        h_0: state before the first step [B, W, N].
+        mask: bool [T, B], True at valid steps; all if None.
+        recorder: has run the first steps of this x from the zero state, which are not run again.
+            The caller guarantees that x and the parameters are unchanged.
+
+    Returns:
+        [T, B, W, N].
+    """
+    parameters = list(layer.parameters().values())
+    inputs = (x, h_0, *parameters)
+    if not (torch.is_grad_enabled() and any(v.requires_grad for v in inputs)):
+        return _forward(layer, x.contiguous(), h_0.contiguous(), parameters, keep=False)[0]
+    return _Unroll.apply(layer, mixing, mask, recorder, *inputs)
+
+
+def _forward(
+    layer: Layer, x: Tensor, h_0: Tensor, parameters: list[Tensor], keep: bool
+) -> tuple[Tensor, Record | None]:
+    """-> output [T, B, W, N], and if to be kept what a backward pass needs."""
+    core = load(x.dtype)
+    length, batch, _ = x.shape
+    parameters = [parameter.detach().contiguous() for parameter in parameters]
+    structure = _structure(layer, parameters)
+    size = core.sgrl_workspace(ctypes.byref(structure), length, batch, keep)
+    record = Record(size, x.dtype) if keep else None
+    memory = x.new_empty(size) if record is None else record.memory
+    output = x.new_empty(length, batch, layer.num_neurons, layer.neuron_size)
+    core.sgrl_forward(
+        ctypes.byref(structure),
+        *(length, batch, keep, 0, length),
+        *map(pointer, (x, h_0, output, memory)),
+    )
+    return output, record
+
+
+def _structure(layer: Layer, parameters: Sequence[Tensor]) -> Any:
+    """The layer with these in place of its parameters, in their order."""
+    return layer_structure(layer, dict(zip(layer.parameters(), parameters, strict=True)))
+
+
+class Recorder:
+    """A SparseNet policy's steps through episodes of T steps, from the zero state on.
+
+    With `keep` it leaves what the core's backward pass needs, and `unroll` can go on from it
+    instead of running the steps again. The parameters must stay as they are meanwhile.
+
+    Args:
+        layer: the core's, on the CPU.
+        encoder: weight and bias of the first linear layer, then of the second.
+        actor: stacked keys and matrices, and the bias (see `SlotActor`).
+        length: T, the most steps it may take.
+        batch_size: B.
+        keep: False needs little memory and is only for acting.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        encoder: Sequence[Tensor],
+        actor: tuple[Tensor, Tensor],
+        length: int,
+        batch_size: int,
+        keep: bool,
+    ) -> None:
+        weight = layer.weight_h
+        core = load(weight.dtype)
+        self.length, self.keep, self.steps = length, keep, 0
+        self._core = core
+        # Held here, since the structures know only their addresses.
+        parameters = [p.detach().contiguous() for p in layer.parameters().values()]
+        around = [p.detach().contiguous() for p in (*encoder, *actor)]
+        self._held = (layer.sources, parameters, around)
+        (features, observation_size), bias = encoder[0].shape, actor[1]
+        names = ("weight_1", "bias_1", "weight_2", "bias_2", "actor", "actor_bias")
+        self._layer = ctypes.pointer(_structure(layer, parameters))
+        self._policy = ctypes.pointer(
+            make_structure(
+                "Policy",
+                observation=observation_size,
+                features=features,
+                actions=bias.shape[0],
+                slots=bias.shape[1],
+                **dict(zip(names, map(pointer, around), strict=True)),
+            )
+        )
+        self._sizes = (length, batch_size, keep)
+        size = core.sgrl_workspace(self._layer, length, batch_size, keep)
+        self.record = Record(size, weight.dtype) if keep else None
+        self._memory = weight.new_empty(size) if self.record is None else self.record.memory
+        self._policy_memory = weight.new_empty(
+            core.sgrl_policy_workspace(self._policy, self._layer, batch_size)
+        )
+        # Steps that are not kept are all written to the same place.
+        rows = length if keep else 1
+        self.observations = weight.new_empty(rows, batch_size, observation_size)
+        self.x = weight.new_empty(rows, batch_size, layer.external_size)
+        self.output = weight.new_empty(rows, batch_size, layer.num_neurons, layer.neuron_size)
+        self._logits = weight.new_empty(batch_size, len(bias))
+        self._rows = [
+            tuple(int(buffer.data_ptr() + t * buffer[0].nbytes) for t in range(rows))
+            for buffer in (self.observations, self.x, self.output)
+        ]
+
+    def act(self, observations: Tensor) -> Tensor:
+        """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
+        row = self.steps if self.keep else 0
+        self.observations[row].copy_(observations)
+        self._core.sgrl_act(
+            self._policy,
+            self._layer,
+            *self._sizes,
+            self.steps,
+            *(pointers[row] for pointers in self._rows),
+            self._logits.data_ptr(),
+            self._memory.data_ptr(),
+            self._policy_memory.data_ptr(),
+        )
+        self.steps += 1
+        return self._logits
+
+    def finish(self, x: Tensor) -> None:
+        """The core's steps not yet taken, of x [T, B, E]."""
+        if self.steps < self.length:
+            self.x[self.steps :].copy_(x[self.steps :])
+            pointers = [pointers[self.steps] for pointers in self._rows[1:]]
+            self._core.sgrl_forward(
+                *(self._layer, *self._sizes, self.steps, self.length),
+                *(pointers[0], None, pointers[1], self._memory.data_ptr()),
+            )
+            self.steps = self.length
+
+
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: Layer,
+        mixing: Mixing,
+        mask: Tensor | None,
+        recorder: Recorder | None,
+        x: Tensor,
+        h_0: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        if recorder is None:
+            x = x.contiguous()
+            output, ctx.record = _forward(layer, x, h_0.contiguous(), list(parameters), keep=True)
+        else:
+            recorder.finish(x)
+            x, ctx.record = recorder.x, recorder.record
+            output = recorder.output.view_as(recorder.output)
+        ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
+        # As it is now: a backward pass in between may change it.
+        ctx.mixing_weight = layer.mixing_weight.clone()
+        ctx.save_for_backward(x, *parameters)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        layer, mixing = ctx.layer, ctx.mixing
+        x, *parameters = ctx.saved_tensors
+        core = load(x.dtype)
+        length, batch, _ = x.shape
+        mask = None if ctx.mask is None else ctx.mask.contiguous()
+        parameters = [parameter.detach().contiguous() for parameter in parameters]
+        grad_output = grad_output.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
+        grad_h0 = None
+        if ctx.needs_input_grad[5]:
+            grad_h0 = x.new_empty(batch, layer.num_neurons, layer.neuron_size)
+        grads = [torch.empty_like(parameter) for parameter in parameters]
+        moments = torch.zeros(4, layer.num_neurons, dtype=torch.float64)
+        results = gradients_structure(dict(zip(layer.parameters(), grads, strict=True)), moments)
+        how = None
+        if mixing.settings.mixes:
+            beta = mixing.settings.schedule_beta
+            how = ctypes.byref(mixing_structure(mixing, ctx.mixing_weight, beta))
+        core.sgrl_backward(
+            ctypes.byref(_structure(layer, parameters)),
+            *(length, batch, x.data_ptr(), pointer(mask), how, grad_output.data_ptr()),
+            *(pointer(grad_x), pointer(grad_h0), ctypes.byref(results)),
+            ctx.record.memory.data_ptr(),
+        )
+        if mixing.settings.mixes:
+            measured = x.new_tensor(list(results.statistics))
+            mixing.statistics.update(zip(STATISTICS, measured.unbind(), strict=True))
+            if mixing.rule.updates:
+                num_valid = length * batch if mask is None else int(mask.sum())
+                update_mixing_weight(mixing.rule, layer, moments, num_valid)
+        return (None, None, None, None, grad_x, grad_h0, *grads)
