@@ -351,7 +351,7 @@ class RecurrentOracle:
             steps, of_units = [], []
             for t in range(LENGTH):
                 substitute = record.substitutes[t]
-                if self.policy.core.mask_predictions and not record.mask[t].all():
+                if self.policy.core.sgprop.mask_predictions and not record.mask[t].all():
                     substitute = record.gradients[t]
                 feedback = record.gradients[t], substitute, record.mixed[t], other.gradients[t]
                 parts = [self.of_feedback(record, t, TRAINED_BATCH * f) for f in feedback]
