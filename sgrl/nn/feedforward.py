@@ -15,9 +15,9 @@ two-phase update needs (`sgrl.nn.mixing.backward_phase`, `sgrl.reinforce.update`
 twice over one forward pass.
 
 Backends: "eager" is the plain loop over layers below, the oracle for all others; "torch" is one
-autograd function with a hand-written backward (`kernels/torch_stack.py`); "native" is compiled code for
-the CPU (`kernels/native_stack.py`). "auto" takes the fastest that can run, and one that is named and
-cannot run is an error, as in `recurrent.py`. None supports a second derivative.
+autograd function with a hand-written backward (`kernels/torch_stack.py`); "native" is compiled code
+for the CPU (`kernels/native_stack.py`). "auto" takes the fastest that can run, and one that is
+named and cannot run is an error, as in `recurrent.py`. None supports a second derivative.
 
 Source: the paper, Sections 4, H.2 and H.3.
 """

@@ -11,11 +11,11 @@ apart: give them an optimizer or a parameter group of their own), and, if adapti
 mixing weight at its end. After a backward pass `statistics` holds what it measured.
 
 Backends: "eager" is the plain loop over time below, the oracle for all others; "torch" runs the
-whole unroll in one autograd function with a hand-written backward (`kernels/torch_unroll.py`); "native"
-is compiled code for the CPU (`kernels/native_unroll.py`). "auto" takes the fastest that can run: "torch"
-on a GPU or without a C++ compiler, "eager" where the neurons are not the plain `SlotNeurons` that
-the others compute. A backend that is named and cannot run is an error. None supports a second
-derivative. Under autocast all compute in the precision of the parameters.
+whole unroll in one autograd function with a hand-written backward (`kernels/torch_unroll.py`);
+"native" is compiled code for the CPU (`kernels/native_unroll.py`). "auto" takes the fastest that
+can run: "torch" on a GPU or without a C++ compiler, "eager" where the neurons are not the plain
+`SlotNeurons` that the others compute. A backend that is named and cannot run is an error. None
+supports a second derivative. Under autocast all compute in the precision of the parameters.
 
 Source: the paper, Sections 4, H.2 and H.4.
 """
