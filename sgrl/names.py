@@ -4,24 +4,29 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+#: Where no known name is close, so many at most are all listed.
+LISTED = 8
 
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """The known name that is closest in spelling, however far; upper case counts as lower case."""
-    lowered = {other.lower(): other for other in known}
+
+def nearest(name: Any, known: Iterable[Any]) -> str:
+    """Return the known name closest in spelling, ignoring case, however far it is."""
+    lowered = {str(other).lower(): str(other) for other in known}
     return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)[0]]
 
 
-def hint(name: Any, known: Iterable[Any]) -> str:
-    """The end of an error message: the known name that was meant, or all where none is close."""
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """Return the end of an error message about a name that is not known.
 
+    Args:
+        name: what was given.
+        known: all valid names, at least one.
 
-def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
-    """An error message: the name, all that are known, and the one that was meant where one is
-    close."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {name!r} (known: {', '.join(known)}){meant}"
+    Returns:
+        As in ``did you mean 'gru'?``, or where none is close and there are few, ``known: a, b``.
+    """
+    known = list(map(str, known))
+    best = nearest(name, known)
+    close = difflib.get_close_matches(str(name).lower(), [best.lower()], cutoff=0.5)
+    if close or len(known) > LISTED:
+        return f"did you mean {best!r}?"
+    return f"known: {', '.join(known)}"

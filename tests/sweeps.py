@@ -10,7 +10,7 @@ import yaml
 
 from sgrl.results.checkpoints import write_checkpoint
 from sgrl.results.metrics import COLUMNS
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
 METHODS = {

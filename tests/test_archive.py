@@ -20,9 +20,9 @@ from sgrl.results.archive import ArchiveError, read_archive, write_archive
 from sgrl.results.metrics import append_row
 from sgrl.results.runs import load_results
 from sgrl.results.storage import is_archive, reading
-from sgrl.tuning.experiment import dump_yaml
 from sgrl.tuning.sweep import run_sweep
 from sgrl.tuning.verify import compare_rows
+from sgrl.yaml_files import dump_yaml
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_folders_that_are_no_trials_are_left_out(tmp_path: Path) -> None:
     (sweep / "experiment.yaml").write_text(dump_yaml(experiment.resolved))
     for trial in experiment.trials:
         (sweep / trial.name).mkdir()
-        config = {"name": trial.name, "swept": trial.swept, **trial.config}
+        config = trial.as_dict()
         (sweep / trial.name / "config.yaml").write_text(dump_yaml(config))
         (sweep / trial.name / "status.json").write_text('{"state": "completed"}')
         row = {"iteration": 1, "env_steps": 9, "success_rate": 0.5, "iteration_seconds": 1.0}

@@ -183,12 +183,12 @@ def test_lengths() -> None:
     ("env", "config", "words"),
     [
         ("CartPole-v9", {}, ["unknown environment", "'CartPole-v1'"]),
-        ("popgym-RepeatPreviousEasy", {}, ["nearest is 'popgym-RepeatPreviousEasy-v0'"]),
+        ("popgym-RepeatPreviousEasy", {}, ["did you mean 'popgym-RepeatPreviousEasy-v0'"]),
         ("no_such_module:Ant-v5", {}, ["no module named 'no_such_module'"]),
         (
             "popgym.envs:popgym-RepeatFirst",
             {},
-            ["the module popgym.envs registers no", "nearest is 'popgym.envs:popgym-RepeatFirst"],
+            ["the module popgym.envs registers no", "did you mean 'popgym.envs:popgym-RepeatFirst"],
         ),
         ("Blackjack-v1", {}, ["give episode_length"]),
         ("CartPole-v1", {"episode_length": 0}, ["episode_length", "at least 1", "got 0"]),
@@ -197,7 +197,7 @@ def test_lengths() -> None:
         (
             "popgym-CountRecallMedium-v0",
             {"previous_actions": True},
-            ["nearest is 'previous_action"],
+            ["did you mean 'previous_action"],
         ),
         ("sgrl-test/Words-v0", {"episode_length": 3}, ["observation space", "no fixed size"]),
         ("sgrl-test/Whole-v0", {"episode_length": 3}, ["action space", "not supported"]),

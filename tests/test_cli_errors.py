@@ -118,7 +118,7 @@ def test_the_good_file_is_good(run):
         ("lr: 2e-3", "lr: 0", "methods.sparse.config.training.lr:", "greater than 0, got 0"),
         ("lr: 1e-3", "lr: .nan", "config.training.lr:", "must be greater than 0"),
         ("lr: 1e-3", "lr: .inf", "config.training.lr:", "must be greater than 0"),
-        ("lr: 1e-3", "gamma: 1.5", "config.training.gamma:", "at most 1, got 1.5"),
+        ("lr: 1e-3", "gamma: 1.5", "config.training.gamma:", "from 0 to 1, got 1.5"),
         ("iteration: 1", "iteration: 0", "stop.training_iteration:", "at least 1, got 0"),
         ("runner: 2", "runner: 0", "num_envs_per_env_runner:", "at least 1, got 0"),
         ("[6, 6]", "[7, 7]", "config.environment.env_config:", "maze_dims"),
@@ -141,7 +141,7 @@ def test_the_good_file_is_good(run):
         ("seeds: [0]", "seeds: [-1]", "seeds:", "at least 0, got -1"),
         ("seeds: [0]", "seeds: [1073741824]", "seeds:", "less than 1073741824"),
         ("seeds: [0]", "checkpoint: {every: 0}", "checkpoint.every:", "at least 1"),
-        ("seeds: [0]", "checkpoint: {often: 1}", "checkpoint.often:", "did you mean"),
+        ("seeds: [0]", "checkpoint: {often: 1}", "checkpoint.often:", "known: every, keep"),
         ("seeds: [0]", "num_threads: 0", "num_threads:", "at least 1"),
         ("seeds: [0]", "iteration_timeout: 0", "iteration_timeout:", "greater than 0"),
         ("seeds: [0]", "iteration_timeout: soon", "iteration_timeout:", "expected a number"),
@@ -178,6 +178,60 @@ def test_bad_experiment(run, old, new, key, message):
     assert old in GOOD
     result = run("sweep", "experiment.yaml", text=GOOD.replace(old, new, 1))
     refused(result, "experiment.yaml", key, message)
+
+
+ALL_WRONG = """\
+name: on top
+algorithm: PPO
+config:
+  environment: {env: labyrinth_escape, env_config: {maze_dims: [7, 7]}}
+  env_runners: {num_envs_per_env_runner: two}
+  training: {lr: -1, gama: 0.9, lambda_: {grid: [0.9, 0.9]}}
+  learners: {num_gpus_per_learner: 1.5}
+  reporting: {metrics_num_episodes_for_smoothing: 0}
+methods:
+  gru: {model: {policy: grru}}
+  lstm: {model: {policy: lstm, hiden_size: 8}, config: {training: {lr: 0}}}
+  mlp: {modle: {policy: mlp}}
+seeds: [0, -1]
+stop: {training_iteration: {grid: [1, 0]}}
+checkpoint: {every: 0, keeep: 1}
+evaluate: 5
+num_thread: 1
+concurrency: all
+"""
+
+
+def test_everything_wrong_is_said_at_once(run):
+    """One line each, however many grid points and methods it is wrong for."""
+    result = run("sweep", "experiment.yaml", "--set", "seeds=[-2]", text=ALL_WRONG)
+    assert (result.exit_code, result.stdout) == (2, "")
+    place = "sgrl: experiment.yaml"
+    assert result.stderr.splitlines() == [
+        f"{place}: methods.mlp.modle: unknown key; did you mean 'model'?",
+        f"{place}: checkpoint.keeep: unknown key; did you mean 'keep'?",
+        f"{place}: num_thread: unknown key; did you mean 'num_threads'?",
+        f"{place}: name: 'on top' is no safe name: it must start with a letter or digit and hold "
+        "only letters, digits, '_', '.', '+', '-'",
+        f"{place} with --set seeds: seeds: must be at least 0, got -2",
+        f"{place}: checkpoint.every: must be at least 1, got 0",
+        f"{place}: evaluate: expected a mapping of keys to values, got 5",
+        f"{place}: concurrency: expected auto or a whole number, got 'all'",
+        f"{place}: methods.gru.model.policy: unknown policy 'grru'; did you mean 'gru'?",
+        f"{place}: config.training.lambda_.grid: 0.9 is given twice",
+        f"{place}: config.env_runners.num_envs_per_env_runner: expected a whole number, got 'two'",
+        f"{place}: config.training.lr: must be greater than 0, got -1",
+        f"{place}: config.training.gama: unknown key; did you mean 'gamma'?",
+        f"{place}: config.learners.num_gpus_per_learner: must be at least 0, and whole above 1, "
+        "got 1.5",
+        f"{place}: config.reporting.metrics_num_episodes_for_smoothing: must be at least 1, got 0",
+        f"{place}: config.environment.env_config: labyrinth_escape: maze_dims must be "
+        "[height, width], two even numbers of at least 6, got [7, 7]",
+        f"{place}: stop.training_iteration: must be at least 1, got 0",
+        f"{place}: methods.lstm.model: policy 'lstm' has no setting 'hiden_size'; did you mean "
+        "'hidden_size'?",
+        f"{place}: methods.lstm.config.training.lr: must be greater than 0, got 0",
+    ]
 
 
 def test_no_methods(run):
@@ -312,7 +366,8 @@ def test_results_folder_that_is_none(run, verb):
     if verb == "resume":  # status shows how far the trials are, whatever their settings
         refused(run(verb, "edited"), "edited/experiment.yaml", "config.training.lr")
     Path("edited/experiment.yaml").write_text(GOOD.replace("methods:", "method:"))
-    refused(run(verb, "edited"), "edited/experiment.yaml", "did you mean 'methods'?")
+    message = "did you mean 'methods'?" if verb == "resume" else "methods: missing"
+    refused(run(verb, "edited"), "edited/experiment.yaml", message)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import yaml
 from network_hosts import Host, network_hosts
 
 from sgrl.results.metrics import COLUMNS, count_rows
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import run_sweep
 
 ROOT = Path(__file__).parent.parent

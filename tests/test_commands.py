@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from sgrl.analysis.report import read_section
 from sgrl.cli import app
 from sgrl.commands import command
+from sgrl.results.plan import ExperimentError
 from sgrl.tuning import tracking
-from sgrl.tuning.experiment import ExperimentError, extend_experiment
+from sgrl.tuning.experiment.load import extend_experiment
 from sgrl.tuning.sweep import SweepError, run_sweep
 from sgrl.tuning.tracking import how_to_look, mlflow_uri, prepare_tracker
 

@@ -27,7 +27,8 @@ from sgrl.nn.registry import POLICIES, load_policy, make_policy, save_policy
 from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.update import make_optimizers, update
-from sgrl.tuning.experiment import build_algorithm_config
+from sgrl.results.plan import Stop, TrialConfig
+from sgrl.tuning.experiment.sections import build_algorithm_config
 
 # RLlib makes its vector of environments under one id, again and again.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-:UserWarning")
@@ -102,19 +103,19 @@ def build(policy: str, space: str, algorithm: str) -> Any:
         "env": f"sgrl-contract/{space}-v0",
         "env_config": {"episode_length": EPISODE_LENGTH},
     }
-    return build_algorithm_config(
-        {
-            "algorithm": algorithm,
-            "seed": 0,
-            "num_threads": 1,
-            "model": model,
-            "config": {
-                "environment": environment,
-                "env_runners": {"num_env_runners": 0, "num_envs_per_env_runner": 2},
-                "training": TRAINING[algorithm],
-            },
-        }
-    ).build_algo()
+    trial = TrialConfig(
+        algorithm=algorithm,
+        method=policy,
+        seed=0,
+        sections={
+            "environment": environment,
+            "env_runners": {"num_env_runners": 0, "num_envs_per_env_runner": 2},
+            "training": TRAINING[algorithm],
+        },
+        model=model,
+        stop=Stop(training_iteration=1),
+    )
+    return build_algorithm_config(trial).build_algo()
 
 
 @pytest.fixture

@@ -14,18 +14,16 @@ from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.registry import POLICIES, policy_settings
-from sgrl.tuning.experiment import (
-    ExperimentError,
-    _parse,
-    build_algorithm_config,
+from sgrl.results.plan import ExperimentError
+from sgrl.tuning.experiment.load import extend_experiment, load_experiment
+from sgrl.tuning.experiment.resources import (
     check_backends,
     check_resources,
-    dump_yaml,
-    extend_experiment,
-    load_experiment,
     may_move,
     required_resources,
 )
+from sgrl.tuning.experiment.sections import build_algorithm_config
+from sgrl.yaml_files import dump_yaml, parse_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
 METHODS = ["gru", "lstm", "sparsenet_backprop", "sparsenet_sgprop", "mlp"]
@@ -91,7 +89,7 @@ def test_one_trial_per_method_grid_point_and_seed(load):
 def test_a_trial_is_fully_resolved(load):
     trial = by_name(load())["sparse_num_neurons=32_seed=5"]
     assert trial.swept == {"num_neurons": 32}
-    assert trial.config == {
+    assert trial.config.as_dict() == {
         "algorithm": "Reinforce",
         "method": "sparse",
         "seed": 5,
@@ -198,7 +196,7 @@ def test_written_files_hold_no_anchors(load):
     shared = [1, 2]
     for content in (
         experiment.resolved,
-        *(t.config for t in experiment.trials),
+        *(t.as_dict() for t in experiment.trials),
         {"a": [shared] * 2},
     ):
         assert not re.search(r"[&*]\w", dump_yaml(content))
@@ -230,11 +228,11 @@ def test_written_files_hold_no_anchors(load):
 )
 def test_scalars_are_yaml_1_2s(text, value):
     """Those that it reads as text are quoted where they are written, for other readers too."""
-    (read,) = _parse(f"[{text}]")
+    (read,) = parse_yaml(f"[{text}]")
     assert (type(read), read) == (type(value), value)
     for content in ({text: text}, {text: value}):
         written = dump_yaml(content)
-        assert _parse(written) == yaml.safe_load(written) == content
+        assert parse_yaml(written) == yaml.safe_load(written) == content
 
 
 @pytest.mark.parametrize("word", ["on", "Off", "YES", "no"])
@@ -261,7 +259,7 @@ def test_sections_of_helpers_are_ignored(load):
 
 def test_no_trial_holds_an_automatic_backend(load):
     experiment = load(SMALL, "methods.sparse.model.backend={grid: [auto, eager]}")
-    backends = {trial.config["model"].get("backend") for trial in experiment.trials}
+    backends = {trial.config.model.get("backend") for trial in experiment.trials}
     assert backends - {None} == {resolve_backend("auto"), "eager"}
 
 
@@ -308,15 +306,15 @@ def test_numbers_however_written(load, text):
     written = load(SMALL.replace("2e-3", text))
     for experiment in (overridden, written):
         trial = by_name(experiment)["sparse_num_neurons=16_seed=3"]
-        assert trial.config["config"]["training"]["lr"] == 1e-3
+        assert trial.config.sections["training"]["lr"] == 1e-3
 
 
 def test_set_wins_over_what_a_method_sets(load):
     experiment = load(SMALL, "config.training.lr=1e-4")
-    learning_rates = {trial.config["config"]["training"]["lr"] for trial in experiment.trials}
+    learning_rates = {trial.config.sections["training"]["lr"] for trial in experiment.trials}
     assert learning_rates == {1e-4}
     # Only that key: the method keeps its other ones.
-    last = experiment.trials[-1].config["config"]
+    last = experiment.trials[-1].config.sections
     assert last["env_runners"] == {"num_envs_per_env_runner": 3}
 
 
@@ -335,7 +333,7 @@ def test_set_wins_over_what_a_method_sets(load):
 def test_set_any_key(load, override, path, value):
     value = override.partition("=")[2] if value is None else value
     path = path or ("config", "environment", "env_config", "maze_dims")
-    tree = load(SMALL, override).trials[-1].config
+    tree = load(SMALL, override).trials[-1].as_dict()
     for step in path:
         tree = tree[step]
     assert tree == value
@@ -363,9 +361,9 @@ def test_grids_of_lists_mappings_and_stop(load):
     assert first.name == (
         "gru_env_config=maze_dims=6x8_value_head=true_training_iteration=1_seed=0"
     )
-    assert last.config["config"]["environment"]["env_config"] == {"episode_length": 30}
-    assert last.config["stop"] == {"training_iteration": 2}
-    assert last.config["model"]["value_head"] is False
+    assert last.config.sections["environment"]["env_config"] == {"episode_length": 30}
+    assert last.config.stop.training_iteration == 2
+    assert last.config.model["value_head"] is False
 
 
 def test_swept_keys_of_one_name_stay_apart(load):
@@ -381,8 +379,8 @@ def test_swept_keys_of_one_name_stay_apart(load):
 
 def test_trial_configs_share_nothing(load):
     trials = load().trials
-    trials[0].config["config"]["environment"]["env_config"]["maze_dims"].append(1)
-    assert trials[1].config["config"]["environment"]["env_config"]["maze_dims"] == [6, 6]
+    trials[0].config.sections["environment"]["env_config"]["maze_dims"].append(1)
+    assert trials[1].config.sections["environment"]["env_config"]["maze_dims"] == [6, 6]
 
 
 def test_algorithm_config_of_reinforce(load):
@@ -465,10 +463,10 @@ def test_advice_to_a_resumed_sweep(load, algorithm, runners, learners, moves):
     )
     before = experiment.trials[0].config
     fewer = copy.deepcopy(before)
-    fewer["config"]["env_runners"]["num_env_runners"] = 0
-    fewer["config"]["learners"]["num_learners"] = 0
+    fewer.sections["env_runners"]["num_env_runners"] = 0
+    fewer.sections["learners"]["num_learners"] = 0
     assert may_move(before, fewer) == may_move(fewer, before) == moves
-    fewer["config"]["environment"]["env_config"]["episode_length"] = 9
+    fewer.sections["environment"]["env_config"]["episode_length"] = 9
     assert not may_move(before, fewer)
     with pytest.raises(ExperimentError, match="resume it where there are as many") as error:
         check_resources(experiment, {"CPU": 1}, resuming=True)
@@ -526,16 +524,16 @@ def test_studies_of_mixing_rules(name):
         (published,) = (t for t in trials[of] if (t.method, t.seed) == (method, seed))
         for rule in MIXING_RULES:
             (trial,) = (t for t in trials[name] if (t.method, t.seed) == (rule, seed))
-            assert trial.config["model"]["mixing_rule"] == rule
-            for key in ("algorithm", "config", "stop", "num_threads"):
-                assert trial.config[key] == published.config[key]
+            assert trial.config.model["mixing_rule"] == rule
+            for key in ("algorithm", "sections", "stop", "num_threads"):
+                assert getattr(trial.config, key) == getattr(published.config, key)
             ours, theirs = (
                 dataclasses.asdict(policy_settings(model.pop("policy"), model))
-                for model in (dict(t.config["model"]) for t in (trial, published))
+                for model in (dict(t.config.model) for t in (trial, published))
             )
             assert ours == theirs | {"mixing_rule": rule}
         (control,) = (t for t in trials[name] if (t.method, t.seed) == ("backprop", seed))
-        assert control.config["config"] == published.config["config"]
+        assert control.config.sections == published.config.sections
     assert len(trials[name]) == len(seeds) * (len(MIXING_RULES) + 1)
 
 
@@ -553,13 +551,13 @@ def test_published_sweeps(name):
         for seed in range(6)
     }
     for trial in experiment.trials:
-        environment = trial.config["config"]["environment"]
+        environment = trial.config.sections["environment"]
         assert environment["env"] == name
         assert environment["env_config"]["maze_dims"] == [6, 6]
         length = {"labyrinth_escape": 80, "labyrinth_explore": 40}[name]
         assert environment["env_config"]["episode_length"] == length
         assert environment["env_config"].get("zero_reward_probability", 0.75) == 0.75
-        assert trial.config["stop"] == {"training_iteration": 300}
+        assert trial.config.stop.training_iteration == 300
         config = build_algorithm_config(trial.config) if trial.seed == 0 else None
         if config:
             published = (config.predictor_lr, config.gamma, config.entropy_coeff, config.grad_clip)
@@ -605,7 +603,7 @@ def test_published_sweeps_on_mnist(name):
     key, values = PUBLISHED_ON_MNIST[name]
 
     def swept(trial):
-        value = trial.config if key else None
+        value = trial.as_dict() if key else None
         for step in key or ():
             value = value[step]
         return value
@@ -614,7 +612,7 @@ def test_published_sweeps_on_mnist(name):
     expected = [(m, v, seed) for m in values for v in values[m] for seed in range(6)]
     assert sorted(points, key=str) == sorted(expected, key=str)
     for trial in experiment.trials:
-        assert trial.config["stop"] == {"training_iteration": 20}
+        assert trial.config.stop.training_iteration == 20
         config = build_algorithm_config(trial.config)
         assert (config.env, config.num_envs_per_env_runner) == ("mnist_bandit", 64)
         assert config.env_config["classes"] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
@@ -626,7 +624,7 @@ def test_published_sweeps_on_mnist(name):
             assert config.lr == BASE_RATES[trial.method]
         if name != "mnist_reward_noise":
             assert config.env_config["p_flip"] == 0.4
-        model = trial.config["model"]
+        model = trial.config.model
         assert model["policy"] == ("dense" if trial.method == "dense" else "sparse_mlp")
         if trial.method == "sparse_backprop":
             assert model["propagation"] == "backprop"

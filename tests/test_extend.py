@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from sgrl.cli import app
 from sgrl.results.metrics import count_rows
+from sgrl.results.plan import ExperimentError
 from sgrl.tuning import sweep
-from sgrl.tuning.experiment import ExperimentError, extend_experiment, load_experiment
+from sgrl.tuning.experiment.load import extend_experiment, load_experiment
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 BANDIT = {

@@ -15,7 +15,7 @@ from sgrl.envs.registry import make_vector
 from sgrl.nn import POLICIES, SyntheticGradient
 from sgrl.nn.registry import make_policy, predictor_parameters
 from sgrl.reinforce import Rollout, train
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "extending.md").read_text()

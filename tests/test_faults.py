@@ -24,7 +24,7 @@ from sgrl.results.checkpoints import (
 from sgrl.results.metrics import score
 from sgrl.results.storage import Store
 from sgrl.tuning import sweep
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.progress import SweepView, read_progress
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
@@ -217,7 +217,7 @@ from pathlib import Path
 
 import ray
 
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.results.metrics import append_row, read_metrics
 from sgrl.tuning.sweep import SweepError, resume_sweep, run_sweep
 

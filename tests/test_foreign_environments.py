@@ -583,7 +583,7 @@ gym.register("Mine-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv"
 def test_a_module_of_the_current_folder_is_found(folder: Path) -> None:
     (folder / "my_envs.py").write_text(MODULE)
     assert validate_env_config("my_envs:Mine-v0")["episode_length"] == 7
-    with pytest.raises(ValueError, match=r"nearest is 'my_envs:Mine-v0'"):
+    with pytest.raises(ValueError, match=r"did you mean 'my_envs:Mine-v0'"):
         validate_env_config("my_envs:Mine-v1")
     (folder / "empty_envs.py").touch()
     for env, words in (
@@ -591,7 +591,7 @@ def test_a_module_of_the_current_folder_is_found(folder: Path) -> None:
             "empty_envs:Mine-v2",
             "unknown environment 'empty_envs:Mine-v2': the module empty_envs registers no Mine-v2$",
         ),
-        (":Mine-v0", "unknown environment ':Mine-v0', nearest is 'Mine-v0' "),
+        (":Mine-v0", "unknown environment ':Mine-v0'; did you mean 'Mine-v0'\\? "),
     ):
         with pytest.raises(ValueError, match=f"^{words}") as caught:
             validate_env_config(env)

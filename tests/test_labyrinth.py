@@ -257,8 +257,8 @@ def test_single_env_episodes_follow_from_the_last_seed(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("labyrinth_escpae", {}, ["'labyrinth_escpae'", "nearest is 'labyrinth_escape'"]),
-        ("labyrinth_escape", {"maze_dim": [6, 6]}, ["'maze_dim'", "nearest is 'maze_dims'"]),
+        ("labyrinth_escpae", {}, ["'labyrinth_escpae'", "did you mean 'labyrinth_escape'"]),
+        ("labyrinth_escape", {"maze_dim": [6, 6]}, ["'maze_dim'", "did you mean 'maze_dims'"]),
         ("labyrinth_escape", {"zero_reward_probability": 0.5}, ["zero_reward_probability"]),
         ("labyrinth_escape", {"maze_dims": [5, 6]}, ["maze_dims", "even", "[5, 6]"]),
         ("labyrinth_escape", {"maze_dims": [4, 8]}, ["maze_dims", "at least 6", "[4, 8]"]),

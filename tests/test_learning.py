@@ -9,7 +9,7 @@ from sgrl.envs.registry import make_vector
 from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import run_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -20,14 +20,14 @@ def test_sgprop_learns_to_escape() -> None:
     """The quickstart's sparse network, without Ray: from chance to three times that."""
     experiment = load_experiment(ROOT / "tune_configs" / "quickstart.yaml")
     trial = next(t for t in experiment.trials if t.method == "sparsenet_sgprop" and t.seed == 0)
-    sections, model = trial.config["config"], dict(trial.config["model"])
+    sections, model = trial.config.sections, dict(trial.config.model)
     env = make_vector(
         sections["environment"]["env"],
         sections["env_runners"]["num_envs_per_env_runner"],
         sections["environment"]["env_config"],
     )
     policy = make_policy(model.pop("policy"), env.observation_size, env.num_actions, **model)
-    iterations = trial.config["stop"]["training_iteration"]
+    iterations = trial.config.stop.training_iteration
     lr = sections["training"]["lr"]
     rates = [row["success_rate"] for row in train(policy, env, iterations, lr=lr)]
     assert sum(rates[:5]) / 5 < 2 * RANDOM_SUCCESS
@@ -38,8 +38,8 @@ def test_sgprop_learns_to_tell_digits() -> None:
     """The bandit's quickstart, without Ray: from chance to five times that, from noisy rewards."""
     experiment = load_experiment(ROOT / "tune_configs" / "mnist_quickstart.yaml")
     trial = next(t for t in experiment.trials if t.method == "sparse_sgprop")
-    training, model = dict(trial.config["config"]["training"]), dict(trial.config["model"])
-    env = make_vector("mnist_bandit", 64, trial.config["config"]["environment"]["env_config"])
+    training, model = dict(trial.config.sections["training"]), dict(trial.config.model)
+    env = make_vector("mnist_bandit", 64, trial.config.sections["environment"]["env_config"])
     policy = make_policy(model.pop("policy"), env.observation_size, env.num_actions, **model)
     rates = {name: training.pop(name) for name in ("lr", "predictor_lr")}
     updates, _ = training.pop("total_updates"), training.pop("total_iterations")

@@ -251,8 +251,7 @@ def test_a_gradient_that_is_not_finite_is_forgotten(name: str, rule: str, two_ph
 
 @pytest.mark.parametrize("name", ["sparsenet", "sparse_mlp"])
 def test_an_unknown_rule_is_refused(name: str) -> None:
-    known = ", ".join(MIXING_RULES)
-    message = f"unknown mixing_rule 'runing' (known: {known}); did you mean 'running'?"
+    message = "unknown mixing_rule 'runing'; did you mean 'running'?"
     with pytest.raises(ValueError, match="unknown mixing_rule") as error:
         make_policy(name, 60, 4, mixing_rule="runing")
     assert str(error.value) == message

@@ -94,7 +94,7 @@ def test_run_seeds_share_nothing() -> None:
         ({"p_flip": "often"}, "p_flip must be a number from 0 to 1"),
         ({"split": "valid"}, "split must be 'train' or 'test'"),
         ({"data_dir": 3}, "data_dir must be a folder's name"),
-        ({"pflip": 0.1}, "nearest is 'p_flip'"),
+        ({"pflip": 0.1}, "did you mean 'p_flip'"),
     ],
 )
 def test_bad_settings(config: dict, message: str) -> None:

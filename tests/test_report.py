@@ -24,7 +24,7 @@ from sgrl.nn.registry import load_policy, policy_parameters
 from sgrl.results.metrics import AXES, read_metrics
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.theory.expert_network import simulate, sweep_cells
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import run_sweep
 
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}

@@ -402,9 +402,10 @@ def test_stock_ppo_trains_the_module() -> None:
 @pytest.mark.parametrize(
     ("section", "settings", "message"),
     [
-        ("training", {"lr": -1e-3}, "lr must be a number at least 0, got -0.001"),
-        ("training", {"lr": -1}, "lr must be a number at least 0, got -1"),
-        ("training", {"lr": "fast"}, "lr must be a number at least 0, got 'fast'"),
+        ("training", {"lr": -1e-3}, "lr must be a number greater than 0, got -0.001"),
+        ("training", {"lr": -1}, "lr must be a number greater than 0, got -1"),
+        ("training", {"lr": "fast"}, "lr must be a number greater than 0, got 'fast'"),
+        ("training", {"lr": 0}, "lr must be a number greater than 0, got 0"),
         ("training", {"predictor_lr": -1.0}, "predictor_lr must be"),
         ("training", {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
         ("training", {"grad_clip": -0.5}, "grad_clip must be"),

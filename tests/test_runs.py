@@ -27,7 +27,7 @@ from sgrl.results.runs import (
     _planned_steps,
     load_results,
 )
-from sgrl.tuning.experiment import algorithm_class
+from sgrl.tuning.experiment.sections import algorithm_class
 
 
 def write_results(directory, iterations=12, seeds=3):

@@ -19,11 +19,13 @@ from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
 from sgrl.cli import app
 from sgrl.results.metrics import append_row, is_taken
+from sgrl.results.plan import planned_trials
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.results.status import read_progress
-from sgrl.tuning.experiment import dump_yaml, load_experiment, planned_trials
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.progress import write_summary
 from sgrl.tuning.sweep import _write_config
+from sgrl.yaml_files import dump_yaml
 
 EXPERIMENT = """
 name: small

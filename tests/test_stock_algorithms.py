@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from sgrl.cli import app
 from sgrl.nn.registry import predictor_parameters
 from sgrl.results.checkpoints import newest_valid_checkpoint
+from sgrl.results.plan import ExperimentError
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.settings import STOCK_IGNORES, setting_names
-from sgrl.tuning.experiment import ExperimentError
 from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
@@ -340,6 +340,7 @@ def test_the_target_network_keeps_its_connections() -> None:
     ("change", "message"),
     [
         (lambda c: c.training(predictor_lr=-1.0), "predictor_lr must be a number at least 0"),
+        (lambda c: c.training(lr=0), "lr must be a number greater than 0, got 0"),
         (lambda c: c.rl_module(model_config={"hidden_size": 3}), "model_config names no policy"),
         (lambda c: c.rl_module(model_config={**SPARSE, "value_head": False}), "value_head must"),
         (lambda c: c.rl_module(model_config={**SPARSE, "max_seq_len": 0}), "max_seq_len must be"),

@@ -19,10 +19,11 @@ from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summ
 
 from sgrl.results.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
 from sgrl.results.metrics import count_rows
+from sgrl.results.plan import ExperimentError
 from sgrl.results.provenance import processor_kind, read_starts
 from sgrl.results.status import StatusError, sweep_status, write_status
 from sgrl.tuning import sweep
-from sgrl.tuning.experiment import ExperimentError, load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import (
     SweepError,
     failed_trials,
@@ -206,7 +207,7 @@ def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_sessio
 
     def kill_between_checkpoints(start, least):
         code = (
-            "from sgrl.tuning.experiment import load_experiment\n"
+            "from sgrl.tuning.experiment.load import load_experiment\n"
             f"from sgrl.tuning.sweep import resume_sweep, run_sweep\n{start}"
         )
         # A session of its own: Ray must not find the one of these tests.

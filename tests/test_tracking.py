@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sgrl.results.metrics import append_row, count_rows, read_metrics, truncate_metrics
 from sgrl.tuning import tracking
-from sgrl.tuning.experiment import load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import failed_trials, resume_sweep, run_sweep
 from sgrl.tuning.tracking import EventFile, Tracking, TrackingError, check_tracker
 

@@ -163,8 +163,8 @@ def verify(
     """Train randomly chosen trials of an archive again and compare every row."""
     import tempfile
 
+    from sgrl.results.plan import ExperimentError
     from sgrl.results.storage import StorageError
-    from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError
     from sgrl.tuning.verify import verify_archive
 

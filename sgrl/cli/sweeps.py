@@ -56,7 +56,8 @@ def sweep(
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
     with _without_collector() if dry_run else nullcontext():
-        from sgrl.tuning.experiment import ExperimentError, load_experiment
+        from sgrl.results.plan import ExperimentError
+        from sgrl.tuning.experiment.load import load_experiment
 
         with one_line_errors(ExperimentError):
             experiment = load_experiment(config, set_ or [], name, track)
@@ -67,7 +68,7 @@ def sweep(
         return
 
     if client := _client_address(address):
-        from sgrl.tuning.experiment import user_modules
+        from sgrl.tuning.experiment.resources import user_modules
         from sgrl.user_code import sources
 
         words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
@@ -121,8 +122,8 @@ def resume(
         words += ["--track", track] if track else []
         _run_on_cluster(client, words, directory)
     _join(address)
+    from sgrl.results.plan import ExperimentError
     from sgrl.results.storage import StorageError
-    from sgrl.tuning.experiment import ExperimentError
     from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
     from sgrl.tuning.tracking import TrackingError
 
@@ -180,9 +181,9 @@ def status(directory: Experiment) -> None:
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
+    from sgrl.results.plan import ExperimentError
     from sgrl.results.status import StatusError, sweep_status
     from sgrl.results.storage import StorageError
-    from sgrl.tuning.experiment import ExperimentError
 
     with one_line_errors(ExperimentError, StatusError, StorageError):
         table, problems = sweep_status(directory)

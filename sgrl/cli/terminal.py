@@ -29,7 +29,8 @@ def one_line_errors(*errors: type[Exception], resume: str | Path | None = None) 
         said = str(error)
         if isinstance(error, OSError) and error.filename:
             said = f"{error.filename}: {error.strerror}"
-        typer.echo(f"sgrl: {said}", err=True)
+        for line in said.splitlines():
+            typer.echo(f"sgrl: {line}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         hint = f"; go on with: {command('sgrl', 'resume', resume)}" if resume else ""

@@ -16,7 +16,7 @@ from popgym.core.env import POPGymEnv
 
 from sgrl.envs.guard import Guard, failure
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
-from sgrl.names import nearest
+from sgrl.names import did_you_mean
 from sgrl.user_code import FAILURES, import_named
 
 #: Ids of POPGym's environments, every family and difficulty.
@@ -78,7 +78,7 @@ def unknown_of_module(env: Any) -> str | None:
         for known, spec in gym.registry.items()
         if known in _registered.get(module, ()) or _is_within(spec.entry_point, module)
     ]
-    meant = f", nearest is {nearest(env, own)!r}" if own else ""
+    meant = f"; {did_you_mean(env, own)}" if own else ""
     return f"the module {module} registers no {name}{meant}"
 
 
@@ -110,7 +110,7 @@ def make(
     if kwargs and env in POPGYM_IDS and "Easy" not in env:
         # popgym's medium and hard classes are fixed, and some swallow whatever they are given.
         key = next(iter(kwargs))
-        raise ValueError(f"unknown env_config key {key!r}, nearest is {nearest(key, DEFAULTS)!r}")
+        raise ValueError(f"unknown env_config key {key!r}; {did_you_mean(key, DEFAULTS)}")
     try:
         # Time is limited outside of the guard, which sees what the environment itself returns.
         made = gym.make(env, max_episode_steps=-1, disable_env_checker=True, **kwargs)

@@ -17,7 +17,7 @@ from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_e
 from sgrl.envs.mnist import Report, fetch
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES, MNISTBanditEnv, VectorMNISTBandit
 from sgrl.envs.vector import PythonVectorEnv, VectorEnv
-from sgrl.names import nearest
+from sgrl.names import did_you_mean
 from sgrl.user_code import UserCodeError
 
 __all__ = [
@@ -162,8 +162,8 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
         if missing is not None:
             raise ValueError(f"unknown environment {env!r}: {missing}")
         raise ValueError(
-            f"unknown environment {env!r}, nearest is "
-            f"{nearest(env, [*ENVIRONMENTS, *by_id.known_ids()])!r} (there are "
+            f"unknown environment {env!r}; "
+            f"{did_you_mean(env, [*ENVIRONMENTS, *by_id.known_ids()])} (there are "
             f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
             "yours registers is written module:Id-v0)"
         )
@@ -175,9 +175,7 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
     config = {**copy.deepcopy(entry.defaults), "vectorized": True}
     for key, value in (env_config or {}).items():
         if key not in config:
-            raise ValueError(
-                f"{env}: unknown env_config key {key!r}, nearest is {nearest(key, config)!r}"
-            )
+            raise ValueError(f"{env}: unknown env_config key {key!r}; {did_you_mean(key, config)}")
         config[key] = value
     _check_vectorized(env, config)
     try:

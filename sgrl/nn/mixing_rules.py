@@ -7,7 +7,7 @@ added as a subclass and one line in `MIXING_RULES`; docs/mixing_rules.md tells h
 import torch
 from torch import Tensor
 
-from sgrl.names import unknown
+from sgrl.names import did_you_mean
 from sgrl.nn.mixing import MixingRule, Moments, mean_covariances, mixing_weight_from
 
 
@@ -71,5 +71,5 @@ def mixing_rule(name: str) -> type[MixingRule]:
         ValueError: there is none; one line that names those there are.
     """
     if name not in MIXING_RULES:
-        raise ValueError(unknown("mixing_rule", name, MIXING_RULES))
+        raise ValueError(f"unknown mixing_rule {name!r}; {did_you_mean(name, MIXING_RULES)}")
     return MIXING_RULES[name]

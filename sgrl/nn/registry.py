@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sgrl.names import hint
+from sgrl.names import did_you_mean
 from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
 from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
@@ -46,12 +46,12 @@ def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
         ValueError: unknown policy, unknown setting, wrong type or impossible size.
     """
     if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; {hint(name, POLICIES)}")
+        raise ValueError(f"unknown policy {name!r}; {did_you_mean(name, POLICIES)}")
     kind = POLICIES[name].Settings
     known = [field.name for field in dataclasses.fields(kind)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"policy {name!r} has no setting {key!r}; {hint(key, known)}")
+            raise ValueError(f"policy {name!r} has no setting {key!r}; {did_you_mean(key, known)}")
     return kind(**settings)
 
 

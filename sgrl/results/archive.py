@@ -38,11 +38,12 @@ from sgrl.results.metrics import (
     read_metrics,
     write_rows,
 )
+from sgrl.results.plan import ExperimentError, planned_trials
 from sgrl.results.provenance import PROVENANCE_FILE, read_starts
 from sgrl.results.status import EXPERIMENT_FILE, folder_problems, read_status
 from sgrl.results.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
 from sgrl.results.storage import StorageError, is_archive
-from sgrl.tuning.experiment import ExperimentError, dump_yaml, planned_trials
+from sgrl.yaml_files import dump_yaml
 
 FORMAT = 1
 METRICS_FILE = "metrics.parquet"

@@ -37,8 +37,8 @@ from sgrl.results.metrics import (
     read_metrics,
     score_of,
 )
+from sgrl.results.plan import ExperimentError, planned_trials
 from sgrl.results.status import EXPERIMENT_FILE, folder_problems, is_running, read_status
-from sgrl.tuning.experiment import ExperimentError, planned_trials
 
 #: The same YAML, read in C, where libyaml is there: several times faster.
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -21,8 +21,8 @@ from sgrl.results.metrics import (
     read_metrics,
     score,
 )
+from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.storage import is_address, reading
-from sgrl.tuning.experiment import Trial, planned_trials
 
 EXPERIMENT_FILE = "experiment.yaml"
 CONFIG_FILE = "config.yaml"
@@ -78,7 +78,7 @@ class Progress:
 
     @property
     def last_iteration(self) -> int:
-        return self.trial.config["stop"]["training_iteration"]
+        return self.trial.config.stop.training_iteration
 
     @property
     def seconds_left(self) -> float:

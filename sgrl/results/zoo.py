@@ -6,7 +6,7 @@ They lie in the study's archives; `results/published/zoo.json` of a checkout say
 import json
 from pathlib import Path
 
-from sgrl.names import hint
+from sgrl.names import did_you_mean
 
 PREFIX = "zoo:"
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
@@ -38,7 +38,7 @@ def find_policy(location: str | Path) -> Path:
         return PUBLISHED / index[name]
     if not index:
         raise ZooError(f"{location}: the zoo lies in results/published of a checkout of sgrl")
-    raise ZooError(f"{location}: no such policy; {hint(name, index)}")
+    raise ZooError(f"{location}: no such policy; {did_you_mean(name, sorted(index))}")
 
 
 def _index() -> dict[str, str]:

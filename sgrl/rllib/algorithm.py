@@ -41,32 +41,13 @@ from ray.util.debug import log_once
 from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
-from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.reinforce.update import BASELINES
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
-from sgrl.rllib.settings import REINFORCE_READS, refuse_ignored
+from sgrl.rllib.settings import BOUNDS, REINFORCE_READS, check_numbers, refuse_ignored
 
 COMPONENT_REINFORCE = "reinforce"
-
-# Settings by name: type, least and greatest value.
-CHECKED_NUMBERS: dict[str, tuple[Any, float, float]] = {
-    "lr": (int | float, 0, math.inf),
-    "predictor_lr": (int | float, 0, math.inf),
-    "gamma": (int | float, 0, 1),
-    "entropy_coeff": (int | float, 0, math.inf),
-    "grad_clip": (int | float, 0, math.inf),
-    "value_coeff": (int | float, 0, math.inf),
-    "seed": (int, 0, MAX_SEED - 1),
-    "num_envs_per_env_runner": (int, 1, math.inf),
-    "num_env_runners": (int, 0, math.inf),
-    "num_learners": (int, 0, math.inf),
-    "total_updates": (int, 1, math.inf),
-    "total_iterations": (int, 1, math.inf),
-}
-# Of these, the ones that may be None.
-OPTIONAL = {"grad_clip", "total_updates", "total_iterations"}
 
 
 class ReinforceConfig(AlgorithmConfig):
@@ -167,7 +148,7 @@ class ReinforceConfig(AlgorithmConfig):
         """Return all settings."""
         # RLlib leaves out whatever equals its mark for deprecated settings, which is -1: a
         # learning rate of -1 would quietly become the default.
-        return super().get_state() | {name: getattr(self, name) for name in CHECKED_NUMBERS}
+        return super().get_state() | {name: getattr(self, name) for name in BOUNDS}
 
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
@@ -180,19 +161,7 @@ class ReinforceConfig(AlgorithmConfig):
         Raises:
             ValueError: one line that names the setting.
         """
-        for name, (kind, least, most) in CHECKED_NUMBERS.items():
-            value = getattr(self, name)
-            if name in OPTIONAL and value is None:
-                continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, kind)
-                or not least <= value <= most
-                or value == math.inf
-            ):
-                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                what = "a whole number" if kind is int else "a number"
-                raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
+        check_numbers(self)
         for name in ("normalize_returns", "two_phase"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -7,14 +7,76 @@ that they do not read.
 
 import functools
 import inspect
-from collections.abc import Collection
-from typing import Any
+import math
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 from ray.rllib.algorithms import AlgorithmConfig
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
 
 from sgrl.envs.registry import ENVIRONMENTS, make_single
+from sgrl.reinforce.rollout import MAX_SEED
+
+
+class Bounds(NamedTuple):
+    """Which numbers a setting takes.
+
+    Attributes:
+        low: the least.
+        high: the greatest; infinity itself is never taken.
+        low_allowed: whether `low` is taken.
+        whole: whether whole numbers alone are taken.
+        whole_above_one: whether above 1 they are, as of GPUs, of which one alone can be shared.
+        optional: whether None is taken.
+    """
+
+    low: float = 0
+    high: float = math.inf
+    low_allowed: bool = True
+    whole: bool = False
+    whole_above_one: bool = False
+    optional: bool = False
+
+    def allow(self, value: Any) -> bool:
+        """Return whether the setting takes a value."""
+        if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+            return value is None and self.optional
+        if (self.whole and not isinstance(value, int)) or (
+            self.whole_above_one and value > 1 and value % 1
+        ):
+            return False
+        low_enough = value >= self.low if self.low_allowed else value > self.low
+        return low_enough and value <= self.high and value != math.inf
+
+    @property
+    def limits(self) -> str:
+        """The numbers taken, in words, as in ``from 0 to 1``."""
+        if self.high != math.inf:
+            return f"from {self.low} to {self.high}"
+        least = f"{'at least' if self.low_allowed else 'greater than'} {self.low}"
+        return f"{least}, and whole above 1" if self.whole_above_one else least
+
+
+#: Of settings that are numbers, those which RLlib would not check, or not before a trial's
+#: processes have started; by the names of a config's attributes, which are those of its arguments.
+BOUNDS = {
+    "lr": Bounds(low_allowed=False),
+    "predictor_lr": Bounds(),
+    "gamma": Bounds(high=1),
+    "entropy_coeff": Bounds(),
+    "grad_clip": Bounds(low_allowed=False, optional=True),
+    "value_coeff": Bounds(),
+    "seed": Bounds(high=MAX_SEED - 1, whole=True),
+    "num_envs_per_env_runner": Bounds(1, whole=True),
+    "num_env_runners": Bounds(whole=True),
+    "num_learners": Bounds(whole=True),
+    "num_gpus_per_learner": Bounds(whole_above_one=True),
+    "num_gpus_per_env_runner": Bounds(whole_above_one=True),
+    "total_updates": Bounds(1, whole=True, optional=True),
+    "total_iterations": Bounds(1, whole=True, optional=True),
+    "metrics_num_episodes_for_smoothing": Bounds(1, whole=True),
+}
 
 #: What `Reinforce` and the parts of RLlib below it read, by the names of a config's attributes.
 REINFORCE_READS = frozenset(
@@ -97,6 +159,23 @@ ADVICE = {
     "evaluation_duration": "give a number",
     "num_env_runners": "set evaluation_num_env_runners",
 }
+
+
+def check_numbers(config: AlgorithmConfig, names: Iterable[str] = tuple(BOUNDS)) -> None:
+    """Check the settings of an algorithm's config that are numbers.
+
+    Args:
+        config: what is to run.
+        names: those to check, of `BOUNDS`.
+
+    Raises:
+        ValueError: one is out of its bounds; one line that names it.
+    """
+    for name in names:
+        value, bounds = getattr(config, name), BOUNDS[name]
+        if not bounds.allow(value):
+            kind = "a whole number" if bounds.whole else "a number"
+            raise ValueError(f"{name} must be {kind} {bounds.limits}, got {value!r}")
 
 
 def refuse_ignored(

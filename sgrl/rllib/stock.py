@@ -22,7 +22,6 @@ On the old API stack `PPOConfig` takes the models of `sgrl.rllib.recurrent_netwo
 predictors a parameter group of their own.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
@@ -54,7 +53,7 @@ from sgrl.nn.registry import POLICIES
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
-from sgrl.rllib.settings import refuse_ignored
+from sgrl.rllib.settings import BOUNDS, check_numbers, refuse_ignored
 
 COMPONENT_EPISODES = "episodes"
 
@@ -226,9 +225,9 @@ class PolicyAlgorithmConfig(AlgorithmConfig):
         Raises:
             ValueError: one line that names the setting.
         """
-        rate = self.predictor_lr
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-            raise ValueError(f"predictor_lr must be a number at least 0, got {rate!r}")
+        # Others may be schedules, or None.
+        numbers = [n for n in BOUNDS if isinstance(getattr(self, n, None), int | float)]
+        check_numbers(self, {"predictor_lr", *numbers} - {"seed"})
         if self.enable_rl_module_and_learner:
             refuse_ignored(self, self.algo_class.get_default_config())
             if self._rl_module_spec is None:

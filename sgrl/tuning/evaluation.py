@@ -7,7 +7,6 @@ each evaluation, those of `sgrl evaluate --seed SEED` with the trial's seed, wit
 are the evaluation's own.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -15,6 +14,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from sgrl.nn.policy import Policy
 from sgrl.reinforce.generators import generators_aside
 from sgrl.results.evaluation import play
+from sgrl.results.plan import TrialConfig
 
 #: Prefixes of the columns of an evaluation, and whether its actions are the likeliest.
 ACTIONS = {"eval": False, "eval_greedy": True}
@@ -24,13 +24,13 @@ class Evaluation:
     """The evaluations of one trial.
 
     Args:
-        trial: its `config.yaml`.
+        trial: what it is trained with.
     """
 
-    def __init__(self, trial: Mapping[str, Any]) -> None:
-        self.settings = trial.get("evaluate")
-        self.environment = trial["config"]["environment"]
-        self.seed = trial["seed"]
+    def __init__(self, trial: TrialConfig) -> None:
+        self.settings = trial.evaluate
+        self.environment = trial.sections["environment"]
+        self.seed = trial.seed
         self.module: Any = None
 
     def columns(self, algorithm: Any, iteration: int) -> dict[str, float]:
@@ -39,15 +39,13 @@ class Evaluation:
         Returns:
             Columns of metrics.csv; empty where there is no evaluation.
         """
-        if not self.settings or iteration % self.settings["every"]:
+        if self.settings is None or iteration % self.settings.every:
             return {}
         found = {}
         with generators_aside([self.seed, iteration]):
             policy = self._copy(algorithm)
             for prefix, greedy in ACTIONS.items():
-                episodes = play(
-                    policy, self.environment, self.settings["episodes"], self.seed, greedy
-                )
+                episodes = play(policy, self.environment, self.settings.episodes, self.seed, greedy)
                 found[f"{prefix}_return"] = episodes.returns.mean().item()
                 if episodes.success is not None:
                     found[f"{prefix}_success_rate"] = episodes.success.double().mean().item()

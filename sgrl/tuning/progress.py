@@ -19,6 +19,7 @@ from rich.progress import Progress as Bars
 
 from sgrl.results.checkpoints import write_text
 from sgrl.results.metrics import MEASURE_NAMES, Score
+from sgrl.results.plan import Trial
 from sgrl.results.status import (
     Progress,
     measure_of,
@@ -28,7 +29,6 @@ from sgrl.results.status import (
     write_status,
 )
 from sgrl.results.storage import Store
-from sgrl.tuning.experiment import Trial
 from sgrl.tuning.trial import ERROR_FILE, HANG_FILE, first_line, is_disk_full
 
 LOG_FILE = "sweep.log"
@@ -157,7 +157,7 @@ class SweepView(tune.Callback, tune.Stopper):
         folder = self.directory / trial.config["trial"]
         hang = folder / HANG_FILE
         if hang.is_file() and hang.stat().st_size:
-            timeout = config["iteration_timeout"]
+            timeout = config.iteration_timeout
             return f"an iteration of more than {timeout:g} s ({HANG_FILE} says where it hung)"
         error = _error(trial)
         if error is None:

@@ -30,6 +30,7 @@ from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.local_ray import LocalRayError, start_local_ray
 from sgrl.results.checkpoints import write_text
 from sgrl.results.metrics import OldMetricsError, read_metrics
+from sgrl.results.plan import Trial, TrialConfig, planned_trials
 from sgrl.results.provenance import PROVENANCE_FILE, record_start
 from sgrl.results.status import (
     EXPERIMENT_FILE,
@@ -41,20 +42,10 @@ from sgrl.results.status import (
 )
 from sgrl.results.storage import Mirror, Store, display, is_address, is_archive, join, open_store
 from sgrl.tuning.client import reach
-from sgrl.tuning.experiment import (
-    Experiment,
-    Trial,
-    algorithm_class,
-    build_algorithm_config,
-    check_backends,
-    check_resources,
-    dump_yaml,
-    extend_experiment,
-    may_move,
-    planned_trials,
-    user_modules,
-    with_defaults,
-)
+from sgrl.tuning.experiment.load import Experiment, extend_experiment
+from sgrl.tuning.experiment.method import with_defaults
+from sgrl.tuning.experiment.resources import check_backends, check_resources, may_move, user_modules
+from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_config
 from sgrl.tuning.progress import (
     LOG_FILE,
     SUMMARY_FILE,
@@ -72,6 +63,7 @@ from sgrl.tuning.trial import (
     read_yaml,
 )
 from sgrl.user_code import UserCodeError, import_named, source_of
+from sgrl.yaml_files import dump_yaml
 
 # What a trial's numbers do not depend on may change from one start to the next.
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
@@ -108,7 +100,7 @@ def run_sweep(
         resume = command("sgrl", "resume", str(store))
         how = f"`{resume}` continues it, " if is_sweep(store) else ""
         raise SweepError(f"{store} already exists: {how}--name NAME starts another sweep")
-    check_tracker(experiment.track, store.location)
+    check_tracker(experiment.file.track, store.location)
     requests = _resource_requests(experiment)
     _prepare_environments(experiment)
     try:
@@ -140,7 +132,7 @@ def resume_sweep(
     with _locked(store):
         store.pull_reports()
         experiment = _extended(store, iterations, additions, track)
-        check_tracker(experiment.track, store.location)
+        check_tracker(experiment.file.track, store.location)
         requests = _resource_requests(experiment, resuming=True)
         _prepare_environments(experiment)
         if iterations is not None or additions or track is not None:
@@ -237,7 +229,7 @@ def _prepare_environments(experiment: Experiment) -> None:
     """Fetch what the trials' environments need, so that no trial has to."""
     sections = {
         dump_yaml(section): section
-        for section in (trial.config["config"]["environment"] for trial in experiment.trials)
+        for section in (trial.config.sections["environment"] for trial in experiment.trials)
     }
     for section in sections.values():
         if section["env"] in ENVIRONMENTS:
@@ -252,7 +244,7 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     directory = store.folder
     with quiet(directory / LOG_FILE) as console:
         record_start(directory)
-        prepare_tracker(experiment.track, directory)
+        prepare_tracker(experiment.file.track, directory)
         moved = {t.name for t in experiment.trials if _has_moved(directory / t.name, t)}
         for trial in experiment.trials:
             _write_config(directory / trial.name, trial)
@@ -265,7 +257,7 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
         going_on = [trial for trial in todo if trial.name in moved]
         if going_on:
             like = "the same numbers, up to rounding"
-            if going_on[0].config["algorithm"] != "Reinforce":
+            if going_on[0].config.algorithm != "Reinforce":
                 like = "other episodes"
             moving = len(going_on)
             who = "1 trial goes on" if moving == 1 else f"{moving} trials go on"
@@ -277,8 +269,8 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
         count = "1 trial" if len(progress) == 1 else f"{len(progress)} trials"
         head = f"{count}{over}; results in {store}"
         console.print(head, soft_wrap=True, highlight=False)
-        if experiment.track != "none":
-            hint = how_to_look(experiment.track, str(store))
+        if experiment.file.track != "none":
+            hint = how_to_look(experiment.file.track, str(store))
             console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
         if todo:
             view = SweepView(store, progress)
@@ -297,14 +289,10 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     return directory
 
 
-def _config(trial: Trial) -> dict[str, Any]:
-    return {"name": trial.name, "swept": trial.swept, **trial.config}
-
-
 def _check_config(folder: Path, trial: Trial) -> None:
     """Refuse to change what a trial's first iterations were trained with (the resolved backend
     and the threads among it), but for the processes it computes in."""
-    path, config = folder / "config.yaml", _config(trial)
+    path, config = folder / "config.yaml", trial.as_dict()
     if not path.is_file():
         return
     before = read_yaml(path)
@@ -313,7 +301,7 @@ def _check_config(folder: Path, trial: Trial) -> None:
         before["model"] = with_defaults(before["model"])
     for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
         if before.get(key) != config.get(key):
-            if key == "config" and may_move(before, config):
+            if key == "config" and may_move(TrialConfig.from_dict(before), trial.config):
                 continue
             raise SweepError(
                 f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
@@ -323,12 +311,12 @@ def _check_config(folder: Path, trial: Trial) -> None:
 
 def _has_moved(folder: Path, trial: Trial) -> bool:
     path = folder / "config.yaml"
-    return path.is_file() and read_yaml(path).get("config") != trial.config["config"]
+    return path.is_file() and read_yaml(path).get("config") != trial.config.sections
 
 
 def _write_config(folder: Path, trial: Trial) -> None:
     """Write a trial's config.yaml, where it is not there or says otherwise."""
-    path, config = folder / "config.yaml", _config(trial)
+    path, config = folder / "config.yaml", trial.as_dict()
     if not path.is_file() or read_yaml(path) != config:
         folder.mkdir(exist_ok=True)
         write_text(path, dump_yaml(config))
@@ -370,14 +358,14 @@ def _tune(
     shutil.rmtree(scratch, ignore_errors=True)
     # As many trials wait beside the running ones as can run: enough to hand over every process.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(ray.cluster_resources()["CPU"])))
-    limit = experiment.concurrency
+    limit = experiment.file.concurrency
     try:
         tune.Tuner(
             tune.with_resources(TrialRunner, lambda config: requests[config["trial"]]),
             param_space={
                 "sweep": store.location,
                 "trial": tune.grid_search([trial.name for trial in trials]),
-                "tracker": experiment.track,
+                "tracker": experiment.file.track,
                 "wandb_mode": os.environ.get("WANDB_MODE"),
             },
             tune_config=tune.TuneConfig(
@@ -388,7 +376,7 @@ def _tune(
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=str(scratch),
-                failure_config=tune.FailureConfig(max_failures=experiment.max_failures),
+                failure_config=tune.FailureConfig(max_failures=experiment.file.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[view],
                 stop=view,
@@ -512,7 +500,7 @@ def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[s
     check_resources(experiment, present, resuming)
     check_backends(experiment)
     return {
-        trial.name: algorithm_class(trial.config["algorithm"]).default_resource_request(
+        trial.name: algorithm_class(trial.config.algorithm).default_resource_request(
             build_algorithm_config(trial.config)
         )
         for trial in experiment.trials

@@ -35,11 +35,12 @@ from sgrl.results.metrics import (
     score,
     truncate_metrics,
 )
+from sgrl.results.plan import Trial
 from sgrl.results.provenance import record_start
 from sgrl.results.status import read_status, seconds_per_iteration, write_status
 from sgrl.results.storage import Store, open_store
 from sgrl.tuning.evaluation import Evaluation
-from sgrl.tuning.experiment import build_algorithm_config
+from sgrl.tuning.experiment.sections import build_algorithm_config
 from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.tracking import Tracking
 
@@ -124,18 +125,19 @@ class TrialRunner(tune.Trainable):
         self.directory = self.store.folder / self.name
         self._acquire()
         self.store.claim(self.name)
-        self.trial = read_yaml(self.directory / "config.yaml")
-        self.last_iteration = self.trial["stop"]["training_iteration"]
+        self.trial = Trial.from_dict(read_yaml(self.directory / "config.yaml"))
+        config = self.trial.config
+        self.last_iteration = config.stop.training_iteration
         status = read_status(self.directory)
         self.failure, self.parameters = status.get("failure"), status.get("parameters")
         (self.directory / HANG_FILE).unlink(missing_ok=True)
-        if self.trial["iteration_timeout"] is not None:
+        if config.iteration_timeout is not None:
             self.hang = (self.directory / HANG_FILE).open("w")
-        self.evaluation = Evaluation(self.trial)
-        torch.set_num_threads(self.trial["num_threads"])
-        config = build_algorithm_config(self.trial)
+        self.evaluation = Evaluation(config)
+        torch.set_num_threads(config.num_threads)
+        settings = build_algorithm_config(config)
         # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
-        self.algorithm = config.algo_class(config=config, storage=self._storage)
+        self.algorithm = settings.algo_class(config=settings, storage=self._storage)
 
         metrics, checkpoints = self.directory / "metrics.csv", self.directory / "checkpoints"
         checkpoint, problems = newest_valid_checkpoint(checkpoints, at_most=count_rows(metrics))
@@ -152,7 +154,7 @@ class TrialRunner(tune.Trainable):
         self.rows = read_metrics(metrics)
         self.notes = [f"{problem}; going on from iteration {self.saved}" for problem in problems]
         self.tracking = Tracking(
-            self.directory, self.trial, self.tracker, self.wandb_mode, self.notes
+            self.directory, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
         )
         self.tracking.send(self.rows)
         record_start(self.directory, iteration=self.saved)
@@ -160,19 +162,19 @@ class TrialRunner(tune.Trainable):
         self.store.push_trial(self.name)
 
     def _train(self) -> None:
-        deadline = time.monotonic() + REPORT_SECONDS
+        config, deadline = self.trial.config, time.monotonic() + REPORT_SECONDS
         while len(self.rows) < self.last_iteration:
             iteration, start = len(self.rows) + 1, time.perf_counter()
             result = self._train_once()
             row = metrics_row(result, iteration, time.perf_counter() - start)
-            if self.trial.get("evaluate"):
+            if config.evaluate is not None:
                 row |= dict.fromkeys(EVALUATION_COLUMNS, math.nan)
                 row |= self.evaluation.columns(self.algorithm, iteration)
             # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
             # no checkpoint followed are cut off on restart.
             append_row(self.directory / "metrics.csv", row)
             self.rows.append(row)
-            if iteration % self.trial["checkpoint"]["every"] == 0:
+            if iteration % config.checkpoint.every == 0:
                 self._checkpoint()
             if time.monotonic() >= deadline:
                 break
@@ -184,10 +186,10 @@ class TrialRunner(tune.Trainable):
 
     def _train_once(self) -> dict:
         """One iteration; a process in which it takes too long is ended."""
-        if self.hang is None:
+        timeout = self.trial.config.iteration_timeout
+        if self.hang is None or timeout is None:
             return self.algorithm.train()
         # The watching thread is C's own: it also ends a process that is stuck outside Python.
-        timeout = self.trial["iteration_timeout"]
         faulthandler.dump_traceback_later(timeout, file=self.hang, exit=True)
         try:
             return self.algorithm.train()
@@ -220,7 +222,7 @@ class TrialRunner(tune.Trainable):
             self.directory / "checkpoints",
             self.saved,
             self._save,
-            keep=self.trial["checkpoint"]["keep"],
+            keep=self.trial.config.checkpoint.keep,
         )
         self.store.push_trial(self.name)
 
@@ -234,7 +236,7 @@ class TrialRunner(tune.Trainable):
         if self.parameters is None:
             self.parameters = sum(weights.numel() for weights in policy_parameters(policy))
             self._write_status("running")
-        section = self.trial["config"]["environment"]
+        section = self.trial.config.sections["environment"]
         environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
         save_policy(policy, directory, environment=environment, iteration=self.saved)
 

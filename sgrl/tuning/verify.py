@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from sgrl.results.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
 from sgrl.results.metrics import Row, read_metrics
+from sgrl.results.plan import Trial
 from sgrl.results.provenance import describe
-from sgrl.tuning.experiment import Trial, load_experiment
+from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import run_sweep
 
 #: Algorithms of which no run repeats, see docs/rllib.md.
@@ -62,7 +63,7 @@ def verify_archive(
         ExperimentError, SweepError: its trials cannot be run here.
     """
     experiment = load_experiment(archive / "experiment.yaml", name="verify", track="none")
-    if experiment.resolved["algorithm"] in NEVER_REPEAT:
+    if experiment.file.algorithm in NEVER_REPEAT:
         raise ArchiveError(
             f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "
             "thread of its own), so there is nothing to compare"
@@ -70,8 +71,8 @@ def verify_archive(
     archived = [trial for trial in read_archive(archive) if trial.rows]
     chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
     again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
-    resolved = {**experiment.resolved, "stop": {"training_iteration": iterations}}
-    sweep = run_sweep(dataclasses.replace(experiment, trials=again, resolved=resolved), results)
+    file = experiment.file.model_copy(update={"stop": {"training_iteration": iterations}})
+    sweep = run_sweep(dataclasses.replace(experiment, trials=again, file=file), results)
     here = describe()
     verdicts = []
     for trial in chosen:
@@ -83,9 +84,7 @@ def verify_archive(
 
 
 def _shortened(trial: ArchivedTrial, iterations: int) -> Trial:
-    config = {key: value for key, value in trial.config.items() if key not in ("name", "swept")}
-    config["stop"] = {**config["stop"], "training_iteration": iterations}
-    return Trial(trial.name, config["method"], config["seed"], trial.config["swept"], config)
+    return Trial.from_dict(trial.config | {"stop": {"training_iteration": iterations}})
 
 
 def _same_kind(start: dict[str, Any], here: dict[str, Any]) -> bool:

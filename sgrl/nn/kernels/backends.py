@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from sgrl.names import unknown
+from sgrl.names import did_you_mean
 from sgrl.nn.kernels import native
 
 #: From the plain definition to the fastest.
@@ -25,7 +25,7 @@ def check_backend(name: str, shuffle_predictions: bool = False) -> None:
     """
     known = ("auto", *BACKENDS)
     if name not in known:
-        raise ValueError(unknown("backend", name, known))
+        raise ValueError(f"unknown backend {name!r}; {did_you_mean(name, known)}")
     if shuffle_predictions and name == "native":
         raise ValueError(
             "shuffle_predictions is for the backends torch and eager: leave backend at auto"

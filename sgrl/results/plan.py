@@ -1,0 +1,418 @@
+"""Trials: which ones an experiment plans, and what each is trained with.
+
+    for trial in planned_trials("results/quickstart/experiment.yaml"):
+        trial.name, trial.swept, trial.config.stop.training_iteration
+
+This needs neither RLlib nor pydantic nor the environment, and checks no more than it needs;
+`sgrl.tuning.experiment` checks everything, before a sweep starts.
+"""
+
+import copy
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sgrl.names import did_you_mean, nearest
+from sgrl.results.metrics import is_taken
+from sgrl.yaml_files import YAMLFileError, parse_yaml
+
+#: Values of a range such as 0..9, at most.
+MAX_RANGE = 100_000
+#: Names of swept values in trial names and in summary.csv, where the key itself is too long.
+SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
+
+
+class Problem(Exception):
+    """What is wrong with one key of an experiment.
+
+    Attributes:
+        key: where it stands, as in config.training.lr; empty for the file as a whole.
+        message: what is wrong and what to do.
+    """
+
+    def __init__(self, key: str | Sequence[str], message: str) -> None:
+        super().__init__(message)
+        self.key = key if isinstance(key, str) else ".".join(key)
+        self.message = message
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot run; one line for each problem, with the file, the key and what to do.
+
+    Args:
+        path: the experiment file.
+        problems: what is wrong, at least one.
+        option: that of the command line which changed the experiment.
+        settings: its values, as KEY=VALUE; a problem with such a key is said to stand there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        problems: Iterable[Problem],
+        option: str = "",
+        settings: Sequence[str] = (),
+    ) -> None:
+        lines = []
+        for problem in problems:
+            place = str(path)
+            for key in (setting.partition("=")[0] for setting in settings):
+                if f"{problem.key}.".startswith(f"{key}."):
+                    place = f"{path} with {option} {key}"
+            where = f"{place}: {problem.key}" if problem.key else place
+            lines.append(f"{where}: {problem.message}")
+        super().__init__("\n".join(dict.fromkeys(lines)))
+
+
+# What a trial is ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a trial is complete.
+
+    Attributes:
+        training_iteration: its last iteration.
+    """
+
+    training_iteration: int
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What an interrupted trial goes on from.
+
+    Attributes:
+        every: iterations between two checkpoints.
+        keep: how many of the newest ones stay.
+    """
+
+    every: int = 25
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Evaluations apart from training.
+
+    Attributes:
+        every: iterations between two evaluations.
+        episodes: of each.
+    """
+
+    every: int = 10
+    episodes: int = 100
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """What one trial is trained with.
+
+    Attributes:
+        algorithm: Reinforce, or one of RLlib's.
+        method: the one of the experiment's methods that it belongs to.
+        seed: of everything random in it.
+        sections: methods of RLlib's AlgorithmConfig and their arguments, as in
+            ``{"training": {"lr": 1e-3}}``; `config` in YAML.
+        model: the policy's name and settings.
+        stop: when it is complete.
+        checkpoint: how often it is saved.
+        evaluate: how often it is evaluated apart from training, if at all.
+        num_threads: torch threads.
+        max_failures: restarts without a new checkpoint in between.
+        iteration_timeout: seconds after which an iteration counts as hung; None is any.
+    """
+
+    algorithm: str
+    method: str
+    seed: int
+    sections: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    stop: Stop
+    checkpoint: Checkpointing = Checkpointing()
+    evaluate: Evaluating | None = None
+    num_threads: int = 1
+    max_failures: int = 2
+    iteration_timeout: float | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "TrialConfig":
+        """Return the content of a config.yaml; what an older version lacks is at its default."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {k: copy.deepcopy(v) for k, v in content.items() if k in known and v is not None}
+        kinds = {"stop": Stop, "checkpoint": Checkpointing, "evaluate": Evaluating}
+        given |= {key: kind(**given[key]) for key, kind in kinds.items() if key in given}
+        return cls(sections=copy.deepcopy(content["config"]), **given)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain YAML holds it."""
+        content = dataclasses.asdict(self)
+        return {"config" if key == "sections" else key: content[key] for key in content}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one grid point with one seed.
+
+    Attributes:
+        name: of its folder.
+        swept: the swept values, by their short names (as in `name`).
+        config: what it is trained with.
+    """
+
+    name: str
+    swept: dict[str, Any]
+    config: TrialConfig
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.config.method
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random in it."""
+        return self.config.seed
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Trial":
+        """Return the trial that a config.yaml describes."""
+        return cls(content["name"], content["swept"], TrialConfig.from_dict(content))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what its config.yaml holds."""
+        return {"name": self.name, "swept": self.swept, **self.config.as_dict()}
+
+
+class Point(NamedTuple):
+    """One method at one grid point.
+
+    Attributes:
+        method: its name.
+        swept: the swept values, by their short names.
+        content: its `config`, `model` and `stop`, without grids.
+    """
+
+    method: str
+    swept: dict[str, Any]
+    content: dict[str, Any]
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def planned_trials(path: str | Path) -> list[Trial]:
+    """Return the trials of a results folder's experiment.yaml, without checking it again.
+
+    Raises:
+        ExperimentError: it is no experiment.
+    """
+    path = Path(path)
+    try:
+        content = read_experiment(path)
+        for key in ("name", "methods", "stop"):
+            if content.get(key) is None:
+                raise Problem(key, "missing")
+        if not content["methods"]:
+            raise Problem("methods", "empty; name at least one method")
+        try:
+            trials = trials_of(content, points_of(content))
+            if not all((path.parent / trial.name).is_dir() for trial in trials):
+                # As they were called before names of columns of ours were kept out of theirs.
+                older = trials_of(content, points_of(content, taken=lambda name: False))
+                if any((path.parent / t.name).is_dir() for t in older if t not in trials):
+                    return older
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Problem("", f"not an experiment as sgrl writes it ({error})") from None
+    except Problem as problem:
+        raise ExperimentError(path, [problem]) from None
+    return trials
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Return the content of an experiment file as it stands there.
+
+    Raises:
+        Problem: it cannot be read, or holds no keys.
+    """
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = [str(other) for other in path.parent.glob("*.yaml")]
+        hint = f"; did you mean {nearest(path, found)}?" if found else ""
+        raise Problem("", f"no such file{hint}") from None
+    except UnicodeDecodeError:
+        raise Problem("", "not a text file") from None
+    except OSError as error:
+        raise Problem("", f"cannot be read: {error.strerror}") from None
+    except YAMLFileError as error:
+        raise Problem("", f"line {error.line}: {error}" if error.line else str(error)) from None
+    if content is None:
+        raise Problem("", "empty; tune_configs/quickstart.yaml is an example to start from")
+    if not isinstance(content, dict):
+        raise Problem("", "not an experiment: expected 'key: value' lines")
+    # Sections of helpers hold what aliases repeat.
+    return {key: value for key, value in content.items() if not str(key).startswith("x-")}
+
+
+def expand_range(value: Any) -> Any:
+    """Return the whole numbers of a range such as 6..11; any other value as it is.
+
+    Raises:
+        ValueError: the range is empty, or too long.
+    """
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", value.strip()) if isinstance(value, str) else None
+    if span is None:
+        return value
+    first, last = map(int, span.groups())
+    if not first <= last < first + MAX_RANGE:
+        raise ValueError(
+            f"{value.strip()} is no range: the lower number comes first, and there are at most "
+            f"{MAX_RANGE} values"
+        )
+    return list(range(first, last + 1))
+
+
+# From grids to trials -------------------------------------------------------------------------
+
+
+def points_of(
+    experiment: Mapping[str, Any], taken: Callable[[str], bool] = is_taken
+) -> list[Point]:
+    """Return every grid point of every method of an experiment.
+
+    Args:
+        experiment: the content of its file.
+        taken: whether a name is one of our own columns; those of swept values then get longer.
+    """
+    merged = _merged(experiment)
+    grids = {method: dict(grids_in(tree)) for method, tree in merged.items()}
+    short = _short_names(dict.fromkeys(path for grid in grids.values() for path in grid), taken)
+    points = []
+    for method, nodes in grids.items():
+        lists = [n["grid"] if isinstance(n["grid"], list) else [n["grid"]] for n in nodes.values()]
+        for values in itertools.product(*lists):
+            content = copy.deepcopy(merged[method])
+            for path, value in zip(nodes, values, strict=True):
+                tree = content
+                for step in path[:-1]:
+                    tree = tree[step]
+                tree[path[-1]] = copy.deepcopy(value)
+            swept = {short[path]: value for path, value in zip(nodes, values, strict=True)}
+            points.append(Point(method, swept, content))
+    return points
+
+
+def trials_of(experiment: Mapping[str, Any], points: Iterable[Point]) -> list[Trial]:
+    """Return the trials at the points, one for each seed."""
+    trials = []
+    for point in points:
+        labels = [f"{name}={_label(value)}" for name, value in point.swept.items()]
+        for seed in expand_range(experiment.get("seeds", [0])):
+            own = {"method": point.method, "seed": seed, **point.content}
+            config = TrialConfig.from_dict({"algorithm": "Reinforce", **experiment, **own})
+            name = "_".join([point.method, *labels, f"seed={seed}"])
+            trials.append(Trial(name, point.swept, config))
+    return trials
+
+
+def grid_problems(experiment: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with the grids of an experiment."""
+    for method, tree in _merged(experiment).items():
+        for path, node in grids_in(tree):
+            key = place_of(experiment, method, ".".join(path))
+            for other in node:
+                if other != "grid":
+                    message = f"unknown key; {did_you_mean(other, ['grid'])}"
+                    yield Problem(f"{key}.{other}", message)
+            values = node["grid"]
+            if not isinstance(values, list):
+                yield Problem(f"{key}.grid", f"expected a list, got {values!r}")
+            elif message := repeated(values):
+                yield Problem(f"{key}.grid", message)
+
+
+def repeated(values: list[Any]) -> str:
+    """Return what is wrong with values that are to differ; nothing is an empty text."""
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        return f"{twice[0]!r} is given twice"
+    return "" if values else "empty list; give at least one value"
+
+
+def grids_in(
+    tree: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield the path to each ``{"grid": [...]}`` in a tree, and the grid."""
+    if isinstance(tree, dict):
+        if "grid" in tree:
+            yield path, tree
+        else:
+            for key, value in tree.items():
+                yield from grids_in(value, (*path, str(key)))
+
+
+def place_of(experiment: Mapping[str, Any], method: str, key: str) -> str:
+    """Return a key of a method's point as it stands in the file: a method's own or a common one."""
+    if key.partition(".")[0] == "model":
+        return f"methods.{method}.{key}"
+    tree = experiment["methods"][method]
+    for step in key.split("."):
+        if not isinstance(tree, dict) or step not in tree:
+            return key
+        tree = tree[step]
+    return f"methods.{method}.{key}"
+
+
+def _merged(experiment: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each method's `config`, `model` and `stop`."""
+    common = experiment.get("config") or {}
+    return {
+        method: {
+            "config": _merge(common, entry.get("config") or {}),
+            "model": entry["model"],
+            "stop": experiment["stop"],
+        }
+        for method, entry in experiment["methods"].items()
+    }
+
+
+def _merge(base: Any, over: Any) -> Any:
+    mappings = isinstance(base, dict) and isinstance(over, dict)
+    if not mappings or "grid" in base or "grid" in over:
+        return copy.deepcopy(over)
+    merged = {key: _merge(base[key], over[key]) if key in over else base[key] for key in base}
+    return copy.deepcopy(merged | {key: over[key] for key in over if key not in base})
+
+
+def _short_names(
+    paths: Iterable[tuple[str, ...]], taken: Callable[[str], bool]
+) -> dict[tuple[str, ...], str]:
+    """The last step of each path, with as many steps before it as tell it from all others, and
+    from what is taken."""
+    paths = list(paths)
+    depth = dict.fromkeys(paths, 1)
+    while True:
+        short = {
+            path: ".".join([*path[-depth[path] : -1], SHORT_NAMES.get(path[-1], path[-1])])
+            for path in paths
+        }
+        names = list(short.values())
+        clashing = [path for path in paths if names.count(short[path]) > 1 or taken(short[path])]
+        if not clashing:
+            return short
+        for path in clashing:
+            depth[path] += 1
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{key}={_label(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return "x".join(_label(item) for item in value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+=-]", "-", text)

@@ -1,0 +1,101 @@
+"""Checks of one grid point of one method, before a trial's processes would find out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from sgrl.results.plan import Point, Problem, TrialConfig
+from sgrl.tuning.experiment.file import check_known, stop_problems
+from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
+
+
+def point_problems(
+    algorithm: str, config_class: type | None, point: Point, has_model: bool
+) -> list[Problem]:
+    """Return what is wrong with a grid point, its keys as in config.training.lr and model.
+
+    Args:
+        algorithm: its name.
+        config_class: of the algorithm's configuration; None where there is no such algorithm.
+        point: what is checked.
+        has_model: whether its model names a policy.
+    """
+    content = point.content
+    found = stop_problems(content["stop"])
+    if has_model:
+        found += _model_problems(content["model"])
+    if config_class is not None:
+        found += section_problems(config_class, content["config"])
+    has_model = has_model and not any(p.key == "model" for p in found)
+    if not any(f"{p.key}.".startswith("config.environment.") for p in found):
+        environment = list(_environment_problems(content["config"].get("environment", {})))
+        if has_model and not environment:
+            environment += _observation_problems(content)
+        found += environment
+    if has_model and not found and config_class is not None:
+        found += _rllib_problems(algorithm, point)
+    return found
+
+
+def _model_problems(model: dict[str, Any]) -> Iterator[Problem]:
+    from sgrl.rllib.module import policy_arguments
+
+    try:
+        policy_arguments(model)
+    except (ValueError, TypeError) as error:
+        yield Problem("model", one_line(error))
+
+
+def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
+    from sgrl.envs.by_id import is_known, known_ids, unknown_of_module
+    from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
+    from sgrl.user_code import UserCodeError
+
+    key = "config.environment.env"
+    env = section.get("env")
+    if env is None:
+        ids = "or an id of gymnasium, as in CartPole-v1 or popgym-RepeatPreviousEasy-v0"
+        yield Problem(key, f"missing; one of {', '.join(ENVIRONMENTS)}, {ids}")
+        return
+    try:
+        if not is_known(env):
+            if missing := unknown_of_module(env):
+                raise ValueError(missing)
+            check_known("environment", env, [*ENVIRONMENTS, *known_ids()])
+    except (UserCodeError, ValueError) as error:
+        yield Problem(key, str(error))
+        return
+    try:
+        validate_env_config(env, section.get("env_config") or {})
+    except ValueError as error:
+        yield Problem("config.environment.env_config", one_line(error))
+
+
+def _observation_problems(content: dict[str, Any]) -> Iterator[Problem]:
+    """Whether the policy can read what the environment shows."""
+    from sgrl.envs.registry import observation_size
+    from sgrl.nn.registry import policy_settings
+    from sgrl.rllib.module import policy_arguments
+
+    section = content["config"]["environment"]
+    arguments = policy_arguments(content["model"])
+    settings = {key: arguments[key] for key in arguments if key not in ("name", "seed", "dtype")}
+    try:
+        policy_settings(arguments["name"], settings).check_observations(
+            observation_size(section["env"], section.get("env_config"))
+        )
+    except ValueError as error:
+        yield Problem("model", one_line(error))
+
+
+def _rllib_problems(algorithm: str, point: Point) -> Iterator[Problem]:
+    trial = {"algorithm": algorithm, "method": point.method, "seed": 0, **point.content}
+    try:
+        build_algorithm_config(TrialConfig.from_dict(trial)).validate()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        yield Problem("config", one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    # RLlib's advice at the end is to check nothing.
+    return " ".join(str(error).split()).partition(" To suppress all validation errors")[0]

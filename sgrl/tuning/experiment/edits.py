@@ -1,0 +1,110 @@
+"""What the command line changes in the content of an experiment file: `--set` and `--add`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgrl.commands import command
+from sgrl.results.plan import Problem, expand_range, grids_in, place_of
+from sgrl.yaml_files import YAMLFileError, parse_yaml
+
+
+def override(content: dict[str, Any], setting: str) -> None:
+    """Set the value of a key, in the place of what methods set there.
+
+    Args:
+        content: of the experiment file, changed in place.
+        setting: KEY=VALUE, the value in YAML.
+
+    Raises:
+        Problem: it is not of that form, or there can be no such key.
+    """
+    key, equals, text = setting.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise Problem("", f"--set {setting}: expected KEY=VALUE, as in config.training.lr=1e-3")
+    if key.startswith("x-"):
+        raise Problem(key, "only helps to write the file: set the keys that repeat it")
+    value = _value(key, text)
+    if value is None and text.strip() not in ("null", "~"):
+        raise Problem(key, "no value given")
+    parent = content
+    for depth, step in enumerate(path[:-1], 1):
+        if parent.get(step) is None:
+            parent[step] = {}
+        parent = parent[step]
+        if not isinstance(parent, dict) or "grid" in parent:
+            raise Problem(key, f"{'.'.join(path[:depth])} holds no keys; set it as a whole")
+    parent[path[-1]] = value
+
+    if path[0] == "config" and isinstance(content.get("methods"), dict):
+        for method, entry in content["methods"].items():
+            _forget(entry, path, f"methods.{method}")
+
+
+def _forget(entry: Any, path: Sequence[str], where: str) -> None:
+    """Drop what a method sets at an overridden key."""
+    for depth, step in enumerate(path):
+        if not isinstance(entry, dict):
+            return
+        if "grid" in entry:
+            key = ".".join([where, *path[:depth]])
+            raise Problem(path, f"{key} is a grid; set that key instead")
+        if depth == len(path) - 1:
+            entry.pop(step, None)
+        entry = entry.get(step)
+
+
+def add(content: dict[str, Any], addition: str, path: Path) -> None:
+    """Add values to the seeds, or to the grid at a key; those that are there already stay.
+
+    Args:
+        content: of the experiment file, changed in place.
+        addition: KEY=VALUES, the values in YAML.
+        path: the file's, for commands in messages.
+
+    Raises:
+        Problem: it is not of that form, or the key is not swept.
+    """
+    key, equals, text = addition.partition("=")
+    if not equals or not key:
+        raise Problem("", f"--add {addition}: expected KEY=VALUES, as in seeds=6..11")
+    try:
+        values = expand_range(_value(key, text))
+    except ValueError as error:
+        raise Problem(key, str(error)) from None
+    if values is None or values == []:
+        raise Problem(key, "no value given")
+
+    there = content["seeds"] if key == "seeds" else _grid_at(content, key, path)
+    # A list beside values that are lists, such as maze_dims, is one of them.
+    one = not isinstance(values, list) or (
+        isinstance(there[0], list) and not isinstance(values[0], list)
+    )
+    there += [value for value in ([values] if one else values) if value not in there]
+
+
+def _grid_at(content: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    """The values that are swept at a key of the file."""
+    roots = {root: content[root] for root in ("config", "methods", "stop")}
+    grids = {".".join(steps): node["grid"] for steps, node in grids_in(roots)}
+    if key not in grids:
+        others = "".join(f", {grid}" for grid in grids)
+        # Its value would have to enter the names of trials that are there already.
+        raise Problem(
+            key,
+            f"not swept here (seeds{others} can be added to); compare other values in another "
+            f"sweep: {command('sgrl', 'sweep', path, '--name', 'NAME', '--set', f'{key}=VALUE')}",
+        )
+    if key.startswith("config.") and all(
+        place_of(content, method, key) != key for method in content["methods"]
+    ):
+        raise Problem(key, f"every method sets this itself: add to methods.NAME.{key}")
+    return grids[key]
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YAMLFileError as error:
+        raise Problem(key, str(error)) from None

@@ -1,0 +1,327 @@
+"""The keys of an experiment file as pydantic models, and pydantic's errors in our words."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+
+from sgrl.names import did_you_mean, nearest
+from sgrl.results.plan import (
+    Checkpointing,
+    Evaluating,
+    Problem,
+    TrialConfig,
+    expand_range,
+    repeated,
+)
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+
+
+# Values ---------------------------------------------------------------------------------------
+
+
+def check_name(name: Any) -> Any:
+    """Raise ValueError unless it can be a folder: letters, digits and ``_ . + -``."""
+    if not isinstance(name, str):
+        quotes = f": put it in quotes, as in '{name}'" if isinstance(name, int | float) else ""
+        raise ValueError(f"{name!r} is no safe name, which is text{quotes}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name):
+        rule = "start with a letter or digit and hold only letters, digits, '_', '.', '+', '-'"
+        raise ValueError(f"{name!r} is no safe name: it must {rule}")
+    return name
+
+
+def check_known(kind: str, name: Any, names: Sequence[str]) -> None:
+    """Raise ValueError unless it is one of the names."""
+    if not isinstance(name, str):
+        raise ValueError(f"expected the {kind}'s name, got {name!r}")
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, names)}")
+
+
+def _check_tracker(name: Any) -> Any:
+    check_known("tracker", name, TRACKERS)
+    return name
+
+
+def _check_algorithm(name: Any) -> Any:
+    if not isinstance(name, str):
+        raise ValueError(f"expected the algorithm's name, got {name!r}")
+    return name
+
+
+def _check_concurrency(trials: Any) -> Any:
+    if trials != "auto" and type(trials) is not int:
+        raise ValueError(f"expected auto or a whole number, got {trials!r}")
+    if trials != "auto" and trials < 1:
+        raise ValueError(f"must be at least 1, got {trials}")
+    return trials
+
+
+def _check_seed(seed: int) -> int:
+    from sgrl.reinforce.rollout import MAX_SEED
+
+    if seed >= MAX_SEED:
+        raise ValueError(f"must be less than {MAX_SEED}, got {seed}")
+    return seed
+
+
+def _check_seeds(seeds: Any) -> Any:
+    expanded = expand_range(seeds)
+    if not isinstance(expanded, list):
+        raise ValueError(f"expected a list, got {seeds!r}; write [0, 1, 2] or 0..2")
+    if message := repeated(expanded):
+        raise ValueError(message)
+    return expanded
+
+
+def _check_methods(methods: Any) -> Any:
+    if not methods and isinstance(methods, dict):
+        raise ValueError("empty; name at least one method")
+    return methods
+
+
+Name = Annotated[str, BeforeValidator(check_name)]
+Seed = Annotated[int, Field(ge=0), AfterValidator(_check_seed)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+# The file -------------------------------------------------------------------------------------
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StopKeys(_Keys):
+    """The keys of `sgrl.results.plan.Stop`, at a grid point."""
+
+    training_iteration: Positive
+
+
+class CheckpointKeys(_Keys):
+    """The keys of `sgrl.results.plan.Checkpointing`."""
+
+    every: Positive = Checkpointing.every
+    keep: Positive = Checkpointing.keep
+
+
+class EvaluateKeys(_Keys):
+    """The keys of `sgrl.results.plan.Evaluating`."""
+
+    every: Positive = Evaluating.every
+    episodes: Positive = Evaluating.episodes
+
+
+class Method(_Keys):
+    """A model of the comparison.
+
+    Attributes:
+        model: the policy's name and settings.
+        config: what this method sets otherwise than the experiment's `config`.
+    """
+
+    model: dict[str, Any]
+    config: dict[str, Any] | None = None
+
+
+class ExperimentFile(_Keys):
+    """An experiment file. `config`, `stop` and a method's `model` and `config` may hold grids, so
+    what is in them is checked at each grid point."""
+
+    name: Name
+    algorithm: Annotated[str, BeforeValidator(_check_algorithm)] = "Reinforce"
+    config: dict[str, Any] = {}
+    methods: Annotated[dict[Name, Method], BeforeValidator(_check_methods)]
+    seeds: Annotated[list[Seed], BeforeValidator(_check_seeds)] = [0]
+    stop: dict[str, Any]
+    checkpoint: CheckpointKeys = CheckpointKeys()
+    evaluate: EvaluateKeys | None = None
+    max_failures: Annotated[int, Field(ge=0)] = TrialConfig.max_failures
+    iteration_timeout: Annotated[float, Field(gt=0, le=1e9)] | None = TrialConfig.iteration_timeout
+    num_threads: Positive = TrialConfig.num_threads
+    concurrency: Annotated[int | str, BeforeValidator(_check_concurrency)] = "auto"
+    track: Annotated[str, BeforeValidator(_check_tracker)] = "none"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain YAML holds it, every default written out."""
+        content = self.model_dump()
+        for method in content["methods"].values():
+            if method["config"] is None:
+                del method["config"]
+        return content
+
+
+def validate_file(
+    content: Mapping[str, Any], places: Callable[[], Mapping[str, str]]
+) -> tuple[ExperimentFile | None, list[Problem]]:
+    """Check the keys of an experiment file.
+
+    Args:
+        content: of the file.
+        places: tells where the arguments of an AlgorithmConfig stand, which may have been meant.
+
+    Returns:
+        The experiment, and what is wrong with it. What is wrong is then at its default, so that
+        the rest can be checked; None where too little is left for that.
+    """
+    content = {key: value for key, value in content.items() if value is not None}
+    try:
+        return ExperimentFile.model_validate(content), []
+    except ValidationError as error:
+        problems = list(_problems(content, error, places))
+        sound = _sound_part(content, error)
+    try:
+        return ExperimentFile.model_validate(sound), problems
+    except ValidationError:
+        return None, problems
+
+
+def _sound_part(content: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The content without the keys that have errors."""
+    sound: dict[Any, Any] = copy.deepcopy(dict(content))
+    for key, *inner in (detail["loc"] for detail in error.errors(include_url=False)):
+        if key == "methods" and inner:
+            sound["methods"].pop(inner[0], None)
+        else:
+            sound.pop(key, None)
+    return {"name": "unnamed", "stop": {"training_iteration": 1}, **sound}
+
+
+def stop_problems(stop: Any) -> list[Problem]:
+    """Return what is wrong with the `stop` of a grid point."""
+    try:
+        StopKeys.model_validate(stop)
+    except ValidationError as error:
+        return list(_problems({"stop": stop}, error, dict, ("stop",)))
+    return []
+
+
+# Pydantic's errors in our words ---------------------------------------------------------------
+
+#: Keys as RLlib used to call them, or other libraries do.
+ALIASES = {
+    "batch_size": "train_batch_size_per_learner",
+    "clip_range": "clip_param",
+    "discount": "gamma",
+    "ent_coef": "entropy_coeff",
+    "entropy_coef": "entropy_coeff",
+    "entropy_cost": "entropy_coeff",
+    "env_id": "env",
+    "env_name": "env",
+    "environment_id": "env",
+    "gae_lambda": "lambda_",
+    "gradient_clip": "grad_clip",
+    "lambda": "lambda_",
+    "learning_rate": "lr",
+    "max_grad_norm": "grad_clip",
+    "n_envs": "num_envs_per_env_runner",
+    "n_epochs": "num_epochs",
+    "num_envs": "num_envs_per_env_runner",
+    "num_envs_per_worker": "num_envs_per_env_runner",
+    "num_rollout_workers": "num_env_runners",
+    "num_sgd_iter": "num_epochs",
+    "num_workers": "num_env_runners",
+    "sgd_minibatch_size": "minibatch_size",
+    "train_batch_size": "train_batch_size_per_learner",
+    "vf_coef": "vf_loss_coeff",
+}
+MAPPING = "a mapping of keys to values"
+#: What was expected, by the kind of pydantic's error.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": MAPPING,
+    "model_type": MAPPING,
+}
+LIMITS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "greater than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+MISSING = {"model": "missing, as in model: {policy: gru}"}
+
+
+def unknown_key(
+    key: Any,
+    names: Sequence[str],
+    kind: str = "key",
+    places: Callable[[], Mapping[str, str]] = dict,
+) -> str:
+    """Return what to say of a key that is not known.
+
+    Args:
+        key: the key.
+        names: those that are known where it stands.
+        kind: what they are.
+        places: tells where other keys stand that may have been meant.
+    """
+    if not isinstance(key, str):
+        return "keys must be text; put it in quotes"
+    meant = ALIASES.get(key, key)
+    if meant not in names and (elsewhere := places().get(meant)):
+        meant = elsewhere
+    hint = did_you_mean(key, names) if meant == key else f"did you mean {meant!r}?"
+    return f"unknown {kind}; {hint}"
+
+
+def _problems(
+    content: Mapping[str, Any],
+    error: ValidationError,
+    places: Callable[[], Mapping[str, str]],
+    section: tuple[str, ...] = (),
+) -> Iterator[Problem]:
+    """Pydantic's errors about the content of a file, or of one of its sections."""
+    models: dict[str, type[_Keys]] = {
+        "stop": StopKeys,
+        "checkpoint": CheckpointKeys,
+        "evaluate": EvaluateKeys,
+    }
+    details = [(d, (*section, *d["loc"])) for d in error.errors(include_url=False)]
+    meant = set()
+    for detail, loc in details:
+        key = _key(content, detail, loc)
+        if detail["type"] == "extra_forbidden":
+            model: type[_Keys] = models.get(str(loc[0]), Method) if len(loc) > 1 else ExperimentFile
+            names = list(model.model_fields)
+            meant.add(".".join([*key.split(".")[:-1], nearest(loc[-1], names)]))
+            yield Problem(key, unknown_key(loc[-1], names, places=places))
+    for detail, loc in details:
+        key, kind, value = _key(content, detail, loc), detail["type"], detail["input"]
+        if kind == "missing" and key not in meant:  # where it is meant, it is there, misspelled
+            yield Problem(key, MISSING.get(str(loc[-1]), "missing"))
+        elif kind == "value_error":
+            yield Problem(key, str(detail["ctx"]["error"]))
+        elif kind == "invalid_key" or (kind == "string_type" and loc[-1] == "[key]"):
+            yield Problem(key, "keys must be text; put it in quotes")
+        elif kind in EXPECTED:
+            yield Problem(key, f"expected {EXPECTED[kind]}, got {value!r}")
+        elif kind in LIMITS:
+            yield Problem(key, f"must be {LIMITS[kind].format(**detail['ctx'])}, got {value}")
+        elif kind not in ("extra_forbidden", "missing"):
+            yield Problem(key, detail["msg"])
+
+
+def _key(content: Any, detail: Mapping[str, Any], loc: Sequence[Any]) -> str:
+    """The key of an error, without places in lists and pydantic's own marks."""
+    steps = []
+    for step in loc:
+        if isinstance(content, dict):
+            if step in content or detail["type"] == "missing":
+                steps.append(str(step))
+            content = content.get(step)
+    if loc[-1] == "[key]":
+        steps[-1] = str(detail["input"])
+    return ".".join(steps)

@@ -1,0 +1,215 @@
+"""From an experiment file to an `Experiment`: a checked list of trials.
+
+    experiment = load_experiment("tune_configs/quickstart.yaml", ["config.training.lr=1e-3"])
+    [trial.name for trial in experiment.trials]
+
+Ray is imported but never started.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgrl.results.plan import (
+    ExperimentError,
+    Point,
+    Problem,
+    Trial,
+    grid_problems,
+    place_of,
+    points_of,
+    read_experiment,
+    trials_of,
+)
+from sgrl.tuning.experiment.checks import point_problems
+from sgrl.tuning.experiment.edits import add, override
+from sgrl.tuning.experiment.file import ExperimentFile, validate_file
+from sgrl.tuning.experiment.method import complete_model
+from sgrl.tuning.experiment.sections import algorithm_class, places_of
+
+# Written out in every experiment. A baseline is so only where it is set: sweeps that were started
+# before there was one go on.
+TRAINING: tuple[str, ...] = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
+TRAINING += ("normalize_returns", "two_phase", "total_updates", "total_iterations")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment.
+
+    Attributes:
+        path: of its file.
+        file: what the file says, with every default, override and backend written out.
+        trials: one for each method, grid point and seed.
+    """
+
+    path: Path
+    file: ExperimentFile
+    trials: list[Trial]
+
+    @property
+    def name(self) -> str:
+        """The experiment's name, and its results folder's."""
+        return self.file.name
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The content of the file as YAML holds it; written, it loads as the same experiment."""
+        return self.file.as_dict()
+
+
+def load_experiment(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    track: str | None = None,
+) -> Experiment:
+    """Read, override and check an experiment file.
+
+    Args:
+        path: the file.
+        overrides: KEY=VALUE, the value in YAML. One of `config.*` also wins over what a method
+            sets at the same key.
+        name: in the place of the experiment's own.
+        track: in the place of the experiment's own.
+
+    Raises:
+        ExperimentError: it cannot run; all that is wrong with it.
+    """
+    path = Path(path)
+
+    def edit(content: dict[str, Any]) -> None:
+        for setting in overrides:
+            override(content, setting)
+        content |= {} if name is None else {"name": name}
+        content |= {} if track is None else {"track": track}
+
+    return _load(path, edit, "--set", overrides)
+
+
+def extend_experiment(
+    path: str | Path,
+    iterations: int | None = None,
+    additions: Sequence[str] = (),
+    track: str | None = None,
+) -> Experiment:
+    """Read an experiment file and make it longer, or wider.
+
+    Every trial of the file is still one, under the same name. Values that are there already
+    change nothing, so the same extension can be asked for again.
+
+    Args:
+        path: the file.
+        iterations: the trials' new last one.
+        additions: KEY=VALUES: more seeds, as in seeds=6..11, or more values of a key that is
+            swept.
+        track: in the place of the experiment's own.
+
+    Raises:
+        ExperimentError: it cannot run, or not be extended so; all that is wrong with it.
+    """
+    path = Path(path)
+    experiment = _load(path)
+    if iterations is None and not additions and track is None:
+        return experiment
+
+    def edit(content: dict[str, Any]) -> None:
+        content |= experiment.resolved
+        for addition in additions:
+            add(content, addition, path)
+        if iterations is not None:
+            key = "stop.training_iteration"
+            if isinstance(content["stop"]["training_iteration"], dict):
+                raise Problem(key, "is swept: the trials' names say when they end")
+            content["stop"]["training_iteration"] = iterations
+        content |= {} if track is None else {"track": track}
+
+    return _load(path, edit, "--add", additions)
+
+
+def _load(
+    path: Path,
+    edit: Callable[[dict[str, Any]], None] = lambda content: None,
+    option: str = "",
+    settings: Sequence[str] = (),
+) -> Experiment:
+    try:
+        content = read_experiment(path)
+        edit(content)
+    except Problem as problem:
+        raise ExperimentError(path, [problem], option, settings) from None
+    file, problems = validate_file(content, lambda: places_of(content.get("algorithm")))
+    trials: list[Trial] = []
+    if file is not None:
+        problems += _complete(file)
+        resolved = file.as_dict()
+        problems += grid_problems(resolved)
+        points = points_of(resolved)
+        problems += _point_problems(file, points, {problem.key for problem in problems})
+        if not problems:
+            trials = trials_of(resolved, points)
+            problems += [*_name_problems(trials), *_evaluation_problems(file, trials)]
+    if problems:
+        raise ExperimentError(path, problems, option, settings)
+    assert file is not None
+    return Experiment(path, file, trials)
+
+
+def _complete(file: ExperimentFile) -> Iterator[Problem]:
+    """Write into an experiment what it leaves to defaults; yield the models of which they cannot
+    be told."""
+    for name, method in file.methods.items():
+        try:
+            complete_model(name, method.model, (file.config, method.config))
+        except Problem as problem:
+            yield problem
+    training = file.config.setdefault("training", {})
+    if file.algorithm == "Reinforce" and isinstance(training, dict) and "grid" not in training:
+        defaults = algorithm_class("Reinforce").get_default_config()
+        for key in TRAINING:
+            training.setdefault(key, getattr(defaults, key))
+
+
+def _point_problems(
+    file: ExperimentFile, points: Iterable[Point], known: set[str]
+) -> Iterator[Problem]:
+    """What is wrong with the grid points, each key as it stands in the file; `known` are the keys
+    of problems that were found before, by which nothing else is checked."""
+    resolved, config_class = file.as_dict(), None
+    try:
+        if "algorithm" not in known:
+            config_class = type(algorithm_class(file.algorithm).get_default_config())
+    except Problem as unknown:
+        yield unknown
+    said = set()
+    for point in points:
+        has_model = known.isdisjoint(
+            f"methods.{point.method}.{k}" for k in ("model", "model.policy")
+        )
+        for problem in point_problems(file.algorithm, config_class, point, has_model):
+            # RLlib does not say which key it means: that is once enough, for whatever methods.
+            if problem.key != "config" or problem.message not in said:
+                yield Problem(place_of(resolved, point.method, problem.key), problem.message)
+            said.add(problem.message)
+
+
+def _name_problems(trials: Sequence[Trial]) -> Iterator[Problem]:
+    names: set[str] = set()
+    for name in (trial.name for trial in trials):
+        if name in names:
+            yield Problem("methods", f"two trials would share the folder {name!r}")
+        names.add(name)
+        if len(name) > 200:
+            yield Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")
+
+
+def _evaluation_problems(file: ExperimentFile, trials: Sequence[Trial]) -> Iterator[Problem]:
+    if file.evaluate is not None:
+        shortest = min(trial.config.stop.training_iteration for trial in trials)
+        if file.evaluate.every > shortest:
+            yield Problem(
+                "evaluate.every",
+                f"must be at most {shortest}, the trials' number of iterations, "
+                f"got {file.evaluate.every}",
+            )
