@@ -26,7 +26,7 @@ MAX_RANGE = 100_000
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
 
 
-class Problem(Exception):
+class Problem(ValueError):
     """What is wrong with one key of an experiment.
 
     Attributes:
@@ -259,20 +259,21 @@ def read_experiment(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not str(key).startswith("x-")}
 
 
-def expand_range(value: Any) -> Any:
+def expand_range(value: Any, key: str = "seeds") -> Any:
     """Return the whole numbers of a range such as 6..11; any other value as it is.
 
     Raises:
-        ValueError: the range is empty, or too long.
+        Problem: the range is empty, or too long.
     """
     span = re.fullmatch(r"(\d+)\.\.(\d+)", value.strip()) if isinstance(value, str) else None
     if span is None:
         return value
     first, last = map(int, span.groups())
     if not first <= last < first + MAX_RANGE:
-        raise ValueError(
+        raise Problem(
+            key,
             f"{value.strip()} is no range: the lower number comes first, and there are at most "
-            f"{MAX_RANGE} values"
+            f"{MAX_RANGE} values",
         )
     return list(range(first, last + 1))
 

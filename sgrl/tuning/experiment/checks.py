@@ -8,19 +8,17 @@ from sgrl.tuning.experiment.file import check_known, stop_problems
 from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
 
 
-def point_problems(
-    algorithm: str, config_class: type | None, point: Point, has_model: bool
-) -> list[Problem]:
+def point_problems(algorithm: str, config_class: Any, point: Point) -> list[Problem]:
     """Return what is wrong with a grid point, its keys as in config.training.lr and model.
 
     Args:
         algorithm: its name.
         config_class: of the algorithm's configuration; None where there is no such algorithm.
-        point: what is checked.
-        has_model: whether its model names a policy.
+        point: what is checked; an empty model is said to be wrong already.
     """
     content = point.content
     found = stop_problems(content["stop"])
+    has_model = bool(content["model"])
     if has_model:
         found += _model_problems(content["model"])
     if config_class is not None:
@@ -59,15 +57,12 @@ def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
     try:
         if not is_known(env):
             if missing := unknown_of_module(env):
-                raise ValueError(missing)
-            check_known("environment", env, [*ENVIRONMENTS, *known_ids()])
-    except (UserCodeError, ValueError) as error:
-        yield Problem(key, str(error))
-        return
-    try:
+                raise Problem(key, missing)
+            check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
+        key = "config.environment.env_config"
         validate_env_config(env, section.get("env_config") or {})
-    except ValueError as error:
-        yield Problem("config.environment.env_config", one_line(error))
+    except (UserCodeError, ValueError) as error:
+        yield Problem(key, one_line(error))
 
 
 def _observation_problems(content: dict[str, Any]) -> Iterator[Problem]:

@@ -69,10 +69,7 @@ def add(content: dict[str, Any], addition: str, path: Path) -> None:
     key, equals, text = addition.partition("=")
     if not equals or not key:
         raise Problem("", f"--add {addition}: expected KEY=VALUES, as in seeds=6..11")
-    try:
-        values = expand_range(_value(key, text))
-    except ValueError as error:
-        raise Problem(key, str(error)) from None
+    values = expand_range(_value(key, text), key)
     if values is None or values == []:
         raise Problem(key, "no value given")
 

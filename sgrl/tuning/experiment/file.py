@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SkipValidation,
     ValidationError,
 )
 
@@ -41,22 +42,12 @@ def check_name(name: Any) -> Any:
     return name
 
 
-def check_known(kind: str, name: Any, names: Sequence[str]) -> None:
-    """Raise ValueError unless it is one of the names."""
+def check_known(key: str, kind: str, name: Any, names: Sequence[str]) -> Any:
+    """Return a key's value; raise Problem unless it is one of the names."""
     if not isinstance(name, str):
-        raise ValueError(f"expected the {kind}'s name, got {name!r}")
+        raise Problem(key, f"expected the {kind}'s name, got {name!r}")
     if name not in names:
-        raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, names)}")
-
-
-def _check_tracker(name: Any) -> Any:
-    check_known("tracker", name, TRACKERS)
-    return name
-
-
-def _check_algorithm(name: Any) -> Any:
-    if not isinstance(name, str):
-        raise ValueError(f"expected the algorithm's name, got {name!r}")
+        raise Problem(key, f"unknown {kind} {name!r}; {did_you_mean(name, names)}")
     return name
 
 
@@ -83,12 +74,6 @@ def _check_seeds(seeds: Any) -> Any:
     if message := repeated(expanded):
         raise ValueError(message)
     return expanded
-
-
-def _check_methods(methods: Any) -> Any:
-    if not methods and isinstance(methods, dict):
-        raise ValueError("empty; name at least one method")
-    return methods
 
 
 Name = Annotated[str, BeforeValidator(check_name)]
@@ -140,9 +125,9 @@ class ExperimentFile(_Keys):
     what is in them is checked at each grid point."""
 
     name: Name
-    algorithm: Annotated[str, BeforeValidator(_check_algorithm)] = "Reinforce"
+    algorithm: Annotated[str, SkipValidation] = "Reinforce"
     config: dict[str, Any] = {}
-    methods: Annotated[dict[Name, Method], BeforeValidator(_check_methods)]
+    methods: Annotated[dict[Name, Method], Field(min_length=1)]
     seeds: Annotated[list[Seed], BeforeValidator(_check_seeds)] = [0]
     stop: dict[str, Any]
     checkpoint: CheckpointKeys = CheckpointKeys()
@@ -151,11 +136,13 @@ class ExperimentFile(_Keys):
     iteration_timeout: Annotated[float, Field(gt=0, le=1e9)] | None = TrialConfig.iteration_timeout
     num_threads: Positive = TrialConfig.num_threads
     concurrency: Annotated[int | str, BeforeValidator(_check_concurrency)] = "auto"
-    track: Annotated[str, BeforeValidator(_check_tracker)] = "none"
+    track: Annotated[
+        str, BeforeValidator(lambda n: check_known("track", "tracker", n, TRACKERS))
+    ] = "none"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain YAML holds it, every default written out."""
-        content = self.model_dump()
+        content = self.model_dump(warnings=False)
         for method in content["methods"].values():
             if method["config"] is None:
                 del method["config"]
@@ -211,30 +198,23 @@ def stop_problems(stop: Any) -> list[Problem]:
 
 #: Keys as RLlib used to call them, or other libraries do.
 ALIASES = {
-    "batch_size": "train_batch_size_per_learner",
-    "clip_range": "clip_param",
-    "discount": "gamma",
-    "ent_coef": "entropy_coeff",
-    "entropy_coef": "entropy_coeff",
-    "entropy_cost": "entropy_coeff",
-    "env_id": "env",
-    "env_name": "env",
-    "environment_id": "env",
-    "gae_lambda": "lambda_",
-    "gradient_clip": "grad_clip",
-    "lambda": "lambda_",
-    "learning_rate": "lr",
-    "max_grad_norm": "grad_clip",
-    "n_envs": "num_envs_per_env_runner",
-    "n_epochs": "num_epochs",
-    "num_envs": "num_envs_per_env_runner",
-    "num_envs_per_worker": "num_envs_per_env_runner",
-    "num_rollout_workers": "num_env_runners",
-    "num_sgd_iter": "num_epochs",
-    "num_workers": "num_env_runners",
-    "sgd_minibatch_size": "minibatch_size",
-    "train_batch_size": "train_batch_size_per_learner",
-    "vf_coef": "vf_loss_coeff",
+    alias: name
+    for name, aliases in {
+        "clip_param": "clip_range",
+        "entropy_coeff": "ent_coef entropy_coef entropy_cost",
+        "env": "env_id env_name environment_id",
+        "gamma": "discount",
+        "grad_clip": "gradient_clip max_grad_norm",
+        "lambda_": "gae_lambda lambda",
+        "lr": "learning_rate",
+        "minibatch_size": "sgd_minibatch_size",
+        "num_env_runners": "num_rollout_workers num_workers",
+        "num_envs_per_env_runner": "n_envs num_envs num_envs_per_worker",
+        "num_epochs": "n_epochs num_sgd_iter",
+        "train_batch_size_per_learner": "batch_size train_batch_size",
+        "vf_loss_coeff": "vf_coef",
+    }.items()
+    for alias in aliases.split()
 }
 MAPPING = "a mapping of keys to values"
 #: What was expected, by the kind of pydantic's error.
@@ -251,7 +231,11 @@ LIMITS = {
     "greater_than": "greater than {gt:g}",
     "less_than_equal": "at most {le:g}",
 }
-MISSING = {"model": "missing, as in model: {policy: gru}"}
+OTHERS = {
+    "missing": "missing",
+    "invalid_key": "keys must be text; put it in quotes",
+    "too_short": "empty; name at least one method",
+}
 
 
 def unknown_key(
@@ -300,18 +284,16 @@ def _problems(
             yield Problem(key, unknown_key(loc[-1], names, places=places))
     for detail, loc in details:
         key, kind, value = _key(content, detail, loc), detail["type"], detail["input"]
-        if kind == "missing" and key not in meant:  # where it is meant, it is there, misspelled
-            yield Problem(key, MISSING.get(str(loc[-1]), "missing"))
-        elif kind == "value_error":
+        if kind == "string_type" and loc[-1] == "[key]":
+            kind = "invalid_key"
+        if kind == "value_error":
             yield Problem(key, str(detail["ctx"]["error"]))
-        elif kind == "invalid_key" or (kind == "string_type" and loc[-1] == "[key]"):
-            yield Problem(key, "keys must be text; put it in quotes")
         elif kind in EXPECTED:
             yield Problem(key, f"expected {EXPECTED[kind]}, got {value!r}")
         elif kind in LIMITS:
             yield Problem(key, f"must be {LIMITS[kind].format(**detail['ctx'])}, got {value}")
-        elif kind not in ("extra_forbidden", "missing"):
-            yield Problem(key, detail["msg"])
+        elif kind != "extra_forbidden" and key not in meant:  # one that is meant is misspelled
+            yield Problem(key, OTHERS.get(kind, detail["msg"]))
 
 
 def _key(content: Any, detail: Mapping[str, Any], loc: Sequence[Any]) -> str:

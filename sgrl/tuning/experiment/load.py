@@ -6,7 +6,7 @@
 Ray is imported but never started.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sgrl.tuning.experiment.checks import point_problems
 from sgrl.tuning.experiment.edits import add, override
 from sgrl.tuning.experiment.file import ExperimentFile, validate_file
 from sgrl.tuning.experiment.method import complete_model
-from sgrl.tuning.experiment.sections import algorithm_class, places_of
+from sgrl.tuning.experiment.sections import config_class_of, places_in
 
 # Written out in every experiment. A baseline is so only where it is set: sweeps that were started
 # before there was one go on.
@@ -139,17 +139,23 @@ def _load(
         edit(content)
     except Problem as problem:
         raise ExperimentError(path, [problem], option, settings) from None
-    file, problems = validate_file(content, lambda: places_of(content.get("algorithm")))
+    config_class: Any = None
+    problems: list[Problem] = []
+    try:
+        config_class = config_class_of(content.get("algorithm") or "Reinforce")
+    except Problem as problem:
+        problems.append(problem)
+    file, found = validate_file(content, lambda: places_in(config_class) if config_class else {})
+    problems += found
     trials: list[Trial] = []
     if file is not None:
         problems += _complete(file)
         resolved = file.as_dict()
-        problems += grid_problems(resolved)
         points = points_of(resolved)
-        problems += _point_problems(file, points, {problem.key for problem in problems})
+        problems += [*grid_problems(resolved), *_point_problems(resolved, points, config_class)]
         if not problems:
             trials = trials_of(resolved, points)
-            problems += [*_name_problems(trials), *_evaluation_problems(file, trials)]
+            problems += _trial_problems(file, trials)
     if problems:
         raise ExperimentError(path, problems, option, settings)
     assert file is not None
@@ -157,59 +163,47 @@ def _load(
 
 
 def _complete(file: ExperimentFile) -> Iterator[Problem]:
-    """Write into an experiment what it leaves to defaults; yield the models of which they cannot
-    be told."""
+    """Write into an experiment what it leaves to defaults. A model for which that cannot be done is
+    emptied, and said to be wrong."""
     for name, method in file.methods.items():
         try:
             complete_model(name, method.model, (file.config, method.config))
         except Problem as problem:
+            method.model.clear()
             yield problem
     training = file.config.setdefault("training", {})
     if file.algorithm == "Reinforce" and isinstance(training, dict) and "grid" not in training:
-        defaults = algorithm_class("Reinforce").get_default_config()
+        defaults = config_class_of("Reinforce")()
         for key in TRAINING:
             training.setdefault(key, getattr(defaults, key))
 
 
 def _point_problems(
-    file: ExperimentFile, points: Iterable[Point], known: set[str]
+    resolved: Mapping[str, Any], points: Iterable[Point], config_class: Any
 ) -> Iterator[Problem]:
-    """What is wrong with the grid points, each key as it stands in the file; `known` are the keys
-    of problems that were found before, by which nothing else is checked."""
-    resolved, config_class = file.as_dict(), None
-    try:
-        if "algorithm" not in known:
-            config_class = type(algorithm_class(file.algorithm).get_default_config())
-    except Problem as unknown:
-        yield unknown
+    """What is wrong with the grid points, each key as it stands in the file."""
     said = set()
     for point in points:
-        has_model = known.isdisjoint(
-            f"methods.{point.method}.{k}" for k in ("model", "model.policy")
-        )
-        for problem in point_problems(file.algorithm, config_class, point, has_model):
+        for problem in point_problems(resolved["algorithm"], config_class, point):
             # RLlib does not say which key it means: that is once enough, for whatever methods.
             if problem.key != "config" or problem.message not in said:
-                yield Problem(place_of(resolved, point.method, problem.key), problem.message)
+                place = place_of(resolved, point.method, problem.key)
+                yield Problem(place, problem.message)
             said.add(problem.message)
 
 
-def _name_problems(trials: Sequence[Trial]) -> Iterator[Problem]:
-    names: set[str] = set()
-    for name in (trial.name for trial in trials):
-        if name in names:
+def _trial_problems(file: ExperimentFile, trials: Sequence[Trial]) -> Iterator[Problem]:
+    """What is wrong with the trials as a whole."""
+    names = [trial.name for trial in trials]
+    for name in names:
+        if names.count(name) > 1:
             yield Problem("methods", f"two trials would share the folder {name!r}")
-        names.add(name)
         if len(name) > 200:
             yield Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")
-
-
-def _evaluation_problems(file: ExperimentFile, trials: Sequence[Trial]) -> Iterator[Problem]:
-    if file.evaluate is not None:
-        shortest = min(trial.config.stop.training_iteration for trial in trials)
-        if file.evaluate.every > shortest:
-            yield Problem(
-                "evaluate.every",
-                f"must be at most {shortest}, the trials' number of iterations, "
-                f"got {file.evaluate.every}",
-            )
+    shortest = min(trial.config.stop.training_iteration for trial in trials)
+    if file.evaluate is not None and file.evaluate.every > shortest:
+        yield Problem(
+            "evaluate.every",
+            f"must be at most {shortest}, the trials' number of iterations, "
+            f"got {file.evaluate.every}",
+        )

@@ -34,10 +34,7 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
         raise Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
     if isinstance(model["policy"], dict):
         raise Problem(f"{key}.policy", f"expected the policy's name: {ONE_POLICY}")
-    try:
-        check_known("policy", model["policy"], list(POLICIES))
-    except ValueError as error:
-        raise Problem(f"{key}.policy", str(error)) from None
+    check_known(f"{key}.policy", "policy", model["policy"], list(POLICIES))
     model.update(with_defaults(model))
     backend = model.get("backend")
     if backend == "auto":

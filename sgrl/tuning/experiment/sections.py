@@ -31,15 +31,17 @@ def algorithm_class(name: str) -> Any:
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
 
     known: dict[str, Any] = {"Reinforce": Reinforce, **STOCK_ALGORITHMS}
-    try:
-        check_known("algorithm", name, [*known, *ALGORITHMS])
-    except ValueError as error:
-        raise Problem("algorithm", str(error)) from None
+    check_known("algorithm", "algorithm", name, [*known, *ALGORITHMS])
     if name not in known:
         raise Problem(
             "algorithm", f"{name} does not train these policies here; use {', '.join(known)}"
         )
     return known[name]
+
+
+def config_class_of(algorithm: str) -> Any:
+    """Return the AlgorithmConfig subclass of an algorithm; raises as `algorithm_class`."""
+    return type(algorithm_class(algorithm).get_default_config())
 
 
 def build_algorithm_config(trial: TrialConfig) -> Any:
@@ -65,10 +67,7 @@ def section_problems(config_class: Any, sections: Any) -> Iterator[Problem]:
     wrong type or out of bounds."""
     from sgrl.rllib.settings import BOUNDS
 
-    def places() -> dict[str, str]:
-        return places_in(config_class)
-
-    known = section_names(config_class)
+    known, places = section_names(config_class), functools.partial(places_in, config_class)
     for section, given in sections.items():
         key = f"config.{section}"
         if section == "api_stack":
@@ -92,16 +91,6 @@ def section_problems(config_class: Any, sections: Any) -> Iterator[Problem]:
                     yield Problem(place, f"expected {expected}, got {value!r}")
                 elif name in BOUNDS and _accepts(float, value) and not BOUNDS[name].allow(value):
                     yield Problem(place, f"must be {BOUNDS[name].limits}, got {value}")
-
-
-def places_of(algorithm: Any) -> dict[str, str]:
-    """Return `places_in` for the algorithm of that name, or for Reinforce where there is none."""
-    try:
-        found = algorithm_class(algorithm)
-    except Problem:
-        found = algorithm_class("Reinforce")
-    config_class: Any = type(found.get_default_config())
-    return places_in(config_class)
 
 
 @functools.cache
