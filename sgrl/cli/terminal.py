@@ -29,7 +29,7 @@ def one_line_errors(*errors: type[Exception], resume: str | Path | None = None) 
         said = str(error)
         if isinstance(error, OSError) and error.filename:
             said = f"{error.filename}: {error.strerror}"
-        for line in said.splitlines():
+        for line in said.splitlines() or [""]:
             typer.echo(f"sgrl: {line}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
