@@ -12,7 +12,26 @@ from sgrl.results.checkpoints import write_checkpoint
 from sgrl.results.metrics import COLUMNS
 from sgrl.tuning.experiment.load import load_experiment
 
+CONFIG = {
+    "environment": {
+        "env": "labyrinth_escape",
+        "env_config": {"maze_dims": [6, 6], "episode_length": 10},
+    },
+    "env_runners": {"num_envs_per_env_runner": 4},
+}
 SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
+#: A policy for tests of algorithms.
+SPARSENET = {
+    "policy": "sparsenet",
+    "feature_size": 16,
+    "embedding_size": 16,
+    "num_neurons": 12,
+    "neuron_size": 3,
+    "num_parents": 3,
+    "num_slots": 2,
+    "num_input_neurons": 4,
+    "actor_slots": 2,
+}
 METHODS = {
     "sparsenet_sgprop": {
         "model": {"policy": "sparsenet", "num_input_neurons": 4, "adaptive": True, **SPARSE}
@@ -26,16 +45,9 @@ METHODS = {
 
 
 def make_experiment(path, methods=("sparsenet_sgprop", "gru"), **changes):
-    environment = {
-        "env": "labyrinth_escape",
-        "env_config": {"maze_dims": [6, 6], "episode_length": 10},
-    }
     experiment = {
         "name": "small",
-        "config": {
-            "environment": environment,
-            "env_runners": {"num_envs_per_env_runner": 4},
-        },
+        "config": CONFIG,
         "methods": methods if isinstance(methods, dict) else {n: METHODS[n] for n in methods},
         "seeds": [0, 1],
         "stop": {"training_iteration": 5},

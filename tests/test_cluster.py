@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from network_hosts import Host, network_hosts
+from sweeps import CONFIG, METHODS
 
 from sgrl.results.metrics import COLUMNS, count_rows
 from sgrl.tuning.experiment.load import load_experiment
@@ -193,27 +194,8 @@ echo "$@" >> "$STUB_LOG"
 
 EXPERIMENT = {
     "name": "small",
-    "config": {
-        "environment": {
-            "env": "labyrinth_escape",
-            "env_config": {"maze_dims": [6, 6], "episode_length": 10},
-        },
-        "env_runners": {"num_envs_per_env_runner": 4},
-    },
-    "methods": {
-        "gru": {"model": {"policy": "gru", "hidden_size": 8}},
-        "sparsenet_sgprop": {
-            "model": {
-                "policy": "sparsenet",
-                "num_neurons": 12,
-                "num_input_neurons": 4,
-                "neuron_size": 2,
-                "num_parents": 2,
-                "num_slots": 2,
-                "adaptive": True,
-            }
-        },
-    },
+    "config": CONFIG,
+    "methods": {name: METHODS[name] for name in ("gru", "sparsenet_sgprop")},
     "seeds": [0],
     "stop": {"training_iteration": 6},
     "checkpoint": {"every": 2, "keep": 2},

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ray
 import yaml
-from sweeps import make_experiment
+from sweeps import CONFIG, METHODS, make_experiment
 from typer.testing import CliRunner
 
 from sgrl.cli import app
@@ -20,14 +20,8 @@ from sgrl.tuning import client, sweep
 
 EXPERIMENT = {
     "name": "small",
-    "config": {
-        "environment": {
-            "env": "labyrinth_escape",
-            "env_config": {"maze_dims": [6, 6], "episode_length": 10},
-        },
-        "env_runners": {"num_envs_per_env_runner": 4},
-    },
-    "methods": {"gru": {"model": {"policy": "gru", "hidden_size": 8}}},
+    "config": CONFIG,
+    "methods": {"gru": METHODS["gru"]},
     "stop": {"training_iteration": 3},
 }
 SWEEP = [sys.executable, "-c", "from sgrl.cli import main; main()", "sweep"]

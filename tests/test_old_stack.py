@@ -10,6 +10,7 @@ import torch
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.columns import Columns
 from ray.rllib.examples.envs.classes.random_env import RandomEnv
+from sweeps import SPARSENET
 
 from sgrl.nn.registry import make_policy, predictor_parameters
 from sgrl.rllib import (
@@ -22,16 +23,7 @@ from sgrl.rllib import (
 from sgrl.rllib import PPOConfig as OwnPPOConfig
 
 DENSE = {"feature_size": 16, "embedding_size": 16, "hidden_size": 16}
-SPARSE = {
-    "feature_size": 16,
-    "embedding_size": 16,
-    "num_neurons": 12,
-    "neuron_size": 3,
-    "num_parents": 3,
-    "num_slots": 2,
-    "num_input_neurons": 4,
-    "actor_slots": 2,
-}
+SPARSE = {key: value for key, value in SPARSENET.items() if key != "policy"}
 SETTINGS = {"gru": DENSE, "lstm": DENSE, "sparsenet": SPARSE}
 NETWORKS = {"gru": GRUNetwork, "lstm": LSTMNetwork, "sparsenet": SparseNetwork}
 

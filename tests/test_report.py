@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from browser import EXECUTABLE, Browser
-from sweeps import make_older
+from sweeps import CONFIG, METHODS, SPARSE, make_older
 from typer.testing import CliRunner
 
 from sgrl.analysis import pages, report
@@ -27,22 +27,15 @@ from sgrl.theory.expert_network import simulate, sweep_cells
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import run_sweep
 
-SPARSE = {"num_neurons": 12, "neuron_size": 2, "num_parents": 2, "num_slots": 2}
 EXPERIMENT = {
     "name": "small",
-    "config": {
-        "environment": {
-            "env": "labyrinth_escape",
-            "env_config": {"maze_dims": [6, 6], "episode_length": 10},
-        },
-        "env_runners": {"num_envs_per_env_runner": {"grid": [4, 8]}},
-    },
+    "config": CONFIG | {"env_runners": {"num_envs_per_env_runner": {"grid": [4, 8]}}},
     "methods": {
         "sparsenet_sgprop": {
             "model": {"policy": "sparsenet", "num_input_neurons": 4, **SPARSE},
             "config": {"training": {"lr": {"grid": [0.001, 0.01]}}},
         },
-        "gru": {"model": {"policy": "gru", "hidden_size": 8}},
+        "gru": METHODS["gru"],
     },
     "seeds": [0, 1],
     "stop": {"training_iteration": 6},

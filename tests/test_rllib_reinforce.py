@@ -11,6 +11,7 @@ import torch
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from sweeps import SPARSENET as SPARSE
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.registry import make_policy
@@ -21,17 +22,6 @@ from sgrl.rllib.settings import REINFORCE_READS, setting_names
 
 ENV_CONFIG = {"episode_length": 12}
 NUM_ENVS = 3
-SPARSE = {
-    "policy": "sparsenet",
-    "feature_size": 16,
-    "embedding_size": 16,
-    "num_neurons": 12,
-    "neuron_size": 3,
-    "num_parents": 3,
-    "num_slots": 2,
-    "num_input_neurons": 4,
-    "actor_slots": 2,
-}
 MODELS = {
     **{
         name: {"policy": name, "feature_size": 16, "embedding_size": 16, "hidden_size": 16}

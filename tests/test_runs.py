@@ -288,7 +288,7 @@ def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
     )
     results = load_results(write_results(tmp_path / "results", seeds=seeds))
     learning_curves(results, tmp_path / "curves.png")
-    scores_against(results, "envs", tmp_path / "scores.png")
+    scores_against(results, tmp_path / "scores.png", "envs")
     performance_profiles(results, tmp_path / "profiles.png")
     bands = 2 if seeds == 5 else 0  # of two methods
     own = {"curves": 2 * 3, "scores": 2 * 2} if seeds == 3 else {"curves": 0, "scores": 0}

@@ -13,6 +13,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.utils import update_target_network
 from ray.rllib.core.rl_module import RLModule
 from ray.rllib.policy.sample_batch import MultiAgentBatch
+from sweeps import SPARSENET as SPARSE
 from sweeps import make_experiment, metrics_without_times, summary
 from typer.testing import CliRunner
 
@@ -32,17 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-:UserWarning"),
 ]
 
-SPARSE = {
-    "policy": "sparsenet",
-    "feature_size": 16,
-    "embedding_size": 16,
-    "num_neurons": 12,
-    "neuron_size": 3,
-    "num_parents": 3,
-    "num_slots": 2,
-    "num_input_neurons": 4,
-    "actor_slots": 2,
-}
 FEED_FORWARD = {
     "policy": "sparse_mlp",
     "num_layers": 3,

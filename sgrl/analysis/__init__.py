@@ -1,0 +1,1 @@
+"""Results as statistics, figures, tables and reports."""

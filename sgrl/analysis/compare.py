@@ -84,7 +84,8 @@ def compare(
         title = "Methods"
     said = [f"AUC: over {both[0].axis.name}.", pairs_note(frame, rates), *lines]
     if plan is not None:
-        said.insert(2, _plan_note(plan))
+        needed = "Seeds needed: of each method in every task, so that a true difference of"
+        said.insert(2, f"{needed} {plan:g} is found with power 0.8.")
     if second is not None:
         said.insert(0, f"first: {names[0]}, second: {names[1]}; mean ± SEM over completed trials.")
     missing = Table("experiment", "trial")
@@ -94,13 +95,6 @@ def compare(
     if missing.row_count:
         shown.insert(0, ("What is missing", "", missing))
     return frame, [*shown, (title, "\n".join(said), table)]
-
-
-def _plan_note(plan: float) -> str:
-    return (
-        f"Seeds needed: of each method in every task, so that a true difference of {plan:g} is "
-        "found with power 0.8."
-    )
 
 
 def _compare_two(
@@ -132,12 +126,9 @@ def _compare_two(
         if values[0] != values[1] and key != "name":
             differences.add_row(key, *values)
     shown = [("Settings that differ", "", differences)] if differences.row_count else []
-    table = Table("method", "trials")
-    for header in (f"final {MEASURE_NAMES[both[0].measure]}", "AUC"):
-        for place in ("first", "second"):
-            table.add_column(f"{header}, {place}")
-    for header in judgement_names(frame):
-        table.add_column(header)
+    scores = (f"final {MEASURE_NAMES[both[0].measure]}", "AUC")
+    headers = [f"{score}, {place}" for score in scores for place in ("first", "second")]
+    table = Table("method", "trials", *headers, *judgement_names(frame))
     tasks, lines = [by_task(trials) for trials in chosen], []
     for row in frame.to_dict("records"):
         method = str(row["method"])

@@ -184,18 +184,15 @@ def by_task(trials: pd.DataFrame, score: str = "auc") -> dict[str, dict[str, pd.
     return tables
 
 
-def compare_pairs(
-    trials: pd.DataFrame, score: str = "auc", plan: float | None = None
-) -> pd.DataFrame:
-    """Compare every two methods over their completed trials.
+def compare_pairs(trials: pd.DataFrame, plan: float | None = None) -> pd.DataFrame:
+    """Compare the AUC of every two methods over their completed trials.
 
     Tasks are the points of the swept values other than learning rates at which both methods have
     completed trials. The p-values are `rank_test`'s; `p_holm` is corrected for the number of rows.
 
     Args:
         trials: from `runs.load_results`; usually those at each method's best learning rate.
-        score: "auc" or the final score's column.
-        plan: a difference of scores for which to estimate the seeds needed.
+        plan: a difference of AUC for which to estimate the seeds needed.
 
     Returns:
         One row per pair, with columns first, second, tasks, first_trials, second_trials,
@@ -204,44 +201,43 @@ def compare_pairs(
         smallest_p, detectable_difference, confounded_by, with a plan seeds_needed, then p_holm,
         verdict and x, the axis.
     """
-    tables = by_task(trials, score)
+    tables = by_task(trials)
     pairs = itertools.combinations(dict.fromkeys(trials["method"]), 2)
     rows = [
         {"first": first, "second": second}
-        | _versus(tables.get(first, {}), tables.get(second, {}), score, plan)
+        | _versus(tables.get(first, {}), tables.get(second, {}), plan)
         for first, second in pairs
     ]
     return _judged(rows, trials)
 
 
 def compare_experiments(
-    first: pd.DataFrame, second: pd.DataFrame, score: str = "auc", plan: float | None = None
+    first: pd.DataFrame, second: pd.DataFrame, plan: float | None = None
 ) -> pd.DataFrame:
-    """Compare each method of one experiment with itself in another one.
+    """Compare the AUC of each method of one experiment with its AUC in another one.
 
     Args:
         first: trials of one experiment, as for `compare_pairs`.
         second: trials of the other one.
-        score: "auc" or the final score's column.
         plan: as for `compare_pairs`.
 
     Returns:
         One row for each method that both have, in the first one's order, with column method and
         those of `compare_pairs`; the probability is that a run of the first experiment is better.
     """
-    ours, theirs = by_task(first, score), by_task(second, score)
+    ours, theirs = by_task(first), by_task(second)
     rows = [
-        {"method": name} | _versus(ours[name], theirs[name], score, plan)
+        {"method": name} | _versus(ours[name], theirs[name], plan)
         for name in ours
         if name in theirs
     ]
     return _judged(rows, first)
 
 
-def _versus(first: Tasks, second: Tasks, score: str, plan: float | None) -> dict[str, Any]:
+def _versus(first: Tasks, second: Tasks, plan: float | None) -> dict[str, Any]:
     """Columns that compare two methods on the tasks in which both have scores."""
     tasks = [task for task in first if task in second]
-    pairs = [(first[task][score].to_numpy(), second[task][score].to_numpy()) for task in tasks]
+    pairs = [(first[task]["auc"].to_numpy(), second[task]["auc"].to_numpy()) for task in tasks]
     better = probability_of_improvement(pairs)
     difference, differing = [x.mean() - y.mean() for x, y in pairs], _differing(first, second)
     detectable = detectable_difference(pairs)

@@ -172,20 +172,18 @@ def record_episode(
         )
     labyrinth = make_vector(env, 1, settings)
     assert isinstance(labyrinth, VectorLabyrinth)
-    seen_observations = [labyrinth.reset([environment_seed])[0]]
-    positions, seen = [labyrinth.position(0)], [labyrinth.seen(0)]
+    states = [(labyrinth.reset([environment_seed])[0], labyrinth.position(0), labyrinth.seen(0))]
     for action in actions:
-        seen_observations.append(labyrinth.step(action[None]).observations[0])
-        positions.append(labyrinth.position(0))
-        seen.append(labyrinth.seen(0))
-    all_observations = np.stack(seen_observations)
+        observed = labyrinth.step(action[None]).observations[0]
+        states.append((observed, labyrinth.position(0), labyrinth.seen(0)))
+    all_observations, positions, seen = map(np.stack, zip(*states, strict=True))
     one_hot = all_observations[:, : 9 * len(Cell)].reshape(-1, 3, 3, len(Cell))
     return LabyrinthEpisode(
         **shared,
         observations=all_observations,
         maze=labyrinth.maze(0),
-        positions=np.array(positions),
-        seen=np.stack(seen),
+        positions=positions,
+        seen=seen,
         views=one_hot.argmax(-1).astype(np.int8),
         hidden=hidden[:, 0].float().numpy(),
         memory=bool(state),

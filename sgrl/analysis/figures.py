@@ -1,5 +1,6 @@
 """Figures of a sweep, one function each."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,32 +60,29 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     Returns:
         The figures, in the order of a report.
     """
-    measure, trials = results.measure, results.trials
-    title = f"{MEASURE_NAMES[measure].capitalize()} while training"
-    figures = [Figure(learning_curves(results, folder / f"{measure}.png"), title)]
-    evaluated = [
-        name for name in EVALUATION_NAMES if name in results.curves.dropna(axis=1, how="all")
-    ]
+    measure, figures = results.measure, []
+
+    def add(title: str, name: str, draw: Callable[..., Path], *column: str) -> None:
+        figures.append(Figure(draw(results, folder / f"{name}.png", *column), title))
+
+    add(f"{MEASURE_NAMES[measure].capitalize()} while training", measure, learning_curves)
+    known = results.curves.dropna(axis=1, how="all")
+    evaluated = [name for name in EVALUATION_NAMES if name in known]
     rates = [name for name in evaluated if name.endswith("success_rate")]
     for column in rates or evaluated:
-        path = learning_curves(results, folder / f"{column}.png", column)
-        figures.append(Figure(path, EVALUATION_NAMES[column].capitalize()))
-    if by_task(trials, f"final_{measure}"):
-        path = folder / "performance_profiles.png"
-        figures.append(Figure(performance_profiles(results, path), "Performance profiles"))
-    numbers = [name for name in results.swept if _is_number(trials[name])]
+        add(EVALUATION_NAMES[column].capitalize(), column, learning_curves, column)
+    if by_task(results.trials, f"final_{measure}"):
+        add("Performance profiles", "performance_profiles", performance_profiles)
+    numbers = [name for name in results.swept if _is_number(results.trials[name])]
     for name in numbers:
-        path = folder / f"scores_by_{name}.png"
-        figures.append(Figure(scores_against(results, name, path), f"Scores against {name}"))
+        add(f"Scores against {name}", f"scores_by_{name}", scores_against, name)
     moving = mixing_points(results)
     if len(moving):
-        path = folder / "mixing_weights.png"
-        figures.append(Figure(mixing_weight_statistics(results, path), "Mixing weights"))
+        add("Mixing weights", "mixing_weights", mixing_weight_statistics)
     for name in numbers:
         if moving[name].nunique() > 1 and name not in learning_rate_columns(results.swept):
-            path = folder / f"mixing_weights_by_{name}.png"
             title = f"Mixing weights against {name}"
-            figures.append(Figure(mixing_weight_curves(results, name, path), title))
+            add(title, f"mixing_weights_by_{name}", mixing_weight_curves, name)
     return figures
 
 
@@ -185,7 +183,7 @@ def performance_profiles(results: Results, path: Path) -> Path:
     return save(figure, path, note, legend=axes.flat)
 
 
-def scores_against(results: Results, column: str, path: Path) -> Path:
+def scores_against(results: Results, path: Path, column: str) -> Path:
     """Draw final scores and AUC against a swept value: the mean over seeds, with a band of one SEM.
 
     With fewer than five seeds each of them is a dot instead. There is one column of panels for each
@@ -194,8 +192,8 @@ def scores_against(results: Results, column: str, path: Path) -> Path:
 
     Args:
         results: from `runs.load_results`.
-        column: one of the swept columns with numbers.
         path: the PNG to write; an SVG of the same name is written beside it.
+        column: one of the swept columns with numbers.
 
     Returns:
         `path`.
@@ -286,15 +284,15 @@ def mixing_weight_statistics(results: Results, path: Path) -> Path:
     return save(figure, path, note, legend=axes.flat)
 
 
-def mixing_weight_curves(results: Results, column: str, path: Path) -> Path:
+def mixing_weight_curves(results: Results, path: Path, column: str) -> Path:
     """Draw mean mixing weights while training, a line for each value of a swept column.
 
     There is one panel for each method and layer.
 
     Args:
         results: from `runs.load_results`.
-        column: one of the swept columns.
         path: the PNG to write; an SVG of the same name is written beside it.
+        column: one of the swept columns.
 
     Returns:
         `path`.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,6 @@ SMALLEST = 0.05
 LEAST_COVERAGE = 0.88
 RESAMPLES = 2000
 
-#: Decides a claim from the results of its archives.
-Judge = Callable[[Results], "Finding"]
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
@@ -73,182 +71,160 @@ def verdict(finding: Finding, p: float) -> str:
     return f"cannot tell (would need {seeds} seeds)"
 
 
-def better(first: str, second: str) -> Judge:
+def better(results: Results, first: str, second: str) -> Finding:
     """Judge whether a method's AUC is higher than another's, over the tasks of both.
 
     Args:
+        results: of the claim's archives.
         first: the method that is claimed to be better.
         second: the other method.
 
     Returns:
-        The judge.
+        The finding.
     """
-    return lambda results: _compared(results, first, second, "auc")
+    return _compared(results, first, second, "auc")
 
 
-def better_everywhere(first: str, second: str) -> Judge:
+def better_everywhere(results: Results, first: str, second: str) -> Finding:
     """Judge whether a method's final score is higher, stratified over tasks, and in each task.
 
     Args:
+        results: of the claim's archives.
         first: the method that is claimed to be better.
         second: the other method.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        column = f"final_{results.measure}"
-        finding = _compared(results, first, second, column)
-        pairs = _pairs(results.trials, first, second, column)
-        differences = [x.mean() - y.mean() for x, y in pairs]
-        ours = f"{finding.ours}; by level {', '.join(f'{d:+.3f}' for d in differences)}"
-        return finding._replace(ours=ours, everywhere=min(differences) > 0)
-
-    return judge
+    column = f"final_{results.measure}"
+    finding = _compared(results, first, second, column)
+    pairs = _pairs(results.trials, first, second, column)
+    differences = [x.mean() - y.mean() for x, y in pairs]
+    ours = f"{finding.ours}; by level {', '.join(f'{d:+.3f}' for d in differences)}"
+    return finding._replace(ours=ours, everywhere=min(differences) > 0)
 
 
-def better_than_all(first: str, *others: str) -> Judge:
+def better_than_all(results: Results, first: str, *others: str) -> Finding:
     """Judge whether a method's AUC is higher than that of each other method.
 
-    The weakest comparison counts. Methods may come from different archives.
+    The weakest comparison counts.
 
     Args:
+        results: of the claim's archives, from which methods are taken whichever archive holds them.
         first: the method that is claimed to be better.
         others: the other methods.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        trials = results.trials.copy()
-        swept = [name for name in results.swept if name != "experiment"]
-        trials.attrs = results.trials.attrs | {"swept": swept}
-        together = dataclasses.replace(results, trials=trials)
-        findings = [_compared(together, first, other, "auc") for other in others]
-        p = max(finding.p for finding in findings)
-        return findings[0]._replace(
-            ours="; ".join(finding.ours for finding in findings),
-            runs="; ".join(finding.runs for finding in findings),
-            p=p,
-            favoured=all(finding.favoured for finding in findings),
-            small=any(finding.small for finding in findings),
-            needed=max(finding.needed for finding in findings),
-        )
-
-    return judge
+    trials = results.trials.copy()
+    swept = [name for name in results.swept if name != "experiment"]
+    trials.attrs = results.trials.attrs | {"swept": swept}
+    together = dataclasses.replace(results, trials=trials)
+    findings = [_compared(together, first, other, "auc") for other in others]
+    return findings[0]._replace(
+        ours="; ".join(finding.ours for finding in findings),
+        runs="; ".join(finding.runs for finding in findings),
+        p=max(finding.p for finding in findings),
+        favoured=all(finding.favoured for finding in findings),
+        small=any(finding.small for finding in findings),
+        needed=max(finding.needed for finding in findings),
+    )
 
 
-def larger_best_rate(first: str, second: str) -> Judge:
+def larger_best_rate(results: Results, first: str, second: str) -> Finding:
     """Judge whether a method's best learning rate is larger, by resampling seeds.
 
     Args:
+        results: of the claim's archives.
         first: the method whose best learning rate is claimed to be larger.
         second: the other method.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        generator = np.random.default_rng(0)
-        (rate,) = learning_rate_columns(results.swept)
-        best, drawn = {}, {}
-        for method in (first, second):
-            mine = results.trials[results.trials["method"] == method]
-            by_rate = mine.pivot(index="seed", columns=rate, values="auc")
-            table, rates = by_rate.to_numpy(), by_rate.columns.to_numpy()
-            best[method] = rates[table.mean(axis=0).argmax()]
-            seeds = generator.integers(len(table), size=(RESAMPLES, len(table)))
-            drawn[method] = rates[table[seeds].mean(axis=1).argmax(axis=1)]
-        share = float(np.mean(drawn[first] > drawn[second]))
-        ours = f"{best[first]:g} against {best[second]:g}; larger in {share:.1%} of resamples"
-        said = "confirmed" if share >= 0.95 else "not confirmed" if share <= 0.05 else "cannot tell"
-        return Finding(ours, _runs(results, first, second), verdict=said)
-
-    return judge
+    generator = np.random.default_rng(0)
+    (rate,) = learning_rate_columns(results.swept)
+    best, drawn = {}, {}
+    for method in (first, second):
+        mine = results.trials[results.trials["method"] == method]
+        by_rate = mine.pivot(index="seed", columns=rate, values="auc")
+        table, rates = by_rate.to_numpy(), by_rate.columns.to_numpy()
+        best[method] = rates[table.mean(axis=0).argmax()]
+        seeds = generator.integers(len(table), size=(RESAMPLES, len(table)))
+        drawn[method] = rates[table[seeds].mean(axis=1).argmax(axis=1)]
+    share = float(np.mean(drawn[first] > drawn[second]))
+    ours = f"{best[first]:g} against {best[second]:g}; larger in {share:.1%} of resamples"
+    said = "confirmed" if share >= 0.95 else "not confirmed" if share <= 0.05 else "cannot tell"
+    return Finding(ours, _runs(results, first, second), verdict=said)
 
 
-def no_difference_in_halves(method: str) -> Judge:
+def no_difference_in_halves(results: Results, method: str) -> Finding:
     """Check that the two halves of a method's seeds, of even and odd rank, do not differ.
 
     Args:
+        results: of the claim's archives.
         method: the method.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        mine = results.trials[results.trials["method"] == method].sort_values("seed")
-        halves = mine.assign(method=np.where(np.arange(len(mine)) % 2, "odd", "even"))
-        finding = _compared(dataclasses.replace(results, trials=halves), "even", "odd", "auc")
-        said = "no difference" if finding.p >= ALPHA else "DIFFERS"
-        return finding._replace(p=math.nan, verdict=f"{said} (p = {finding.p:.2g})")
-
-    return judge
+    mine = results.trials[results.trials["method"] == method].sort_values("seed")
+    halves = mine.assign(method=np.where(np.arange(len(mine)) % 2, "odd", "even"))
+    finding = _compared(dataclasses.replace(results, trials=halves), "even", "odd", "auc")
+    said = "no difference" if finding.p >= ALPHA else "DIFFERS"
+    return finding._replace(p=math.nan, verdict=f"{said} (p = {finding.p:.2g})")
 
 
-def falls_with(method: str, swept: str, column: str) -> Judge:
+def falls_with(results: Results, method: str, swept: str, column: str) -> Finding:
     """Judge whether a metric's last value falls as a swept value grows (Page's trend test).
 
     Args:
+        results: of the claim's archives.
         method: the method; its seeds are the test's blocks.
         swept: the swept value.
         column: the metric, a column of metrics.csv.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        mine = results.trials[results.trials["method"] == method]
-        last = [float(results.curve(name, column).iloc[-1]) for name in mine["trial"]]
-        table = mine.assign(last=last).pivot_table(index="seed", columns=swept, values="last")
-        falling = table.to_numpy()[:, ::-1]
-        p = float(scipy.stats.page_trend_test(falling).pvalue)
-        rising = float(scipy.stats.page_trend_test(falling[:, ::-1]).pvalue)
-        means = ", ".join(f"{value:g}: {mean:.3f}" for value, mean in table.mean().items())
-        return Finding(
-            f"{column} by {swept}: {means}",
-            _runs(results, method),
-            min(1.0, 2 * min(p, rising)),
-            favoured=p < rising,
-        )
-
-    return judge
+    mine = results.trials[results.trials["method"] == method]
+    last = [float(results.curve(name, column).iloc[-1]) for name in mine["trial"]]
+    table = mine.assign(last=last).pivot_table(index="seed", columns=swept, values="last")
+    falling = table.to_numpy()[:, ::-1]
+    p = float(scipy.stats.page_trend_test(falling).pvalue)
+    rising = float(scipy.stats.page_trend_test(falling[:, ::-1]).pvalue)
+    means = ", ".join(f"{value:g}: {mean:.3f}" for value, mean in table.mean().items())
+    ours, both = f"{column} by {swept}: {means}", min(1.0, 2 * min(p, rising))
+    return Finding(ours, _runs(results, method), both, favoured=p < rising)
 
 
-def as_good_as_fixed(adaptive: str, fixed: str, swept: str) -> Judge:
+def as_good_as_fixed(results: Results, adaptive: str, fixed: str, swept: str) -> Finding:
     """Judge whether adaptive mixing weights are at most `SMALLEST` worse than the best fixed ones.
 
     Args:
+        results: of the claim's archives.
         adaptive: the method with adaptive mixing weights.
         fixed: the method with fixed ones.
         swept: the swept value that holds these.
 
     Returns:
-        The judge.
+        The finding.
     """
-
-    def judge(results: Results) -> Finding:
-        trials = results.trials
-        mine = trials.loc[trials["method"] == adaptive, "auc"].to_numpy()
-        others = trials[trials["method"] == fixed].groupby(swept)["auc"]
-        best = others.get_group(others.mean().idxmax()).to_numpy()
-        means = ", ".join(f"{value:g}: {mean:.3f}" for value, mean in others.mean().items())
-        if _direction([(mine + SMALLEST, best)]) > 0:
-            said = "confirmed"
-        elif _direction([(mine, best)]) < 0:
-            said = "not confirmed"
-        else:
-            needed = seeds_needed([(mine, best)], SMALLEST)
-            said = verdict(Finding("", "", needed=needed), math.nan)
-        ours = f"AUC {mine.mean():.3f}; fixed at {means}"
-        return Finding(ours, _runs(results, adaptive, fixed), verdict=said)
-
-    return judge
+    trials = results.trials
+    mine = trials.loc[trials["method"] == adaptive, "auc"].to_numpy()
+    others = trials[trials["method"] == fixed].groupby(swept)["auc"]
+    best = others.get_group(others.mean().idxmax()).to_numpy()
+    means = ", ".join(f"{value:g}: {mean:.3f}" for value, mean in others.mean().items())
+    if _direction([(mine + SMALLEST, best)]) > 0:
+        said = "confirmed"
+    elif _direction([(mine, best)]) < 0:
+        said = "not confirmed"
+    else:
+        needed = seeds_needed([(mine, best)], SMALLEST)
+        said = verdict(Finding("", "", needed=needed), math.nan)
+    ours = f"AUC {mine.mean():.3f}; fixed at {means}"
+    return Finding(ours, _runs(results, adaptive, fixed), verdict=said)
 
 
 def law_of_experts(folder: Path) -> Finding:

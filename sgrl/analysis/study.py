@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,194 +35,102 @@ FINDINGS = ("<!-- findings -->", "<!-- end of findings -->")
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, or a control of ours.
+    """How a claim of the paper, or a control of ours, is decided.
 
     Attributes:
-        number: its number in docs/study.md; controls have none.
-        text: the claim.
+        number: its number in docs/study.md; 0 for a control.
         source: figure or theorem of the paper.
         archives: names in `results/published` of the archives that decide it.
         judge: decides it from the results of those archives; for a simulation, from its folder.
+        arguments: further arguments of the judge, such as names of methods.
         family: name shared by claims whose p-values are corrected together.
     """
 
-    number: int | None
-    text: str
+    number: int
     source: str
     archives: tuple[str, ...]
-    judge: Callable[[Any], Finding]
+    judge: Callable[..., Finding]
+    arguments: tuple[str, ...] = ()
     family: str = ""
 
 
 SPARSE = ("sparsenet_sgprop", "sparsenet_backprop")
+BASELINES = ("sparsenet_sgprop", "gru", "lstm")
 BANDIT = ("sparse_sgprop", "sparse_backprop")
+_MIXING_BY_NOISE = ("sparse_sgprop", "p_flip", "mixing_weight_mean")
+_MIXING_BY_METHOD = ("sparse_sgprop", "sparse_sgprop_fixed", "mixing_weight")
+_MNIST, _NOISE = ("mnist_confirmation",), ("mnist_reward_noise",)
 _ESCAPE, _EXPLORE = ("escape_confirmation",), ("explore_confirmation",)
 #: GRU, LSTM and MLP have archives of their own, with fewer seeds.
 _ESCAPE_ALL = (*_ESCAPE, "escape_confirmation_baselines")
 _EXPLORE_ALL = (*_EXPLORE, "explore_confirmation_baselines")
-_NOISE, _MNIST = ("mnist_reward_noise",), ("mnist_confirmation",)
 _ESCAPE_SWEEPS = ("labyrinth_escape_20", "labyrinth_escape_40")
 _EXPLORE_SWEEPS = ("labyrinth_explore_20", "labyrinth_explore_40")
 _PLACEBO = "Control: placebo"
+_SHUFFLED, _MNIST_SHUFFLED = ("labyrinth_placebo",), ("mnist_placebo",)
 
-#: Numbered as in docs/study.md.
-CLAIMS = (
-    Claim(
-        1,
-        "In the expert network backprop's MSE is 2^(d-k) times that of sgprop",
-        "Figure 2a, Theorem 5",
-        ("expert_network",),
-        law_of_experts,
+CLAIMS = {
+    "In the expert network backprop's MSE is 2^(d-k) times that of sgprop": Claim(
+        1, "Figure 2a, Theorem 5", ("expert_network",), law_of_experts
     ),
-    Claim(
-        2,
-        "On the bandit sgprop learns faster than backprop in the same network",
-        "Figures 2b, 5",
-        _MNIST,
-        better(*BANDIT),
-        "bandit",
+    "On the bandit sgprop learns faster than backprop in the same network": Claim(
+        2, "Figures 2b, 5", _MNIST, better, BANDIT, "bandit"
     ),
-    Claim(
-        3,
-        "On the bandit sgprop learns faster than a dense network of the same size",
-        "Figures 2b, 5",
-        _MNIST,
-        better("sparse_sgprop", "dense"),
-        "bandit",
+    "On the bandit sgprop learns faster than a dense network of the same size": Claim(
+        3, "Figures 2b, 5", _MNIST, better, ("sparse_sgprop", "dense"), "bandit"
     ),
-    Claim(
-        4,
-        "sgprop's advantage over backprop is there at every level of reward noise",
-        "Figure 2c",
-        _NOISE,
-        better_everywhere(*BANDIT),
-        "bandit sweeps",
+    "sgprop's advantage over backprop is there at every level of reward noise": Claim(
+        4, "Figure 2c", _NOISE, better_everywhere, BANDIT, "bandit sweeps"
     ),
-    Claim(
-        5,
-        "sgprop's best learning rate is larger than backprop's",
-        "Figure 6",
-        ("mnist_learning_rate",),
-        larger_best_rate(*BANDIT),
+    "sgprop's best learning rate is larger than backprop's": Claim(
+        5, "Figure 6", ("mnist_learning_rate",), larger_best_rate, BANDIT
     ),
-    Claim(
-        6,
-        "sgprop's advantage is there at every number of parents",
-        "Figure 6",
-        ("mnist_parents",),
-        better_everywhere(*BANDIT),
-        "bandit sweeps",
+    "sgprop's advantage is there at every number of parents": Claim(
+        6, "Figure 6", ("mnist_parents",), better_everywhere, BANDIT, "bandit sweeps"
     ),
-    Claim(
-        7,
-        "The more noise, the smaller the mixing weights",
-        "Figure 6",
-        _NOISE,
-        falls_with("sparse_sgprop", "p_flip", "mixing_weight_mean"),
-        "bandit sweeps",
+    "The more noise, the smaller the mixing weights": Claim(
+        7, "Figure 6", _NOISE, falls_with, _MIXING_BY_NOISE, "bandit sweeps"
     ),
-    Claim(
-        8,
-        "Adaptive mixing weights are as good as the best fixed ones",
-        "Figure 6",
-        ("mnist_fixed_mixing",),
-        as_good_as_fixed("sparse_sgprop", "sparse_sgprop_fixed", "mixing_weight"),
+    "Adaptive mixing weights are as good as the best fixed ones": Claim(
+        8, "Figure 6", ("mnist_fixed_mixing",), as_good_as_fixed, _MIXING_BY_METHOD
     ),
-    Claim(
-        9,
-        "On LabyrinthEscape sgprop learns faster than backprop in the same network",
-        "Figure 3",
-        _ESCAPE,
-        better(*SPARSE),
-        "escape",
+    "On LabyrinthEscape sgprop learns faster than backprop in the same network": Claim(
+        9, "Figure 3", _ESCAPE, better, SPARSE, "escape"
     ),
-    Claim(
-        10,
-        "On LabyrinthEscape sgprop learns faster than GRU and LSTM",
-        "Figure 3",
-        _ESCAPE_ALL,
-        better_than_all("sparsenet_sgprop", "gru", "lstm"),
-        "escape",
+    "On LabyrinthEscape sgprop learns faster than GRU and LSTM": Claim(
+        10, "Figure 3", _ESCAPE_ALL, better_than_all, BASELINES, "escape"
     ),
-    Claim(
-        11,
-        "On LabyrinthExplore sgprop learns faster than backprop in the same network",
-        "Figure 3",
-        _EXPLORE,
-        better(*SPARSE),
-        "explore",
+    "On LabyrinthExplore sgprop learns faster than backprop in the same network": Claim(
+        11, "Figure 3", _EXPLORE, better, SPARSE, "explore"
     ),
-    Claim(
-        12,
-        "On LabyrinthExplore sgprop learns faster than GRU and LSTM",
-        "Figure 3",
-        _EXPLORE_ALL,
-        better_than_all("sparsenet_sgprop", "gru", "lstm"),
-        "explore",
+    "On LabyrinthExplore sgprop learns faster than GRU and LSTM": Claim(
+        12, "Figure 3", _EXPLORE_ALL, better_than_all, BASELINES, "explore"
     ),
-    Claim(
-        13,
-        "Over the learning rates and batch sizes tried sgprop is better than backprop, escape",
-        "Figure 7",
-        _ESCAPE_SWEEPS,
-        better(*SPARSE),
-        "labyrinth sweeps",
+    "Over the learning rates and batch sizes tried sgprop is better than backprop, escape": Claim(
+        13, "Figure 7", _ESCAPE_SWEEPS, better, SPARSE, "labyrinth sweeps"
     ),
-    Claim(
-        14,
-        "Over the learning rates and batch sizes tried sgprop is better than backprop, explore",
-        "Figure 7",
-        _EXPLORE_SWEEPS,
-        better(*SPARSE),
-        "labyrinth sweeps",
+    "Over the learning rates and batch sizes tried sgprop is better than backprop, explore": Claim(
+        14, "Figure 7", _EXPLORE_SWEEPS, better, SPARSE, "labyrinth sweeps"
     ),
-    Claim(
-        None,
-        "Backprop's seeds in two halves, escape",
-        "Control: A/A",
-        _ESCAPE,
-        no_difference_in_halves("sparsenet_backprop"),
+    "Backprop's seeds in two halves, escape": Claim(
+        0, "Control: A/A", _ESCAPE, no_difference_in_halves, SPARSE[1:]
     ),
-    Claim(
-        None,
-        "Backprop's seeds in two halves, explore",
-        "Control: A/A",
-        _EXPLORE,
-        no_difference_in_halves("sparsenet_backprop"),
+    "Backprop's seeds in two halves, explore": Claim(
+        0, "Control: A/A", _EXPLORE, no_difference_in_halves, SPARSE[1:]
     ),
-    Claim(
-        None,
-        "On LabyrinthEscape sgprop learns faster than with shuffled predictions",
-        _PLACEBO,
-        ("labyrinth_placebo",),
-        better("sparsenet_sgprop", "sparsenet_placebo"),
-        "placebo",
+    "On LabyrinthEscape sgprop learns faster than with shuffled predictions": Claim(
+        0, _PLACEBO, _SHUFFLED, better, ("sparsenet_sgprop", "sparsenet_placebo"), "placebo"
     ),
-    Claim(
-        None,
-        "On LabyrinthEscape shuffled predictions learn faster than backprop",
-        _PLACEBO,
-        ("labyrinth_placebo",),
-        better("sparsenet_placebo", "sparsenet_backprop"),
-        "placebo",
+    "On LabyrinthEscape shuffled predictions learn faster than backprop": Claim(
+        0, _PLACEBO, _SHUFFLED, better, ("sparsenet_placebo", "sparsenet_backprop"), "placebo"
     ),
-    Claim(
-        None,
-        "On the bandit sgprop learns faster than with shuffled predictions",
-        _PLACEBO,
-        ("mnist_placebo",),
-        better("sparse_sgprop", "sparse_placebo"),
-        "placebo",
+    "On the bandit sgprop learns faster than with shuffled predictions": Claim(
+        0, _PLACEBO, _MNIST_SHUFFLED, better, ("sparse_sgprop", "sparse_placebo"), "placebo"
     ),
-    Claim(
-        None,
-        "On the bandit shuffled predictions learn faster than backprop",
-        _PLACEBO,
-        ("mnist_placebo",),
-        better("sparse_placebo", "sparse_backprop"),
-        "placebo",
+    "On the bandit shuffled predictions learn faster than backprop": Claim(
+        0, _PLACEBO, _MNIST_SHUFFLED, better, ("sparse_placebo", "sparse_backprop"), "placebo"
     ),
-)
+}
 
 
 def judge_claims(published: Path) -> pd.DataFrame:
@@ -242,7 +149,7 @@ def judge_claims(published: Path) -> pd.DataFrame:
     """
     findings: list[Finding] = []
     material: dict[tuple[str, ...], Results | Path] = {}
-    for claim in CLAIMS:
+    for claim in CLAIMS.values():
         places = [published / name for name in claim.archives]
         if not all(place.is_dir() for place in places):
             findings.append(Finding("", "", verdict="not run yet"))
@@ -250,22 +157,22 @@ def judge_claims(published: Path) -> pd.DataFrame:
         if claim.archives not in material:
             simulated = not is_archive(places[0])
             material[claim.archives] = places[0] if simulated else _load(places)
-        findings.append(claim.judge(material[claim.archives]))
+        findings.append(claim.judge(material[claim.archives], *claim.arguments))
     corrected = np.array([finding.p for finding in findings])
-    for family in dict.fromkeys(claim.family for claim in CLAIMS):
-        members = [i for i, claim in enumerate(CLAIMS) if claim.family == family]
+    for family in dict.fromkeys(claim.family for claim in CLAIMS.values()):
+        members = [i for i, claim in enumerate(CLAIMS.values()) if claim.family == family]
         corrected[members] = holm(corrected[members])
     return pd.DataFrame(
         {
-            "number": claim.number or 0,
-            "claim": claim.text,
+            "number": claim.number,
+            "claim": text,
             "source": claim.source,
             "ours": finding.ours,
             "runs": finding.runs,
             "p": p,
             "verdict": finding.verdict or verdict(finding, p),
         }
-        for claim, finding, p in zip(CLAIMS, findings, corrected, strict=True)
+        for (text, claim), finding, p in zip(CLAIMS.items(), findings, corrected, strict=True)
     )
 
 
