@@ -57,14 +57,11 @@ class ExperimentError(ValueError):
         option: str = "",
         settings: Sequence[str] = (),
     ) -> None:
-        lines = []
+        keys, lines = [setting.partition("=")[0] for setting in settings], []
         for problem in problems:
-            place = str(path)
-            for key in (setting.partition("=")[0] for setting in settings):
-                if f"{problem.key}.".startswith(f"{key}."):
-                    place = f"{path} with {option} {key}"
-            where = f"{place}: {problem.key}" if problem.key else place
-            lines.append(f"{where}: {problem.message}")
+            place = [f" with {option} {k}" for k in keys if f"{problem.key}.".startswith(f"{k}.")]
+            where = f"{path}{''.join(place[-1:])}: " + (f"{problem.key}: " if problem.key else "")
+            lines.append(where + problem.message)
         super().__init__("\n".join(dict.fromkeys(lines)))
 
 

@@ -5,15 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SkipValidation,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 
 from sgrl.names import did_you_mean, nearest
 from sgrl.results.plan import (
@@ -59,25 +51,21 @@ def _check_concurrency(trials: Any) -> Any:
     return trials
 
 
-def _check_seed(seed: int) -> int:
+def _check_seeds(seeds: Any) -> Any:
     from sgrl.reinforce.rollout import MAX_SEED
 
-    if seed >= MAX_SEED:
-        raise ValueError(f"must be less than {MAX_SEED}, got {seed}")
-    return seed
-
-
-def _check_seeds(seeds: Any) -> Any:
     expanded = expand_range(seeds)
     if not isinstance(expanded, list):
         raise ValueError(f"expected a list, got {seeds!r}; write [0, 1, 2] or 0..2")
     if message := repeated(expanded):
         raise ValueError(message)
+    for seed in expanded:
+        if isinstance(seed, int) and seed >= MAX_SEED:
+            raise ValueError(f"must be less than {MAX_SEED}, got {seed}")
     return expanded
 
 
 Name = Annotated[str, BeforeValidator(check_name)]
-Seed = Annotated[int, Field(ge=0), AfterValidator(_check_seed)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -128,7 +116,7 @@ class ExperimentFile(_Keys):
     algorithm: Annotated[str, SkipValidation] = "Reinforce"
     config: dict[str, Any] = {}
     methods: Annotated[dict[Name, Method], Field(min_length=1)]
-    seeds: Annotated[list[Seed], BeforeValidator(_check_seeds)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_check_seeds)] = [0]
     stop: dict[str, Any]
     checkpoint: CheckpointKeys = CheckpointKeys()
     evaluate: EvaluateKeys | None = None

@@ -202,8 +202,5 @@ def _trial_problems(file: ExperimentFile, trials: Sequence[Trial]) -> Iterator[P
             yield Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")
     shortest = min(trial.config.stop.training_iteration for trial in trials)
     if file.evaluate is not None and file.evaluate.every > shortest:
-        yield Problem(
-            "evaluate.every",
-            f"must be at most {shortest}, the trials' number of iterations, "
-            f"got {file.evaluate.every}",
-        )
+        most = f"must be at most {shortest}, the trials' number of iterations"
+        yield Problem("evaluate.every", f"{most}, got {file.evaluate.every}")
