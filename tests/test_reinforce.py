@@ -125,13 +125,18 @@ def test_baselines_without_what_they_need() -> None:
 
 def test_clipping() -> None:
     gradients = [torch.tensor([3.0, 0.0]), None, torch.tensor([[4.0]])]
-    assert clip_gradients(gradients, None).item() == 5.0
-    assert gradients[0][0] == 3.0
-    assert clip_gradients(gradients, 0.5).item() == 5.0
-    assert gradients[0][0].item() == pytest.approx(3 * 0.5 / (5 + 1e-6))
-    small = [torch.tensor([0.1])]
-    clip_gradients(small, 0.5)
-    assert small[0].item() == pytest.approx(0.1)
+    parameters = [torch.zeros(2), torch.zeros(3), torch.zeros(1, 1)]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    assert clip_gradients(parameters, None).item() == 5.0
+    assert parameters[0].grad[0] == 3.0
+    assert clip_gradients(parameters, 0.5).item() == 5.0
+    assert parameters[0].grad[0].item() == pytest.approx(3 * 0.5 / (5 + 1e-6))
+    small = torch.zeros(1)
+    small.grad = torch.tensor([0.1])
+    clip_gradients([small], 0.5)
+    assert small.grad[0].item() == pytest.approx(0.1)
+    assert clip_gradients([], 0.5).item() == 0.0
 
 
 def test_a_batch_holds_one_episode_of_each_environment() -> None:

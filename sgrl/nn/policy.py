@@ -50,7 +50,7 @@ class PolicySettings:
             elif kind is float and type(value) is int:
                 object.__setattr__(self, name, float(value))
             elif type(value) is not kind:
-                raise ValueError(f"{name} must be {_words_of(kind)}, got {value!r}")
+                raise ValueError(f"{name} must be {_type_words(kind)}, got {value!r}")
             if name.endswith("_size") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -58,7 +58,7 @@ class PolicySettings:
         """Raise ValueError where observations of this length cannot be read."""
 
 
-def _words_of(kind: type) -> str:
+def _type_words(kind: type) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     return names[kind]
 

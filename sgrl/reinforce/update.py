@@ -74,24 +74,20 @@ def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[s
     return {name: Adam(params, lr=rate, fused=True) for name, params, rate in groups if params}
 
 
-def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float | None) -> Tensor:
-    """Scale gradients in place by min(1, max_norm / (norm + 1e-6)).
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale the gradients of one parameter group in place by min(1, max_norm / (norm + 1e-6)).
 
     Args:
-        gradients: of one parameter group; None entries are passed over.
+        parameters: of the group; those without gradient are passed over.
         max_norm: greatest global norm; None only measures.
 
     Returns:
         The global norm before clipping, 0-dim.
     """
-    present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        return torch.zeros(())
-    norm = nn.utils.get_total_norm(present)
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if max_norm is not None:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-        for gradient in present:
-            gradient.mul_(scale)
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
 
 
@@ -200,7 +196,7 @@ def _clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
         # Fused Adam takes the elements of others in the wrong order, silently (torch 2.13, CPU).
         if parameter.grad is not None and not parameter.grad.is_contiguous():
             parameter.grad = parameter.grad.contiguous()
-    norm = clip_gradients((p.grad for p in _parameters(optimizer)), max_norm)
+    norm = clip_gradients(_parameters(optimizer), max_norm)
     if not torch.isfinite(norm):
         raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")
     return norm

@@ -140,18 +140,15 @@ def optimal_mixing_weight(
     u_mean = mean(u, probabilities)
     bias = mean(w, probabilities) - target
     square = mean((w.square() + s.square()).sum(-1), probabilities)
+    rounding = square * (10 * torch.finfo(w.dtype).eps) ** 2
+    covariance, variance = (total_covariance(v, u, probabilities) for v in (w, u))
+    bias_u, square_mean_u = (bias * u_mean).sum(-1), u_mean.square().sum(-1)
     return mixing_weight_of_moments(
-        covariance_wu=total_covariance(w, u, probabilities),
-        variance_u=total_variance(u, probabilities),
-        bias_u=(bias * u_mean).sum(-1),
-        square_mean_u=u_mean.square().sum(-1),
-        num_samples=num_samples,
-        rounding=square * (10 * torch.finfo(w.dtype).eps) ** 2,
+        covariance, variance, bias_u, square_mean_u, num_samples, rounding
     )
 
 
 def mixing_weight_of_moments(
-    *,
     covariance_wu: Tensor,
     variance_u: Tensor,
     bias_u: Tensor,
@@ -174,8 +171,8 @@ def mixing_weight_of_moments(
     """
     numerator = covariance_wu / num_samples + bias_u
     denominator = variance_u / num_samples + square_mean_u
-    otherwise = torch.ones_like(denominator)
-    return clipped_mixing_weight(numerator, denominator, rounding, otherwise)
+    ones = torch.ones_like(denominator)
+    return clipped_mixing_weight(numerator, denominator, rounding, ones)
 
 
 def batch_mixing_weight(w: Tensor, s: Tensor, previous: Tensor, eps: float = 1e-12) -> Tensor:

@@ -137,9 +137,8 @@ class _StackFunction(torch.autograd.Function):
             if mixes:
                 place = 2 * (depth + index)
                 wanted["predictor_h"], wanted["predictor_bias"] = grads[place : place + 2]
-                for_predictor = rule.phase != "policy"
                 how[index] = mixing_structure(
-                    mixing, layer.mixing_weight, for_predictor=for_predictor
+                    mixing, layer.mixing_weight, for_predictor=rule.phase != "policy"
                 )
             results[index] = gradients_structure(wanted, moments[index])
         core.sgrl_stack_backward(

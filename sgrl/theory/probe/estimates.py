@@ -90,14 +90,9 @@ def best_mixing_weight(
         u_square: |E[u]|^2.
         n: samples.
     """
-    return mixing_weight_of_moments(
-        covariance_wu=cov_ws - var_w,
-        variance_u=var_s - 2 * cov_ws + var_w,
-        bias_u=bias_u,
-        square_mean_u=u_square,
-        num_samples=n,
-        rounding=(var_w.abs() + var_s.abs() + u_square.abs()) * 1e-14,
-    )
+    variance_u = var_s - 2 * cov_ws + var_w
+    rounding = (var_w.abs() + var_s.abs() + u_square.abs()) * 1e-14
+    return mixing_weight_of_moments(cov_ws - var_w, variance_u, bias_u, u_square, n, rounding)
 
 
 def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tensor]:
