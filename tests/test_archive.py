@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from sgrl.cli import app
 from sgrl.nn.registry import load_policy
 from sgrl.results.archive import ArchiveError, read_archive, write_archive
+from sgrl.results.locations import reading
 from sgrl.results.metrics import append_row
 from sgrl.results.runs import load_results
-from sgrl.results.storage import is_archive, reading
+from sgrl.results.storage import is_archive
 from sgrl.tuning.sweep import run_sweep
 from sgrl.tuning.verify import compare_rows
 from sgrl.yaml_files import dump_yaml

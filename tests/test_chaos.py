@@ -165,7 +165,7 @@ def timed_runner():
         def step(self):
             result = self._measured("step", super().step)
             if result["done"]:
-                (self.directory / "times.json").write_text(json.dumps(self.times))
+                (self.folder.path / "times.json").write_text(json.dumps(self.times))
             return result
 
     return Timed
@@ -388,7 +388,7 @@ def test_a_sweep_on_hosts_under_a_random_killer(tmp_path, undisturbed, report):
         )
         seconds = time.monotonic() - begin
         copy = (
-            "import shutil\nfrom sgrl.results.storage import reading\n"
+            "import shutil\nfrom sgrl.results.locations import reading\n"
             "with reading('s3://bucket/results/small') as folder:\n"
             f"    shutil.copytree(folder, {str(tmp_path / 'small')!r})"
         )

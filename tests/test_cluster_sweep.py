@@ -15,8 +15,9 @@ from sweeps import CONFIG, METHODS, make_experiment
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.results.storage import Mirror, Store
-from sgrl.tuning import client, sweep
+from sgrl.results.mirror import Mirror
+from sgrl.results.storage import Store
+from sgrl.tuning import client, cluster, sweep
 
 EXPERIMENT = {
     "name": "small",
@@ -108,18 +109,18 @@ def test_a_client_that_the_cluster_fails_to_serve_tries_again(monkeypatch):
 
 
 def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
-    (tmp_path / sweep.EXPERIMENT_FILE).write_text("name: small")
+    (tmp_path / "experiment.yaml").write_text("name: small")
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
-    sweep._check_visible(Store(tmp_path))
-    monkeypatch.setattr(sweep, "_look", lambda location: (None, ""))
+    cluster.check_visible(Store(tmp_path))
+    monkeypatch.setattr(cluster, "_look", lambda location: (None, ""))
     with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
-        sweep._check_visible(Store(tmp_path))
+        cluster.check_visible(Store(tmp_path))
     # What is only in this process's memory is nowhere else.
     (tmp_path / "mirror").mkdir()
-    (tmp_path / "mirror" / sweep.EXPERIMENT_FILE).write_text("name: small")
+    (tmp_path / "mirror" / "experiment.yaml").write_text("name: small")
     with pytest.raises(sweep.SweepError, match=r"memory://small cannot be read on .*: other mach"):
-        sweep._check_visible(Mirror("memory://small", tmp_path / "mirror"))
+        cluster.check_visible(Mirror("memory://small", tmp_path / "mirror"))
 
 
 MODULE = """
@@ -150,9 +151,9 @@ def test_every_machine_must_have_the_users_modules(ray_session, own_module, monk
     # This Ray was started in another folder, so its workers do not find the package.
     refused = r"^the environment cannot be imported on .*: no module named 'own_envs.poles': "
     with pytest.raises(sweep.SweepError, match=refused):
-        sweep._check_modules(own_module)
-    monkeypatch.setattr(sweep, "_try_import", lambda modules: "")
-    sweep._check_modules(own_module)
+        cluster.check_modules(own_module)
+    monkeypatch.setattr(cluster, "_try_import", lambda modules: "")
+    cluster.check_modules(own_module)
 
 
 def test_a_cluster_gets_the_users_modules(own_module, tmp_path, monkeypatch):
@@ -160,9 +161,9 @@ def test_a_cluster_gets_the_users_modules(own_module, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(sweep, "reach", lambda address: None)
+    monkeypatch.setattr(cluster, "reach", lambda address: None)
     monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["runtime_env"]))
-    sweep._start_ray(own_module)
+    cluster.start_ray(own_module)
     assert asked == [{"py_modules": [str(tmp_path / "own_envs")]}]
 
     sent = {}
@@ -170,5 +171,5 @@ def test_a_cluster_gets_the_users_modules(own_module, tmp_path, monkeypatch):
     arguments = ["sweep", "own.yaml", "--results", "/r", "--address", "ray://10.0.0.1:10001"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert set(sent) == {"experiment.yaml", "own_envs/__init__.py", "own_envs/poles.py"}
+    assert set(sent) == {"own.yaml", "own_envs/__init__.py", "own_envs/poles.py"}
     assert sent["own_envs/poles.py"] == MODULE

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from sgrl.analysis.report import read_section
 from sgrl.cli import app
 from sgrl.commands import command
+from sgrl.results.folder import SweepFolder
 from sgrl.results.plan import ExperimentError
 from sgrl.tuning import tracking
 from sgrl.tuning.experiment.load import extend_experiment
@@ -111,7 +112,7 @@ def test_how_to_look_at_tensorboard_and_wandb(odd, monkeypatch):
 def test_how_to_look_at_mlflow(odd, monkeypatch):
     """The database is where the sweep has it, and only the whole of MLflow shows it."""
     mlflow = pytest.importorskip("mlflow")
-    prepare_tracker("mlflow", odd)
+    prepare_tracker("mlflow", SweepFolder(odd))
     assert {path.name for path in odd.iterdir()} == {"mlflow.db"}
     found = {True: ["mlflow-skinny", "mlflow"], False: ["mlflow-skinny"]}
     for whole, names in found.items():
@@ -123,7 +124,7 @@ def test_how_to_look_at_mlflow(odd, monkeypatch):
         assert install == ("" if whole else "pip install mlflow")
         *words, uri = words_of(show)
         assert words == ["mlflow", "ui", "--backend-store-uri"]
-        assert uri == mlflow_uri(odd)
+        assert uri == mlflow_uri(SweepFolder(odd))
         assert mlflow.MlflowClient(uri).get_experiment_by_name(odd.name) is not None
 
 

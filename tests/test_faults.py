@@ -21,13 +21,15 @@ from sgrl.results.checkpoints import (
     open_policy,
     verify,
 )
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import score
+from sgrl.results.status import read_progress
 from sgrl.results.storage import Store
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
-from sgrl.tuning.progress import SweepView, read_progress
+from sgrl.tuning.progress import SweepView
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
-from sgrl.tuning.trial import HANG_FILE, TrialRunner, is_disk_full, read_status
+from sgrl.tuning.trial import TrialRunner, is_disk_full
 
 TRIAL = "sparsenet_sgprop_seed=0"
 
@@ -121,7 +123,7 @@ def faulty_runner():
     class Faulty(TrialRunner):
         def _start(self):
             super()._start()
-            train, seed, hung = self.algorithm.train, self.trial["seed"], self.directory / ".hung"
+            train, seed, hung = self.algorithm.train, self.trial["seed"], self.folder.path / ".hung"
 
             def faulty():
                 if len(self.rows) == 3 and seed == 0:
@@ -157,9 +159,9 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
     assert said.count(f"gru_seed=2 is started again after {hanging}") == 1
     assert f"gru_seed=2 failed at iteration 3, {hanging}" in said
     assert list(summary(directory)["state"]) == ["failed", "completed", "failed"]
-    assert read_status(directory / "gru_seed=2")["reason"] == hanging
-    assert "in faulty" in (directory / "gru_seed=2" / HANG_FILE).read_text()
-    assert not (directory / "gru_seed=1" / HANG_FILE).exists()
+    assert TrialFolder(directory / "gru_seed=2").read_status()["reason"] == hanging
+    assert "in faulty" in (directory / "gru_seed=2" / "hung.txt").read_text()
+    assert not (directory / "gru_seed=1" / "hung.txt").exists()
 
     # Without the fault, all of it is what it would have been.
     monkeypatch.setattr(sweep, "TrialRunner", TrialRunner)
@@ -168,12 +170,12 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
     assert metrics_without_times(directory) == {
         name: rows for name, rows in whole.items() if name.startswith("gru")
     }
-    assert not (directory / "gru_seed=2" / HANG_FILE).exists()
+    assert not (directory / "gru_seed=2" / "hung.txt").exists()
 
 
 def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     trial = load_experiment(finished / "experiment.yaml").trials[0]
-    view = SweepView(Store(finished), {trial.name: read_progress(finished, trial)})
+    view = SweepView(Store(finished), {trial.name: read_progress(SweepFolder(finished), trial)})
     metadata = SimpleNamespace(num_failures=0)
     tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
     result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}

@@ -26,10 +26,10 @@ from sgrl.nn.registry import make_policy, save_policy
 from sgrl.reinforce import Rollout
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, MAX_SEED
 from sgrl.results import evaluation
-from sgrl.results.status import read_status
+from sgrl.results.folder import TrialFolder
 from sgrl.rllib import APPOConfig, PPOConfig, ReinforceConfig, register_environment
 from sgrl.tuning.rllib_metrics import metrics_row
-from sgrl.tuning.trial import ERROR_FILE, first_line, is_disk_full
+from sgrl.tuning.trial import first_line, is_disk_full
 
 HERE = Path(__file__).name
 #: Where `Flawed` raises.
@@ -672,12 +672,12 @@ def test_a_sweep_whose_environment_breaks(tmp_path: Path) -> None:
     crash = "RuntimeError: simulator crashed (my_envs.py:13) at step 1 of environment 0"
     for flaw, line in (("raise", crash), ("nan", "reward is NaN at step 1 of environment 0")):
         trial = tmp_path / "results" / "mine" / f"gru_flaw={flaw}_seed=0"
-        status = read_status(trial)
+        status = TrialFolder(trial).read_status()
         assert (status["state"], status.get("diverged")) == ("failed", None)
         assert status["reason"] == (
             f"EnvironmentFailed: {line} (its seed is 0) "
             "(again, after iteration 0; error.txt says where)"
         )
         assert f"gru_flaw={flaw}_seed=0 is started again after EnvironmentFailed: " in done.stdout
-        whole = (trial / ERROR_FILE).read_text()
+        whole = (trial / "error.txt").read_text()
         assert ('raise RuntimeError("simulator crashed")' in whole) == (flaw == "raise")

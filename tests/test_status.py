@@ -18,6 +18,7 @@ from sgrl.analysis.comparison import compare_methods
 from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
 from sgrl.cli import app
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import append_row, is_taken
 from sgrl.results.plan import planned_trials
 from sgrl.results.runs import ResultsError, load_results
@@ -38,7 +39,7 @@ stop: {training_iteration: 3}
 
 
 def write_trial(folder, trial):
-    _write_config(folder, trial)
+    _write_config(TrialFolder(folder), trial)
     (folder / "status.json").write_text('{"state": "completed"}')
     for iteration in (1, 2, 3):
         row = {"iteration": iteration, "env_steps": 20 * iteration, "iteration_seconds": 1.0}
@@ -139,7 +140,8 @@ def test_swept_keys_named_like_columns_of_ours(tmp_path, key):
         write_trial(directory / trial.name, trial)
     loaded = load_results(directory)
     assert loaded.swept == [f"env_config.{key}"]
-    write_summary(directory, [read_progress(directory, trial) for trial in trials])
+    sweep = SweepFolder(directory)
+    write_summary(sweep, [read_progress(sweep, trial) for trial in trials])
     summary = pd.read_csv(directory / "summary.csv")
     assert summary.columns.is_unique
     assert list(summary[f"env_config.{key}"]) == [3, 3, 4, 4]
@@ -154,9 +156,10 @@ def test_every_column_of_ours_is_taken(results):
     """A new one is to be added to those that swept values keep clear of."""
     loaded = load_results(results)
     trials = [
-        read_progress(results, trial) for trial in planned_trials(results / "experiment.yaml")
+        read_progress(SweepFolder(results), trial)
+        for trial in planned_trials(results / "experiment.yaml")
     ]
-    write_summary(results, trials)
+    write_summary(SweepFolder(results), trials)
     columns = {
         *loaded.trials,
         *compare_methods(loaded.trials),

@@ -21,16 +21,8 @@ from typer.testing import CliRunner
 
 from sgrl.cli import app
 from sgrl.results.checkpoints import MANIFEST, list_checkpoints, verify, write_checkpoint
-from sgrl.results.storage import (
-    StorageError,
-    has_secrets,
-    hide_secrets,
-    is_address,
-    join,
-    open_store,
-    reading,
-    reading_checkpoint,
-)
+from sgrl.results.locations import open_store, reading, reading_checkpoint
+from sgrl.results.storage import StorageError, has_secrets, hide_secrets, is_address, join
 from sgrl.tuning.sweep import run_sweep
 
 
@@ -188,7 +180,7 @@ def test_reports_are_pulled_without_checkpoints(mirrors):
 
 def test_what_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setenv("SGRL_MIRROR_DIR", str(tmp_path))
-    monkeypatch.setattr("sgrl.results.storage.ATTEMPTS", 1)
+    monkeypatch.setattr("sgrl.results.mirror.ATTEMPTS", 1)
     with pytest.raises(StorageError, match="nosuch://bucket/x: Protocol not known: nosuch"):
         open_store("nosuch://bucket/x", "driver")
     with pytest.raises(StorageError, match=r"ftp://127.0.0.1:1/x: ConnectionRefusedError"):

@@ -18,10 +18,11 @@ from rich.console import Console
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
 from sgrl.results.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import count_rows
 from sgrl.results.plan import ExperimentError
 from sgrl.results.provenance import processor_kind, read_starts
-from sgrl.results.status import StatusError, sweep_status, write_status
+from sgrl.results.status import StatusError, sweep_status
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.sweep import (
@@ -30,7 +31,6 @@ from sgrl.tuning.sweep import (
     resume_sweep,
     run_sweep,
 )
-from sgrl.tuning.trial import lock_file, read_status
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,9 @@ def test_damaged_checkpoints_and_metrics_are_passed_over(copied, finished, capsy
     assert "000004 is damaged: policy.json is missing; going on from iteration 0" in said
     assert metrics_without_times(copied) == metrics_without_times(finished)
     for trial in ("gru_seed=0", "gru_seed=1", "sparsenet_sgprop_seed=0"):
-        assert read_status(copied / trial)["state"] == "completed"
+        assert TrialFolder(copied / trial).read_status()["state"] == "completed"
         verify(copied / trial / "checkpoints" / "000005")
-    starts = read_starts(copied / "gru_seed=0")
+    starts = read_starts(TrialFolder(copied / "gru_seed=0").provenance)
     assert [start["iteration"] for start in starts] == [0, 4]
     assert starts[1]["machine"]["processor_kind"] == processor_kind()
 
@@ -332,8 +332,10 @@ def test_folders_that_cannot_be_used(copied, tmp_path, monkeypatch):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(SweepError, match="other already exists: --name"):
         run_sweep(experiment, tmp_path, "other")
-    lock = lock_file(copied / ".lock", 0)
-    with lock, pytest.raises(SweepError, match="is being run by another process"):
+    with (
+        SweepFolder(copied).lock(0),
+        pytest.raises(SweepError, match="is being run by another process"),
+    ):
         resume_sweep(copied)
 
 
@@ -371,13 +373,13 @@ def test_a_resumed_sweep_may_compute_elsewhere(copied, capsys, monkeypatch):
 
     first, second, *_ = sorted(file.parent for file in copied.glob("*/status.json"))
     moved = "in other processes than before, with the same numbers, up to rounding"
-    write_status(first, {"state": "interrupted"})
+    TrialFolder(first).write_status(state="interrupted")
     assert f"\n1 trial goes on {moved}" in f"\n{resume(1, 2)}"  # the others are over
     assert "other processes" not in resume(1, 2)
     advice = "needs 2 CPUs and there are 1.*or set num_env_runners and num_learners to 0 in that"
     with pytest.raises(ExperimentError, match=advice):
         resume(1, 1)
-    write_status(second, {"state": "interrupted"})
+    TrialFolder(second).write_status(state="interrupted")
     assert f"2 trials go on {moved}" in resume(0, 1)
     # Two runners would hold twice the environments.
     with pytest.raises(SweepError, match=r"config\.yaml says config: "):
@@ -424,6 +426,5 @@ def test_ctrl_c_stops_the_trials_and_leaves_a_sweep_to_resume(tmp_path, ray_sess
     assert "interrupted" in set(summary(tmp_path / "small")["state"])
     # Nothing holds the trials any more.
     for name in ("gru_seed=0", "gru_seed=1"):
-        lock = lock_file(tmp_path / "small" / name / ".lock", 30)
-        assert lock is not None
-        lock.close()
+        with TrialFolder(tmp_path / "small" / name).lock(30):
+            pass

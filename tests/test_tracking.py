@@ -18,6 +18,7 @@ import pytest
 import yaml
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from sgrl.results.folder import TrialFolder
 from sgrl.results.metrics import append_row, count_rows, read_metrics, truncate_metrics
 from sgrl.tuning import tracking
 from sgrl.tuning.experiment.load import load_experiment
@@ -72,7 +73,7 @@ def expected_scalars(rows):
 def test_event_file_holds_the_metrics(tmp_path):
     rows = add_rows(tmp_path, 1, 5)
     notes = []
-    follow = Tracking(tmp_path, TRIAL, "none", None, notes)
+    follow = Tracking(TrialFolder(tmp_path), TRIAL, "none", None, notes)
     follow.send(rows[:3])
     assert scalars(tmp_path) == expected_scalars(rows[:3])  # at once, not at the end
     follow.send(rows)
@@ -94,12 +95,12 @@ def test_event_file_holds_the_metrics(tmp_path):
 
 def test_a_restarted_trial_leaves_neither_gap_nor_duplicate(tmp_path):
     rows = add_rows(tmp_path, 1, 30)
-    Tracking(tmp_path, TRIAL, "none", None, []).send(rows)  # never closed: killed
+    Tracking(TrialFolder(tmp_path), TRIAL, "none", None, []).send(rows)  # never closed: killed
     # In the middle of a record, too.
     (path,) = tmp_path.glob("*tfevents*")
     path.write_bytes(path.read_bytes()[:-7])
     truncate_metrics(tmp_path / "metrics.csv", 20)
-    follow = Tracking(tmp_path, TRIAL, "none", None, [])
+    follow = Tracking(TrialFolder(tmp_path), TRIAL, "none", None, [])
     follow.send(read_metrics(tmp_path / "metrics.csv"))
     rows = add_rows(tmp_path, 21, 40)
     follow.send(rows)
@@ -117,11 +118,11 @@ def test_tensorboard_that_looks_on_follows_a_restart(tmp_path):
         return [(event.step, event.value) for event in accumulator.Scalars("success_rate")]
 
     rows = add_rows(tmp_path, 1, 30)
-    first = Tracking(tmp_path, TRIAL, "none", None, [])
+    first = Tracking(TrialFolder(tmp_path), TRIAL, "none", None, [])
     first.send(rows)
     assert shown() == expected_scalars(rows)["success_rate"]
     truncate_metrics(tmp_path / "metrics.csv", 20)
-    second = Tracking(tmp_path, TRIAL, "none", None, [])
+    second = Tracking(TrialFolder(tmp_path), TRIAL, "none", None, [])
     second.send(rows[:20])
     assert shown() == expected_scalars(rows[:20])["success_rate"]
     rows = add_rows(tmp_path, 21, 40)
@@ -137,7 +138,7 @@ def test_tensorboard_on_a_results_folder(tmp_path):
         folder = tmp_path / "results" / "small" / name
         folder.mkdir(parents=True)
         rows[name] = add_rows(folder, 1, 12)
-        follow = Tracking(folder, TRIAL, "tensorboard", None, [])
+        follow = Tracking(TrialFolder(folder), TRIAL, "tensorboard", None, [])
         follow.send(rows[name])
         follow.close("completed")
     with socket.socket() as free:
@@ -176,7 +177,7 @@ def test_tensorboard_on_a_results_folder(tmp_path):
             assert_shown(name, rows[name])
         # And goes along when a trial is started again from an earlier iteration.
         truncate_metrics(folder / "metrics.csv", 7)
-        follow = Tracking(folder, TRIAL, "tensorboard", None, [])
+        follow = Tracking(TrialFolder(folder), TRIAL, "tensorboard", None, [])
         follow.send(rows[name][:7])
         assert_shown(name, rows[name][:7])
         follow.send(add_rows(folder, 8, 15))
@@ -196,7 +197,7 @@ def test_a_tracker_that_fails_is_given_up(tmp_path, monkeypatch):
         raise OSError("no space left\nat all")
 
     notes = []
-    follow = Tracking(tmp_path, TRIAL, "none", None, notes)
+    follow = Tracking(TrialFolder(tmp_path), TRIAL, "none", None, notes)
     follow.send(rows[:2])
     monkeypatch.setattr(EventFile, "send", fail)
     follow.send(rows[:4])
@@ -204,7 +205,7 @@ def test_a_tracker_that_fails_is_given_up(tmp_path, monkeypatch):
     follow.close("completed")
     assert notes == ["going on without tensorboard: no space left"]
     monkeypatch.setattr(EventFile, "__init__", fail)
-    Tracking(tmp_path, TRIAL, "none", None, notes).send(rows)
+    Tracking(TrialFolder(tmp_path), TRIAL, "none", None, notes).send(rows)
     assert len(notes) == 2
 
 
@@ -215,7 +216,7 @@ def test_trackers_leave_the_random_numbers_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EventFile, "send", draw)
     before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    Tracking(tmp_path, TRIAL, "none", None, []).send(add_rows(tmp_path, 1, 2))
+    Tracking(TrialFolder(tmp_path), TRIAL, "none", None, []).send(add_rows(tmp_path, 1, 2))
     after = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert after == before
 
@@ -337,7 +338,7 @@ def test_wandb_rows_count_as_sent_once_they_are_safe(tmp_path, monkeypatch):
     def state():
         return json.loads((trial / "tracking.json").read_text())["wandb"]
 
-    follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    follow = Tracking(TrialFolder(trial), TRIAL, "wandb", "offline", notes)
     assert notes == []
     follow.send(rows[:3])
     now[0] = 103.0
@@ -352,14 +353,14 @@ def test_wandb_rows_count_as_sent_once_they_are_safe(tmp_path, monkeypatch):
     follow.close("interrupted")
     first = state()
     assert first["sent"] == 7
-    follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    follow = Tracking(TrialFolder(trial), TRIAL, "wandb", "offline", notes)
     assert notes == []
     follow.send(rows)
     follow.close("completed")
     assert state() == {"id": first["id"], "sent": 9, "step": "env_steps"}
     # A run whose steps are iterations, from an older version, is not gone on with.
     (trial / "tracking.json").write_text(json.dumps({"wandb": {"id": first["id"], "sent": 9}}))
-    follow = Tracking(trial, TRIAL, "wandb", "offline", notes)
+    follow = Tracking(TrialFolder(trial), TRIAL, "wandb", "offline", notes)
     follow.send(rows)
     follow.close("completed")
     assert state()["id"] != first["id"]

@@ -29,8 +29,9 @@ from sgrl.analysis.tables import (
     pairs_table,
     score_text,
 )
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES
-from sgrl.results.runs import Results, ResultsError, load_results, read_experiment
+from sgrl.results.runs import Results, ResultsError, load_results
 
 
 def compare(
@@ -120,7 +121,8 @@ def _compare_two(
             frame[f"{place}_{score}"] = frame["method"].map(completed[score].mean())
             frame[f"{place}_{score}_sem"] = frame["method"].map(completed[score].agg(sem))
     differences = Table("setting", *names)
-    settings = [_settings(read_experiment(results.directories[0])) for results in both]
+    sweeps = [SweepFolder(results.directories[0]) for results in both]
+    settings = [_settings(sweep.read_experiment()) for sweep in sweeps]
     for key in dict.fromkeys([*settings[0], *settings[1]]):
         values = [str(setting.get(key, "-")) for setting in settings]
         if values[0] != values[1] and key != "name":

@@ -19,6 +19,7 @@ from sgrl.analysis.tables import (
     within_interval,
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.runs import load_results
 from sgrl.theory.expert_network import Result
@@ -44,12 +45,12 @@ def write_comparison(
     Raises:
         ResultsError: there are no results.
     """
-    directory = Path(directory)
+    sweep = SweepFolder(directory)
     console = console or Console()
-    results = load_results(directory)
+    results = load_results(sweep.path)
     comparison = compare_methods(results.trials)
-    comparison.to_csv(directory / "comparison.csv", index=False)
-    figure = learning_curves(results, directory / "figures" / f"{results.measure}.png")
+    comparison.to_csv(sweep.comparison, index=False)
+    figure = learning_curves(results, sweep.figures / f"{results.measure}.png")
     count = MEASURES[results.measure]
     last = "the last evaluation" if count == 1 else f"the last {count} batches"
     console.print(
@@ -59,8 +60,9 @@ def write_comparison(
     print_table(comparison_table(comparison, results.trials), console)
     say(console, *filter(None, [few_seeds(comparison), *confounding(by_task(results.trials))]))
     say(console, *results.problems)
-    for path in (directory / "comparison.csv", figure):
-        say(console, f"written: {shown_as or directory}/{path.relative_to(directory).as_posix()}")
+    for path in (sweep.comparison, figure):
+        name = path.relative_to(sweep.path).as_posix()
+        say(console, f"written: {shown_as or directory}/{name}")
     return comparison
 
 

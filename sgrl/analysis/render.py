@@ -19,6 +19,7 @@ from popgym.core.maze import Actions, Cell
 
 from sgrl.analysis.episodes import BanditEpisode, LabyrinthEpisode, RenderError
 from sgrl.analysis.style import method_styles
+from sgrl.files import replacing
 
 SUFFIXES = (".gif", ".png")
 #: Of walls, free cells, the start and the goal, in the order of `Cell`.
@@ -87,16 +88,13 @@ def write_episode(
             pictures.append(drawing.draw(int(step)))
             advance(count)
         drawing.close()
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(out) as temporary, temporary.open("wb") as file:
             if animated:
                 _write_gif(pictures, file, fps)
             else:
                 _tile(pictures).save(file, "png")
-        temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RenderError(f"{out} cannot be written: {error.strerror or error}") from None
 
 

@@ -41,9 +41,10 @@ from sgrl.analysis.tables import (
     within_interval,
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
-from sgrl.results.runs import Results, ResultsError, load_results, places, read_experiment
+from sgrl.results.runs import Results, ResultsError, load_results, places
 
 THRESHOLD = 0.5
 
@@ -116,8 +117,9 @@ def write_report(
 def _can_be_written(folder: Path) -> bool:
     """Whether a report's files can be written to a results folder."""
     effective = os.access in os.supports_effective_ids
-    files = ("comparison.csv", "pairs.csv", "figures")
-    paths = [folder, *(folder / name for name in files if (folder / name).exists())]
+    sweep = SweepFolder(folder)
+    files = (sweep.comparison, sweep.pairs, sweep.figures)
+    paths = [folder, *(file for file in files if file.exists())]
     return all(os.access(path, os.W_OK, effective_ids=effective) for path in paths)
 
 
@@ -158,8 +160,9 @@ def _sweep(directory: Path, threshold: float, home: Path, x: str, called: Path) 
     best = best_learning_rates(comparison)
     chosen = at_points(results.trials, best)
     pairs = compare_pairs(chosen)
-    comparison.to_csv(home / "comparison.csv", index=False)
-    pairs.to_csv(home / "pairs.csv", index=False)
+    sweep, written = SweepFolder(directory), SweepFolder(home)
+    comparison.to_csv(written.comparison, index=False)
+    pairs.to_csv(written.pairs, index=False)
 
     rates = learning_rate_columns(results.swept)
     note = (
@@ -184,14 +187,14 @@ def _sweep(directory: Path, threshold: float, home: Path, x: str, called: Path) 
         tables.append(("All learning rates", "As above, at every swept point.", table))
     tables.append(("Trials", "", _trials_table(results)))
 
-    experiment, starts = directory / "experiment.yaml", read_starts(directory)
-    name = read_experiment(directory).get("name", directory.resolve().name)
+    experiment, starts = sweep.experiment, read_starts(sweep.provenance)
+    name = sweep.read_experiment().get("name", directory.resolve().name)
     section = Section(
         title=str(name),
         facts=[*_states(results), *_starts(starts)],
         problems=list(results.problems),
         tables=tables,
-        figures=write_figures(results, home / "figures"),
+        figures=write_figures(results, written.figures),
     )
     if experiment.is_file():
         section.configuration = experiment.read_text(encoding="utf-8")

@@ -26,8 +26,9 @@ from sgrl.analysis.judges import (
     verdict,
 )
 from sgrl.analysis.rank_test import holm
+from sgrl.results.locations import reading
 from sgrl.results.runs import Results, load_results
-from sgrl.results.storage import is_archive, reading
+from sgrl.results.storage import is_archive
 
 #: Lines of docs/study.md between which the table of claims stands.
 FINDINGS = ("<!-- findings -->", "<!-- end of findings -->")

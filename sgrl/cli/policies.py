@@ -28,7 +28,8 @@ def evaluate(
     from sgrl.envs.mnist import DataError
     from sgrl.results.checkpoints import CheckpointError
     from sgrl.results.evaluation import evaluate as evaluate_checkpoint
-    from sgrl.results.storage import StorageError, reading_checkpoint
+    from sgrl.results.locations import reading_checkpoint
+    from sgrl.results.storage import StorageError
 
     errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
     with one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
@@ -56,7 +57,8 @@ def render(
     from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.results.checkpoints import CheckpointError
-    from sgrl.results.storage import StorageError, reading_checkpoint
+    from sgrl.results.locations import reading_checkpoint
+    from sgrl.results.storage import StorageError
 
     errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
     with one_line_errors(*errors):

@@ -35,8 +35,9 @@ def report(
 ) -> None:
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
+    from sgrl.results.locations import reading
     from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import StorageError, is_address, is_archive, reading
+    from sgrl.results.storage import StorageError, is_address, is_archive
 
     with one_line_errors(ResultsError, StorageError), ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
@@ -75,8 +76,9 @@ def compare(
 
     from sgrl.analysis.compare import compare as compare_results
     from sgrl.analysis.tables import print_table
+    from sgrl.results.locations import reading
     from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import StorageError, reading
+    from sgrl.results.storage import StorageError
 
     with one_line_errors(ResultsError, StorageError, OSError), ExitStack() as stack:
         one = stack.enter_context(reading(first))

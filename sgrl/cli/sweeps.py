@@ -71,10 +71,10 @@ def sweep(
         from sgrl.tuning.experiment.resources import user_modules
         from sgrl.user_code import sources
 
-        words = ["sweep", "experiment.yaml", "--results", results, "--name", experiment.name]
+        words = ["sweep", config.name, "--results", results, "--name", experiment.name]
         words += [word for setting in set_ or [] for word in ("--set", setting)]
         words += ["--track", track] if track else []
-        files = {"experiment.yaml": config.read_text("utf-8")}
+        files = {config.name: config.read_text("utf-8")}
         for module in user_modules(experiment):
             files |= sources(module)
         _run_on_cluster(client, words, results, files)
@@ -164,15 +164,14 @@ def _join(address: str | None) -> None:
 def _compare(location: str | Path) -> None:
     """Write a finished sweep's table and figure; exit with status 1 if a trial failed."""
     from sgrl.analysis.outputs import write_comparison
+    from sgrl.results.locations import open_store
     from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import open_store
     from sgrl.tuning.sweep import failed_trials
 
     with one_line_errors(ResultsError, OSError):
         store = open_store(location, "driver")
         write_comparison(store.folder, shown_as=str(store))
-        figures = store.folder.glob("figures/*.png")
-        store.push("comparison.csv", *(f"figures/{path.name}" for path in figures))
+        store.push(store.sweep.comparison, *store.sweep.figures.glob("*.png"))
     if failed_trials(store.folder):
         raise typer.Exit(1)
 

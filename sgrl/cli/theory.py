@@ -36,7 +36,8 @@ def probe(
     from sgrl.envs.guard import EnvironmentFailed
     from sgrl.envs.mnist import DataError
     from sgrl.results.checkpoints import CheckpointError, open_policy
-    from sgrl.results.storage import StorageError, reading_checkpoint
+    from sgrl.results.locations import reading_checkpoint
+    from sgrl.results.storage import StorageError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
     from sgrl.theory.tasks import TheoryError

@@ -8,7 +8,6 @@ the known MD5 sums are accepted. Files are written whole or not at all, and one 
 while others that ask at once wait.
 """
 
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -20,14 +19,16 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
+
+from sgrl.files import lock, replacing
 
 #: MD5 of each file, uncompressed.
 FILES = {
@@ -61,8 +62,7 @@ def default_data_dir() -> Path:
     named = os.environ.get("SGRL_DATA_DIR")
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sgrl" / "mnist"
+    return user_cache_path("sgrl") / "mnist"
 
 
 def load(
@@ -95,7 +95,7 @@ def fetch(data_dir: str | Path | None = None, report: Report = lambda *_: None) 
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):
+        with lock(folder / ".lock"):
             return _fetch(folder, report)
     except OSError as error:
         raise DataError(
@@ -258,19 +258,5 @@ def _write(path: Path, content: bytes) -> None:
     digest.update(content)
     if digest.hexdigest() != FILES[path.name]:
         raise _Refused(f"{path.name} is not the known one (its MD5 differs)")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

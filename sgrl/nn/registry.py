@@ -25,6 +25,8 @@ from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
 
 FORMAT_VERSION = 1
+#: What a saved policy consists of.
+WEIGHTS_FILE, DESCRIPTION_FILE = "policy.safetensors", "policy.json"
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
@@ -146,8 +148,8 @@ def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
         "settings": dataclasses.asdict(policy.settings),
         **extra,
     }
-    save_file(state, directory / "policy.safetensors")
-    (directory / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+    save_file(state, directory / WEIGHTS_FILE)
+    (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _action_space(description: Mapping[str, Any]) -> ActionSpace:
@@ -170,7 +172,7 @@ def load_policy(path: str | Path) -> Policy:
         ValueError: they cannot be read, or do not belong together.
     """
     directory = Path(path)
-    description_file, weights_file = directory / "policy.json", directory / "policy.safetensors"
+    description_file, weights_file = directory / DESCRIPTION_FILE, directory / WEIGHTS_FILE
     for file in (description_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(f"{directory} holds no {file.name}; give a checkpoint's folder")

@@ -9,8 +9,8 @@ were, and
 - `<trial>/checkpoints/NNNNNN/`: final policies of chosen trials, at the paths where the sweep had
   them, `policy.safetensors` and `policy.json` only.
 
-Everything that reads results reads an archive too: `sgrl.results.storage.reading` unpacks it into a
-folder of the usual kind. An archive cannot be resumed.
+Everything that reads results reads an archive too: `sgrl.results.locations.reading` unpacks it into
+a folder of the usual kind. An archive cannot be resumed.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from safetensors.torch import load_file, save_file
 
 from sgrl.commands import command
-from sgrl.results.checkpoints import newest_valid_checkpoint, write_checkpoint, write_text
+from sgrl.files import write_text
+from sgrl.results.checkpoints import newest_valid_checkpoint, write_checkpoint
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import (
     COLUMNS,
     EVALUATION_COLUMNS,
@@ -39,18 +39,11 @@ from sgrl.results.metrics import (
     write_rows,
 )
 from sgrl.results.plan import ExperimentError, planned_trials
-from sgrl.results.provenance import PROVENANCE_FILE, read_starts
-from sgrl.results.status import EXPERIMENT_FILE, folder_problems, read_status
-from sgrl.results.storage import ARCHIVED_TRIALS_FILE as TRIALS_FILE
+from sgrl.results.provenance import read_starts
 from sgrl.results.storage import StorageError, is_archive
 from sgrl.yaml_files import dump_yaml
 
 FORMAT = 1
-METRICS_FILE = "metrics.parquet"
-#: Files of a sweep that an archive holds as they are.
-KEPT = ("experiment.yaml", PROVENANCE_FILE, "summary.csv")
-
-
 #: Columns kept in double precision: with them, scores and steps to a threshold stay what they are.
 DOUBLE = (*MEASURES, *EVALUATION_COLUMNS, "episode_length_mean")
 #: What starts of many trials have in common.
@@ -98,20 +91,20 @@ def write_archive(
         ArchiveError: the folder holds no sweep, a trial is missing or not over, a policy is
             missing, or `out` holds other files.
     """
-    folders = [path.parent for path in sorted(sweep.glob("*/config.yaml"))]
+    folder = SweepFolder(sweep)
+    folders = folder.trials()
     if not folders or is_archive(sweep):
         raise ArchiveError(f"{sweep} holds no sweep: give a folder such as results/quickstart")
     left_out: list[str] = []
     # Results without an experiment are taken as they are.
     with contextlib.suppress(ExperimentError):
-        planned = planned_trials(sweep / EXPERIMENT_FILE)
-        names = {trial.name for trial in planned}
-        for problem in folder_problems(sweep, planned):
+        names = {trial.name for trial in planned_trials(folder.experiment)}
+        for problem in folder.problems(names):
             if problem.partition(":")[0] in names:
                 raise ArchiveError(f"{sweep} is not whole: {problem}")
             left_out.append(problem)
-        folders = [folder for folder in folders if folder.name in names]
-    trials = [_read_trial(folder) for folder in folders]
+        folders = [trial for trial in folders if trial.name in names]
+    trials = [_read_trial(trial) for trial in folders]
     for trial in trials:
         if trial.status.get("state") not in ("completed", "failed"):
             again = command("sgrl", "resume", sweep)
@@ -123,21 +116,20 @@ def write_archive(
         raise ArchiveError(f"{out} holds something else: give another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for file in KEPT:
-        if (sweep / file).is_file():
-            shutil.copyfile(sweep / file, out / file)
+    packed = SweepFolder(out)
+    _copy_kept(folder, packed)
     for name in policies:
-        _copy_policy(sweep / name / "checkpoints", out / name / "checkpoints", half)
+        _copy_policy(folder.trial(name), packed.trial(name), half)
     pq.write_table(
         _table(trials),
-        out / METRICS_FILE,
+        packed.archived_metrics,
         compression="zstd",
         compression_level=19,
         use_dictionary=["trial"],
         use_byte_stream_split=True,
     )
     # Last: with it, the folder is an archive.
-    write_text(out / TRIALS_FILE, _trials_json(trials))
+    write_text(packed.archived_trials, _trials_json(trials))
     return left_out
 
 
@@ -149,12 +141,13 @@ def read_archive(archive: Path) -> list[ArchivedTrial]:
     """
     if not is_archive(archive):
         raise ArchiveError(f"{archive} is no archive: make one with {command('sgrl', 'archive')}")
+    packed = SweepFolder(archive)
     try:
-        content = json.loads((archive / TRIALS_FILE).read_text(encoding="utf-8"))
+        content = json.loads(packed.archived_trials.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ArchiveError(f"{archive} has the unknown format {content['format']}")
         machines = content["machines"]
-        rows = _rows_by_trial(pq.read_table(archive / METRICS_FILE))
+        rows = _rows_by_trial(pq.read_table(packed.archived_metrics))
         trials = [
             ArchivedTrial(
                 trial["config"]["name"],
@@ -176,7 +169,8 @@ def read_archive(archive: Path) -> list[ArchivedTrial]:
         raise ArchiveError(f"{archive} is damaged: {type(e).__name__}: {reason}") from None
     if rows:
         raise ArchiveError(
-            f"{archive} is damaged: {TRIALS_FILE} lacks the trial {next(iter(rows))}"
+            f"{archive} is damaged: {packed.archived_trials.name} lacks the trial "
+            f"{next(iter(rows))}"
         )
     return trials
 
@@ -189,25 +183,31 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     trials = read_archive(archive)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:
-        if (archive / file).is_file():
-            shutil.copyfile(archive / file, folder / file)
+    sweep = SweepFolder(folder)
+    _copy_kept(SweepFolder(archive), sweep)
     for trial in trials:
-        home = folder / trial.name
-        home.mkdir()
-        (home / "config.yaml").write_text(dump_yaml(trial.config), encoding="utf-8")
-        (home / "status.json").write_text(json.dumps(trial.status), encoding="utf-8")
-        (home / PROVENANCE_FILE).write_text(json.dumps(trial.starts), encoding="utf-8")
-        write_rows(home / "metrics.csv", trial.rows)
+        home = sweep.trial(trial.name)
+        home.path.mkdir()
+        home.config.write_text(dump_yaml(trial.config), encoding="utf-8")
+        home.status.write_text(json.dumps(trial.status), encoding="utf-8")
+        home.provenance.write_text(json.dumps(trial.starts), encoding="utf-8")
+        write_rows(home.metrics, trial.rows)
 
 
-def _read_trial(folder: Path) -> ArchivedTrial:
+def _copy_kept(source: SweepFolder, target: SweepFolder) -> None:
+    """Copy what an archive holds of a sweep as it is."""
+    for file in (source.experiment, source.provenance, source.summary):
+        if file.is_file():
+            shutil.copyfile(file, target.path / file.name)
+
+
+def _read_trial(folder: TrialFolder) -> ArchivedTrial:
     return ArchivedTrial(
         folder.name,
-        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-        read_status(folder),
-        read_starts(folder),
-        read_metrics(folder / "metrics.csv"),
+        folder.read_config(),
+        folder.read_status(),
+        read_starts(folder.provenance),
+        read_metrics(folder.metrics),
     )
 
 
@@ -266,19 +266,23 @@ def in_archive(column: str, value: float) -> float:
     return float(np.float32(value)) if single else value
 
 
-def _copy_policy(source: Path, target: Path, half: bool) -> None:
-    checkpoint, _ = newest_valid_checkpoint(source)
+def _copy_policy(source: TrialFolder, target: TrialFolder, half: bool) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from sgrl.nn.registry import DESCRIPTION_FILE, WEIGHTS_FILE
+
+    checkpoint, _ = newest_valid_checkpoint(source.checkpoints)
     if checkpoint is None:
-        raise ArchiveError(f"{source} holds no whole checkpoint")
+        raise ArchiveError(f"{source.checkpoints} holds no whole checkpoint")
 
     def save(directory: Path) -> None:
-        shutil.copyfile(checkpoint / "policy.json", directory / "policy.json")
-        state = load_file(checkpoint / "policy.safetensors")
+        shutil.copyfile(checkpoint / DESCRIPTION_FILE, directory / DESCRIPTION_FILE)
+        state = load_file(checkpoint / WEIGHTS_FILE)
         if half:
             state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        save_file(state, directory / "policy.safetensors")
+        save_file(state, directory / WEIGHTS_FILE)
 
     try:
-        write_checkpoint(target, int(checkpoint.name), save, keep=1)
+        write_checkpoint(target.checkpoints, int(checkpoint.name), save, keep=1)
     except OSError as error:
         raise ArchiveError(f"{checkpoint} holds no policy: {error}") from None

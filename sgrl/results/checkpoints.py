@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sgrl.files import sync
 
 if TYPE_CHECKING:
     from sgrl.nn.registry import Policy
@@ -26,6 +27,11 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the message is one line that says why."""
 
 
+def checkpoint_name(iteration: int) -> str:
+    """The name of the checkpoint's folder, as in 000025."""
+    return f"{iteration:06d}"
+
+
 def write_checkpoint(
     folder: Path, iteration: int, save: Callable[[Path], None], *, keep: int
 ) -> Path:
@@ -34,7 +40,7 @@ def write_checkpoint(
     `save(directory)` writes the checkpoint's files. Whatever is killed, `folder/NNNNNN` holds
     either all of them or does not exist.
     """
-    final = folder / f"{iteration:06d}"
+    final = folder / checkpoint_name(iteration)
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -46,7 +52,7 @@ def write_checkpoint(
         manifest = {"format": 1, "iteration": iteration, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
+            sync(path)
     except BaseException:
         # On a full disk its place is needed.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +60,7 @@ def write_checkpoint(
     # A folder that is already there was found damaged, else its trial would be past it.
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
-    _fsync(folder)
+    sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -137,10 +143,10 @@ def open_policy(checkpoint: Path) -> tuple[Policy, dict]:
     Raises CheckpointError where the checkpoint is damaged or holds no policy; the message names
     the newest whole checkpoint beside it.
     """
-    from sgrl.nn.registry import load_policy
+    from sgrl.nn.registry import DESCRIPTION_FILE, load_policy
 
     checkpoint = Path(checkpoint)
-    if not (checkpoint / MANIFEST).is_file() and not (checkpoint / "policy.json").is_file():
+    if not (checkpoint / MANIFEST).is_file() and not (checkpoint / DESCRIPTION_FILE).is_file():
         raise CheckpointError(
             f"{checkpoint} is no checkpoint: give a folder such as "
             "results/EXPERIMENT/TRIAL/checkpoints/000025"
@@ -154,23 +160,9 @@ def open_policy(checkpoint: Path) -> tuple[Policy, dict]:
             raise CheckpointError(f"{error}{hint}") from None
     try:
         policy = load_policy(checkpoint)
-        return policy, json.loads((checkpoint / "policy.json").read_text())["environment"]
+        return policy, json.loads((checkpoint / DESCRIPTION_FILE).read_text())["environment"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} holds no policy to run: {error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _files(directory: Path) -> list[Path]:
@@ -184,11 +176,3 @@ def _digest(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,14 +8,17 @@ whatever was killed.
 Files from before there was `padded_env_steps` are read as if they had it (see `old_counts`).
 """
 
+import contextlib
 import itertools
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from sgrl.files import replacing
+from sgrl.results.folder import TrialFolder
 
 COLUMNS = (
     "iteration",
@@ -175,7 +178,7 @@ def read_metrics(path: Path) -> list[Row]:
     if not rows or NEW_COLUMNS[0] in rows[0]:
         return rows
     lists = {name: [row[name] for row in rows] for name in ("env_steps", "episode_length_mean")}
-    counts = old_counts(path, trial_config(path), *lists.values())
+    counts = old_counts(path, _config_beside(path), *lists.values())
     counted = [
         dict(zip(counts, values, strict=True)) for values in zip(*counts.values(), strict=True)
     ]
@@ -186,13 +189,12 @@ def read_metrics(path: Path) -> list[Row]:
     ]
 
 
-def trial_config(metrics: Path) -> dict[str, Any]:
-    """The config.yaml beside a trial's metrics.csv, empty where it cannot be read."""
-    try:
-        config = yaml.safe_load((metrics.parent / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The trial's configuration, empty where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        config = TrialFolder(path.parent).read_config()
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def old_counts(
@@ -231,8 +233,8 @@ def old_counts(
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise OldMetricsError(
             f"{path} is of an older version, which counted padding as env_steps, and the "
-            "config.yaml beside it does not say how many episodes a batch had: restore that file, "
-            "or move this trial out of the results"
+            f"{TrialFolder(path.parent).config.name} beside it does not say how many episodes a "
+            "batch had: restore that file, or move this trial out of the results"
         ) from None
     return {
         "env_steps": list(itertools.accumulate(map(round, taken))),
@@ -263,19 +265,9 @@ def truncate_metrics(path: Path, iteration: int) -> None:
 
 def _replace(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
     """Make the file one of these rows, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(",".join(columns) + "\n")
         file.writelines(_line(columns, row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def flush_metrics(path: Path) -> None:
-    """Bring the file to the disk, so that no checkpoint outlives the rows that led to it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class Score(NamedTuple):

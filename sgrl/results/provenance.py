@@ -1,7 +1,6 @@
 """What a sweep and each of its trials ran on: versions, revision and machine of every start, in
 their `provenance.json`."""
 
-import json
 import os
 import platform
 import subprocess
@@ -14,32 +13,25 @@ from typing import Any
 import psutil
 
 import sgrl
+from sgrl.files import read_json, write_json
 
-PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("sgrl", "torch", "ray", "numpy", "gymnasium", "popgym")
 
 
-def record_start(directory: Path, **more: Any) -> None:
-    """Add this start to the provenance.json of a sweep or a trial: a list, one mapping a start.
+def record_start(path: Path, **more: Any) -> None:
+    """Add this start to the provenance of a sweep or a trial: a list, one mapping a start.
 
     Keys: those of `more` (of a trial `iteration`, the one it went on from), started (UTC),
     versions (by package, and python), revision (git's, of the checkout that sgrl is imported from,
     "-dirty" where it has changes; null without one), machine (processor, processor_kind, cpus,
     memory_gb, gpus, system). Nothing in it names a user or a host.
     """
-    path = directory / PROVENANCE_FILE
-    starts = [*read_starts(directory), more | describe()]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, [*read_starts(path), more | describe()])
 
 
-def read_starts(directory: Path) -> list[dict[str, Any]]:
+def read_starts(path: Path) -> list[dict[str, Any]]:
     """The starts of a sweep or a trial, the first one first; none where nothing was recorded."""
-    try:
-        starts = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+    starts = read_json(path)
     return starts if isinstance(starts, list) else []
 
 

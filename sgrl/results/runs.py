@@ -21,6 +21,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import (
     AXES,
     COLUMNS,
@@ -38,10 +39,7 @@ from sgrl.results.metrics import (
     score_of,
 )
 from sgrl.results.plan import ExperimentError, planned_trials
-from sgrl.results.status import EXPERIMENT_FILE, folder_problems, is_running, read_status
 
-#: The same YAML, read in C, where libyaml is there: several times faster.
-YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: Columns of every row of metrics.csv that is whole; the others may be empty.
 FILLED = ("iteration", "env_steps", "iteration_seconds")
 #: What a configuration may leave unsaid: the environments of Reinforce, and a batch's steps.
@@ -165,13 +163,13 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
     files: list[tuple[Path, dict[str, Any]]] = []
     swept: dict[str, None] = {"experiment": None} if several else {}
     for name, directory in zip(names, folders, strict=True):
-        found = _trial_folders(directory, problems)
-        running = is_running(directory)
+        sweep = SweepFolder(directory)
+        found, running = _trial_folders(sweep, problems), sweep.is_running()
         for folder, config in found:
             label = f"{name}/{config['name']}" if several else config["name"]
             values = {_column(key): _value(value) for key, value in config["swept"].items()}
             swept.update(dict.fromkeys(values))
-            status = read_status(folder)
+            status = folder.read_status()
             state = status.get("state", "pending")
             rows.append(
                 {"trial": label, "method": config["method"], "experiment": name}
@@ -186,7 +184,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
                     "notes": status.get("notes", []),
                 }
             )
-            files.append((folder / "metrics.csv", config))
+            files.append((folder.metrics, config))
     try:
         metrics = _read_all(files)
     except OldMetricsError as error:
@@ -238,18 +236,19 @@ def _lacking(x: str) -> str:
 def _problems(row: dict[str, Any], dropped: int) -> list[str]:
     """What there is to know about a trial that is not complete and sound."""
     name, state, iterations = row["trial"], row["state"], row["iterations"]
+    file = TrialFolder(name).metrics.name
     planned = f" of {row['planned']}" if row["planned"] else ""
     found = [f"{name}: {note}" for note in row["notes"]]
     if dropped:
         found.append(
-            f"{name}: metrics.csv is damaged after iteration {iterations}; lines dropped: {dropped}"
+            f"{name}: {file} is damaged after iteration {iterations}; lines dropped: {dropped}"
         )
     if state == "failed":
         found.append(f"{name}: failed at iteration {iterations}{planned}: {row['reason']}")
     elif state != "completed":
         found.append(f"{name}: {state} at iteration {iterations}{planned}")
     elif row["planned"] and iterations < row["planned"]:
-        found.append(f"{name}: completed, but metrics.csv ends at iteration {iterations}{planned}")
+        found.append(f"{name}: completed, but {file} ends at iteration {iterations}{planned}")
     elif np.isnan(row["final"]):
         found.append(f"{name}: completed, but without a success rate or test reward")
     return found
@@ -325,40 +324,40 @@ def _read_bytes(path: Path) -> bytes:
         return b""
 
 
-def _trial_folders(directory: Path, problems: list[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The folders of the trials that experiment.yaml plans, and their configurations, in the order
-    of the experiment's methods. Without a whole experiment.yaml, every folder that is a trial's."""
-    paths = sorted(directory.glob("*/config.yaml"))
+def _trial_folders(
+    sweep: SweepFolder, problems: list[str]
+) -> list[tuple[TrialFolder, dict[str, Any]]]:
+    """The folders of the trials that the experiment plans, and their configurations, in the order
+    of its methods. Without a whole experiment, every folder that is a trial's."""
     names = None
     with contextlib.suppress(ExperimentError):
-        planned = planned_trials(directory / EXPERIMENT_FILE)
-        names = {trial.name for trial in planned}
-        problems += folder_problems(directory, planned)
+        names = {trial.name for trial in planned_trials(sweep.experiment)}
+        problems += sweep.problems(names)
     found = []
-    for path in paths:
-        name = path.parent.name
+    for folder in sweep.trials():
+        name, file = folder.name, folder.config.name
         if names is not None and name not in names:
             continue
         try:
-            config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
+            config = folder.read_config()
         except (OSError, ValueError, yaml.YAMLError):
-            problems.append(f"{name}: config.yaml cannot be read; left out")
+            problems.append(f"{name}: {file} cannot be read; left out")
             continue
         if not isinstance(config, dict) or not {"name", "method", "seed"} <= config.keys():
             if names is not None:
-                problems.append(f"{name}: config.yaml is no trial's; left out")
+                problems.append(f"{name}: {file} is no trial's; left out")
         elif names is not None and config["name"] != name:
-            problems.append(f"{name}: holds the config.yaml of {config['name']}; left out")
+            problems.append(f"{name}: holds the {file} of {config['name']}; left out")
         else:
             config.setdefault("swept", {})
-            found.append((path.parent, config))
+            found.append((folder, config))
     if not found:
         raise ResultsError(
-            f"{directory} holds no results: give a folder such as results/quickstart"
+            f"{sweep.path} holds no results: give a folder such as results/quickstart"
         )
-    order = list(read_experiment(directory).get("methods", {}))
+    order = list(sweep.read_experiment().get("methods", {}))
 
-    def position(item: tuple[Path, dict[str, Any]]) -> tuple:
+    def position(item: tuple[TrialFolder, dict[str, Any]]) -> tuple:
         config = item[1]
         method = config["method"]
         values = [_sortable(value) for value in config["swept"].values()]
@@ -366,14 +365,6 @@ def _trial_folders(directory: Path, problems: list[str]) -> list[tuple[Path, dic
         return place, method, values, config["seed"]
 
     return sorted(found, key=position)
-
-
-def read_experiment(directory: Path) -> dict[str, Any]:
-    """The resolved experiment of a results folder; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        experiment = yaml.load((directory / EXPERIMENT_FILE).read_text("utf-8"), Loader=YAML)
-        return experiment if isinstance(experiment, dict) else {}
-    return {}
 
 
 def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:

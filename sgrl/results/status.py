@@ -1,9 +1,6 @@
 """Where the trials of a sweep stand, from its folder alone: without Ray, torch, or the environment
 that they train in, and without writing anything."""
 
-import contextlib
-import fcntl
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sgrl.results.checkpoints import write_text
+from sgrl.results.folder import SweepFolder
+from sgrl.results.locations import reading
 from sgrl.results.metrics import (
     MEASURE_NAMES,
     OldMetricsError,
@@ -22,32 +20,11 @@ from sgrl.results.metrics import (
     score,
 )
 from sgrl.results.plan import Trial, planned_trials
-from sgrl.results.storage import is_address, reading
-
-EXPERIMENT_FILE = "experiment.yaml"
-CONFIG_FILE = "config.yaml"
-#: Either of them makes a folder a trial's.
-TRIAL_MARKS = (CONFIG_FILE, "metrics.csv")
+from sgrl.results.storage import is_address
 
 
 class StatusError(Exception):
     """A folder holds no sweep; the message is one line that says what to do."""
-
-
-def read_status(folder: Path) -> dict:
-    """A trial's status.json: its state (running, completed or failed), the reason of a failure,
-    whether it diverged, notes on damaged checkpoints, the number of trainable parameters without
-    the predictors' (from the first checkpoint on), and the iteration and text of an error that
-    would be its own if it happened again. Empty before its first start."""
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_status(folder: Path, status: dict) -> None:
-    """Replace a trial's status.json."""
-    write_text(folder / "status.json", json.dumps(status, indent=1) + "\n")
 
 
 def seconds_per_iteration(rows: Sequence[Row]) -> float:
@@ -94,10 +71,10 @@ class Progress:
         return self.state in ("completed", "failed")
 
 
-def read_progress(directory: Path, trial: Trial) -> Progress:
-    """Where the trial in `directory/<trial>` stands, from its files alone."""
-    status = read_status(directory / trial.name)
-    rows = read_metrics(directory / trial.name / "metrics.csv")
+def read_progress(sweep: SweepFolder, trial: Trial) -> Progress:
+    """Where a trial stands, from its files alone."""
+    folder = sweep.trial(trial.name)
+    status, rows = folder.read_status(), read_metrics(folder.metrics)
     return Progress(
         trial=trial,
         state=status.get("state", "pending"),
@@ -113,37 +90,11 @@ def measure_of(progress: Iterable[Progress]) -> str:
     return common_measure(row.score.measure for row in progress)
 
 
-def read_stopped(directory: Path, trial: Trial) -> Progress:
+def read_stopped(sweep: SweepFolder, trial: Trial) -> Progress:
     """Where a trial stands whose sweep is not running."""
-    row = read_progress(directory, trial)
+    row = read_progress(sweep, trial)
     row.state = "interrupted" if row.state == "running" else row.state
     return row
-
-
-def is_running(directory: Path) -> bool:
-    """Whether a sweep on this machine holds the folder's lock."""
-    with contextlib.suppress(OSError), (directory / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def folder_problems(directory: Path, planned: Sequence[Trial]) -> list[str]:
-    """One line for each trial whose folder or config.yaml is missing, and for each trial's folder
-    that is none of those planned, which counts for nothing."""
-    names = {trial.name for trial in planned}
-    problems = []
-    for name in sorted(names):
-        if not (directory / name).is_dir():
-            problems.append(f"{name}: its folder is missing")
-        elif not (directory / name / CONFIG_FILE).is_file():
-            problems.append(f"{name}: its {CONFIG_FILE} is missing")
-    found = {path.parent.name for mark in TRIAL_MARKS for path in directory.glob(f"*/{mark}")}
-    for name in sorted(found - names):
-        problems.append(f"{name}: not one of the trials of {EXPERIMENT_FILE}; not counted")
-    return problems
 
 
 def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
@@ -158,23 +109,21 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
         StorageError: as `storage.open_store`.
     """
     with reading(location) as folder:
-        folder = folder.absolute()
-        if not (folder / EXPERIMENT_FILE).is_file():
+        sweep = SweepFolder(folder.absolute())
+        if not sweep.experiment.is_file():
             what = "holds no sweep" if folder.exists() else "does not exist"
             raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
-        trials = planned_trials(folder / EXPERIMENT_FILE)
+        trials = planned_trials(sweep.experiment)
         # Object storage has no locks that would tell whether somebody is at it.
-        read = read_progress if is_address(location) or is_running(folder) else read_stopped
+        read = read_progress if is_address(location) or sweep.is_running() else read_stopped
         try:
             rows = [
-                read(folder, trial)
-                if (folder / trial.name / CONFIG_FILE).is_file()
-                else Progress(trial)
+                read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)
                 for trial in trials
             ]
         except OldMetricsError as error:
             raise StatusError(str(error)) from None
-        return trials_table(rows, folder.name), folder_problems(folder, trials)
+        return trials_table(rows, sweep.name), sweep.problems(trial.name for trial in trials)
 
 
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:

@@ -17,7 +17,8 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from sgrl.results.checkpoints import write_text
+from sgrl.files import write_text
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, Score
 from sgrl.results.plan import Trial
 from sgrl.results.status import (
@@ -26,17 +27,13 @@ from sgrl.results.status import (
     number,
     read_progress,
     trials_table,
-    write_status,
 )
 from sgrl.results.storage import Store
-from sgrl.tuning.trial import ERROR_FILE, HANG_FILE, first_line, is_disk_full
-
-LOG_FILE = "sweep.log"
-SUMMARY_FILE = "summary.csv"
+from sgrl.tuning.trial import first_line, is_disk_full
 
 
-def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
-    """Write summary.csv: one row a trial."""
+def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
+    """Write a sweep's summary: one row a trial."""
     progress = list(progress)
     measure = measure_of(progress)
     final = f"final_{measure}"
@@ -57,7 +54,7 @@ def write_summary(directory: Path, progress: Iterable[Progress]) -> None:
     last = ["seed", "state", "iterations", final, "auc", "reason"]
     frame = pd.DataFrame(rows)
     frame = frame[[*frame.columns.drop(last), *last]]
-    write_text(directory / SUMMARY_FILE, frame.to_csv(index=False))
+    write_text(sweep.summary, frame.to_csv(index=False))
 
 
 class SweepView(tune.Callback, tune.Stopper):
@@ -70,7 +67,7 @@ class SweepView(tune.Callback, tune.Stopper):
     """
 
     def __init__(self, store: Store, trials: dict[str, Progress]) -> None:
-        self.store, self.directory = store, store.folder
+        self.store, self.sweep = store, store.sweep
         self.trials = trials
         self.disk_full = False
         self.saved: dict[str, int] = {}
@@ -92,7 +89,7 @@ class SweepView(tune.Callback, tune.Stopper):
     def __rich_console__(self, console: Console, options: Any) -> Iterator[RenderableType]:
         # Title, frame, header and caption take six lines; a table that is too high is cut off.
         limit = max(3, console.height - 7)
-        yield trials_table(list(self.trials.values()), self.directory.name, limit)
+        yield trials_table(list(self.trials.values()), self.sweep.name, limit)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.trials[trial.config["trial"]].state = "running"
@@ -125,8 +122,9 @@ class SweepView(tune.Callback, tune.Stopper):
         name = trial.config["trial"]
         if not self._is_disk_full(trial):
             reason = self._reason(trial)
-            write_status(self.directory / name, {"state": "failed", "reason": reason})
-            self.store.push(f"{name}/status.json")
+            folder = self.sweep.trial(name)
+            folder.write_status(state="failed", reason=reason)
+            self.store.push(folder.status)
             self._end(self.trials[name].trial)
 
     def __call__(self, trial_id: str, result: dict) -> bool:
@@ -154,23 +152,23 @@ class SweepView(tune.Callback, tune.Stopper):
     def _reason(self, trial: Any) -> str:
         """Why a trial's process ended, in one line."""
         config = self.trials[trial.config["trial"]].trial.config
-        folder = self.directory / trial.config["trial"]
-        hang = folder / HANG_FILE
-        if hang.is_file() and hang.stat().st_size:
-            timeout = config.iteration_timeout
-            return f"an iteration of more than {timeout:g} s ({HANG_FILE} says where it hung)"
+        folder = self.sweep.trial(trial.config["trial"])
+        if folder.hang.is_file() and folder.hang.stat().st_size:
+            where = f"{folder.hang.name} says where it hung"
+            return f"an iteration of more than {config.iteration_timeout:g} s ({where})"
         error = _error(trial)
         if error is None:
-            return f"an error that {LOG_FILE} holds"
+            return f"an error that {self.sweep.log.name} holds"
         # Raised by the trial, which then wrote it down; or its process was lost.
-        said = isinstance(error, RayTaskError) and (folder / ERROR_FILE).is_file()
-        return f"{first_line(error)}{f' ({ERROR_FILE} says where)' if said else ''}"
+        said = isinstance(error, RayTaskError) and folder.error.is_file()
+        return f"{first_line(error)}{f' ({folder.error.name} says where)' if said else ''}"
 
     def _end(self, trial: Trial) -> None:
-        self.store.pull(f"{trial.name}/metrics.csv", f"{trial.name}/status.json")
-        row = self.trials[trial.name] = read_progress(self.directory, trial)
+        folder = self.sweep.trial(trial.name)
+        self.store.pull(folder.metrics, folder.status)
+        row = self.trials[trial.name] = read_progress(self.sweep, trial)
         # Written each time: a sweep that is killed later has its table of what ended before.
-        write_summary(self.directory, self.trials.values())
+        write_summary(self.sweep, self.trials.values())
         if self.live is None or row.state == "failed":
             over = sum(row.is_over for row in self.trials.values())
             line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"

@@ -10,76 +10,45 @@ checkpoint with exactly the numbers of an uninterrupted one.
 """
 
 import contextlib
-import logging
 import os
 import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sgrl.commands import command
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
-from sgrl.local_ray import LocalRayError, start_local_ray
-from sgrl.results.checkpoints import write_text
+from sgrl.files import write_text
+from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.locations import open_store
 from sgrl.results.metrics import OldMetricsError, read_metrics
 from sgrl.results.plan import Trial, TrialConfig, planned_trials
-from sgrl.results.provenance import PROVENANCE_FILE, record_start
-from sgrl.results.status import (
-    EXPERIMENT_FILE,
-    Progress,
-    read_progress,
-    read_status,
-    read_stopped,
-    write_status,
+from sgrl.results.provenance import record_start
+from sgrl.results.status import Progress, read_progress, read_stopped
+from sgrl.results.storage import Store, display, is_archive, join
+from sgrl.tuning.cluster import (
+    SweepError,
+    check_modules,
+    check_visible,
+    machine_resources,
+    start_ray,
 )
-from sgrl.results.storage import Mirror, Store, display, is_address, is_archive, join, open_store
-from sgrl.tuning.client import reach
 from sgrl.tuning.experiment.load import Experiment, extend_experiment
 from sgrl.tuning.experiment.method import with_defaults
-from sgrl.tuning.experiment.resources import check_backends, check_resources, may_move, user_modules
+from sgrl.tuning.experiment.resources import check_backends, check_resources, may_move
 from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_config
-from sgrl.tuning.progress import (
-    LOG_FILE,
-    SUMMARY_FILE,
-    SweepView,
-    progress_bar,
-    quiet,
-    write_summary,
-)
+from sgrl.tuning.progress import SweepView, progress_bar, quiet, write_summary
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
-from sgrl.tuning.trial import (
-    TrialRunner,
-    first_line,
-    is_disk_full,
-    lock_file,
-    read_yaml,
-)
-from sgrl.user_code import UserCodeError, import_named, source_of
+from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
 
 # What a trial's numbers do not depend on may change from one start to the next.
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
-
-# Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-
-
-class SweepError(Exception):
-    """A sweep cannot start or go on; the message is one line that says what to do."""
 
 
 def run_sweep(
@@ -109,7 +78,7 @@ def run_sweep(
         raise SweepError(f"{store} cannot be made: {error.strerror}") from None
     with _locked(store):
         store.pull_reports()  # empties a mirror of what was there before
-        write_text(store.folder / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+        write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
         return _run(store, experiment, requests)
 
 
@@ -136,7 +105,7 @@ def resume_sweep(
         requests = _resource_requests(experiment, resuming=True)
         _prepare_environments(experiment)
         if iterations is not None or additions or track is not None:
-            write_text(store.folder / EXPERIMENT_FILE, dump_yaml(experiment.resolved))
+            write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
         return _run(store, experiment, requests)
 
 
@@ -151,7 +120,7 @@ def resume_plan(
         store.pull_reports()
         experiment = _extended(store, iterations, additions)
         todo = []
-        for row in (read_progress(store.folder, trial) for trial in experiment.trials):
+        for row in (read_progress(store.sweep, trial) for trial in experiment.trials):
             if not _is_settled(store, row):
                 row.iteration = store.newest_checkpoint(row.trial.name, at_most=row.iteration)
                 todo.append(row)
@@ -164,11 +133,12 @@ def _extended(
     additions: Sequence[str],
     track: str | None = None,
 ) -> Experiment:
-    experiment = extend_experiment(store.folder / EXPERIMENT_FILE, iterations, additions, track)
+    experiment = extend_experiment(store.sweep.experiment, iterations, additions, track)
     for trial in experiment.trials:
-        _check_config(store.folder / trial.name, trial)
+        folder = store.sweep.trial(trial.name)
+        _check_config(folder, trial)
         try:
-            done = len(read_metrics(store.folder / trial.name / "metrics.csv"))
+            done = len(read_metrics(folder.metrics))
         except OldMetricsError as error:
             raise SweepError(str(error)) from None
         if iterations is not None and done > iterations:
@@ -181,15 +151,14 @@ def _extended(
 
 def failed_trials(directory: str | Path) -> list[str]:
     """The names of a sweep's trials that failed, in order, from its folder."""
-    directory = Path(directory).absolute()
-    trials = planned_trials(directory / EXPERIMENT_FILE)
-    rows = [read_progress(directory, trial) for trial in trials]
+    sweep = SweepFolder(directory)
+    rows = [read_progress(sweep, trial) for trial in planned_trials(sweep.experiment)]
     return [row.trial.name for row in rows if row.state == "failed"]
 
 
 def is_sweep(store: Store) -> bool:
     """Whether the store holds a sweep that can go on."""
-    return store.exists(EXPERIMENT_FILE) and not is_archive(store.location)
+    return store.exists(store.sweep.experiment) and not is_archive(store.location)
 
 
 def _check_is_sweep(store: Store) -> None:
@@ -204,19 +173,19 @@ def _check_is_sweep(store: Store) -> None:
 def _locked(store: Store) -> Iterator[None]:
     """Keep other processes (of this machine, where the results are an address) from running the
     sweep, or changing what it is to run."""
-    try:
-        lock = lock_file(store.folder / ".lock", seconds=2)
-    except OSError as error:
-        raise SweepError(f"{store} cannot be used: {error.strerror}") from None
-    if lock is None:
-        raise SweepError(f"{store} is being run by another process")
-    try:
-        with lock:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(store.sweep.lock(seconds=2))
+        except TimeoutError:
+            raise SweepError(f"{store} is being run by another process") from None
+        except OSError as error:
+            raise SweepError(f"{store} cannot be used: {error.strerror}") from None
+        try:
             yield
-    except Exception as error:
-        if is_disk_full(error):
-            raise SweepError(_disk_full(store)) from None
-        raise
+        except Exception as error:
+            if is_disk_full(error):
+                raise SweepError(_disk_full(store)) from None
+            raise
 
 
 def _disk_full(store: Store) -> str:
@@ -241,18 +210,19 @@ def _prepare_environments(experiment: Experiment) -> None:
 
 
 def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path:
-    directory = store.folder
-    with quiet(directory / LOG_FILE) as console:
-        record_start(directory)
-        prepare_tracker(experiment.file.track, directory)
-        moved = {t.name for t in experiment.trials if _has_moved(directory / t.name, t)}
+    sweep = store.sweep
+    folders = {trial.name: sweep.trial(trial.name) for trial in experiment.trials}
+    with quiet(sweep.log) as console:
+        record_start(sweep.provenance)
+        prepare_tracker(experiment.file.track, sweep)
+        moved = {t.name for t in experiment.trials if _has_moved(folders[t.name], t)}
         for trial in experiment.trials:
-            _write_config(directory / trial.name, trial)
-        progress = {t.name: read_progress(directory, t) for t in experiment.trials}
-        for row in progress.values():
+            _write_config(folders[trial.name], trial)
+        progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
+        for name, row in progress.items():
             if not _is_settled(store, row):
                 row.state = "pending"
-                write_status(directory / row.trial.name, {"state": "pending"})
+                folders[name].write_status(state="pending")
         todo = [row.trial for row in progress.values() if row.state == "pending"]
         going_on = [trial for trial in todo if trial.name in moved]
         if going_on:
@@ -263,8 +233,8 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
             who = "1 trial goes on" if moving == 1 else f"{moving} trials go on"
             words = f"{who} in other processes than before, with {like}"
             console.print(words, soft_wrap=True, highlight=False)
-        made = (f"{trial.name}/{name}" for trial in todo for name in ("config.yaml", "status.json"))
-        store.push(EXPERIMENT_FILE, PROVENANCE_FILE, *made)
+        made = [file for t in todo for file in (folders[t.name].config, folders[t.name].status)]
+        store.push(sweep.experiment, sweep.provenance, *made)
         over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
         count = "1 trial" if len(progress) == 1 else f"{len(progress)} trials"
         head = f"{count}{over}; results in {store}"
@@ -278,24 +248,23 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
                 with view.shown_on(console):
                     _run_trials(store, experiment, todo, requests, view)
             finally:
-                for row in view.trials.values():
+                for name, row in view.trials.items():
                     if not row.is_over:
-                        store.pull(f"{row.trial.name}/metrics.csv", f"{row.trial.name}/status.json")
-        progress = {t.name: read_stopped(directory, t) for t in experiment.trials}
-        write_summary(directory, progress.values())
-        store.push(SUMMARY_FILE, LOG_FILE)
+                        store.pull(folders[name].metrics, folders[name].status)
+        progress = {t.name: read_stopped(sweep, t) for t in experiment.trials}
+        write_summary(sweep, progress.values())
+        store.push(sweep.summary, sweep.log)
     if any(not row.is_over for row in progress.values()):
         raise KeyboardInterrupt
-    return directory
+    return sweep.path
 
 
-def _check_config(folder: Path, trial: Trial) -> None:
+def _check_config(folder: TrialFolder, trial: Trial) -> None:
     """Refuse to change what a trial's first iterations were trained with (the resolved backend
     and the threads among it), but for the processes it computes in."""
-    path, config = folder / "config.yaml", trial.as_dict()
-    if not path.is_file():
+    if not folder.config.is_file():
         return
-    before = read_yaml(path)
+    before, config = folder.read_config(), trial.as_dict()
     # A setting that is newer than the sweep was what it now is by default.
     with contextlib.suppress(KeyError, TypeError):
         before["model"] = with_defaults(before["model"])
@@ -303,23 +272,23 @@ def _check_config(folder: Path, trial: Trial) -> None:
         if before.get(key) != config.get(key):
             if key == "config" and may_move(TrialConfig.from_dict(before), trial.config):
                 continue
+            experiment = SweepFolder(folder.path.parent).experiment
             raise SweepError(
-                f"{display(path)} says {key}: {before.get(key)}, {EXPERIMENT_FILE} says "
+                f"{display(folder.config)} says {key}: {before.get(key)}, {experiment.name} says "
                 f"{config.get(key)}: undo the change or start another sweep with --name"
             )
 
 
-def _has_moved(folder: Path, trial: Trial) -> bool:
-    path = folder / "config.yaml"
-    return path.is_file() and read_yaml(path).get("config") != trial.config.sections
+def _has_moved(folder: TrialFolder, trial: Trial) -> bool:
+    return folder.config.is_file() and folder.read_config().get("config") != trial.config.sections
 
 
-def _write_config(folder: Path, trial: Trial) -> None:
+def _write_config(folder: TrialFolder, trial: Trial) -> None:
     """Write a trial's config.yaml, where it is not there or says otherwise."""
-    path, config = folder / "config.yaml", trial.as_dict()
-    if not path.is_file() or read_yaml(path) != config:
-        folder.mkdir(exist_ok=True)
-        write_text(path, dump_yaml(config))
+    config = trial.as_dict()
+    if not folder.config.is_file() or folder.read_config() != config:
+        folder.path.mkdir(exist_ok=True)
+        write_text(folder.config, dump_yaml(config))
 
 
 def _run_trials(
@@ -331,10 +300,10 @@ def _run_trials(
 ) -> None:
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
-    _start_ray(experiment)
+    start_ray(experiment)
     try:
-        _check_visible(store)
-        _check_modules(experiment)
+        check_visible(store)
+        check_modules(experiment)
         _tune(store, experiment, trials, requests, view)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
@@ -354,7 +323,7 @@ def _tune(
     view: SweepView,
 ) -> None:
     # Tune keeps notes of its own, which nothing reads.
-    scratch = store.folder / ".tune"
+    scratch = store.sweep.scratch
     shutil.rmtree(scratch, ignore_errors=True)
     # As many trials wait beside the running ones as can run: enough to hand over every process.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(ray.cluster_resources()["CPU"])))
@@ -387,115 +356,10 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _on_every_node(function: Callable[[Any], Any], argument: Any) -> dict[str, Any]:
-    """What a function returns on each machine of the cluster, by its address."""
-    running = {
-        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(function)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(argument)
-        for node in _nodes()
-    }
-    return {address: ray.get(result) for address, result in running.items()}
-
-
-def _check_visible(store: Store) -> None:
-    """Refuse a cluster of which some machine does not see the sweep's results."""
-    if len(_nodes()) == 1 and type(store) is Store:
-        return
-    text = (store.folder / EXPERIMENT_FILE).read_text(encoding="utf-8")
-    found = _on_every_node(_look, store.location)
-    blind = sorted(address for address, (read, _) in found.items() if read != text)
-    if blind and type(store) is Store:
-        raise SweepError(
-            f"{store} is not there on {', '.join(blind)}: give --results a folder that all "
-            "machines of the cluster share"
-        )
-    if blind:
-        reason = found[blind[0]][1] or "other machines write there what this one does not see"
-        raise SweepError(f"{store} cannot be read on {', '.join(blind)}: {reason}")
-
-
-def _look(location: str) -> tuple[str | None, str]:
-    """The experiment file as this machine sees it, and why it does not."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            mirrored = is_address(location)
-            store = Mirror(location, Path(folder)) if mirrored else Store(Path(location))
-            store.pull(EXPERIMENT_FILE)
-            return (store.folder / EXPERIMENT_FILE).read_text(encoding="utf-8"), ""
-    except FileNotFoundError:
-        return None, ""
-    except OSError as error:
-        return None, str(error)
-
-
-def _check_modules(experiment: Experiment) -> None:
-    """Refuse a cluster of which some machine cannot import what the environments come from."""
-    modules = user_modules(experiment)
-    if not modules or len(_nodes()) == 1:
-        return
-    wrong = {
-        address: line for address, line in _on_every_node(_try_import, modules).items() if line
-    }
-    if wrong:
-        raise SweepError(
-            f"the environment cannot be imported on {', '.join(sorted(wrong))}: "
-            f"{min(wrong.items())[1]}; install what it needs on every machine of the cluster"
-        )
-
-
-def _try_import(modules: Sequence[str]) -> str:
-    """What is wrong on this machine with the modules; empty where nothing is."""
-    try:
-        for module in modules:
-            import_named(module)
-    except UserCodeError as error:
-        return str(error)
-    return ""
-
-
-def _start_ray(experiment: Experiment) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("ray://"):
-        raise SweepError(
-            f"the driver of a sweep runs on the cluster: start it there, or from here with `sgrl "
-            f"sweep --address {address}`"
-        )
-    if address:
-        print(f"joining the Ray cluster at {address}")
-        try:
-            reach(address)
-            # Other machines may lack what is in the current folder of this one.
-            places = [place for m in user_modules(experiment) if (place := source_of(m))]
-            ray.init(
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"py_modules": list(map(str, places))} if places else None,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"no Ray cluster at {address} ({first_line(error)}): start one, or run here, "
-                "without --address and RAY_ADDRESS"
-            ) from None
-    else:
-        try:
-            start_local_ray(count_cpus())
-        except LocalRayError as error:
-            raise SweepError(str(error)) from None
-
-
 def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[str, Any]:
     """Each trial's placement group by its name; refuses trials that could never start."""
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        _start_ray(experiment)
+        start_ray(experiment)
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
@@ -507,28 +371,12 @@ def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[s
     }
 
 
-def machine_resources() -> dict[str, float]:
-    """The CPUs that this process may use and the GPUs that torch sees."""
-    return {"CPU": count_cpus(), "GPU": torch.cuda.device_count()}
-
-
-def count_cpus() -> int:
-    """CPUs of this process: its affinity, and in a container its quota."""
-    count = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
 def _is_settled(store: Store, progress: Progress) -> bool:
     """Whether a resumed sweep leaves the trial alone: its loss diverged, or it is completed and
     its last checkpoint is whole."""
     name = progress.trial.name
     if progress.state == "failed":
-        return read_status(store.folder / name).get("diverged", False)
+        return store.sweep.trial(name).read_status().get("diverged", False)
     if progress.state != "completed" or progress.iteration < progress.last_iteration:
         return False
     return store.has_checkpoint(name, progress.iteration)

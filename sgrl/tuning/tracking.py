@@ -15,14 +15,12 @@ import importlib.metadata
 import importlib.util
 import io
 import itertools
-import json
 import math
 import os
 import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -33,12 +31,11 @@ from tensorboardX.summary import hparams
 
 from sgrl.commands import command
 from sgrl.envs.wrappers import preserved_random_state
-from sgrl.results.checkpoints import write_text
+from sgrl.files import read_json, write_json
+from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import MEASURES, Row
 from sgrl.results.storage import is_address
 
-TRACKING_FILE = "tracking.json"
-MLFLOW_FILE = "mlflow.db"
 #: The column that all of them count as the step of a curve's point.
 STEP = "env_steps"
 
@@ -83,18 +80,18 @@ def check_tracker(tracker: str, location: str = "") -> None:
             )
 
 
-def prepare_tracker(tracker: str, directory: Path) -> None:
-    """Make what the trials of the sweep in `directory` share. Raises TrackingError."""
+def prepare_tracker(tracker: str, sweep: SweepFolder) -> None:
+    """Make what the trials of a sweep share. Raises TrackingError."""
     if tracker != "mlflow":
         return
     mlflow = _import_mlflow()
     # Once, here: trials that make the tables of a new file together get in each other's way.
     try:
-        client = mlflow.MlflowClient(mlflow_uri(directory))
-        if client.get_experiment_by_name(directory.name) is None:
+        client = mlflow.MlflowClient(mlflow_uri(sweep))
+        if client.get_experiment_by_name(sweep.name) is None:
             local = "MLFLOW_TRACKING_URI" not in os.environ
-            artifacts = (directory / "mlflow").as_uri() if local else None
-            client.create_experiment(directory.name, artifacts)
+            artifacts = sweep.mlflow_artifacts.as_uri() if local else None
+            client.create_experiment(sweep.name, artifacts)
     except Exception as error:
         raise TrackingError(f"mlflow cannot be used: {_one_line(error)}") from None
 
@@ -106,7 +103,8 @@ def how_to_look(tracker: str, directory: str) -> str:
     if tracker == "wandb" and os.environ.get("WANDB_MODE") == "offline":
         return command("wandb", "sync", directory) + "/*/wandb/offline-run-*"
     if tracker == "mlflow" and "MLFLOW_TRACKING_URI" not in os.environ:
-        show = command("mlflow", "ui", "--backend-store-uri", _sqlite(f"{directory}/{MLFLOW_FILE}"))
+        database = _sqlite(str(SweepFolder(directory).mlflow_database))
+        show = command("mlflow", "ui", "--backend-store-uri", database)
         # What writes runs, mlflow-skinny, does not show them.
         whole = any(found.name == "mlflow" for found in importlib.metadata.distributions())
         return show if whole else f"{command('pip', 'install', 'mlflow')} && {show}"
@@ -114,10 +112,10 @@ def how_to_look(tracker: str, directory: str) -> str:
     return f"{tracker}, {'group' if tracker == 'wandb' else 'experiment'} {name}"
 
 
-def mlflow_uri(directory: Path) -> str:
+def mlflow_uri(sweep: SweepFolder) -> str:
     """MLFLOW_TRACKING_URI, or a file in the sweep's own folder."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given if given is not None else _sqlite(str(directory / MLFLOW_FILE))
+    return given if given is not None else _sqlite(str(sweep.mlflow_database))
 
 
 def _sqlite(path: str) -> str:
@@ -174,7 +172,12 @@ class Tracking:
     """
 
     def __init__(
-        self, folder: Path, trial: dict, tracker: str, wandb_mode: str | None, notes: list[str]
+        self,
+        folder: TrialFolder,
+        trial: dict,
+        tracker: str,
+        wandb_mode: str | None,
+        notes: list[str],
     ) -> None:
         self.notes = notes
         self.trackers: dict[str, Tracker] = {}
@@ -225,10 +228,10 @@ class EventFile:
     another file at every start.
     """
 
-    def __init__(self, folder: Path, trial: dict) -> None:
-        before = list(folder.glob("events.out.tfevents.*"))
+    def __init__(self, folder: TrialFolder, trial: dict) -> None:
+        before = folder.events
         # TensorBoard reads the files of a folder in the order of their names.
-        self.writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}.sgrl"))
+        self.writer = RecordWriter(str(folder.new_events(time.time_ns())))
         self._write(file_version="brain.Event:2")
         # One that is looking on forgets what it read before.
         self._write(session_log=SessionLog(status=SessionLog.START))
@@ -273,7 +276,7 @@ class WandbRun:
     FLUSH_SECONDS = 1.0
     SAFE_SECONDS = 5.0
 
-    def __init__(self, folder: Path, trial: dict, mode: str | None) -> None:
+    def __init__(self, folder: TrialFolder, trial: dict, mode: str | None) -> None:
         if mode is not None:
             os.environ["WANDB_MODE"] = mode  # for Ray, which looks for a login
         if "wandb" not in sys.modules:
@@ -285,7 +288,7 @@ class WandbRun:
         self.folder = folder
         known = _read_state(folder, "wandb")
         # Of its own even where a sweep of that name was tracked before.
-        made_from = f"{folder.parent.name}/{folder.name}/{time.time_ns()}"
+        made_from = f"{folder.path.parent.name}/{folder.name}/{time.time_ns()}"
         self.id = known.get("id") or hashlib.sha256(made_from.encode()).hexdigest()[:16]
         self.sent = known.get("sent", 0)
         self.run = setup_wandb(
@@ -293,9 +296,9 @@ class WandbRun:
             rank_zero_only=False,
             trial_id=self.id,
             trial_name=folder.name,
-            group=folder.parent.name,
+            group=folder.path.parent.name,
             project=os.environ.get("WANDB_PROJECT", "sgrl"),
-            dir=str(folder),
+            dir=str(folder.path),
             mode=mode,
             resume="allow",
             reinit="finish_previous",
@@ -332,14 +335,14 @@ class MLflowRun:
     #: The most numbers that MLflow takes at once.
     BATCH = 1000
 
-    def __init__(self, folder: Path, trial: dict) -> None:
+    def __init__(self, folder: TrialFolder, trial: dict) -> None:
         mlflow = _import_mlflow()
         from ray.air.integrations.mlflow import setup_mlflow
 
         # Ray's function keeps to a run that is active: not to one that an earlier trial of this
         # process gave up, but to the trial's own.
         mlflow.end_run("KILLED")
-        uri = mlflow_uri(folder.parent)
+        uri = mlflow_uri(SweepFolder(folder.path.parent))
         known = _read_state(folder, "mlflow")
         if known:
             mlflow.set_tracking_uri(uri)
@@ -347,7 +350,7 @@ class MLflowRun:
         self.mlflow = setup_mlflow(
             None if known else trial,
             tracking_uri=uri,
-            experiment_name=folder.parent.name,
+            experiment_name=folder.path.parent.name,
             run_name=folder.name,
             create_experiment_if_not_exists=True,
         )
@@ -379,20 +382,15 @@ def _numbers(row: Row) -> Row:
     return {name: value for name, value in row.items() if not math.isnan(value)}
 
 
-def _read_state(folder: Path, tracker: str) -> dict[str, Any]:
+def _read_state(folder: TrialFolder, tracker: str) -> dict[str, Any]:
     """What a tracker noted of a trial; empty where nothing or nothing readable.
 
     Older versions counted iterations where now environment steps are counted: what they sent is
     left as it is, and the trial gets a run of its own.
     """
-    with contextlib.suppress(OSError, ValueError):
-        state = json.loads((folder / TRACKING_FILE).read_text(encoding="utf-8")).get(tracker, {})
-        return state if state.get("step") == STEP else {}
-    return {}
+    state = (read_json(folder.tracking) or {}).get(tracker, {})
+    return state if state.get("step") == STEP else {}
 
 
-def _write_state(folder: Path, tracker: str, state: dict[str, Any]) -> None:
-    others: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        others = json.loads((folder / TRACKING_FILE).read_text(encoding="utf-8"))
-    write_text(folder / TRACKING_FILE, json.dumps({**others, tracker: state}, indent=1) + "\n")
+def _write_state(folder: TrialFolder, tracker: str, state: dict[str, Any]) -> None:
+    write_json(folder.tracking, {**(read_json(folder.tracking) or {}), tracker: state})

@@ -8,7 +8,6 @@ again continues from its newest whole checkpoint with exactly the numbers of an 
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import math
 import os
 import time
@@ -17,28 +16,30 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
+from filelock import FileLock
 from ray import tune
 from ray.exceptions import RayActorError, RayError
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module import RLModule
 
+from sgrl.files import sync
 from sgrl.nn.registry import policy_parameters, save_policy
 from sgrl.results.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
+from sgrl.results.folder import TrialFolder
+from sgrl.results.locations import open_store
 from sgrl.results.metrics import (
     EVALUATION_COLUMNS,
     Row,
     append_row,
     count_rows,
-    flush_metrics,
     read_metrics,
     score,
     truncate_metrics,
 )
 from sgrl.results.plan import Trial
 from sgrl.results.provenance import record_start
-from sgrl.results.status import read_status, seconds_per_iteration, write_status
-from sgrl.results.storage import Store, open_store
+from sgrl.results.status import seconds_per_iteration
+from sgrl.results.storage import Store
 from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment.sections import build_algorithm_config
 from sgrl.tuning.rllib_metrics import metrics_row
@@ -46,10 +47,6 @@ from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60
 REPORT_SECONDS = 1.0
-#: Where each thread of a trial's process was when an iteration took too long.
-HANG_FILE = "hung.txt"
-#: The whole traceback of a trial's last error.
-ERROR_FILE = "error.txt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,9 +58,10 @@ class TrialRunner(tune.Trainable):
     """
 
     store: Store
+    folder: TrialFolder
     evaluation: Evaluation
     algorithm: Any = None
-    lock: TextIO | None = None
+    lock: FileLock | None = None
     tracking: Tracking | None = None
     hang: TextIO | None = None
 
@@ -104,7 +102,7 @@ class TrialRunner(tune.Trainable):
                 if not self._fails_again(error):
                     raise
                 reason = f"{first_line(error)} (again, after iteration {len(self.rows)}"
-                self._finish("failed", f"{reason}; {ERROR_FILE} says where)")
+                self._finish("failed", f"{reason}; {self.folder.error.name} says where)")
         except BaseException as error:
             self._release()
             disk_full = is_disk_full(error)
@@ -122,24 +120,24 @@ class TrialRunner(tune.Trainable):
 
     def _start(self) -> None:
         self.store = open_store(self.sweep, "trials")
-        self.directory = self.store.folder / self.name
+        self.folder = self.store.sweep.trial(self.name)
         self._acquire()
         self.store.claim(self.name)
-        self.trial = Trial.from_dict(read_yaml(self.directory / "config.yaml"))
+        self.trial = Trial.from_dict(self.folder.read_config())
         config = self.trial.config
         self.last_iteration = config.stop.training_iteration
-        status = read_status(self.directory)
+        status = self.folder.read_status()
         self.failure, self.parameters = status.get("failure"), status.get("parameters")
-        (self.directory / HANG_FILE).unlink(missing_ok=True)
+        self.folder.hang.unlink(missing_ok=True)
         if config.iteration_timeout is not None:
-            self.hang = (self.directory / HANG_FILE).open("w")
+            self.hang = self.folder.hang.open("w")
         self.evaluation = Evaluation(config)
         torch.set_num_threads(config.num_threads)
         settings = build_algorithm_config(config)
         # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
         self.algorithm = settings.algo_class(config=settings, storage=self._storage)
 
-        metrics, checkpoints = self.directory / "metrics.csv", self.directory / "checkpoints"
+        metrics, checkpoints = self.folder.metrics, self.folder.checkpoints
         checkpoint, problems = newest_valid_checkpoint(checkpoints, at_most=count_rows(metrics))
         if checkpoint is None and newest_valid_checkpoint(checkpoints)[0] is not None:
             raise ValueError(
@@ -154,10 +152,10 @@ class TrialRunner(tune.Trainable):
         self.rows = read_metrics(metrics)
         self.notes = [f"{problem}; going on from iteration {self.saved}" for problem in problems]
         self.tracking = Tracking(
-            self.directory, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
+            self.folder, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
         )
         self.tracking.send(self.rows)
-        record_start(self.directory, iteration=self.saved)
+        record_start(self.folder.provenance, iteration=self.saved)
         self._write_status("running")
         self.store.push_trial(self.name)
 
@@ -172,7 +170,7 @@ class TrialRunner(tune.Trainable):
                 row |= self.evaluation.columns(self.algorithm, iteration)
             # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
             # no checkpoint followed are cut off on restart.
-            append_row(self.directory / "metrics.csv", row)
+            append_row(self.folder.metrics, row)
             self.rows.append(row)
             if iteration % config.checkpoint.every == 0:
                 self._checkpoint()
@@ -211,15 +209,15 @@ class TrialRunner(tune.Trainable):
             return  # the folder is not this process's
         with contextlib.suppress(OSError):
             text = "".join(traceback.format_exception(error))
-            (self.directory / ERROR_FILE).write_text(text, encoding="utf-8")
+            self.folder.error.write_text(text, encoding="utf-8")
 
     def _checkpoint(self) -> None:
         if self.saved == len(self.rows):
             return
         self.saved = len(self.rows)
-        flush_metrics(self.directory / "metrics.csv")
+        sync(self.folder.metrics)  # no checkpoint outlives the rows that led to it
         write_checkpoint(
-            self.directory / "checkpoints",
+            self.folder.checkpoints,
             self.saved,
             self._save,
             keep=self.trial.config.checkpoint.keep,
@@ -252,15 +250,18 @@ class TrialRunner(tune.Trainable):
             more = {"failure": self.failure} | more
         if self.parameters is not None:
             more = {"parameters": self.parameters} | more
-        write_status(self.directory, {"state": state, "notes": self.notes, **more})
+        self.folder.write_status(state=state, notes=self.notes, **more)
 
     def _acquire(self) -> None:
         """Hold the trial's folder. A process that a killed sweep left behind may still write to
         it for the seconds it takes Ray to end it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_file(self.directory / ".lock", LOCK_SECONDS)
-        if self.lock is None:
-            raise TimeoutError(f"{self.directory} is in use by another process")
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        lock = self.folder.lock(LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except TimeoutError:
+            raise TimeoutError(f"{self.folder.path} is in use by another process") from None
+        self.lock = lock
 
     def _release(self, state: str = "interrupted") -> None:
         algorithm, self.algorithm = self.algorithm, None
@@ -276,33 +277,9 @@ class TrialRunner(tune.Trainable):
         finally:
             if hang is not None:
                 hang.close()
-                (self.directory / HANG_FILE).unlink(missing_ok=True)
+                self.folder.hang.unlink(missing_ok=True)
             if lock is not None:
-                lock.close()
-
-
-def lock_file(path: Path, seconds: float) -> TextIO | None:
-    """Lock `path` for this process, waiting up to `seconds`; None where another one keeps it.
-
-    The lock ends with the file's closing or the process's death, however it dies.
-    """
-    file = path.open("w")
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.close()
-                return None
-            time.sleep(0.1)
-        else:
-            return file
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+                lock.release()
 
 
 def first_line(error: BaseException) -> str:

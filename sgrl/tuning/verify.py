@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgrl.results.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import Row, read_metrics
 from sgrl.results.plan import Trial
 from sgrl.results.provenance import describe
@@ -62,7 +63,7 @@ def verify_archive(
         ArchiveError: the archive cannot be read, or its algorithm never repeats.
         ExperimentError, SweepError: its trials cannot be run here.
     """
-    experiment = load_experiment(archive / "experiment.yaml", name="verify", track="none")
+    experiment = load_experiment(SweepFolder(archive).experiment, name="verify", track="none")
     if experiment.file.algorithm in NEVER_REPEAT:
         raise ArchiveError(
             f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "
@@ -72,11 +73,12 @@ def verify_archive(
     chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
     again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
     file = experiment.file.model_copy(update={"stop": {"training_iteration": iterations}})
-    sweep = run_sweep(dataclasses.replace(experiment, trials=again, file=file), results)
+    experiment = dataclasses.replace(experiment, trials=again, file=file)
+    sweep = SweepFolder(run_sweep(experiment, results))
     here = describe()
     verdicts = []
     for trial in chosen:
-        rows = read_metrics(sweep / trial.name / "metrics.csv")
+        rows = read_metrics(sweep.trial(trial.name).metrics)
         expected = min(iterations, len(trial.rows))
         exact = all(_same_kind(start, here) for start in trial.starts) and bool(trial.starts)
         verdicts.append(compare_rows(trial.name, trial.rows[:expected], rows, exact))

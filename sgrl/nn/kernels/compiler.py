@@ -1,6 +1,6 @@
 """Compiles the C++ source of the native backend at first use and keeps the result.
 
-A library is kept in a cache folder (SGRL_CACHE_DIR, else XDG_CACHE_HOME/sgrl, else ~/.cache/sgrl)
+A library is kept in a cache folder (SGRL_CACHE_DIR, else the user's, as in ~/.cache/sgrl)
 under a name that holds a hash of all it depends on: the source, the flags, the compiler and the
 processor. So nodes with different processors can share the folder, and a change of any of these
 compiles anew. It appears there by an atomic rename: processes that compile the same at the same
@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 SOURCE = Path(__file__).with_name("slot_neurons.cpp")
 # No -ffast-math: it would change the rounding mode of the whole process, and hide NaN.
@@ -66,9 +68,8 @@ def _load(real: str) -> ctypes.CDLL:
 
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
-    if given := os.environ.get("SGRL_CACHE_DIR"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgrl"
+    given = os.environ.get("SGRL_CACHE_DIR")
+    return Path(given) if given else user_cache_path("sgrl")
 
 
 def _compiler() -> list[str]:

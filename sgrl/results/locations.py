@@ -1,0 +1,85 @@
+"""Results wherever they lie: a folder, an archive, an address, or the zoo."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from sgrl.results.mirror import Mirror
+from sgrl.results.storage import StorageError, Store, is_address, is_archive
+from sgrl.results.zoo import ZooError, find_policy
+
+
+def open_store(location: str | Path, role: str) -> Store:
+    """The results of a sweep, wherever they lie.
+
+    Args:
+        location: a folder, or an address such as `s3://bucket/results/NAME`.
+        role: "driver" or "trials": each has a mirror of its own, as both write at the same time.
+
+    Raises StorageError: no filesystem for such an address is installed, it cannot be reached, or
+    it holds a password.
+    """
+    if not is_address(location):
+        return Store(Path(location).absolute())
+    address = str(location).rstrip("/")
+    return Mirror(address, mirror_folder(address, role))
+
+
+def mirror_folder(address: str, role: str) -> Path:
+    """This machine's mirror: below SGRL_MIRROR_DIR, by default the user's cache."""
+    home = os.environ.get("SGRL_MIRROR_DIR")
+    root = Path(home) if home else user_cache_path("sgrl") / "mirror"
+    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    return root / f"{role}-{digest}" / address.rpartition("/")[2]
+
+
+@contextlib.contextmanager
+def reading(location: str | Path) -> Iterator[Path]:
+    """A sweep's results to read, checkpoints aside: their folder, or a copy that lasts as long.
+
+    Raises StorageError as `open_store`, and ArchiveError.
+    """
+    if is_archive(location):
+        from sgrl.results.archive import unpack  # brings NumPy and Arrow
+
+        with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+            folder = Path(home) / Path(location).resolve().name
+            unpack(Path(location), folder)
+            yield folder
+        return
+    if not is_address(location):
+        yield Path(location)
+        return
+    address = str(location).rstrip("/")
+    with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+        mirror = Mirror(address, Path(home) / address.rpartition("/")[2])
+        mirror.pull_reports()
+        if not any(mirror.folder.iterdir()):
+            raise StorageError(f"{address} holds nothing")
+        yield mirror.folder
+
+
+@contextlib.contextmanager
+def reading_checkpoint(location: str | Path) -> Iterator[Path]:
+    """A checkpoint to read: its folder, a policy of the zoo, or a copy that lasts as long.
+
+    Raises StorageError as `open_store`, or where the zoo has no such policy.
+    """
+    if not is_address(location):
+        try:
+            folder = find_policy(location)
+        except ZooError as error:
+            raise StorageError(str(error)) from None
+        yield folder
+        return
+    above, _, name = str(location).rstrip("/").rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+        checkpoint = Mirror(above, Path(home)).pull_checkpoint(name)
+        if not checkpoint.is_dir():
+            raise StorageError(f"{location} holds nothing")
+        yield checkpoint

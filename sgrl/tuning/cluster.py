@@ -1,0 +1,159 @@
+"""The Ray that a sweep runs on: this machine's own, or a cluster, of which every machine must see
+the results and import what the environments come from."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sgrl.local_ray import LocalRayError, start_local_ray
+from sgrl.results.mirror import Mirror
+from sgrl.results.storage import Store, is_address
+from sgrl.tuning.client import reach
+from sgrl.tuning.experiment.load import Experiment
+from sgrl.tuning.experiment.resources import user_modules
+from sgrl.tuning.trial import first_line
+from sgrl.user_code import UserCodeError, import_named, source_of
+
+# Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class SweepError(Exception):
+    """A sweep cannot start or go on; the message is one line that says what to do."""
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _on_every_node(function: Callable[[Any], Any], argument: Any) -> dict[str, Any]:
+    """What a function returns on each machine of the cluster, by its address."""
+    running = {
+        node["NodeManagerAddress"]: ray.remote(num_cpus=0)(function)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(argument)
+        for node in _nodes()
+    }
+    return {address: ray.get(result) for address, result in running.items()}
+
+
+def check_visible(store: Store) -> None:
+    """Refuse a cluster of which some machine does not see the sweep's results."""
+    if len(_nodes()) == 1 and type(store) is Store:
+        return
+    text = store.sweep.experiment.read_text(encoding="utf-8")
+    found = _on_every_node(_look, store.location)
+    blind = sorted(address for address, (read, _) in found.items() if read != text)
+    if blind and type(store) is Store:
+        raise SweepError(
+            f"{store} is not there on {', '.join(blind)}: give --results a folder that all "
+            "machines of the cluster share"
+        )
+    if blind:
+        reason = found[blind[0]][1] or "other machines write there what this one does not see"
+        raise SweepError(f"{store} cannot be read on {', '.join(blind)}: {reason}")
+
+
+def _look(location: str) -> tuple[str | None, str]:
+    """The experiment file as this machine sees it, and why it does not."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            mirrored = is_address(location)
+            store = Mirror(location, Path(folder)) if mirrored else Store(Path(location))
+            store.pull(store.sweep.experiment)
+            return store.sweep.experiment.read_text(encoding="utf-8"), ""
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, str(error)
+
+
+def check_modules(experiment: Experiment) -> None:
+    """Refuse a cluster of which some machine cannot import what the environments come from."""
+    modules = user_modules(experiment)
+    if not modules or len(_nodes()) == 1:
+        return
+    wrong = {
+        address: line for address, line in _on_every_node(_try_import, modules).items() if line
+    }
+    if wrong:
+        raise SweepError(
+            f"the environment cannot be imported on {', '.join(sorted(wrong))}: "
+            f"{min(wrong.items())[1]}; install what it needs on every machine of the cluster"
+        )
+
+
+def _try_import(modules: Sequence[str]) -> str:
+    """What is wrong on this machine with the modules; empty where nothing is."""
+    try:
+        for module in modules:
+            import_named(module)
+    except UserCodeError as error:
+        return str(error)
+    return ""
+
+
+def start_ray(experiment: Experiment) -> None:
+    """Join the cluster at RAY_ADDRESS, or start a Ray of this machine alone, unless this process
+    has one. Raises SweepError."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise SweepError(
+            f"the driver of a sweep runs on the cluster: start it there, or from here with `sgrl "
+            f"sweep --address {address}`"
+        )
+    if address:
+        print(f"joining the Ray cluster at {address}")
+        try:
+            reach(address)
+            # Other machines may lack what is in the current folder of this one.
+            places = [place for m in user_modules(experiment) if (place := source_of(m))]
+            ray.init(
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"py_modules": list(map(str, places))} if places else None,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SweepError(
+                f"no Ray cluster at {address} ({first_line(error)}): start one, or run here, "
+                "without --address and RAY_ADDRESS"
+            ) from None
+    else:
+        try:
+            start_local_ray(count_cpus())
+        except LocalRayError as error:
+            raise SweepError(str(error)) from None
+
+
+def machine_resources() -> dict[str, float]:
+    """The CPUs that this process may use and the GPUs that torch sees."""
+    return {"CPU": count_cpus(), "GPU": torch.cuda.device_count()}
+
+
+def count_cpus() -> int:
+    """CPUs of this process: its affinity, and in a container its quota."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
