@@ -17,7 +17,7 @@ from sgrl.results.folder import SweepFolder, TrialFolder
 SOURCE = Path(sgrl.__file__).parent
 #: Every name of a file or folder, by the module that spells it.
 HOMES = {"manifest.json": "results/checkpoints.py", "zoo.json": "results/zoo.py"}
-HOMES |= dict.fromkeys(["policy.json", "policy.safetensors"], "nn/policies.py")
+HOMES |= dict.fromkeys(["policy.json", "policy.safetensors"], "nn/registry.py")
 for folder in (TrialFolder("folder"), SweepFolder("folder")):
     paths = [path for path in vars(folder).values() if isinstance(path, Path)]
     HOMES |= {path.name: "results/folder.py" for path in paths if path != folder.path}
@@ -56,7 +56,7 @@ def test_results_are_read_without_torch_and_ray() -> None:
     assert "sgrl.results.runs" in names
     checked = (
         f"import sys, {', '.join(names)}\n"
-        "above = {'sgrl.analysis', 'sgrl.rllib', 'torch', 'ray'}\n"
+        "above = {'sgrl.tuning', 'sgrl.analysis', 'sgrl.rllib', 'torch', 'ray'}\n"
         "assert not above & set(sys.modules), above & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", checked], check=True)
