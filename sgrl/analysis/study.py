@@ -30,9 +30,6 @@ from sgrl.results.locations import reading
 from sgrl.results.runs import Results, load_results
 from sgrl.results.storage import is_archive
 
-#: Lines of docs/study.md between which the table of claims stands.
-FINDINGS = ("<!-- findings -->", "<!-- end of findings -->")
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -209,22 +206,3 @@ def markdown(judged: pd.DataFrame) -> str:
         cells = (f"{number}{row['claim']}", row["source"], row["ours"], row["runs"], p)
         lines.append(f"| {' | '.join(cells)} | {row['verdict']} |")
     return "\n".join(lines) + "\n"
-
-
-def write_into(page: Path, table: str) -> None:
-    """Replace the text between a page's marks `FINDINGS`.
-
-    Args:
-        page: the page, in Markdown.
-        table: from `markdown`.
-
-    Raises:
-        ValueError: the page does not have each mark once.
-    """
-    text = page.read_text(encoding="utf-8")
-    start, end = FINDINGS
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{page} does not hold the lines {start} and {end}")
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{start}\n\n{table}\n{end}{after}", encoding="utf-8")

@@ -135,22 +135,23 @@ def study(
     ] = Path("results/published"),
     write: Annotated[
         Path | None,
-        typer.Option(callback=home, metavar="FILE", help="Page to put the table into."),
+        typer.Option(callback=home, metavar="FILE", help="Page whose tables to bring up to date."),
     ] = None,
 ) -> None:
-    """Judge the paper's claims from the published archives, as docs/study.md says."""
-    from sgrl.analysis.study import judge_claims, markdown, write_into
+    """Judge the paper's claims from the published archives, as docs/study.md says.
+
+    Prints the claims and what each archive cost.
+    """
+    from sgrl.analysis.published import table_named, write_into
     from sgrl.results.storage import StorageError
 
     with one_line_errors(StorageError, ValueError, OSError):
         if not published.is_dir():
             raise ValueError(f"{published} does not exist: give the folder of the archives")
-        table = markdown(judge_claims(published))
         if write is None:
-            typer.echo(table, nl=False)
+            typer.echo("\n".join(table_named(name, published) for name in ("findings", "cost")))
         else:
-            write_into(write, table)
-            typer.echo(f"written: {write}")
+            typer.echo(f"written: {write_into(write, published)} tables of {write}")
 
 
 def verify(
