@@ -20,6 +20,7 @@ check: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests
