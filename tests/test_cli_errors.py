@@ -98,6 +98,7 @@ def test_the_good_file_is_good(run):
         ("size: 8", "size: big", "methods.gru.model:", "hidden_size must be a whole number"),
         ("{lr: 1e-3}", "1e-3", "config.training:", "expected a mapping"),
         ("{model: {policy: gru, hidden_size: 8}}", "gru", "methods.gru:", "a mapping"),
+        ("{training: {lr: 2e-3}}", "{grid: [3]}", "methods.sparse.config:", "a mapping"),
         (
             "policy: gru",
             "policy: {grid: [gru]}",

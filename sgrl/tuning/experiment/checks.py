@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sgrl.results.plan import Point, Problem, TrialConfig
-from sgrl.tuning.experiment.file import check_known, stop_problems
+from sgrl.tuning.experiment.file import MAPPING, check_known, stop_problems
 from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
 
 
@@ -21,6 +21,8 @@ def point_problems(algorithm: str, config_class: Any, point: Point) -> list[Prob
     has_model = bool(content["model"])
     if has_model:
         found += _model_problems(content["model"])
+    if not isinstance(content["config"], dict):
+        return [*found, Problem("config", f"expected {MAPPING}, got {content['config']!r}")]
     if config_class is not None:
         found += section_problems(config_class, content["config"])
     has_model = has_model and not any(p.key == "model" for p in found)
