@@ -14,8 +14,9 @@ from sgrl.analysis.comparison import best_learning_rates, compare_methods
 from sgrl.analysis.study import judge_claims, markdown
 from sgrl.analysis.tables import cells, comparison_table
 from sgrl.results.archive import read_archive
-from sgrl.results.locations import is_archive, reading
+from sgrl.results.locations import reading
 from sgrl.results.runs import load_results
+from sgrl.results.storage import is_archive
 
 #: What each archive stands beside: figures of the paper, or what else it is for.
 PURPOSE = {
