@@ -123,7 +123,7 @@ def faulty_runner():
     class Faulty(TrialRunner):
         def _start(self):
             super()._start()
-            train, seed, hung = self.algorithm.train, self.trial["seed"], self.folder.path / ".hung"
+            train, seed, hung = self.algorithm.train, self.trial.seed, self.folder.path / ".hung"
 
             def faulty():
                 if len(self.rows) == 3 and seed == 0:
