@@ -8,12 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
 from sgrl.analysis.study import judge_claims, markdown
 from sgrl.analysis.tables import cells, comparison_table
 from sgrl.results.archive import read_archive
+from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
 from sgrl.results.runs import load_results
 from sgrl.results.storage import is_archive
@@ -116,7 +115,7 @@ def cost(published: Path) -> str:
         if not is_archive(archive):
             continue
         trials = read_archive(archive)
-        threads = yaml.safe_load((archive / "experiment.yaml").read_text())["num_threads"]
+        threads = SweepFolder(archive).read_experiment()["num_threads"]
         hours = sum(
             row["iteration_seconds"] * threads / 3600 for trial in trials for row in trial.rows
         )
@@ -124,7 +123,8 @@ def cost(published: Path) -> str:
         failed = sum(trial.status.get("state") == "failed" for trial in trials)
         interrupted = sum(len(trial.starts) > 1 for trial in trials)
         counts = (len(trials), failed, interrupted)
-        command = f"`sgrl sweep results/published/{name}/experiment.yaml`"
+        file = SweepFolder(Path("results/published", name)).experiment
+        command = f"`sgrl sweep {file.as_posix()}`"
         rows.append([purpose, name, *map(str, counts), f"{hours:.1f}", command])
     head = ["for", "archive", "trials", "failed", "interrupted", "core hours", "command"]
     return _table(head, [*rows, ["all", "", "", "", "", f"{total:.1f}", ""]])
