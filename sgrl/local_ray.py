@@ -3,8 +3,10 @@
 import logging
 import os
 
+from sgrl.errors import UserError
 
-class LocalRayError(Exception):
+
+class LocalRayError(UserError):
     """Ray cannot start here; the message is one line that says what to do."""
 
 

@@ -49,7 +49,7 @@ def test_policies_are_found_by_name(published: Path) -> None:
     ],
 )
 def test_unknown_names(published: Path, name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match="no such policy"):
+    with pytest.raises(zoo.ZooError, match="no such policy"):
         sgrl.load_policy(f"zoo:{name}")
     result = CliRunner().invoke(app, ["evaluate", f"zoo:{name}"])
     assert result.exit_code == 2
@@ -58,5 +58,5 @@ def test_unknown_names(published: Path, name: str, hint: str) -> None:
 
 def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "PUBLISHED", tmp_path)
-    with pytest.raises(ValueError, match="the zoo lies in results/published of a checkout"):
+    with pytest.raises(zoo.ZooError, match="the zoo lies in results/published of a checkout"):
         sgrl.load_policy("zoo:labyrinth_escape/gru")

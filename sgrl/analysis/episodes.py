@@ -21,13 +21,14 @@ from sgrl.envs.registry import (
     make_vector,
     validate_env_config,
 )
+from sgrl.errors import UserError
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.results.checkpoints import open_policy
 from sgrl.results.evaluation import EVALUATION_BATCH, evaluation_rollout
 
 
-class RenderError(Exception):
+class RenderError(UserError):
     """An episode cannot be drawn. The message is one line that says what to do."""
 
 

@@ -14,7 +14,7 @@ from sgrl.analysis.comparison import learning_rate_columns
 from sgrl.analysis.rank_test import ALPHA, rank_test, seeds_needed
 from sgrl.analysis.statistics import probability_of_improvement
 from sgrl.analysis.tables import within_interval
-from sgrl.results.runs import Results
+from sgrl.results.runs import Results, ResultsError
 
 #: The smallest difference of scores that matters.
 SMALLEST = 0.05
@@ -251,7 +251,7 @@ def law_of_experts(folder: Path) -> Finding:
 def _compared(results: Results, first: str, second: str, column: str) -> Finding:
     pairs = _pairs(results.trials, first, second, column)
     if not pairs:
-        raise ValueError(f"{first} and {second} have no runs at the same swept values")
+        raise ResultsError(f"{first} and {second} have no runs at the same swept values")
     means = [float(np.mean([side[i].mean() for side in pairs])) for i in (0, 1)]
     chance = probability_of_improvement(pairs)
     word = "AUC" if column == "auc" else "final score"

@@ -14,7 +14,7 @@ from sgrl.analysis.tables import cells, comparison_table
 from sgrl.results.archive import read_archive
 from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
-from sgrl.results.runs import load_results
+from sgrl.results.runs import ResultsError, load_results
 from sgrl.results.storage import is_archive
 
 #: What each archive stands beside: figures of the paper, or what else it is for.
@@ -50,17 +50,17 @@ def write_into(page: Path, published: Path) -> int:
         The number of tables.
 
     Raises:
-        ValueError: the page has no marks, or a mark whose table does not exist; one line.
+        ResultsError: the page has no marks, or a mark whose table does not exist; one line.
         StorageError: an archive is damaged.
     """
     text = page.read_text(encoding="utf-8")
     if not _MARK.search(text):
-        raise ValueError(f"{page} does not hold the lines <!-- NAME --> and <!-- end of NAME -->")
+        raise ResultsError(f"{page} does not hold the lines <!-- NAME --> and <!-- end of NAME -->")
 
     def table(mark: re.Match[str]) -> str:
         name, end = mark.groups()
         if name != end:
-            raise ValueError(f"{page}: <!-- {name} --> is followed by <!-- end of {end} -->")
+            raise ResultsError(f"{page}: <!-- {name} --> is followed by <!-- end of {end} -->")
         return f"<!-- {name} -->\n\n{table_named(name, published)}\n<!-- end of {name} -->"
 
     replaced, count = _MARK.subn(table, text)
@@ -76,7 +76,7 @@ def table_named(name: str, published: Path) -> str:
         published: folder of the archives.
 
     Raises:
-        ValueError: there is no such table; one line.
+        ResultsError: there is no such table; one line.
         StorageError: an archive is damaged.
     """
     if name == "findings":
@@ -84,7 +84,7 @@ def table_named(name: str, published: Path) -> str:
     if name == "cost":
         return cost(published)
     if not is_archive(published / name):
-        raise ValueError(f"{name}: no such table, and no archive in {published}")
+        raise ResultsError(f"{name}: no such table, and no archive in {published}")
     return scores(published / name)
 
 

@@ -27,7 +27,7 @@ from sgrl.analysis.judges import (
 )
 from sgrl.analysis.rank_test import holm
 from sgrl.results.locations import reading
-from sgrl.results.runs import Results, load_results
+from sgrl.results.runs import Results, ResultsError, load_results
 from sgrl.results.storage import is_archive
 
 
@@ -142,7 +142,7 @@ def judge_claims(published: Path) -> pd.DataFrame:
         Holm within its family), verdict.
 
     Raises:
-        ValueError: an archive lacks runs that a claim needs.
+        ResultsError: an archive lacks runs that a claim needs.
         StorageError: an archive is damaged.
     """
     findings: list[Finding] = []
@@ -186,7 +186,7 @@ def _load(archives: Sequence[Path]) -> Results:
     trials[final] = trials[final].where(~failed, 0.0)
     unknown = trials["trial"][trials["auc"].isna() | trials[final].isna()]
     if len(unknown):
-        raise ValueError(f"{archives[0].parent}: {unknown.iloc[0]} is complete without a score")
+        raise ResultsError(f"{archives[0].parent}: {unknown.iloc[0]} is complete without a score")
     return results
 
 

@@ -13,8 +13,10 @@ import typer
 
 from sgrl import __version__
 from sgrl.cli import data, policies, results, sweeps, theory
+from sgrl.cli.terminal import OneLineErrors
 
 app = typer.Typer(
+    cls=OneLineErrors,
     help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
     no_args_is_help=True,
     add_completion=False,

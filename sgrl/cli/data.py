@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from sgrl.cli.options import home
-from sgrl.cli.terminal import one_line_errors
 
 app = typer.Typer(help="Data sets.", no_args_is_help=True)
 
@@ -22,9 +21,9 @@ def mnist(
     ] = None,
 ) -> None:
     """Fetch MNIST, checked, and say where it is."""
-    from sgrl.envs.mnist import DataError, fetch
+    from sgrl.envs.mnist import fetch
     from sgrl.tuning.progress import progress_bar
 
-    with one_line_errors(DataError), progress_bar() as report:
+    with progress_bar() as report:
         folder = fetch(data_dir, report)
     typer.echo(f"MNIST: {folder}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sgrl.cli.options import Checkpoint, home
-from sgrl.cli.terminal import one_line_errors, progress_bar
+from sgrl.cli.terminal import progress_bar
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 
@@ -24,21 +24,16 @@ def evaluate(
 
     Rates and means come with 95% intervals (Wilson's, Student's t).
     """
-    from sgrl.envs.guard import EnvironmentFailed
-    from sgrl.envs.mnist import DataError
-    from sgrl.results.checkpoints import CheckpointError
     from sgrl.results.evaluation import evaluate as evaluate_checkpoint
     from sgrl.results.locations import reading_checkpoint
-    from sgrl.results.storage import StorageError
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, StorageError)
-    with one_line_errors(*errors), reading_checkpoint(checkpoint) as folder:
+    with reading_checkpoint(checkpoint) as folder:
         found = evaluate_checkpoint(folder, episodes, seed, greedy)
-        typer.echo(f"episodes: {found.pop('episodes')}")
-        for name in [name for name in found if f"{name}_low" in found]:
-            low, high = found[f"{name}_low"], found[f"{name}_high"]
-            interval = "" if math.isnan(low) else f" (95% interval {low:.4g} to {high:.4g})"
-            typer.echo(f"{name}: {found[name]:g}{interval}")
+    typer.echo(f"episodes: {found.pop('episodes')}")
+    for name in [name for name in found if f"{name}_low" in found]:
+        low, high = found[f"{name}_low"], found[f"{name}_high"]
+        interval = "" if math.isnan(low) else f" (95% interval {low:.4g} to {high:.4g})"
+        typer.echo(f"{name}: {found[name]:g}{interval}")
 
 
 def render(
@@ -52,21 +47,15 @@ def render(
     frames: Annotated[int, typer.Option(min=1, help="Pictures in the filmstrip (.png).")] = 6,
 ) -> None:
     """Draw one of the episodes that `evaluate` runs."""
-    from sgrl.analysis.episodes import RenderError, record_episode
+    from sgrl.analysis.episodes import record_episode
     from sgrl.analysis.render import check_out, write_episode
-    from sgrl.envs.guard import EnvironmentFailed
-    from sgrl.envs.mnist import DataError
-    from sgrl.results.checkpoints import CheckpointError
     from sgrl.results.locations import reading_checkpoint
-    from sgrl.results.storage import StorageError
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, RenderError, StorageError)
-    with one_line_errors(*errors):
-        check_out(out)
-        with reading_checkpoint(checkpoint) as folder:
-            recorded = record_episode(folder, seed, episode)
-        with progress_bar("drawing") as advance:
-            write_episode(recorded, out, fps, frames, lambda total: advance(total=total))
+    check_out(out)
+    with reading_checkpoint(checkpoint) as folder:
+        recorded = record_episode(folder, seed, episode)
+    with progress_bar("drawing") as advance:
+        write_episode(recorded, out, fps, frames, lambda total: advance(total=total))
     typer.echo(f"{out}: {recorded.title}")
 
 
@@ -80,6 +69,5 @@ def bench(
     """Measure milliseconds per batch of every policy and backend, on one thread."""
     from sgrl.bench import run_bench
 
-    with one_line_errors(OSError):
-        for line in run_bench(num_envs, rounds, json):
-            typer.echo(line)
+    for line in run_bench(num_envs, rounds, json):
+        typer.echo(line)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sgrl.cli.options import Experiment, home, homes
-from sgrl.cli.terminal import one_line_errors
 
 Axis = Annotated[
     str,
@@ -37,9 +36,9 @@ def report(
     from sgrl.analysis.report import write_report
     from sgrl.results.locations import reading
     from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import StorageError, is_address, is_archive
+    from sgrl.results.storage import is_address, is_archive
 
-    with one_line_errors(ResultsError, StorageError), ExitStack() as stack:
+    with ExitStack() as stack:
         if out is None and any(map(is_address, directories)):
             raise ResultsError("say with --out where on this machine the report goes")
         if out is None and is_archive(directories[0]):
@@ -77,10 +76,8 @@ def compare(
     from sgrl.analysis.compare import compare as compare_results
     from sgrl.analysis.tables import print_table
     from sgrl.results.locations import reading
-    from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import StorageError
 
-    with one_line_errors(ResultsError, StorageError, OSError), ExitStack() as stack:
+    with ExitStack() as stack:
         one = stack.enter_context(reading(first))
         other = None if second is None else stack.enter_context(reading(second))
         called = [first] if second is None else [first, second]
@@ -117,16 +114,13 @@ def archive(
 ) -> None:
     """Pack finished sweeps into a few small files, which every command reads as it reads them."""
     from sgrl.results.archive import write_archive
-    from sgrl.results.metrics import OldMetricsError
-    from sgrl.results.storage import StorageError
 
-    with one_line_errors(StorageError, OldMetricsError, OSError):
-        for directory in map(Path, directories):
-            place = out if len(directories) == 1 else out / directory.resolve().name
-            for line in write_archive(directory, place, policy or [], half):
-                typer.echo(line)
-            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-            typer.echo(f"written: {place} ({size / 2**20:.1f} MB)")
+    for directory in map(Path, directories):
+        place = out if len(directories) == 1 else out / directory.resolve().name
+        for line in write_archive(directory, place, policy or [], half):
+            typer.echo(line)
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        typer.echo(f"written: {place} ({size / 2**20:.1f} MB)")
 
 
 def study(
@@ -143,15 +137,14 @@ def study(
     Prints the claims and what each archive cost.
     """
     from sgrl.analysis.published import table_named, write_into
-    from sgrl.results.storage import StorageError
+    from sgrl.results.runs import ResultsError
 
-    with one_line_errors(StorageError, ValueError, OSError):
-        if not published.is_dir():
-            raise ValueError(f"{published} does not exist: give the folder of the archives")
-        if write is None:
-            typer.echo("\n".join(table_named(name, published) for name in ("findings", "cost")))
-        else:
-            typer.echo(f"written: {write_into(write, published)} tables of {write}")
+    if not published.is_dir():
+        raise ResultsError(f"{published} does not exist: give the folder of the archives")
+    if write is None:
+        typer.echo("\n".join(table_named(name, published) for name in ("findings", "cost")))
+    else:
+        typer.echo(f"written: {write_into(write, published)} tables of {write}")
 
 
 def verify(
@@ -166,15 +159,9 @@ def verify(
     """Train randomly chosen trials of an archive again and compare every row."""
     import tempfile
 
-    from sgrl.results.plan import ExperimentError
-    from sgrl.results.storage import StorageError
-    from sgrl.tuning.sweep import SweepError
     from sgrl.tuning.verify import verify_archive
 
-    with (
-        one_line_errors(StorageError, ExperimentError, SweepError),
-        tempfile.TemporaryDirectory(prefix="sgrl-") as scratch,
-    ):
+    with tempfile.TemporaryDirectory(prefix="sgrl-") as scratch:
         verdicts = verify_archive(Path(directory), Path(scratch), trials, iterations, seed)
     for verdict in verdicts:
         typer.echo(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.text}")

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sgrl.cli.options import Experiment, home
-from sgrl.cli.terminal import one_line_errors
+from sgrl.commands import command
 
 Config = Annotated[
     Path,
@@ -56,11 +56,9 @@ def sweep(
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
     with _without_collector() if dry_run else nullcontext():
-        from sgrl.results.plan import ExperimentError
         from sgrl.tuning.experiment.load import load_experiment
 
-        with one_line_errors(ExperimentError):
-            experiment = load_experiment(config, set_ or [], name, track)
+        experiment = load_experiment(config, set_ or [], name, track)
     if dry_run:
         typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
         for trial in experiment.trials:
@@ -79,15 +77,23 @@ def sweep(
             files |= sources(module)
         _run_on_cluster(client, words, results, files)
     _join(address)
-    from sgrl.results.storage import StorageError, join
-    from sgrl.tuning.sweep import SweepError, run_sweep
-    from sgrl.tuning.tracking import TrackingError
+    from sgrl.results.storage import join
+    from sgrl.tuning.sweep import run_sweep
 
     location = join(results, experiment.name)
-    errors = (ExperimentError, SweepError, TrackingError, StorageError)
-    with one_line_errors(*errors, resume=location):
+    with _interruptible(location):
         run_sweep(experiment, results)
     _compare(location)
+
+
+@contextmanager
+def _interruptible(location: str | Path) -> Iterator[None]:
+    """Say on Ctrl-C how the sweep goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = command("sgrl", "resume", location)
+        raise KeyboardInterrupt(f"; go on with: {again}") from None
 
 
 @contextmanager
@@ -122,13 +128,9 @@ def resume(
         words += ["--track", track] if track else []
         _run_on_cluster(client, words, directory)
     _join(address)
-    from sgrl.results.plan import ExperimentError
-    from sgrl.results.storage import StorageError
-    from sgrl.tuning.sweep import SweepError, resume_plan, resume_sweep
-    from sgrl.tuning.tracking import TrackingError
+    from sgrl.tuning.sweep import resume_plan, resume_sweep
 
-    errors = (ExperimentError, SweepError, TrackingError, StorageError)
-    with one_line_errors(*errors, resume=directory):
+    with _interruptible(directory):
         if dry_run:
             trials, todo = resume_plan(directory, iterations, add or [])
             typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
@@ -149,10 +151,9 @@ def _run_on_cluster(
     address: str, words: list[str], results: str, files: dict[str, str] | None = None
 ) -> NoReturn:
     """Run the command on the cluster, and exit with its status."""
-    from sgrl.tuning.client import ClientError, run_on_cluster
+    from sgrl.tuning.client import run_on_cluster
 
-    with one_line_errors(ClientError):
-        raise typer.Exit(run_on_cluster(address, words, results, files))
+    raise typer.Exit(run_on_cluster(address, words, results, files))
 
 
 def _join(address: str | None) -> None:
@@ -165,13 +166,11 @@ def _compare(location: str | Path) -> None:
     """Write a finished sweep's table and figure; exit with status 1 if a trial failed."""
     from sgrl.analysis.outputs import write_comparison
     from sgrl.results.locations import open_store
-    from sgrl.results.runs import ResultsError
     from sgrl.tuning.sweep import failed_trials
 
-    with one_line_errors(ResultsError, OSError):
-        store = open_store(location, "driver")
-        write_comparison(store.folder, shown_as=str(store))
-        store.push(store.sweep.comparison, *store.sweep.figures.glob("*.png"))
+    store = open_store(location, "driver")
+    write_comparison(store.folder, shown_as=str(store))
+    store.push(store.sweep.comparison, *store.sweep.figures.glob("*.png"))
     if failed_trials(store.folder):
         raise typer.Exit(1)
 
@@ -180,12 +179,9 @@ def status(directory: Experiment) -> None:
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
-    from sgrl.results.plan import ExperimentError
-    from sgrl.results.status import StatusError, sweep_status
-    from sgrl.results.storage import StorageError
+    from sgrl.results.status import sweep_status
 
-    with one_line_errors(ExperimentError, StatusError, StorageError):
-        table, problems = sweep_status(directory)
+    table, problems = sweep_status(directory)
     console = Console()
     console.print(table)
     for problem in problems:

@@ -1,41 +1,39 @@
 """What all commands do on the terminal: errors in one line, and progress bars."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from sgrl.commands import command
+from sgrl.errors import UserError
 
 
-@contextmanager
-def one_line_errors(*errors: type[Exception], resume: str | Path | None = None) -> Iterator[None]:
-    """Turn a user's errors into one line on stderr and exit status 2.
+class OneLineErrors(TyperGroup):
+    """Commands whose users' errors are one line each on stderr, with exit status 2.
 
-    Args:
-        errors: the errors; others keep their traceback.
-        resume: the sweep that an interrupted command can resume.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        typer.Exit: on such an error, or with status 130 on Ctrl-C.
+    Other errors keep their traceback. Ctrl-C ends with status 130.
     """
-    try:
-        yield
-    except errors as error:
-        said = str(error)
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that is asked for."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            said = str(error)
+        except OSError as error:
+            # Those without a number are other errors in a library's dress.
+            if error.errno in (None, errno.EPIPE):
+                raise
+            said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"sgrl: interrupted{interrupt}", err=True)
+            raise typer.Exit(130) from None
         for line in said.splitlines() or [""]:
             typer.echo(f"sgrl: {line}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        hint = f"; go on with: {command('sgrl', 'resume', resume)}" if resume else ""
-        typer.echo(f"sgrl: interrupted{hint}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(2)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sgrl.cli.options import Checkpoint, home
-from sgrl.cli.terminal import one_line_errors, progress_bar
+from sgrl.cli.terminal import progress_bar
 
 app = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
 
@@ -33,40 +33,33 @@ def probe(
     ] = Path("results/probe"),
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
-    from sgrl.envs.guard import EnvironmentFailed
-    from sgrl.envs.mnist import DataError
-    from sgrl.results.checkpoints import CheckpointError, open_policy
+    from sgrl.results.checkpoints import open_policy
     from sgrl.results.locations import reading_checkpoint
-    from sgrl.results.storage import StorageError
     from sgrl.theory.probe import NUM_SHARDS, check_settings, fresh_policy
     from sgrl.theory.probe import probe as probe_policy
-    from sgrl.theory.tasks import TheoryError
 
-    errors = (CheckpointError, EnvironmentFailed, DataError, TheoryError, StorageError)
-    with one_line_errors(*errors):
-        with reading_checkpoint(checkpoint) as folder:
-            policy, environment = open_policy(folder)
-        env, env_config = environment["env"], environment["env_config"]
-        check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
-        with one_line_errors(OSError):
-            out.mkdir(parents=True, exist_ok=True)
-        with progress_bar("probing", NUM_SHARDS) as advance:
-            report = probe_policy(
-                fresh_policy(policy, seed) if fresh else policy,
-                env,
-                env_config,
-                samples=samples,
-                batch_size=batch_size,
-                trained_batch=trained_batch,
-                neurons=neurons,
-                seed=seed,
-                parallel=parallel,
-                advance=advance,
-            )
+    with reading_checkpoint(checkpoint) as folder:
+        policy, environment = open_policy(folder)
+    env, env_config = environment["env"], environment["env_config"]
+    check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("probing", NUM_SHARDS) as advance:
+        report = probe_policy(
+            fresh_policy(policy, seed) if fresh else policy,
+            env,
+            env_config,
+            samples=samples,
+            batch_size=batch_size,
+            trained_batch=trained_batch,
+            neurons=neurons,
+            seed=seed,
+            parallel=parallel,
+            advance=advance,
+        )
 
-        from sgrl.analysis.outputs import write_probe
+    from sgrl.analysis.outputs import write_probe
 
-        write_probe(report, out)
+    write_probe(report, out)
 
 
 @app.command()
@@ -83,17 +76,15 @@ def experts(
     ] = Path("results/expert_network"),
 ) -> None:
     """Simulate the expert network: how many samples synthetic gradients save."""
-    from sgrl.theory.expert_network import TheoryError, parse_numbers, simulate, sweep_cells, work
+    from sgrl.theory.expert_network import parse_numbers, simulate, sweep_cells, work
 
-    with one_line_errors(TheoryError):
-        cells = sweep_cells(
-            parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
-        )
-        with one_line_errors(OSError):
-            out.mkdir(parents=True, exist_ok=True)
-        with progress_bar("simulating", work(cells, trials)) as advance:
-            results = simulate(cells, trials, seed, parallel, advance)
+    cells = sweep_cells(
+        parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("simulating", work(cells, trials)) as advance:
+        results = simulate(cells, trials, seed, parallel, advance)
 
-        from sgrl.analysis.outputs import write_expert_network
+    from sgrl.analysis.outputs import write_expert_network
 
-        write_expert_network(results, out)
+    write_expert_network(results, out)

@@ -9,13 +9,14 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 
+from sgrl.errors import UserError
 from sgrl.user_code import FAILURES, described
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 STEP_PARTS = "(observation, reward, terminated, truncated, info)"
 
 
-class EnvironmentFailed(Exception):
+class EnvironmentFailed(UserError):
     """An environment raised, or returned what it must not; the message is one line."""
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
+from sgrl.errors import UserError
 from sgrl.files import lock, replacing
 
 #: MD5 of each file, uncompressed.
@@ -53,7 +54,7 @@ Split = Literal["train", "test"]
 Report = Callable[[str, int, int | None], None]
 
 
-class DataError(Exception):
+class DataError(UserError):
     """MNIST cannot be had; the message is one line that says what to do."""
 
 

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 
 from sgrl.results.mirror import Mirror
 from sgrl.results.storage import StorageError, Store, is_address, is_archive
-from sgrl.results.zoo import ZooError, find_policy
+from sgrl.results.zoo import find_policy
 
 
 def open_store(location: str | Path, role: str) -> Store:
@@ -68,14 +68,10 @@ def reading(location: str | Path) -> Iterator[Path]:
 def reading_checkpoint(location: str | Path) -> Iterator[Path]:
     """A checkpoint to read: its folder, a policy of the zoo, or a copy that lasts as long.
 
-    Raises StorageError as `open_store`, or where the zoo has no such policy.
+    Raises StorageError as `open_store`, and ZooError.
     """
     if not is_address(location):
-        try:
-            folder = find_policy(location)
-        except ZooError as error:
-            raise StorageError(str(error)) from None
-        yield folder
+        yield find_policy(location)
         return
     above, _, name = str(location).rstrip("/").rpartition("/")
     with tempfile.TemporaryDirectory(prefix="sgrl-") as home:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from sgrl.errors import UserError
 from sgrl.files import replacing
 from sgrl.results.folder import TrialFolder
 
@@ -94,7 +95,7 @@ TAKEN = frozenset(
 Row = dict[str, float]
 
 
-class OldMetricsError(ValueError):
+class OldMetricsError(UserError):
     """An older metrics.csv does not tell how many steps were really taken; one line."""
 
 

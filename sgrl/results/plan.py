@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sgrl.errors import UserError
 from sgrl.names import did_you_mean, nearest
 from sgrl.results.metrics import is_taken
 from sgrl.yaml_files import YAMLFileError, parse_yaml
@@ -40,7 +41,7 @@ class Problem(ValueError):
         self.message = message
 
 
-class ExperimentError(ValueError):
+class ExperimentError(UserError):
     """An experiment cannot run; one line for each problem, with the file, the key and what to do.
 
     Args:

@@ -21,6 +21,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
+from sgrl.errors import UserError
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import (
     AXES,
@@ -29,7 +30,6 @@ from sgrl.results.metrics import (
     MEASURES,
     NEW_COLUMNS,
     Axis,
-    OldMetricsError,
     columns_of,
     common_measure,
     is_taken,
@@ -47,7 +47,7 @@ DEFAULT_ENVIRONMENTS = 20
 DEFAULT_BATCHES = {"PPO": 4000, "APPO": 500, "IMPALA": 500}
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError):
     """A folder holds no results; the message is one line."""
 
 
@@ -148,8 +148,8 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
         x: what areas and curves are taken against, a key of `AXES`.
 
     Raises:
-        ResultsError: a folder holds no trial, no trial has that axis, or an older metrics.csv
-            does not tell how many steps were taken.
+        ResultsError: a folder holds no trial, or no trial has that axis.
+        OldMetricsError: an older metrics.csv does not tell how many steps were taken.
     """
     if x not in AXES:
         raise ResultsError(f"unknown axis {x!r}: give one of {', '.join(AXES)}")
@@ -185,10 +185,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
                 }
             )
             files.append((folder.metrics, config))
-    try:
-        metrics = _read_all(files)
-    except OldMetricsError as error:
-        raise ResultsError(str(error)) from None
+    metrics = _read_all(files)
     for row, (frame, _) in zip(rows, metrics, strict=True):
         row["lacks_axis"] = len(frame) > 0 and bool(np.isnan(places(frame, x)).any())
     if rows and all(row["lacks_axis"] for row in rows):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from sgrl.errors import UserError
 from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
 from sgrl.results.metrics import (
     MEASURE_NAMES,
-    OldMetricsError,
     Row,
     Score,
     common_measure,
@@ -23,7 +23,7 @@ from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.storage import is_address
 
 
-class StatusError(Exception):
+class StatusError(UserError):
     """A folder holds no sweep; the message is one line that says what to do."""
 
 
@@ -116,13 +116,10 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
         trials = planned_trials(sweep.experiment)
         # Object storage has no locks that would tell whether somebody is at it.
         read = read_progress if is_address(location) or sweep.is_running() else read_stopped
-        try:
-            rows = [
-                read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)
-                for trial in trials
-            ]
-        except OldMetricsError as error:
-            raise StatusError(str(error)) from None
+        rows = [
+            read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)
+            for trial in trials
+        ]
         return trials_table(rows, sweep.name), sweep.problems(trial.name for trial in trials)
 
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from sgrl.errors import UserError
 from sgrl.results.checkpoints import CheckpointError, newest_valid_checkpoint, verify
 from sgrl.results.folder import SweepFolder
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """Object storage cannot be used; the message is one line that says why."""
 
 

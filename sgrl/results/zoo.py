@@ -6,6 +6,7 @@ They lie in the study's archives; `results/published/zoo.json` of a checkout say
 import json
 from pathlib import Path
 
+from sgrl.errors import UserError
 from sgrl.names import did_you_mean
 
 PREFIX = "zoo:"
@@ -13,7 +14,7 @@ PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 INDEX_FILE = "zoo.json"
 
 
-class ZooError(ValueError):
+class ZooError(UserError):
     """There is no such policy; the message is one line that names those there are."""
 
 

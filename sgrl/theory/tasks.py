@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from sgrl.local_ray import LocalRayError, start_local_ray
+from sgrl.errors import UserError
+from sgrl.local_ray import start_local_ray
 
 
-class TheoryError(ValueError):
+class TheoryError(UserError):
     """Settings that make no sense; the message is one line."""
 
 
@@ -19,7 +20,8 @@ def in_ray(function: Callable[..., Any], pieces: Iterable[tuple], parallel: int)
     Uses the Ray instance of this process, the cluster at RAY_ADDRESS, or one of its own.
 
     Raises:
-        TheoryError: there is no Ray cluster at RAY_ADDRESS, or Ray cannot start here.
+        TheoryError: there is no Ray cluster at RAY_ADDRESS.
+        LocalRayError: Ray cannot start here.
     """
     import ray
 
@@ -30,8 +32,6 @@ def in_ray(function: Callable[..., Any], pieces: Iterable[tuple], parallel: int)
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
             else:
                 start_local_ray(parallel)
-        except LocalRayError as error:
-            raise TheoryError(str(error)) from None
         except (ConnectionError, ValueError) as error:
             raise TheoryError(f"Ray did not start: {str(error).splitlines()[0]}") from None
     try:

@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 
+from sgrl.errors import UserError
 from sgrl.results.storage import is_address
 
 POLL_SECONDS = 1.0
@@ -28,7 +29,7 @@ CONNECT_ATTEMPTS = 3
 PR_SET_PDEATHSIG = 1
 
 
-class ClientError(Exception):
+class ClientError(UserError):
     """The cluster cannot be used from here; the message is one line that says what to do."""
 
 

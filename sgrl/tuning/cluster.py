@@ -13,7 +13,8 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sgrl.local_ray import LocalRayError, start_local_ray
+from sgrl.errors import UserError
+from sgrl.local_ray import start_local_ray
 from sgrl.results.mirror import Mirror
 from sgrl.results.storage import Store, is_address
 from sgrl.tuning.client import reach
@@ -32,7 +33,7 @@ ENVIRONMENT = {
 }
 
 
-class SweepError(Exception):
+class SweepError(UserError):
     """A sweep cannot start or go on; the message is one line that says what to do."""
 
 
@@ -109,7 +110,7 @@ def _try_import(modules: Sequence[str]) -> str:
 
 def start_ray(experiment: Experiment) -> None:
     """Join the cluster at RAY_ADDRESS, or start a Ray of this machine alone, unless this process
-    has one. Raises SweepError."""
+    has one. Raises SweepError and LocalRayError."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
@@ -137,10 +138,7 @@ def start_ray(experiment: Experiment) -> None:
                 "without --address and RAY_ADDRESS"
             ) from None
     else:
-        try:
-            start_local_ray(count_cpus())
-        except LocalRayError as error:
-            raise SweepError(str(error)) from None
+        start_local_ray(count_cpus())
 
 
 def machine_resources() -> dict[str, float]:

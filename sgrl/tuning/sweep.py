@@ -21,12 +21,11 @@ import ray
 from ray import tune
 
 from sgrl.commands import command
-from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.files import write_text
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.locations import open_store
-from sgrl.results.metrics import OldMetricsError, read_metrics
+from sgrl.results.metrics import read_metrics
 from sgrl.results.plan import Trial, TrialConfig, planned_trials
 from sgrl.results.provenance import record_start
 from sgrl.results.status import Progress, read_progress, read_stopped
@@ -137,10 +136,7 @@ def _extended(
     for trial in experiment.trials:
         folder = store.sweep.trial(trial.name)
         _check_config(folder, trial)
-        try:
-            done = len(read_metrics(folder.metrics))
-        except OldMetricsError as error:
-            raise SweepError(str(error)) from None
+        done = len(read_metrics(folder.metrics))
         if iterations is not None and done > iterations:
             raise SweepError(
                 f"{store}: {trial.name} has trained for {done} iterations already: "
@@ -202,11 +198,8 @@ def _prepare_environments(experiment: Experiment) -> None:
     }
     for section in sections.values():
         if section["env"] in ENVIRONMENTS:
-            try:
-                with progress_bar() as report:
-                    prepare(section["env"], section.get("env_config"), report)
-            except DataError as error:
-                raise SweepError(str(error)) from None
+            with progress_bar() as report:
+                prepare(section["env"], section.get("env_config"), report)
 
 
 def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path:

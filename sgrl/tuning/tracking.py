@@ -31,6 +31,7 @@ from tensorboardX.summary import hparams
 
 from sgrl.commands import command
 from sgrl.envs.wrappers import preserved_random_state
+from sgrl.errors import UserError
 from sgrl.files import read_json, write_json
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import MEASURES, Row
@@ -40,7 +41,7 @@ from sgrl.results.storage import is_address
 STEP = "env_steps"
 
 
-class TrackingError(Exception):
+class TrackingError(UserError):
     """A tracker cannot be used; the message is one line that says what to do."""
 
 

@@ -48,7 +48,6 @@ def _model_problems(model: dict[str, Any]) -> Iterator[Problem]:
 def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
     from sgrl.envs.by_id import is_known, known_ids, unknown_of_module
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
-    from sgrl.user_code import UserCodeError
 
     key = "config.environment.env"
     env = section.get("env")
@@ -63,7 +62,7 @@ def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
             check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
         key = "config.environment.env_config"
         validate_env_config(env, section.get("env_config") or {})
-    except (UserCodeError, ValueError) as error:
+    except ValueError as error:
         yield Problem(key, one_line(error))
 
 
