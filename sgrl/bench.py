@@ -179,8 +179,9 @@ def train_bandit(policy: Policy, images: Tensor) -> Iterator[dict[str, float]]:
             actions = _sample(acting.step(contexts))
         valid, lengths = ones.bool(), torch.ones(len(contexts), dtype=torch.int64)
         batch = EpisodeBatch(
-            *(contexts.unsqueeze(0), actions.clone().unsqueeze(0), ones),
-            *(valid, valid[0], lengths, acting),
+            *(contexts.unsqueeze(0), actions.clone().unsqueeze(0), ones, valid, lengths),
+            success=valid[0],
+            acted=acting,
         )
         update(policy, optimizers, batch, settings)
         stepped = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -150,8 +151,8 @@ class LabyrinthDrawing:
         self._hidden()
         for artist in self.moving:
             artist.set_animated(True)
-        self.figure.canvas.draw()
-        self.canvas: Any = self.figure.canvas
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.canvas.draw()
         self.still = self.canvas.copy_from_bbox(self.figure.bbox)
 
     def close(self) -> None:
@@ -267,8 +268,9 @@ class LabyrinthDrawing:
         low, high = image.get_clim()
         bar.set_ticks([low, high], labels=[f"{low:.2g}", f"{high:.2g}"])
         bar.ax.tick_params(labelsize=8, length=0)
-        for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
+        lowest, highest = bar.ax.get_xticklabels()
+        lowest.set_horizontalalignment("left")
+        highest.set_horizontalalignment("right")
 
     def _update(self, step: int) -> None:
         episode = self.episode
@@ -361,11 +363,12 @@ def draw_bandit(episode: BanditEpisode) -> Image.Image:
         axes[2].set_title("mixing weights $\\lambda$", fontsize=10)
         axes[2].spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
-    figure.canvas.draw()
-    picture = _picture(figure.canvas)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = _picture(canvas)
     plt.close(figure)
     return picture
 
 
-def _picture(canvas: Any) -> Image.Image:
+def _picture(canvas: FigureCanvasAgg) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -111,7 +111,12 @@ def split_panels(frame: pd.DataFrame, columns: list[str], share: bool = True) ->
 
 
 def grid(
-    rows: int, columns: int, used: int, size: tuple[float, float] | None = None, **shared: bool
+    rows: int,
+    columns: int,
+    used: int,
+    size: tuple[float, float] | None = None,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Any, Any]:
     """Make a figure with a grid of axes.
 
@@ -120,13 +125,16 @@ def grid(
         columns: number of columns.
         used: number of axes that are used, row by row; the others are switched off.
         size: width and height in inches.
-        shared: `sharex` and `sharey` of Matplotlib's `subplots`.
+        sharex: whether all panels have one x axis.
+        sharey: whether all panels have one y axis.
 
     Returns:
         The figure, and its axes [rows, columns].
     """
     size = size or (5.2 * columns + 0.6, 3.8 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
+    figure, axes = plt.subplots(
+        rows, columns, sharex=sharex, sharey=sharey, squeeze=False, figsize=size
+    )
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

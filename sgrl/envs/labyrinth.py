@@ -18,7 +18,7 @@ previous action (4) and the first-step flag (2). The last three blocks come from
 import random
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,10 +48,11 @@ class SparseReward(gym.Wrapper):
     def __init__(self, env: gym.Env, zero_reward_probability: float) -> None:
         super().__init__(env)
         self.zero_reward_probability = zero_reward_probability
-        self.step_penalty = -1 / env.unwrapped.max_episode_length
+        self.step_penalty = -1 / env.get_wrapper_attr("max_episode_length")
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(reward)
         if self.np_random.random() < self.zero_reward_probability:
             reward = self.step_penalty
         if terminated:
@@ -59,7 +60,9 @@ class SparseReward(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
-def _wrap(labyrinth: type[gym.Env], maze_dims: Sequence[int], episode_length: int) -> gym.Env:
+def _wrap(
+    labyrinth: Callable[..., gym.Env], maze_dims: Sequence[int], episode_length: int
+) -> gym.Env:
     with warnings.catch_warnings():
         # popgym warns that its mazes can be solved without memory: the reason the MLP is
         # among the methods compared.

@@ -137,10 +137,11 @@ class PythonVectorEnv(VectorEnv):
         self.has_success = has_success
         self.num_envs = len(self.envs)
         self.episode_length = episode_length
-        self.observation_size = self.envs[0].observation_space.shape[0]
-        self._discrete = isinstance(self.action_space, gym.spaces.Discrete)
-        if self._discrete:
-            self.num_actions = int(self.action_space.n)
+        self.observation_size = gym.spaces.flatdim(self.envs[0].observation_space)
+        space = self.action_space
+        self._discrete = isinstance(space, gym.spaces.Discrete)
+        if isinstance(space, gym.spaces.Discrete):
+            self.num_actions = int(space.n)
         self._observations = np.zeros((self.num_envs, self.observation_size), np.float32)
         self._finished = np.ones(self.num_envs, bool)
 

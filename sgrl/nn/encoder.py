@@ -69,16 +69,15 @@ def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> boo
         size_in: length of the observations.
         size_out: length of the embedding.
     """
-    kinds = (nn.Linear, nn.LayerNorm, nn.Linear, nn.LeakyReLU)
-    if not (
-        is_plain(encoder, nn.Sequential)
-        and len(encoder) == len(kinds)
-        and all(map(is_plain, encoder, kinds))
-    ):
+    if not is_plain(encoder, nn.Sequential) or len(encoder) != 4:
         return False
     first, norm, second, slope = encoder
     return (
-        first.in_features == size_in
+        is_plain(first, nn.Linear)
+        and is_plain(norm, nn.LayerNorm)
+        and is_plain(second, nn.Linear)
+        and is_plain(slope, nn.LeakyReLU)
+        and first.in_features == size_in
         and first.weight.shape == (first.out_features, size_in)
         and norm.normalized_shape == (first.out_features,)
         and (norm.eps, norm.weight, norm.bias) == (1e-5, None, None)

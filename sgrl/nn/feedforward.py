@@ -22,6 +22,7 @@ named and cannot run is an error, as in `recurrent.py`. None supports a second d
 Source: the paper, Sections 4, H.2 and H.3.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -71,6 +72,7 @@ class SparseMLP(nn.Module):
 
     pixels: Tensor
     parents: Tensor
+    layers: Sequence[SlotNeurons]
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class SparseMLP(nn.Module):
         none = torch.empty(0, num_neurons, num_parents, dtype=torch.int64)
         self.register_buffer("parents", torch.stack(parents) if parents else none)
         of_predictors = predictor_generator(generator)
-        self.layers = nn.ModuleList(
+        self.layers = nn.ModuleList(  # type: ignore[assignment]  # not generic
             SlotNeurons(
                 num_neurons,
                 neuron_size,
@@ -262,7 +264,7 @@ class _BackwardRecord:
         self.activations: list[Activation] = []
         self.sums: dict[str, Tensor] = {}
 
-    def mix(self, layer: int, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def mix(self, layer: int, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Received gradient of a layer [B, W, N] -> (mixed, gradients of the predictor's
         weights and biases)."""
         mlp, rule, neurons = self.mlp, self.mlp.rule, self.mlp.layers[layer]
@@ -279,7 +281,7 @@ class _BackwardRecord:
         mixed, _, residual = mix(mlp.sgprop, weight, gradient, synthetic, offered)
         norms = mean_norms(gradient, mixed, synthetic)
         measured = {name: value * (1 / len(mlp.layers)) for name, value in norms.items()}
-        regression: tuple[Tensor | None, Tensor | None] = None, None
+        regression: tuple[Tensor | None, ...] = None, None
         if rule.phase != "policy":
             measured["predictor_loss"] = residual.square().mean()
             regression = torch.autograd.grad(

@@ -211,6 +211,7 @@ class SparseMLPPolicy(Policy):
     name = "sparse_mlp"
     Settings = SparseMLPSettings
     settings: SparseMLPSettings
+    actor: ActionHead
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         self.core = SparseMLP(

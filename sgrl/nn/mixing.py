@@ -9,7 +9,7 @@ the others are in `mixing_rules.py`, the mixture itself in `sgprop.py`. Source: 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +103,28 @@ class MixingRule:
         return self.momentum * previous + (1 - self.momentum) * estimate
 
 
-def mixing_modules(network: nn.Module) -> list[nn.Module]:
-    """All modules inside that mix predictions into gradients, in the order of `modules()`.
+@runtime_checkable
+class MixingModule(Protocol):
+    """A module that mixes predictions into gradients.
 
-    Such a module holds a `MixingRule` as `rule`, and for the metrics what its last backward pass
-    measured as `statistics`, and as `mixing_weights` the lambdas [W] of each of its layers (none
-    where it does not mix, as under backprop).
+    Attributes:
+        rule: by which its mixing weights follow the batches.
+        statistics: what its last backward pass measured, by the names of the metrics columns.
+        mixing_weights: lambda [W] of each of its layers; none where it does not mix, as under
+            backprop.
     """
-    return [m for m in network.modules() if isinstance(getattr(m, "rule", None), MixingRule)]
+
+    rule: MixingRule
+    statistics: dict[str, Tensor]
+
+    @property
+    def mixing_weights(self) -> list[Tensor]: ...
+
+
+def mixing_modules(network: nn.Module) -> list[MixingModule]:
+    """All modules inside that mix predictions into gradients, in the order of `modules()`."""
+    modules = (m for m in network.modules() if isinstance(m, MixingModule))
+    return [m for m in modules if isinstance(m.rule, MixingRule)]
 
 
 @contextmanager

@@ -110,6 +110,10 @@ class SlotNeurons(nn.Module):
         weight_x nor predictor_x.
     """
 
+    weight_h: Tensor
+    bias: Tensor
+    predictor_h: Tensor
+    predictor_bias: Tensor
     mixing_weight: Tensor
     mixing_memory: Tensor
 

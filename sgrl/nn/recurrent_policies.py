@@ -57,7 +57,8 @@ class GRUPolicy(EncodedPolicy):
         return size
 
     def initial_state(self, batch_size: int) -> State:
-        return {"h": self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)}
+        weight = next(self.core.parameters())
+        return {"h": weight.new_zeros(batch_size, self.settings.hidden_size)}
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -79,7 +80,8 @@ class LSTMPolicy(EncodedPolicy):
         return size
 
     def initial_state(self, batch_size: int) -> State:
-        zeros = self.core.weight_hh_l0.new_zeros(batch_size, self.settings.hidden_size)
+        weight = next(self.core.parameters())
+        zeros = weight.new_zeros(batch_size, self.settings.hidden_size)
         return {"h": zeros, "c": zeros.clone()}
 
     def run_core(
@@ -165,6 +167,7 @@ class SparseNetPolicy(EncodedPolicy):
     two_phase = False
     Settings = SparseNetSettings
     settings: SparseNetSettings
+    actor: SlotActor
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         self.core = SparseRNN(
@@ -233,11 +236,10 @@ class _SparseNetActing(RecordingActing):
 
     def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
         super().__init__(policy)
-        encoder, actor = policy.encoder, policy.actor
         self.recorder = Recorder(
             policy.core.layer(),
-            (encoder[0].weight, encoder[0].bias, encoder[2].weight, encoder[2].bias),
-            (actor.stack(), actor.b),
+            list(policy.encoder.parameters()),
+            (policy.actor.stack(), policy.actor.b),
             length,
             batch_size,
             keep,
@@ -252,7 +254,9 @@ class _SparseNetActing(RecordingActing):
 
     def is_of(self, policy: Policy, observations: Tensor) -> bool:
         same_length = len(observations) == self.recorder.length
-        return same_length and super().is_of(policy, observations) and policy.step_is_published()
+        return (
+            same_length and super().is_of(policy, observations) and self.policy.step_is_published()
+        )
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         core = self.policy.core

@@ -85,7 +85,7 @@ def concatenate(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
         )
         for name in batches[0].tensors()
     }
-    return EpisodeBatch(**values)
+    return EpisodeBatch(**values, acted=None)
 
 
 @dataclass

@@ -78,7 +78,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
 
     def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         logits, values, state = self._run(self.policy, batch)
-        output = {Columns.ACTION_DIST_INPUTS: logits}
+        output: dict[str, Any] = {Columns.ACTION_DIST_INPUTS: logits}
         if state:
             output[Columns.STATE_OUT] = state
         if values is not None:

@@ -14,7 +14,6 @@ one optimizer trains the predictors of synthetic gradients at the policy's learn
 from typing import Any, ClassVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from ray.rllib.models.torch.recurrent_net import RecurrentNetwork
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class PolicyNetwork(RecurrentNetwork, nn.Module):
         super().__init__(obs_space, action_space, num_outputs, model_config, name)
         self.policy = make_policy(
             self.policy_name,
-            int(np.prod(obs_space.shape)),
+            gym.spaces.flatdim(obs_space),
             num_outputs,
             **{"value_head": True, **settings},
         )

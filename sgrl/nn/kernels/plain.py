@@ -6,16 +6,17 @@ hook, no parametrization, no method replaced. All others run as they are written
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+Kind = TypeVar("Kind", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a module is of exactly this class and nothing was added to it.
 
     What is registered inside it is not looked at. (A parametrized module has a class of its own.)

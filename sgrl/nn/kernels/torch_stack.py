@@ -255,13 +255,15 @@ def _update_mixing_weight(
     rows_w = _row_gradients(slopes, w, scores_w, layer.scale, place=0)
     rows_u = _row_gradients(slopes, u, scores_u, layer.scale, place=1)
     batch, num_slots = w.shape[-1], layer.num_slots
-    if slopes.squares is None:
-        slopes.squares = torch.square(slopes.slots, out=slopes.scratch.product).sum(1)
+    squares = slopes.squares
+    if squares is None:
+        squares = torch.square(slopes.slots, out=slopes.scratch.product).sum(1)
+        slopes.squares = squares
     x_square = done.read_square
 
     def inner(feedback: Tensor, rows: Tensor) -> Tensor:
         # <t, t'> summed over slots first: both are slopes times feedback.
-        slot_part = (1 + x_square) * (slopes.squares * feedback * u).sum(1)
+        slot_part = (1 + x_square) * (squares * feedback * u).sum(1)
         key_part = x_square * (rows[:, :num_slots] * rows_u[:, :num_slots]).sum(1)
         return (slot_part + key_part).mean(1)
 

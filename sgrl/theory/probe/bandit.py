@@ -122,11 +122,8 @@ def bandit_sums(
     ]
     sums, feedback = zip(*parts, strict=True)
     return (
-        [Sums(*map(sum, zip(*of_layer, strict=True))) for of_layer in zip(*sums, strict=True)],
-        [
-            Feedback(*(torch.cat(part, dim=1) for part in zip(*of_layer, strict=True)))
-            for of_layer in zip(*feedback, strict=True)
-        ],
+        list(map(Sums.total, zip(*sums, strict=True))),
+        list(map(Feedback.joined, zip(*feedback, strict=True))),
     )
 
 

@@ -3,8 +3,9 @@ that everything is computed from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -92,6 +93,11 @@ class Sums(NamedTuple):
     unit_gradients: Tensor  # [2, J, D]
     unit_products: Tensor  # [J, 2, 2]
 
+    @classmethod
+    def total(cls, parts: Iterable[Self]) -> Self:
+        """Sums over several parts of a sample, from those over each."""
+        return cls(*(sum(values) for values in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
 
 class Feedback(NamedTuple):
     """What condition B is about, for J neurons and K samples: inputs, and gradients received."""
@@ -101,6 +107,11 @@ class Feedback(NamedTuple):
     first: Tensor  # under backprop [J, K, N]: the mean given the sample, or one replicate
     second: Tensor  # the other replicate, or the same mean
     prediction: Tensor  # s [J, K, N]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The samples of several parts, one after the other."""
+        return cls(*(torch.cat(values, dim=1) for values in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)

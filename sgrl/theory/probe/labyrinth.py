@@ -221,11 +221,9 @@ def labyrinth_sums(
     parts = [_labyrinth_chunk(policy, *chunk, loss, groups, trained_batch) for chunk in chunks]
     sums, feedback = zip(*parts, strict=True)
     return (
-        [Sums(*map(sum, zip(*of_group, strict=True))) for of_group in zip(*sums, strict=True)],
+        list(map(Sums.total, zip(*sums, strict=True))),
         [
-            None
-            if of_group[0] is None
-            else Feedback(*(torch.cat(part, dim=1) for part in zip(*of_group, strict=True)))
+            None if of_group[0] is None else Feedback.joined(of_group)
             for of_group in zip(*feedback, strict=True)
         ],
     )

@@ -57,13 +57,17 @@ def check_settings(
     Raises:
         TheoryError: another kind of policy, or settings that make no sense.
     """
-    recurrent = isinstance(policy, SparseNetPolicy) and env.startswith("labyrinth")
-    if not recurrent and not (isinstance(policy, SparseMLPPolicy) and env == "mnist_bandit"):
-        raise TheoryError(
-            "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
-            f"this is {policy.name} on {env}"
-        )
-    if not policy.core_is_plain() or not (recurrent or is_plain(policy.actor, ActionHead)):
+    match policy:
+        case SparseNetPolicy() if env.startswith("labyrinth"):
+            recurrent, known = True, policy.core_is_plain()
+        case SparseMLPPolicy() if env == "mnist_bandit":
+            recurrent, known = False, policy.core_is_plain() and is_plain(policy.actor, ActionHead)
+        case _:
+            raise TheoryError(
+                "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
+                f"this is {policy.name} on {env}"
+            )
+    if not known:
         raise TheoryError(
             f"the probe computes the gradients of {policy.name} as it is published; this one, a "
             f"{type(policy).__name__}, computes in another way"
@@ -121,11 +125,11 @@ def probe(
         policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
     )
     samples, batch_size, trained_batch = settings
-    recurrent = isinstance(policy, SparseNetPolicy)
+    assert isinstance(policy, SparseNetPolicy | SparseMLPPolicy)
     size = -(-samples // NUM_SHARDS)
     config = env_config or {}
     with one_thread():
-        if recurrent:
+        if isinstance(policy, SparseNetPolicy):
             groups, finished = _probe_labyrinth(
                 policy, env, config, neurons, trained_batch, seed, size, parallel
             )
@@ -156,7 +160,7 @@ def probe(
             )
             of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
             place: dict[str, object] = {"layer": group.layer}
-            if recurrent:
+            if isinstance(policy, SparseNetPolicy):
                 place["step"] = "all" if group.step is None else str(group.step)
             for neuron, row in zip(group.neurons.tolist(), of_neurons, strict=True):
                 rows.append({**place, "neuron": neuron, **row})
