@@ -16,9 +16,10 @@ from sgrl.analysis.published import PURPOSE, table_named, write_into
 from sgrl.analysis.study import CLAIMS, judge_claims
 from sgrl.cli import app
 from sgrl.results.archive import write_archive
+from sgrl.results.locations import reading
 from sgrl.results.metrics import write_rows
 from sgrl.results.runs import load_results
-from sgrl.results.storage import is_archive, reading
+from sgrl.results.storage import is_archive
 
 DOCS = Path(__file__).parent.parent / "docs"
 
