@@ -186,6 +186,10 @@ def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
     assert result.output.count("2 iterations equal") == 2
+    line = ["verify", str(out), "--trial", "gru_seed=2"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "no trial gru_seed=2; did you mean 'gru_seed=" in result.output
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
             "experiment.yaml",

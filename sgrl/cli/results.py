@@ -155,14 +155,19 @@ def verify(
     trials: Annotated[int, typer.Option(min=1, help="Trials to train again, at most.")] = 3,
     iterations: Annotated[int, typer.Option(min=1, help="Iterations of each, at most.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of trials.")] = 0,
+    trial: Annotated[
+        list[str] | None, typer.Option(metavar="TRIAL", help="Trial to take instead; repeatable.")
+    ] = None,
 ) -> None:
-    """Train randomly chosen trials of an archive again and compare every row."""
+    """Train trials of an archive again, chosen at random or by name, and compare every row."""
     import tempfile
 
     from sgrl.tuning.verify import verify_archive
 
     with tempfile.TemporaryDirectory(prefix="sgrl-") as scratch:
-        verdicts = verify_archive(Path(directory), Path(scratch), trials, iterations, seed)
+        verdicts = verify_archive(
+            Path(directory), Path(scratch), trials, iterations, seed, trial or []
+        )
     for verdict in verdicts:
         typer.echo(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.text}")
     if not all(verdict.passed for verdict in verdicts):

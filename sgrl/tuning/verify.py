@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sgrl.names import did_you_mean
 from sgrl.results.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
 from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import Row, read_metrics
@@ -45,9 +46,14 @@ class Verdict(NamedTuple):
 
 
 def verify_archive(
-    archive: Path, results: Path, trials: int = 3, iterations: int = 20, seed: int = 0
+    archive: Path,
+    results: Path,
+    trials: int = 3,
+    iterations: int = 20,
+    seed: int = 0,
+    names: Sequence[str] = (),
 ) -> list[Verdict]:
-    """Train randomly chosen trials of an archive again and compare their rows.
+    """Train trials of an archive again, chosen at random or by name, and compare their rows.
 
     Args:
         archive: its folder.
@@ -55,12 +61,14 @@ def verify_archive(
         trials: how many, at most.
         iterations: of each, at most.
         seed: of the choice.
+        names: trials to take instead.
 
     Returns:
         One verdict a trial.
 
     Raises:
-        ArchiveError: the archive cannot be read, or its algorithm never repeats.
+        ArchiveError: the archive cannot be read or has no such trial, or its algorithm never
+            repeats.
         ExperimentError, SweepError: its trials cannot be run here.
     """
     experiment = load_experiment(SweepFolder(archive).experiment, name="verify", track="none")
@@ -70,7 +78,11 @@ def verify_archive(
             "thread of its own), so there is nothing to compare"
         )
     archived = [trial for trial in read_archive(archive) if trial.rows]
+    by_name = {trial.name: trial for trial in archived}
+    if unknown := next((name for name in names if name not in by_name), None):
+        raise ArchiveError(f"{archive}: no trial {unknown}; {did_you_mean(unknown, by_name)}")
     chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
+    chosen = [by_name[name] for name in names] or chosen
     again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
     file = experiment.file.model_copy(update={"stop": {"training_iteration": iterations}})
     experiment = dataclasses.replace(experiment, trials=again, file=file)
