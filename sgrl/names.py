@@ -14,6 +14,12 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0)[0]]
 
 
+def is_close(name: Any, known: Any, cutoff: float = 0.7) -> bool:
+    """Return whether two names are spelled alike, ignoring case."""
+    pair = str(name).lower(), [str(known).lower()]
+    return bool(difflib.get_close_matches(*pair, n=1, cutoff=cutoff))
+
+
 def did_you_mean(name: Any, known: Iterable[Any]) -> str:
     """Return the end of an error message about a name that is not known.
 
@@ -26,7 +32,6 @@ def did_you_mean(name: Any, known: Iterable[Any]) -> str:
     """
     known = list(map(str, known))
     best = nearest(name, known)
-    close = difflib.get_close_matches(str(name).lower(), [best.lower()], cutoff=0.5)
-    if close or len(known) > LISTED:
+    if is_close(name, best, cutoff=0.5) or len(known) > LISTED:
         return f"did you mean {best!r}?"
     return f"known: {', '.join(known)}"

@@ -87,6 +87,14 @@ def test_the_good_file_is_good(run):
         ("{lr: 1e-3}", "{env: x}", "training.env:", "did you mean 'config.environment.env'?"),
         ("training: {lr: 1e-3}", "lr: 1", "config.lr:", "did you mean 'config.training.lr'?"),
         ("seeds: [0]", "learning_rate: 1", "learning_rate:", "mean 'config.training.lr'?"),
+        ("seeds: [0]", "learing_rate: 1", "learing_rate:", "mean 'config.training.lr'?"),
+        ("seeds: [0]", "iterations: 1", "iterations:", "mean 'stop.training_iteration'?"),
+        ("seeds: [0]", "seed: 1", "seed:", "did you mean 'seeds'?"),
+        ("seeds: [0]", "n_jobs: 1", "n_jobs:", "did you mean 'concurrency'?"),
+        ("seeds: [0]", "maze_dim: 1", "maze_dim:", "'config.environment.env_config.maze_dims'?"),
+        ("seeds: [0]", "spase: {}", "spase:", "did you mean 'methods.sparse'?"),
+        ("{lr: 1e-3}", "{hidden_size: 8}", "hidden_size:", "'methods.gru.model.hidden_size'?"),
+        ("hidden_size: 8", "lr: 1", "methods.gru.model:", "did you mean 'config.training.lr'?"),
         # Wrong types.
         ("lr: 1e-3", "lr: fast", "config.training.lr:", "expected a number or a list, got 'fast'"),
         ("lr: 1e-3", "lr: {grid: [1e-3, fast]}", "config.training.lr:", "got 'fast'"),
@@ -159,6 +167,10 @@ def test_the_good_file_is_good(run):
         ("lr: 1e-3", "lr: {grid: [1, 1.0]}", "config.training.lr.grid:", "given twice"),
         ("lr: 1e-3", "lr: {grid: 3}", "config.training.lr.grid:", "expected a list, got 3"),
         ("lr: 1e-3", "lr: {grid: [1], gird: [2]}", "lr.gird:", "did you mean 'grid'?"),
+        ("lr: 1e-3", "lr: {gird: [1, 2]}", "lr.gird: unknown key;", "did you mean 'grid'?"),
+        ("size: 8", "size: {Grids: [8]}", "model.hidden_size.Grids:", "did you mean 'grid'?"),
+        ("iteration: 1", "iteration: {gird: [1]}", "iteration.gird:", "did you mean 'grid'?"),
+        ("[6, 6]", "{grd: [[6, 6]]}", "maze_dims.grd:", "did you mean 'grid'?"),
         ("name: good", "", "name:", "missing"),
         ("stop: {training_iteration: 1}", "", "stop:", "missing"),
         ("training_iteration: 1", "", "stop.training_iteration:", "missing"),
@@ -273,13 +285,67 @@ def test_binary_file(run, tmp_path):
         ("config.training.lr=[", "--set config.training.lr"),
         ("config.trainin.lr=1", "config.trainin: unknown section; did you mean 'training'?"),
         ("config.training.lr.x=1", "config.training.lr holds no keys"),
-        ("methods.gur.model.policy=grr", "methods.gur.model.policy: unknown policy 'grr'"),
+        ("lr=1e-3", "with --set lr: lr: unknown key; did you mean 'config.training.lr'?"),
+        ("methods.gru.model.policy=grr", "methods.gru.model.policy: unknown policy 'grr'"),
+        ("methods.gur.model.policy=gru", "unknown method 'gur'; did you mean 'gru'?"),
+        ("methods.gur=null", "methods.gur: unknown method 'gur'; did you mean 'gru'?"),
         ("stop.training_iteration=0", "at least 1, got 0"),
         ("algorithm=Reinforse", "did you mean 'Reinforce'?"),
     ],
 )
 def test_bad_override(run, override, message):
     refused(run("sweep", "experiment.yaml", "--set", override), "experiment.yaml", message)
+
+
+@pytest.mark.parametrize(
+    ("options", "trials"),
+    [
+        (["--methods", "sparse"], ["sparse_seed=0"]),
+        (["--methods", "sparse,gru", "--seeds", "3"], ["gru_seed=3", "sparse_seed=3"]),
+        (
+            ["--seeds", "0..1,7", "--set", "methods.gru=null"],
+            [f"sparse_seed={s}" for s in (0, 1, 7)],
+        ),
+        (
+            ["--jobs", 2, "--set", "methods.more={model: {policy: mlp}}", "--methods", "more"],
+            ["more_seed=0"],
+        ),
+    ],
+)
+def test_some_methods_and_other_seeds(run, options, trials):
+    result = run("sweep", "experiment.yaml", "--dry-run", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [line.strip() for line in result.stdout.splitlines()[1:]] == trials
+
+
+def test_trials_at_a_time(run, monkeypatch):
+    """Of a sweep, and of one that is resumed."""
+    asked = []
+    monkeypatch.setattr(
+        "sgrl.tuning.sweep._run", lambda _, experiment, __: asked.append(experiment)
+    )
+    monkeypatch.setattr("sgrl.cli.sweeps._compare", lambda location: None)
+    run("sweep", "experiment.yaml", "--jobs", 3)
+    run("resume", "results/good", "--jobs", 2)
+    assert [experiment.file.concurrency for experiment in asked] == [3, 2]
+    assert "\nconcurrency: 2\n" in Path("results/good/experiment.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "gur"], "--methods: unknown method 'gur'; did you mean 'gru'?"),
+        (["--seeds", "2..1"], "with --seeds: seeds: 2..1 is no range"),
+        (["--seeds", "0,0"], "with --seeds: seeds: 0 is given twice"),
+        (["--seeds", "a"], "with --seeds: seeds: expected a whole number, got 'a'"),
+        (
+            ["--set", "methods.gru=null", "--set", "methods.sparse=null"],
+            "methods: empty; name at least one method",
+        ),
+    ],
+)
+def test_no_such_methods_and_seeds(run, options, message):
+    refused(run("sweep", "experiment.yaml", *options), message)
 
 
 def test_override_inside_a_methods_grid(run):

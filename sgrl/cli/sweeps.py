@@ -28,6 +28,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="As in config.training.lr=1e-3; repeatable."),
 ]
+Methods = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="The file's methods to run, as in gru,lstm.")
+]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="SEEDS", help="Instead of the file's, as in 0..5 or 0,2,4.")
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Trials at a time; as many as fit unless the file says otherwise."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
 Track = Annotated[
     str | None,
@@ -50,6 +60,9 @@ def sweep(
     results: Results = "results",
     name: Name = None,
     set_: Set = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    jobs: Jobs = None,
     track: Track = None,
     address: Address = None,
     dry_run: DryRun = False,
@@ -58,7 +71,15 @@ def sweep(
     with _without_collector() if dry_run else nullcontext():
         from sgrl.tuning.experiment.load import load_experiment
 
-        experiment = load_experiment(config, set_ or [], name, track)
+        experiment = load_experiment(
+            config,
+            set_ or [],
+            name,
+            track,
+            methods=[] if methods is None else methods.split(","),
+            seeds=seeds,
+            concurrency=jobs,
+        )
     if dry_run:
         typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
         for trial in experiment.trials:
@@ -71,7 +92,7 @@ def sweep(
 
         words = ["sweep", config.name, "--results", results, "--name", experiment.name]
         words += [word for setting in set_ or [] for word in ("--set", setting)]
-        words += ["--track", track] if track else []
+        words += _given(methods=methods, seeds=seeds, jobs=jobs, track=track)
         files = {config.name: config.read_text("utf-8")}
         for module in user_modules(experiment):
             files |= sources(module)
@@ -112,6 +133,7 @@ def resume(
     directory: Experiment,
     iterations: Iterations = None,
     add: Add = None,
+    jobs: Jobs = None,
     track: Track = None,
     address: Address = None,
     dry_run: Plan = False,
@@ -123,9 +145,8 @@ def resume(
     """
     if client := _client_address(address):
         words = ["resume", directory, *(["--dry-run"] if dry_run else [])]
-        words += ["--iterations", str(iterations)] if iterations else []
         words += [word for addition in add or [] for word in ("--add", addition)]
-        words += ["--track", track] if track else []
+        words += _given(iterations=iterations, jobs=jobs, track=track)
         _run_on_cluster(client, words, directory)
     _join(address)
     from sgrl.tuning.sweep import resume_plan, resume_sweep
@@ -137,8 +158,14 @@ def resume(
             for row in todo:
                 typer.echo(f"  {row.trial.name}: from {row.iteration} to {row.last_iteration}")
             return
-        resume_sweep(directory, iterations, add or [], track)
+        resume_sweep(directory, iterations, add or [], track, jobs)
     _compare(directory)
+
+
+def _given(**options: str | int | None) -> list[str]:
+    """The words of those options that are given."""
+    given = {f"--{name}": str(value) for name, value in options.items() if value is not None}
+    return [word for option in given.items() for word in option]
 
 
 def _client_address(address: str | None) -> str | None:

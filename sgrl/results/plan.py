@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgrl.errors import UserError
-from sgrl.names import did_you_mean, nearest
+from sgrl.names import did_you_mean, is_close, nearest
 from sgrl.results.metrics import is_taken
 from sgrl.yaml_files import YAMLFileError, parse_yaml
 
@@ -47,20 +47,20 @@ class ExperimentError(UserError):
     Args:
         path: the experiment file.
         problems: what is wrong, at least one.
-        option: that of the command line which changed the experiment.
-        settings: its values, as KEY=VALUE; a problem with such a key is said to stand there.
+        changed: what of the command line changed the experiment, by the key that it changed, as in
+            ``{"seeds": "--seeds"}``; a problem with such a key is said to stand there.
     """
 
     def __init__(
-        self,
-        path: Path,
-        problems: Iterable[Problem],
-        option: str = "",
-        settings: Sequence[str] = (),
+        self, path: Path, problems: Iterable[Problem], changed: Mapping[str, str] | None = None
     ) -> None:
-        keys, lines = [setting.partition("=")[0] for setting in settings], []
+        lines = []
         for problem in problems:
-            place = [f" with {option} {k}" for k in keys if f"{problem.key}.".startswith(f"{k}.")]
+            place = [
+                f" with {option}"
+                for key, option in (changed or {}).items()
+                if f"{problem.key}.".startswith(f"{key}.")
+            ]
             where = f"{path}{''.join(place[-1:])}: " + (f"{problem.key}: " if problem.key else "")
             lines.append(where + problem.message)
         super().__init__("\n".join(dict.fromkeys(lines)))
@@ -333,6 +333,15 @@ def grid_problems(experiment: Mapping[str, Any]) -> Iterator[Problem]:
                 yield Problem(f"{key}.grid", f"expected a list, got {values!r}")
             elif message := repeated(values):
                 yield Problem(f"{key}.grid", message)
+
+
+def misspelled_grids(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path to each key that may be a misspelled `grid`, as in ``{"gird": [1, 2]}``."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        here = (*path, str(key))
+        if len(tree) == 1 and isinstance(value, list) and key != "grid" and is_close(key, "grid"):
+            yield here
+        yield from misspelled_grids(value, here)
 
 
 def repeated(values: list[Any]) -> str:

@@ -86,24 +86,26 @@ def resume_sweep(
     iterations: int | None = None,
     additions: Sequence[str] = (),
     track: str | None = None,
+    concurrency: int | None = None,
 ) -> Path:
     """Continue a sweep that was killed, or whose trials failed, and return its folder.
 
     `iterations` and `additions` (KEY=VALUES) extend it first, as `extend_experiment` does: trials
     that are there go on to the new end from their last checkpoints. `track` replaces the tracker
-    that the sweep was started with. Completed trials are left alone, and so are those whose loss
-    became NaN or infinite. Raises as `run_sweep` does, and SweepError where `directory` holds no
-    sweep or a trial has passed the new end.
+    that the sweep was started with, and `concurrency` the number of trials at a time. Completed
+    trials are left alone, and so are those whose loss became NaN or infinite. Raises as
+    `run_sweep` does, and SweepError where `directory` holds no sweep or a trial has passed the new
+    end.
     """
     store = open_store(directory, "driver")
     _check_is_sweep(store)
     with _locked(store):
         store.pull_reports()
-        experiment = _extended(store, iterations, additions, track)
+        experiment = _extended(store, iterations, additions, track, concurrency)
         check_tracker(experiment.file.track, store.location)
         requests = _resource_requests(experiment, resuming=True)
         _prepare_environments(experiment)
-        if iterations is not None or additions or track is not None:
+        if additions or {iterations, track, concurrency} != {None}:
             write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
         return _run(store, experiment, requests)
 
@@ -131,8 +133,11 @@ def _extended(
     iterations: int | None,
     additions: Sequence[str],
     track: str | None = None,
+    concurrency: int | None = None,
 ) -> Experiment:
-    experiment = extend_experiment(store.sweep.experiment, iterations, additions, track)
+    experiment = extend_experiment(
+        store.sweep.experiment, iterations, additions, track, concurrency=concurrency
+    )
     for trial in experiment.trials:
         folder = store.sweep.trial(trial.name)
         _check_config(folder, trial)

@@ -25,10 +25,11 @@ one seed. Sections that begin with `x-` are ignored: they hold what YAML aliases
 From the YAML to the trials:
 
 - `load.py`: `load_experiment` and `extend_experiment`, which call all others in turn
-- `edits.py`: what `--set` and `--add` change
+- `edits.py`: what `--set`, `--methods`, `--seeds` and `--add` change
 - `file.py`: the keys of the file itself, as pydantic models
 - `method.py`: a method's model: policy, defaults and backend
 - `sections.py`: `config` against RLlib's AlgorithmConfig
+- `places.py`: where every key stands, for hints
 - `checks.py`: one grid point: its values, environment and RLlib's own checks
 - `sgrl.results.plan`: grids and trials, which reading results needs too
 - `resources.py`: what the trials hold while they run

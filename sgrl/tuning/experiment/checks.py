@@ -1,30 +1,33 @@
 """Checks of one grid point of one method, before a trial's processes would find out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sgrl.results.plan import Point, Problem, TrialConfig
-from sgrl.tuning.experiment.file import MAPPING, check_known, stop_problems
+from sgrl.tuning.experiment.file import ALIASES, MAPPING, check_known, stop_problems
 from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
 
 
-def point_problems(algorithm: str, config_class: Any, point: Point) -> list[Problem]:
+def point_problems(
+    algorithm: str, config_class: Any, point: Point, places: Callable[[], Mapping[str, str]]
+) -> list[Problem]:
     """Return what is wrong with a grid point, its keys as in config.training.lr and model.
 
     Args:
         algorithm: its name.
         config_class: of the algorithm's configuration; None where there is no such algorithm.
         point: what is checked; an empty model is said to be wrong already.
+        places: tells where keys stand that may have been meant.
     """
     content = point.content
     found = stop_problems(content["stop"])
     has_model = bool(content["model"])
     if has_model:
-        found += _model_problems(content["model"])
+        found += _model_problems(content["model"], places)
     if not isinstance(content["config"], dict):
         return [*found, Problem("config", f"expected {MAPPING}, got {content['config']!r}")]
     if config_class is not None:
-        found += section_problems(config_class, content["config"])
+        found += section_problems(config_class, content["config"], places)
     has_model = has_model and not any(p.key == "model" for p in found)
     if not any(f"{p.key}.".startswith("config.environment.") for p in found):
         environment = list(_environment_problems(content["config"].get("environment", {})))
@@ -36,13 +39,20 @@ def point_problems(algorithm: str, config_class: Any, point: Point) -> list[Prob
     return found
 
 
-def _model_problems(model: dict[str, Any]) -> Iterator[Problem]:
+def _model_problems(
+    model: dict[str, Any], places: Callable[[], Mapping[str, str]]
+) -> Iterator[Problem]:
     from sgrl.rllib.module import policy_arguments
 
     try:
         policy_arguments(model)
     except (ValueError, TypeError) as error:
-        yield Problem("model", one_line(error))
+        said = one_line(error)
+        for key in model:
+            wrong, meant = f"has no setting {key!r};", places().get(ALIASES.get(key, key))
+            if meant and wrong in said:
+                said = f"{said.partition(wrong)[0]}{wrong} did you mean {meant!r}?"
+        yield Problem("model", said)
 
 
 def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:

@@ -1,16 +1,18 @@
-"""What the command line changes in the content of an experiment file: `--set` and `--add`."""
+"""What the command line changes in the content of an experiment file: `--set`, `--methods`,
+`--seeds` and `--add`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgrl.commands import command
+from sgrl.names import did_you_mean
 from sgrl.results.plan import Problem, expand_range, grids_in, place_of
 from sgrl.yaml_files import YAMLFileError, parse_yaml
 
 
 def override(content: dict[str, Any], setting: str) -> None:
-    """Set the value of a key, in the place of what methods set there.
+    """Set the value of a key, in the place of what methods set there; null drops a method.
 
     Args:
         content: of the experiment file, changed in place.
@@ -28,6 +30,11 @@ def override(content: dict[str, Any], setting: str) -> None:
     value = _value(key, text)
     if value is None and text.strip() not in ("null", "~"):
         raise Problem(key, "no value given")
+    if path[0] == "methods" and (len(path) > 2 or (len(path) == 2 and value is None)):
+        _check_method(content, path[1], key)
+    if path[0] == "methods" and len(path) == 2 and value is None:
+        del content["methods"][path[1]]
+        return
     parent = content
     for depth, step in enumerate(path[:-1], 1):
         if parent.get(step) is None:
@@ -53,6 +60,42 @@ def _forget(entry: Any, path: Sequence[str], where: str) -> None:
         if depth == len(path) - 1:
             entry.pop(step, None)
         entry = entry.get(step)
+
+
+def keep_methods(content: dict[str, Any], names: Sequence[str]) -> None:
+    """Drop all methods but those named.
+
+    Args:
+        content: of the experiment file, changed in place.
+        names: at least one.
+
+    Raises:
+        Problem: there is no such method.
+    """
+    for name in names:
+        _check_method(content, name, "--methods")
+    methods = content["methods"]
+    content["methods"] = {name: methods[name] for name in methods if str(name) in names}
+
+
+def _check_method(content: Mapping[str, Any], name: str, key: str) -> None:
+    methods = content.get("methods")
+    if isinstance(methods, dict) and name not in map(str, methods):
+        hint = did_you_mean(name, methods) if methods else "there are none"
+        raise Problem(key, f"unknown method {name!r}; {hint}")
+
+
+def parse_seeds(text: str) -> list[Any]:
+    """Return the seeds of a text such as 0..5 or 0,2,7..9.
+
+    Raises:
+        Problem: it is not YAML, or a range is none.
+    """
+    seeds: list[Any] = []
+    for part in text.split(","):
+        value = expand_range(_value("seeds", part))
+        seeds += value if isinstance(value, list) else [value]
+    return seeds
 
 
 def add(content: dict[str, Any], addition: str, path: Path) -> None:
@@ -85,6 +128,8 @@ def _grid_at(content: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     """The values that are swept at a key of the file."""
     roots = {root: content[root] for root in ("config", "methods", "stop")}
     grids = {".".join(steps): node["grid"] for steps, node in grids_in(roots)}
+    if key.startswith("methods."):
+        _check_method(content, key.split(".")[1], key)
     if key not in grids:
         others = "".join(f", {grid}" for grid in grids)
         # Its value would have to enter the names of trials that are there already.

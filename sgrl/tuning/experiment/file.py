@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 
-from sgrl.names import did_you_mean, nearest
+from sgrl.names import did_you_mean, is_close, nearest
 from sgrl.results.plan import (
     Checkpointing,
     Evaluating,
@@ -189,6 +189,7 @@ ALIASES = {
     alias: name
     for name, aliases in {
         "clip_param": "clip_range",
+        "concurrency": "jobs n_jobs num_jobs",
         "entropy_coeff": "ent_coef entropy_coef entropy_cost",
         "env": "env_id env_name environment_id",
         "gamma": "discount",
@@ -200,6 +201,7 @@ ALIASES = {
         "num_envs_per_env_runner": "n_envs num_envs num_envs_per_worker",
         "num_epochs": "n_epochs num_sgd_iter",
         "train_batch_size_per_learner": "batch_size train_batch_size",
+        "training_iteration": "iterations num_iterations",
         "vf_loss_coeff": "vf_coef",
     }.items()
     for alias in aliases.split()
@@ -243,8 +245,13 @@ def unknown_key(
     if not isinstance(key, str):
         return "keys must be text; put it in quotes"
     meant = ALIASES.get(key, key)
-    if meant not in names and (elsewhere := places().get(meant)):
-        meant = elsewhere
+    if meant not in names:
+        elsewhere = places()
+        if meant not in elsewhere:
+            alike = nearest(key, [*names, *elsewhere, *ALIASES])
+            if alike not in names and is_close(key, alike, cutoff=0.8):
+                meant = ALIASES.get(alike, alike)
+        meant = elsewhere.get(meant, meant)
     hint = did_you_mean(key, names) if meant == key else f"did you mean {meant!r}?"
     return f"unknown {kind}; {hint}"
 

@@ -6,27 +6,31 @@
 Ray is imported but never started.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgrl.names import did_you_mean
 from sgrl.results.plan import (
     ExperimentError,
     Point,
     Problem,
     Trial,
     grid_problems,
+    misspelled_grids,
     place_of,
     points_of,
     read_experiment,
     trials_of,
 )
 from sgrl.tuning.experiment.checks import point_problems
-from sgrl.tuning.experiment.edits import add, override
+from sgrl.tuning.experiment.edits import add, keep_methods, override, parse_seeds
 from sgrl.tuning.experiment.file import ExperimentFile, validate_file
 from sgrl.tuning.experiment.method import complete_model
-from sgrl.tuning.experiment.sections import config_class_of, places_in
+from sgrl.tuning.experiment.places import places_of
+from sgrl.tuning.experiment.sections import config_class_of
 
 # Written out in every experiment. A baseline is so only where it is set: sweeps that were started
 # before there was one go on.
@@ -64,6 +68,10 @@ def load_experiment(
     overrides: Sequence[str] = (),
     name: str | None = None,
     track: str | None = None,
+    *,
+    methods: Sequence[str] = (),
+    seeds: str | None = None,
+    concurrency: int | None = None,
 ) -> Experiment:
     """Read, override and check an experiment file.
 
@@ -73,19 +81,26 @@ def load_experiment(
             sets at the same key.
         name: in the place of the experiment's own.
         track: in the place of the experiment's own.
+        methods: those to keep; all by default.
+        seeds: as in 0..5 or 0,2,7..9, in the place of the experiment's own.
+        concurrency: in the place of the experiment's own.
 
     Raises:
         ExperimentError: it cannot run; all that is wrong with it.
     """
     path = Path(path)
+    changed = {_key(setting): f"--set {_key(setting)}" for setting in overrides}
 
     def edit(content: dict[str, Any]) -> None:
         for setting in overrides:
             override(content, setting)
-        content |= {} if name is None else {"name": name}
-        content |= {} if track is None else {"track": track}
+        if methods:
+            keep_methods(content, methods)
+        options: dict[str, Any] = {"name": name, "track": track, "concurrency": concurrency}
+        options["seeds"] = None if seeds is None else parse_seeds(seeds)
+        content |= {key: value for key, value in options.items() if value is not None}
 
-    return _load(path, edit, "--set", overrides)
+    return _load(path, edit, changed | ({} if seeds is None else {"seeds": "--seeds"}))
 
 
 def extend_experiment(
@@ -93,6 +108,8 @@ def extend_experiment(
     iterations: int | None = None,
     additions: Sequence[str] = (),
     track: str | None = None,
+    *,
+    concurrency: int | None = None,
 ) -> Experiment:
     """Read an experiment file and make it longer, or wider.
 
@@ -105,13 +122,16 @@ def extend_experiment(
         additions: KEY=VALUES: more seeds, as in seeds=6..11, or more values of a key that is
             swept.
         track: in the place of the experiment's own.
+        concurrency: in the place of the experiment's own.
 
     Raises:
         ExperimentError: it cannot run, or not be extended so; all that is wrong with it.
     """
     path = Path(path)
     experiment = _load(path)
-    if iterations is None and not additions and track is None:
+    options = {"track": track, "concurrency": concurrency}
+    options = {key: value for key, value in options.items() if value is not None}
+    if iterations is None and not additions and not options:
         return experiment
 
     def edit(content: dict[str, Any]) -> None:
@@ -123,43 +143,58 @@ def extend_experiment(
             if isinstance(content["stop"]["training_iteration"], dict):
                 raise Problem(key, "is swept: the trials' names say when they end")
             content["stop"]["training_iteration"] = iterations
-        content |= {} if track is None else {"track": track}
+        content |= options
 
-    return _load(path, edit, "--add", additions)
+    return _load(path, edit, {_key(addition): f"--add {_key(addition)}" for addition in additions})
+
+
+def _key(setting: str) -> str:
+    return setting.partition("=")[0]
 
 
 def _load(
     path: Path,
     edit: Callable[[dict[str, Any]], None] = lambda content: None,
-    option: str = "",
-    settings: Sequence[str] = (),
+    changed: Mapping[str, str] | None = None,
 ) -> Experiment:
     try:
         content = read_experiment(path)
         edit(content)
     except Problem as problem:
-        raise ExperimentError(path, [problem], option, settings) from None
+        raise ExperimentError(path, [problem], changed) from None
     config_class: Any = None
     problems: list[Problem] = []
     try:
         config_class = config_class_of(content.get("algorithm") or "Reinforce")
     except Problem as problem:
         problems.append(problem)
-    file, found = validate_file(content, lambda: places_in(config_class) if config_class else {})
+    places = functools.cache(lambda: places_of(content, config_class))
+    file, found = validate_file(content, places)
     problems += found
     trials: list[Trial] = []
     if file is not None:
         problems += _complete(file)
         resolved = file.as_dict()
         points = points_of(resolved)
-        problems += [*grid_problems(resolved), *_point_problems(resolved, points, config_class)]
+        problems += grid_problems(resolved)
+        problems += _point_problems(resolved, points, config_class, places)
         if not problems:
             trials = trials_of(resolved, points)
             problems += _trial_problems(file, trials)
     if problems:
-        raise ExperimentError(path, problems, option, settings)
+        raise ExperimentError(path, _with_grids_meant(content, problems), changed)
     assert file is not None
     return Experiment(path, file, trials)
+
+
+def _with_grids_meant(content: Mapping[str, Any], problems: list[Problem]) -> list[Problem]:
+    """The problems, with a misspelled `grid` in the place of what is wrong because of it."""
+    for key in misspelled_grids(content):
+        start, got = ".".join(key), f"got {{{key[-1]!r}: "
+        others = [p for p in problems if not (start.startswith(p.key) and got in p.message)]
+        if len(others) < len(problems):
+            problems = [*others, Problem(key, f"unknown key; {did_you_mean(key[-1], ['grid'])}")]
+    return problems
 
 
 def _complete(file: ExperimentFile) -> Iterator[Problem]:
@@ -179,12 +214,15 @@ def _complete(file: ExperimentFile) -> Iterator[Problem]:
 
 
 def _point_problems(
-    resolved: Mapping[str, Any], points: Iterable[Point], config_class: Any
+    resolved: Mapping[str, Any],
+    points: Iterable[Point],
+    config_class: Any,
+    places: Callable[[], Mapping[str, str]],
 ) -> Iterator[Problem]:
     """What is wrong with the grid points, each key as it stands in the file."""
     said = set()
     for point in points:
-        for problem in point_problems(resolved["algorithm"], config_class, point):
+        for problem in point_problems(resolved["algorithm"], config_class, point, places):
             # RLlib does not say which key it means: that is once enough, for whatever methods.
             if problem.key != "config" or problem.message not in said:
                 place = place_of(resolved, point.method, problem.key)

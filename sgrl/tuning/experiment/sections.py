@@ -9,7 +9,7 @@ import inspect
 import logging
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sgrl.results.plan import Problem, TrialConfig
@@ -62,12 +62,20 @@ def build_algorithm_config(trial: TrialConfig) -> Any:
     return config.debugging(seed=trial.seed)
 
 
-def section_problems(config_class: Any, sections: Any) -> Iterator[Problem]:
+def section_problems(
+    config_class: Any, sections: Any, places: Callable[[], Mapping[str, str]]
+) -> Iterator[Problem]:
     """Yield what is wrong with the sections of a configuration: unknown keys, and values of the
-    wrong type or out of bounds."""
+    wrong type or out of bounds.
+
+    Args:
+        config_class: of the algorithm.
+        sections: what is checked.
+        places: tells where keys stand that may have been meant.
+    """
     from sgrl.rllib.settings import BOUNDS
 
-    known, places = section_names(config_class), functools.partial(places_in, config_class)
+    known = section_names(config_class)
     for section, given in sections.items():
         key = f"config.{section}"
         if section == "api_stack":
