@@ -5,7 +5,7 @@ A page holds each table between two marks, `<!-- NAME -->` and `<!-- end of NAME
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
@@ -53,6 +53,22 @@ def write_into(page: Path, published: Path) -> int:
         ResultsError: the page has no marks, or a mark whose table does not exist; one line.
         StorageError: an archive is damaged.
     """
+    return write_tables(page, lambda name: table_named(name, published))
+
+
+def write_tables(page: Path, table_of: Callable[[str], str]) -> int:
+    """Replace the tables of a page.
+
+    Args:
+        page: a page in Markdown.
+        table_of: returns the table of a mark's name.
+
+    Returns:
+        The number of tables.
+
+    Raises:
+        ResultsError: the page has no marks, or those around a table differ; one line.
+    """
     text = page.read_text(encoding="utf-8")
     if not _MARK.search(text):
         raise ResultsError(f"{page} does not hold the lines <!-- NAME --> and <!-- end of NAME -->")
@@ -61,7 +77,7 @@ def write_into(page: Path, published: Path) -> int:
         name, end = mark.groups()
         if name != end:
             raise ResultsError(f"{page}: <!-- {name} --> is followed by <!-- end of {end} -->")
-        return f"<!-- {name} -->\n\n{table_named(name, published)}\n<!-- end of {name} -->"
+        return f"<!-- {name} -->\n\n{table_of(name)}\n<!-- end of {name} -->"
 
     replaced, count = _MARK.subn(table, text)
     page.write_text(replaced, encoding="utf-8")

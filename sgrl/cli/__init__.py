@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from sgrl import __version__
-from sgrl.cli import data, policies, results, sweeps, theory
+from sgrl.cli import data, listing, policies, results, sweeps, theory
 from sgrl.cli.terminal import OneLineErrors
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ for command in (
     theory.probe,
 ):
     app.command()(command)
+app.command("list")(listing.list_names)
 app.add_typer(theory.app, name="theory")
 app.add_typer(data.app, name="data")
 

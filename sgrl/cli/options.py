@@ -33,6 +33,7 @@ def homes(paths: list[str]) -> list[str]:
     return [home(path) for path in paths]
 
 
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts (docs/results.md).")]
 Experiment = Annotated[
     str, typer.Argument(metavar="DIR", callback=home, help="As in results/quickstart.")
 ]

@@ -1,7 +1,8 @@
 """What all commands do on the terminal: errors in one line, and progress bars."""
 
 import errno
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,44 @@ class OneLineErrors(TyperGroup):
         for line in said.splitlines() or [""]:
             typer.echo(f"sgrl: {line}", err=True)
         raise typer.Exit(2)
+
+
+def print_json(content: Any) -> None:
+    """Print content as JSON, with null for numbers that are not finite."""
+    import json
+
+    typer.echo(json.dumps(_finite(content), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):  # NumPy's
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """Print names and what they are: wrapped to a terminal, and in full into anything else."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = list(lines)
+    console = Console()
+    if not console.is_terminal:
+        width = max(len(name) for name, _ in lines)
+        for name, line in lines:
+            typer.echo(f"{name:<{width}}  {line}".rstrip())
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, line in lines:
+        table.add_row(Text(name), Text(line))
+    console.print(table)
 
 
 @contextmanager

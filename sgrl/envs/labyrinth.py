@@ -84,7 +84,13 @@ def make_escape(maze_dims: Sequence[int], episode_length: int) -> gym.Env:
 def make_explore(
     maze_dims: Sequence[int], episode_length: int, zero_reward_probability: float
 ) -> gym.Env:
-    """popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`."""
+    """popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`.
+
+    Args:
+        maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
+        episode_length: T; popgym truncates after T - 1 steps.
+        zero_reward_probability: how often a step's reward is replaced by the penalty of a step.
+    """
     env = _wrap(LabyrinthExplore, maze_dims, episode_length)
     return IsolateRandomState(SparseReward(env, zero_reward_probability))
 

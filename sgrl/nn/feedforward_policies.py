@@ -107,7 +107,17 @@ def _xavier(
 
 @dataclass(frozen=True)
 class SparseMLPSettings(SGPropSettings, PolicySettings):
-    """Settings of the feed-forward sparse policy; see `SparseMLP` for what they do."""
+    """Settings of the feed-forward sparse policy; see `SparseMLP` for what they do.
+
+    Attributes:
+        num_layers: L, hidden layers.
+        num_neurons: W, neurons of a layer.
+        neuron_size: N, dimension of a neuron's state.
+        num_parents: P, neurons that each neuron reads; in the first layer P * N pixels.
+        num_slots: M, slots of a neuron.
+        residual: whether all layers but the first are residual.
+        backend: "auto", "eager", "torch" or "native".
+    """
 
     num_layers: int = 5
     num_neurons: int = 200

@@ -97,7 +97,13 @@ class SparseNetSettings(SGPropSettings, EncoderSettings):
     """Settings of the recurrent sparse policy; see `SparseRNN` for what they do.
 
     Attributes:
+        num_neurons: W, neurons of the layer.
+        neuron_size: N, dimension of a neuron's state.
+        num_parents: P, neurons that each neuron reads, drawn at random once.
+        num_slots: M, slots of a neuron.
+        num_input_neurons: how many neurons read the embedding.
         actor_slots: slots per action of the actor.
+        backend: "auto", "eager", "torch" or "native".
     """
 
     num_neurons: int = 128

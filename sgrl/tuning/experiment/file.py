@@ -109,8 +109,26 @@ class Method(_Keys):
 
 
 class ExperimentFile(_Keys):
-    """An experiment file. `config`, `stop` and a method's `model` and `config` may hold grids, so
-    what is in them is checked at each grid point."""
+    """An experiment file.
+
+    `config`, `stop` and a method's `model` and `config` may hold grids, so what is in them is
+    checked at each grid point.
+
+    Attributes:
+        name: of the experiment, and of its results folder.
+        algorithm: Reinforce, or RLlib's PPO, APPO or IMPALA.
+        config: sections of RLlib's AlgorithmConfig and their arguments, of all methods.
+        methods: the models compared side by side, by their names.
+        seeds: one trial each, of every method at every grid point; a list, or a range as in 0..5.
+        stop: when a trial is complete.
+        checkpoint: what an interrupted trial goes on from.
+        evaluate: evaluations apart from training; null is none.
+        max_failures: restarts of a trial without a new checkpoint in between.
+        iteration_timeout: seconds after which an iteration counts as hung; null is never.
+        num_threads: torch threads of one trial.
+        concurrency: trials at a time; auto is as many as fit.
+        track: where else the curves go: none, tensorboard, wandb or mlflow.
+    """
 
     name: Name
     algorithm: Annotated[str, SkipValidation] = "Reinforce"

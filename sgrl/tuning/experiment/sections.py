@@ -95,7 +95,7 @@ def section_problems(
                 elif place == "config.debugging.seed":
                     yield Problem(place, "seeds belong under 'seeds'")
                 elif not _accepts(arguments[name], value):
-                    expected = _in_words(arguments[name])
+                    expected = in_words(arguments[name])
                     yield Problem(place, f"expected {expected}, got {value!r}")
                 elif name in BOUNDS and _accepts(float, value) and not BOUNDS[name].allow(value):
                     yield Problem(place, f"must be {BOUNDS[name].limits}, got {value}")
@@ -180,10 +180,11 @@ def _accepts(annotation: Any, value: Any) -> bool:
     return kind not in (type, Callable)
 
 
-def _in_words(annotation: Any) -> str:
+def in_words(annotation: Any) -> str:
+    """Return the values that fit an annotation in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        words = [_in_words(a) for a in arguments if a is not types.NoneType]
+        words = [in_words(a) for a in arguments if a is not types.NoneType]
         return " or ".join(dict.fromkeys(words))
     if origin is typing.Literal:
         return " or ".join(repr(argument) for argument in arguments)

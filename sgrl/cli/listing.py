@@ -1,0 +1,60 @@
+"""The command that lists what an experiment file can say."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sgrl.cli.options import JSON, home
+from sgrl.cli.terminal import print_json, print_lines
+
+
+def list_names(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="envs, policies, rules or settings.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="One of them; of settings, a key or a group."),
+    ] = None,
+    json: JSON = False,
+    write: Annotated[
+        Path | None,
+        typer.Option(callback=home, metavar="FILE", help="Page to bring up to date."),
+    ] = None,
+) -> None:
+    """List environments, policies, mixing rules or settings, with types and defaults."""
+    from sgrl.tuning.experiment.settings import (
+        check_kind,
+        docstring_of,
+        names_of,
+        settings_named,
+        settings_page,
+    )
+
+    check_kind(kind)
+    if write is not None:
+        from sgrl.analysis.published import write_tables
+
+        write_tables(write, lambda mark: settings_page())
+        typer.echo(f"written: {write}")
+        return
+    if name is None and kind != "settings":
+        names = names_of(kind)
+        if json:
+            print_json([{"name": name, "description": line} for name, line in names.items()])
+            return
+        print_lines(names.items())
+        if kind == "envs":
+            typer.echo("and every id of gymnasium and POPGym, as in CartPole-v1")
+        return
+    groups = settings_named(kind, name)
+    if json:
+        print_json({group: [s._asdict() for s in settings] for group, settings in groups.items()})
+        return
+    if name is not None and kind != "settings":
+        typer.echo(f"{docstring_of(kind, name)}\n")
+    for group, settings in groups.items():
+        typer.echo(f"{group}:")
+        print_lines(
+            (f"  {s.name}", f"{s.type}{f'; default {s.default}' if s.default else ''}. {s.line}")
+            for s in settings
+        )
