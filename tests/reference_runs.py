@@ -58,8 +58,8 @@ def bandit(dtype: torch.dtype, policy: str, **settings: Any) -> Rows:
 
 def ppo(dtype: torch.dtype, **settings: Any) -> Rows:
     """RLlib's PPO on 4 labyrinths."""
+    from sgrl.results.rllib_metrics import metrics_row
     from sgrl.rllib import PPOConfig
-    from sgrl.tuning.rllib_metrics import metrics_row
 
     model = {"policy": "sparsenet", "dtype": str(dtype).removeprefix("torch."), **settings}
     config = (

@@ -20,10 +20,10 @@ from sgrl.results.checkpoints import open_policy
 from sgrl.results.evaluation import evaluate, play
 from sgrl.results.metrics import EVALUATION_COLUMNS
 from sgrl.results.plan import ExperimentError
+from sgrl.results.rllib_metrics import metrics_row
 from sgrl.results.runs import load_results
 from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment.sections import build_algorithm_config
-from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-:UserWarning")

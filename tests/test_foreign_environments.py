@@ -27,8 +27,8 @@ from sgrl.reinforce import Rollout
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, MAX_SEED
 from sgrl.results import evaluation
 from sgrl.results.folder import TrialFolder
+from sgrl.results.rllib_metrics import metrics_row
 from sgrl.rllib import APPOConfig, PPOConfig, ReinforceConfig, register_environment
-from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.trial import first_line, is_disk_full
 
 HERE = Path(__file__).name

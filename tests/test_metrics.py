@@ -14,7 +14,7 @@ from sgrl.results.metrics import (
     score,
     truncate_metrics,
 )
-from sgrl.tuning.rllib_metrics import metrics_row
+from sgrl.results.rllib_metrics import metrics_row
 
 
 def write(path, rows, seed=0):

@@ -12,7 +12,9 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.examples.envs.classes.random_env import RandomEnv
 from sweeps import SPARSENET
 
+import sgrl
 from sgrl.nn.registry import make_policy, predictor_parameters
+from sgrl.results.evaluation import evaluate
 from sgrl.rllib import (
     GRUNetwork,
     LSTMNetwork,
@@ -121,6 +123,9 @@ def test_predictors_have_a_learning_rate_of_their_own(name: str, env: str, tmp_p
     restored = type(algorithm).from_checkpoint(str(tmp_path))
     for key, value in restored.get_policy().model.policy.state_dict().items():
         assert torch.equal(after[key], value), key
+    for key, value in sgrl.load_policy(tmp_path).state_dict().items():
+        assert torch.equal(after[key], value), key
+    assert evaluate(tmp_path, episodes=2)["episodes"] == 2
     assert 0 < rllib_policy.entropy_coeff < 0.1
     assert restored.get_policy().entropy_coeff == rllib_policy.entropy_coeff
     restored.train()

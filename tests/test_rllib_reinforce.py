@@ -1,6 +1,7 @@
 """`Reinforce` on RLlib: the plain loop's numbers, determinism, exact restore, remote actors."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from ray.rllib import _register_all
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.registry import get_trainable_cls
 from sweeps import SPARSENET as SPARSE
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.registry import make_policy
 from sgrl.reinforce import NonFiniteLoss, UpdateSettings, train
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET
+from sgrl.results.checkpoints import open_policy
 from sgrl.rllib import PolicyModule, Reinforce, ReinforceConfig
 from sgrl.rllib.settings import REINFORCE_READS, setting_names
+from sgrl.rllib.stock import STOCK_ALGORITHMS
 
 ENV_CONFIG = {"episode_length": 12}
 NUM_ENVS = 3
@@ -131,6 +137,28 @@ def test_same_numbers_as_the_plain_loop_with_a_baseline(baseline: str) -> None:
     algorithm.stop()
 
 
+def test_tune_knows_the_algorithms_by_name() -> None:
+    _register_all()  # as Tune does where it finds no algorithm of a name
+    assert get_trainable_cls("Reinforce") is Reinforce
+    for name, kind in STOCK_ALGORITHMS.items():
+        assert get_trainable_cls(f"sgrl_{name}") is kind
+        assert get_trainable_cls(name) is not kind
+
+
+def test_a_plain_dict_is_a_config() -> None:
+    """As RLlib's YAML files and Tune's `param_space` have it."""
+    text = f"""
+        env: labyrinth_escape
+        env_config: {{episode_length: 12}}
+        num_envs_per_env_runner: {NUM_ENVS}
+        model_config: {json.dumps(MODELS["gru"])}
+        seed: 5
+        """
+    made = ReinforceConfig().update_from_dict(yaml.safe_load(text))
+    assert made.to_dict() == config("gru").to_dict()
+    assert Reinforce(config=yaml.safe_load(text)).config.model_config["policy"] == "gru"
+
+
 def test_same_seed_same_numbers() -> None:
     runs = []
     for seed in (5, 5, 6):
@@ -150,15 +178,20 @@ def test_restored_from_any_checkpoint_continues_exactly(
     algorithm = config(dtype=dtype, mixing_rule=rule).build_algo()
     results, states = [], []
     for iteration in range(5):
-        algorithm.save_to_path(tmp_path / str(iteration))
+        algorithm.save_to_path(tmp_path / f"after_{iteration}")
         states.append(learner_state(algorithm))
+        checkpoint = tmp_path / f"after_{iteration}"
+        policy, environment = open_policy(checkpoint)
+        assert_same(policy.state_dict(), algorithm.policy.state_dict())
+        assert environment == {"env": "labyrinth_escape", "env_config": ENV_CONFIG}
+        assert json.loads((checkpoint / "policy.json").read_text())["iteration"] == iteration
         results.append(algorithm.train())
     final = learner_state(algorithm)
     assert final["policy/core.neurons.mixing_weight"].dtype == getattr(torch, dtype)
     for iteration in (0, 2, 4):
         # In a new algorithm, and in one that is further on.
-        restored = Reinforce.from_checkpoint(tmp_path / str(iteration))
-        algorithm.restore_from_path(tmp_path / str(iteration))
+        restored = Reinforce.from_checkpoint(tmp_path / f"after_{iteration}")
+        algorithm.restore_from_path(tmp_path / f"after_{iteration}")
         for other in (restored, algorithm):
             assert_same(learner_state(other), states[iteration])
             for expected in results[iteration:]:

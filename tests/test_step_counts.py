@@ -14,8 +14,8 @@ from ray.rllib.algorithms import AlgorithmConfig
 from sgrl.envs.registry import VectorEnv, make_vector
 from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
+from sgrl.results.rllib_metrics import metrics_row
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, ReinforceConfig, register_environment
-from sgrl.tuning.rllib_metrics import metrics_row
 
 pytestmark = [
     pytest.mark.usefixtures("ray_session"),

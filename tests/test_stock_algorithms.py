@@ -17,14 +17,16 @@ from sweeps import SPARSENET as SPARSE
 from sweeps import make_experiment, metrics_without_times, summary
 from typer.testing import CliRunner
 
+import sgrl
 from sgrl.cli import app
 from sgrl.nn.registry import predictor_parameters
 from sgrl.results.checkpoints import newest_valid_checkpoint
+from sgrl.results.evaluation import evaluate
 from sgrl.results.plan import ExperimentError
+from sgrl.results.rllib_metrics import metrics_row
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.settings import STOCK_IGNORES, setting_names
-from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 pytestmark = [
@@ -142,10 +144,12 @@ def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
     saved = RLModule.from_checkpoint(
         tmp_path / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
     )
-    for state in (policy_state(restored), saved.policy.state_dict()):
+    policy = sgrl.load_policy(tmp_path)
+    for state in (policy_state(restored), saved.policy.state_dict(), policy.state_dict()):
         assert state.keys() == after.keys()
         for key, value in after.items():
             assert torch.equal(state[key], value), key
+    assert evaluate(tmp_path, episodes=2)["episodes"] == 2
     restored.train()
     restored.stop()
 

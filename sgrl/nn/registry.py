@@ -94,6 +94,15 @@ def predictor_parameters(policy: nn.Module) -> list[nn.Parameter]:
     return split_parameters(policy)[1]
 
 
+def count_parameters(path: str | Path) -> int:
+    """Count the trainable parameters of a saved policy, without the predictors'.
+
+    Args:
+        path: as of `load_policy`, which says what is raised.
+    """
+    return sum(weights.numel() for weights in policy_parameters(load_policy(path)))
+
+
 def mixing_statistics(network: nn.Module) -> dict[str, float]:
     """What sgprop measured in the last backward pass, and the spread of the mixing weights.
 

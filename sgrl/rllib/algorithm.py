@@ -42,6 +42,7 @@ from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
 from sgrl.reinforce.update import BASELINES
+from sgrl.rllib.base import DictConfig, PolicyCheckpoints
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
@@ -50,7 +51,7 @@ from sgrl.rllib.settings import BOUNDS, REINFORCE_READS, check_numbers, refuse_i
 COMPONENT_REINFORCE = "reinforce"
 
 
-class ReinforceConfig(AlgorithmConfig):
+class ReinforceConfig(DictConfig):
     """Settings of `Reinforce`; those not named here are RLlib's."""
 
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
@@ -216,7 +217,7 @@ class ReinforceConfig(AlgorithmConfig):
         super().validate()
 
 
-class Reinforce(Algorithm):
+class Reinforce(PolicyCheckpoints):
     """Full-episode REINFORCE: an update takes one episode of every environment, an iteration is
     one update, or as many as `total_updates` spreads over `total_iterations`.
 

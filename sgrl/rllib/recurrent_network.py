@@ -11,6 +11,7 @@ one optimizer trains the predictors of synthetic gradients at the policy's learn
 `sgrl.rllib.PPOConfig` in place of RLlib's they have one of their own.
 """
 
+import contextlib
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -18,7 +19,9 @@ import torch
 from ray.rllib.models.torch.recurrent_net import RecurrentNetwork
 from torch import Tensor, nn
 
+from sgrl.nn.actions import ActionSpace
 from sgrl.nn.registry import make_policy
+from sgrl.reinforce.rollout import action_space_of
 
 
 class PolicyNetwork(RecurrentNetwork, nn.Module):
@@ -42,10 +45,14 @@ class PolicyNetwork(RecurrentNetwork, nn.Module):
         """
         nn.Module.__init__(self)
         super().__init__(obs_space, action_space, num_outputs, model_config, name)
+        actions: int | ActionSpace = num_outputs
+        with contextlib.suppress(ValueError):  # RLlib knows more kinds than the policies do
+            known = action_space_of(action_space)
+            actions = known if known.num_outputs == num_outputs else actions
         self.policy = make_policy(
             self.policy_name,
             gym.spaces.flatdim(obs_space),
-            num_outputs,
+            actions,
             **{"value_head": True, **settings},
         )
         self._values: Tensor | None = None

@@ -51,6 +51,7 @@ from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policy import Policy
 from sgrl.nn.registry import POLICIES
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
+from sgrl.rllib.base import DictConfig, PolicyCheckpoints
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.settings import BOUNDS, check_numbers, refuse_ignored
@@ -168,7 +169,7 @@ class StockRunner(SingleAgentEnvRunner):
             set_random_state(episodes)
 
 
-class PolicyAlgorithmConfig(AlgorithmConfig):
+class PolicyAlgorithmConfig(DictConfig):
     """What the configs below share; to be put before RLlib's config of the algorithm."""
 
     learner_class_of_policies: type[PolicyLearner]
@@ -322,7 +323,7 @@ class IMPALAConfig(PolicyAlgorithmConfig, impala.IMPALAConfig):
         super().__init__(algo_class=algo_class or IMPALA)
 
 
-class PPO(ppo.PPO):
+class PPO(PolicyCheckpoints, ppo.PPO):
     """RLlib's PPO around a policy, on either API stack."""
 
     @classmethod
@@ -336,7 +337,7 @@ class PPO(ppo.PPO):
         return PPOPolicy
 
 
-class APPO(appo.APPO):
+class APPO(PolicyCheckpoints, appo.APPO):
     """RLlib's APPO around a policy (new API stack)."""
 
     @classmethod
@@ -345,7 +346,7 @@ class APPO(appo.APPO):
         return APPOConfig()
 
 
-class IMPALA(impala.IMPALA):
+class IMPALA(PolicyCheckpoints, impala.IMPALA):
     """RLlib's IMPALA around a policy (new API stack)."""
 
     @classmethod

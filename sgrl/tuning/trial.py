@@ -19,11 +19,9 @@ import torch
 from filelock import FileLock
 from ray import tune
 from ray.exceptions import RayActorError, RayError
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.rl_module import RLModule
 
 from sgrl.files import sync
-from sgrl.nn.registry import policy_parameters, save_policy
+from sgrl.nn.registry import count_parameters
 from sgrl.results.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
 from sgrl.results.folder import TrialFolder
 from sgrl.results.locations import open_store
@@ -38,11 +36,11 @@ from sgrl.results.metrics import (
 )
 from sgrl.results.plan import Trial
 from sgrl.results.provenance import record_start
+from sgrl.results.rllib_metrics import metrics_row
 from sgrl.results.status import seconds_per_iteration
 from sgrl.results.storage import Store
 from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment.sections import build_algorithm_config
-from sgrl.tuning.rllib_metrics import metrics_row
 from sgrl.tuning.tracking import Tracking
 
 LOCK_SECONDS = 60
@@ -226,17 +224,9 @@ class TrialRunner(tune.Trainable):
 
     def _save(self, directory: Path) -> None:
         self.algorithm.save_checkpoint(str(directory))
-        policy = getattr(self.algorithm, "policy", None)
-        if policy is None:
-            # As it was saved: APPO and IMPALA train on in another thread.
-            module = directory / "learner_group" / "learner" / "rl_module" / DEFAULT_MODULE_ID
-            policy = RLModule.from_checkpoint(module).policy
         if self.parameters is None:
-            self.parameters = sum(weights.numel() for weights in policy_parameters(policy))
+            self.parameters = count_parameters(directory)
             self._write_status("running")
-        section = self.trial.config.sections["environment"]
-        environment = {"env": section["env"], "env_config": section.get("env_config") or {}}
-        save_policy(policy, directory, environment=environment, iteration=self.saved)
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
         self.failure = None

@@ -6,18 +6,26 @@ from collections.abc import Mapping
 from sgrl.results.metrics import COLUMNS, Row, is_of_layer
 
 
-def metrics_row(result: Mapping, iteration: int, seconds: float) -> Row:
+def metrics_row(result: Mapping, iteration: int, seconds: float, check: bool = True) -> Row:
     """One row, of all columns, from what RLlib's `Algorithm.train()` returned.
 
     `Reinforce` reports the columns themselves under `result["sgrl"]`; for every other algorithm
     they are taken from RLlib's own keys where it has them.
 
-    Raises FloatingPointError where the loss is NaN or infinite.
+    Args:
+        result: what it returned, also as JSON has it.
+        iteration: which one it was.
+        seconds: that it took.
+        check: whether its loss must be a number.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
     """
     reported = result.get("sgrl")
     row = dict(reported) if reported is not None else _rllib_columns(result, iteration)
+    row = {column: value for column, value in row.items() if value is not None}
     for loss in ("policy_loss", "total_loss"):
-        if not math.isfinite(row.get(loss, 0.0)):
+        if check and not math.isfinite(row.get(loss, 0.0)):
             raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
     row |= {"iteration": iteration, "iteration_seconds": seconds}
     layers = {name: row[name] for name in sorted(filter(is_of_layer, row), key=_layer_order)}
