@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from sgrl.results.archive import ArchivedTrial, is_archive, read_archive
+from sgrl.results.checkpoints import open_policy
+from sgrl.results.zoo import find_policy, policy_names
 from sgrl.tuning.verify import verify_archive
 
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
@@ -27,6 +29,17 @@ def test_first_rows(name: str, tmp_path: Path, ray_session: None) -> None:
     """One trial chosen at random, on any processor."""
     verdicts = verify_archive(PUBLISHED / name, tmp_path, trials=1, iterations=3)
     assert [verdict.passed for verdict in verdicts] == [True], verdicts
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_the_zoo(name: str) -> None:
+    """Each policy loads by its name, and is of the task and the method that the name says."""
+    task, method = name.split("/")
+    folder = find_policy(f"zoo:{name}")
+    assert folder.parts[-3].startswith(f"{method}_")
+    policy, environment = open_policy(folder)
+    assert environment["env"] == task
+    assert all(value.isfinite().all() for value in policy.state_dict().values())
 
 
 @pytest.mark.slow
