@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and locks between the processes of a machine."""
+"""Files that are written atomically, and locks between the processes of a machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Yields:
-        The name to write it under. Once that is on the disk, it takes the place of `path`.
+        The temporary name to write it under; after fsync it replaces `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -33,13 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says; None where it is not there or cannot be read."""
+    """Return the content of a JSON file; None if it does not exist or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,12 +47,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Fsync a file, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path, seconds: float = -1) -> FileLock:
-    """A lock to enter or acquire; it ends with its release or the process's death, however it dies.
+    """Return a lock to enter or acquire; it is released at the latest when the process ends.
 
     Args:
         path: the file that is locked, made if it is not there.

@@ -1,4 +1,4 @@
-"""Code that users bring along: modules that experiment files name, and its errors in one line."""
+"""Users' own code: importing the modules that experiment files name, and its errors in one line."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ FAILURES = (Exception, SystemExit)
 
 
 class UserCodeError(ValueError):
-    """A module that a user named cannot be had; the message is one line."""
+    """A module that a user named cannot be imported; the message is one line."""
 
 
 def import_named(name: str) -> ModuleType:
@@ -77,7 +77,7 @@ def described(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File and line of the innermost frame outside of libraries; empty where there is none."""
+    """File and line of the innermost frame outside of libraries; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not _is_library(Path(frame.filename)):
             return f"{_shown(frame.filename)}:{frame.lineno}"

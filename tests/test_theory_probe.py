@@ -553,8 +553,14 @@ def test_parallel_is_equal(bandit: Path, maze: Path, ray_session: None) -> None:
         policy, environment = open_policy(folder)
         done: list[int] = []
         arguments = policy, environment["env"], environment["env_config"]
-        settings = {"samples": 50, "neurons": 2, "advance": functools.partial(done.append, 1)}
-        serial, spread = (probe(*arguments, **settings, parallel=count) for count in (1, 2))
+        serial, spread = (
+            probe(
+                *arguments,
+                check_settings(*arguments[:2], samples=50, neurons=2, parallel=count),
+                functools.partial(done.append, 1),
+            )
+            for count in (1, 2)
+        )
         assert repr(serial) == repr(spread)
         assert serial.samples == 72  # 24 shards of 3
         assert len(done) == 48
@@ -721,7 +727,8 @@ def test_numbers_are_stable_when_the_sample_is_doubled(tmp_path: Path) -> None:
         pass
     frames = []
     for samples in (2400, 4800):
-        report = probe(policy, "mnist_bandit", samples=samples)
+        checked = check_settings(policy, "mnist_bandit", samples)
+        report = probe(policy, "mnist_bandit", {}, checked)
         write_probe(report, tmp_path)
         frames.append(pd.DataFrame(report.layers))
     some, twice = frames

@@ -1,6 +1,7 @@
 """The tables of `sgrl compare`: an experiment's methods, or those of two experiments."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,7 @@ from sgrl.analysis.tables import (
     score_text,
 )
 from sgrl.results.folder import SweepFolder
+from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES
 from sgrl.results.runs import Results, ResultsError, load_results
 
@@ -39,18 +41,16 @@ def compare(
     second: str | Path | None = None,
     plan: float | None = None,
     x: str = "env_steps",
-    called: Sequence[str | Path] = (),
 ) -> tuple[pd.DataFrame, list[Titled]]:
     """Compare the methods of an experiment, or each method of one experiment with that of another.
 
     Each method is at its best learning rate.
 
     Args:
-        first: results folder.
-        second: another one.
+        first: results: a folder, an archive or an address.
+        second: other ones.
         plan: a difference of AUC for which to estimate the seeds needed.
         x: the axis of areas under curves, a key of `AXES`.
-        called: what the tables call the folders, if these are copies.
 
     Returns:
         The frame of `comparison.compare_pairs` or, for two experiments, that of
@@ -64,13 +64,19 @@ def compare(
     """
     if plan is not None and not plan > 0:
         raise ResultsError(f"a plan is for a difference above 0, got {plan:g}")
-    folders = [first] if second is None else [first, second]
-    names = [str(name) for name in called or folders]
-    both = [load_results(folder, x=x) for folder in folders]
+    names = [str(first)] if second is None else [str(first), str(second)]
+    with ExitStack() as stack:
+        folders = [stack.enter_context(reading(name)) for name in names]
+        return _compared([load_results(folder, x=x) for folder in folders], plan, names)
+
+
+def _compared(
+    both: Sequence[Results], plan: float | None, names: Sequence[str]
+) -> tuple[pd.DataFrame, list[Titled]]:
     best = [best_learning_rates(compare_methods(results.trials)) for results in both]
     chosen = [at_points(r.trials, points) for r, points in zip(both, best, strict=True)]
     rates = any(learning_rate_columns(results.swept) for results in both)
-    if second is None:
+    if len(both) == 1:
         frame = compare_pairs(chosen[0], plan=plan)
         if frame.empty or not frame["tasks"].any():
             raise ResultsError(
@@ -87,7 +93,7 @@ def compare(
     if plan is not None:
         needed = "Seeds needed: of each method in every task, so that a true difference of"
         said.insert(2, f"{needed} {plan:g} is found with power 0.8.")
-    if second is not None:
+    if len(both) == 2:
         said.insert(0, f"first: {names[0]}, second: {names[1]}; mean ± SEM over completed trials.")
     missing = Table("experiment", "trial")
     for name, results in zip(names, both, strict=True):

@@ -15,12 +15,7 @@ from numpy.typing import NDArray
 from popgym.core.maze import Cell
 
 from sgrl.envs.labyrinth import VectorLabyrinth
-from sgrl.envs.registry import (
-    ENVIRONMENTS,
-    evaluation_config,
-    make_vector,
-    validate_env_config,
-)
+from sgrl.envs.registry import ENVIRONMENTS, evaluation_config, make_vector, validate_env_config
 from sgrl.errors import UserError
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN

@@ -71,18 +71,34 @@ def verdict(finding: Finding, p: float) -> str:
     return f"cannot tell (would need {seeds} seeds)"
 
 
-def better(results: Results, first: str, second: str) -> Finding:
-    """Judge whether a method's AUC is higher than another's, over the tasks of both.
+def better(results: Results, first: str, second: str, column: str = "auc") -> Finding:
+    """Judge whether a method's scores are higher than another's, over the tasks of both.
 
     Args:
         results: of the claim's archives.
         first: the method that is claimed to be better.
         second: the other method.
+        column: "auc" or the final score's column.
 
     Returns:
         The finding.
     """
-    return _compared(results, first, second, "auc")
+    pairs = _pairs(results.trials, first, second, column)
+    if not pairs:
+        raise ResultsError(f"{first} and {second} have no runs at the same swept values")
+    means = [float(np.mean([side[i].mean() for side in pairs])) for i in (0, 1)]
+    chance = probability_of_improvement(pairs)
+    word = "AUC" if column == "auc" else "final score"
+    interval = "" if math.isnan(chance.low) else f" ({chance.low:.2f} to {chance.high:.2f})"
+    return Finding(
+        f"{word} {means[0]:.3f} against {second} {means[1]:.3f}, difference "
+        f"{means[0] - means[1]:+.3f}, P(better) {chance.value:.2f}{interval}",
+        _runs(results, first, second),
+        rank_test(pairs),
+        favoured=chance.value > 0.5,
+        small=_direction([(x - SMALLEST, y) for x, y in pairs]) < 0,
+        needed=seeds_needed(pairs, SMALLEST),
+    )
 
 
 def better_everywhere(results: Results, first: str, second: str) -> Finding:
@@ -97,7 +113,7 @@ def better_everywhere(results: Results, first: str, second: str) -> Finding:
         The finding.
     """
     column = f"final_{results.measure}"
-    finding = _compared(results, first, second, column)
+    finding = better(results, first, second, column)
     pairs = _pairs(results.trials, first, second, column)
     differences = [x.mean() - y.mean() for x, y in pairs]
     ours = f"{finding.ours}; by level {', '.join(f'{d:+.3f}' for d in differences)}"
@@ -121,7 +137,7 @@ def better_than_all(results: Results, first: str, *others: str) -> Finding:
     swept = [name for name in results.swept if name != "experiment"]
     trials.attrs = results.trials.attrs | {"swept": swept}
     together = dataclasses.replace(results, trials=trials)
-    findings = [_compared(together, first, other, "auc") for other in others]
+    findings = [better(together, first, other) for other in others]
     return findings[0]._replace(
         ours="; ".join(finding.ours for finding in findings),
         runs="; ".join(finding.runs for finding in findings),
@@ -171,7 +187,7 @@ def no_difference_in_halves(results: Results, method: str) -> Finding:
     """
     mine = results.trials[results.trials["method"] == method].sort_values("seed")
     halves = mine.assign(method=np.where(np.arange(len(mine)) % 2, "odd", "even"))
-    finding = _compared(dataclasses.replace(results, trials=halves), "even", "odd", "auc")
+    finding = better(dataclasses.replace(results, trials=halves), "even", "odd")
     said = "no difference" if finding.p >= ALPHA else "DIFFERS"
     return finding._replace(p=math.nan, verdict=f"{said} (p = {finding.p:.2g})")
 
@@ -245,25 +261,6 @@ def law_of_experts(folder: Path) -> Finding:
         f"({cases}), d up to {frame['d'].max()}",
         f"{len(frame)} cells",
         verdict="confirmed" if shares.min() >= LEAST_COVERAGE else "not confirmed",
-    )
-
-
-def _compared(results: Results, first: str, second: str, column: str) -> Finding:
-    pairs = _pairs(results.trials, first, second, column)
-    if not pairs:
-        raise ResultsError(f"{first} and {second} have no runs at the same swept values")
-    means = [float(np.mean([side[i].mean() for side in pairs])) for i in (0, 1)]
-    chance = probability_of_improvement(pairs)
-    word = "AUC" if column == "auc" else "final score"
-    interval = "" if math.isnan(chance.low) else f" ({chance.low:.2f} to {chance.high:.2f})"
-    return Finding(
-        f"{word} {means[0]:.3f} against {second} {means[1]:.3f}, difference "
-        f"{means[0] - means[1]:+.3f}, P(better) {chance.value:.2f}{interval}",
-        _runs(results, first, second),
-        rank_test(pairs),
-        favoured=chance.value > 0.5,
-        small=_direction([(x - SMALLEST, y) for x, y in pairs]) < 0,
-        needed=seeds_needed(pairs, SMALLEST),
     )
 
 

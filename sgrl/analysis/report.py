@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -42,37 +43,38 @@ from sgrl.analysis.tables import (
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
 from sgrl.results.folder import SweepFolder
+from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
 from sgrl.results.runs import Results, ResultsError, load_results, places
+from sgrl.results.storage import is_address, is_archive
 
 THRESHOLD = 0.5
 
 
 def write_report(
-    directories: Sequence[str | Path],
+    locations: Sequence[str | Path],
     out: Path | None = None,
     format: str = "html",
     threshold: float = THRESHOLD,
     advance: Callable[[str], object] = lambda title: None,
     x: str = "env_steps",
-    called: Sequence[str | Path] = (),
 ) -> Path:
-    """Report on results folders.
+    """Report on results.
 
     Figures are written to each folder's `figures/`, a sweep's numbers to its `comparison.csv` and
     `pairs.csv`. If a folder is read-only and `out` lies elsewhere, they are written to
     `<out>_files/<folder>/` beside the page.
 
     Args:
-        directories: one or several folders.
+        locations: folders, archives or addresses, at least one.
         out: file to write; by default report.html (.md, .tex) in the folder, or for several
-            folders in the one that holds the first.
-        format: "html", "markdown" or "latex".
+            folders in the one that holds the first. Of an address there is no default.
+        format: "html", "markdown" or "latex"; of an archive or an address "html", which alone
+            holds the figures.
         threshold: the score that sample efficiency counts to.
         advance: called with the name of each folder once it is done.
         x: the axis of curves, areas and sample efficiency, a key of `AXES`.
-        called: what the commands on the page call the folders, if these are copies.
 
     Returns:
         The file written.
@@ -84,33 +86,38 @@ def write_report(
     if format not in FORMATS:
         raise ResultsError(f"unknown format {format!r}: give one of {', '.join(FORMATS)}")
     suffix, render = FORMATS[format]
-    folders = [Path(directory) for directory in directories]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ResultsError(f"{folder} is no folder: give one such as results/quickstart")
+    if out is None and any(map(is_address, locations)):
+        raise ResultsError("say with --out where on this machine the report goes")
+    if format != "html" and any(is_address(place) or is_archive(place) for place in locations):
+        raise ResultsError(f"a report in {format} refers to figures in the results: use html")
     elsewhere = out is not None
-    written = {folder: folder for folder in folders}
     if out is None:
-        home = folders[0] if len(folders) == 1 else folders[0].resolve().parent
+        first = Path(locations[0])
+        home = first if len(locations) == 1 else first.resolve().parent
         out = home / f"report{suffix}"
-    else:
+    with ExitStack() as stack:
+        folders = [stack.enter_context(reading(place)) for place in locations]
+        for folder in folders:
+            if not folder.is_dir():
+                raise ResultsError(f"{folder} is no folder: give one such as results/quickstart")
+        written = {folder: folder for folder in folders}
         names = [folder.resolve().name for folder in folders]
         for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
-            if not _can_be_written(folder):
+            if elsewhere and not _can_be_written(folder):
                 alone = names.count(name) == 1
                 home = out.with_name(f"{out.stem}_files")
                 written[folder] = home / (name if alone else f"{name}_{i}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sections = []
-        for folder, own in zip(folders, called or folders, strict=True):
-            written[folder].mkdir(parents=True, exist_ok=True)
-            sections.append(read_section(folder, threshold, written[folder], x, Path(own)))
-            advance(sections[-1].title)
-        out.write_text(render(sections, out), encoding="utf-8")
-    except OSError as error:
-        hint = "" if elsewhere else "; give --out a file where it can be written"
-        raise ResultsError(f"{error.filename or out}: {error.strerror}{hint}") from None
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            sections = []
+            for folder, place in zip(folders, locations, strict=True):
+                written[folder].mkdir(parents=True, exist_ok=True)
+                sections.append(read_section(folder, threshold, written[folder], x, Path(place)))
+                advance(sections[-1].title)
+            out.write_text(render(sections, out), encoding="utf-8")
+        except OSError as error:
+            hint = "" if elsewhere else "; give --out a file where it can be written"
+            raise ResultsError(f"{error.filename or out}: {error.strerror}{hint}") from None
     return out
 
 

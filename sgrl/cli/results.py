@@ -1,6 +1,5 @@
 """Commands that read results: reports, comparisons, archives and the study."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -34,27 +33,10 @@ def report(
 ) -> None:
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
-    from sgrl.results.locations import reading
-    from sgrl.results.runs import ResultsError
-    from sgrl.results.storage import is_address, is_archive
 
-    with ExitStack() as stack:
-        if out is None and any(map(is_address, directories)):
-            raise ResultsError("say with --out where on this machine the report goes")
-        if out is None and is_archive(directories[0]):
-            out = Path(directories[0]) / "report.html"
-        if format != "html" and any(is_address(d) or is_archive(d) for d in directories):
-            raise ResultsError(f"a report in {format} refers to figures in the results: use html")
-        folders = [stack.enter_context(reading(directory)) for directory in directories]
-        path = write_report(
-            folders,
-            out,
-            format,
-            threshold,
-            lambda title: typer.echo(f"read: {title}"),
-            x,
-            directories,
-        )
+    path = write_report(
+        directories, out, format, threshold, lambda title: typer.echo(f"read: {title}"), x
+    )
     typer.echo(f"written: {path}")
 
 
@@ -75,21 +57,16 @@ def compare(
 
     from sgrl.analysis.compare import compare as compare_results
     from sgrl.analysis.tables import print_table
-    from sgrl.results.locations import reading
 
-    with ExitStack() as stack:
-        one = stack.enter_context(reading(first))
-        other = None if second is None else stack.enter_context(reading(second))
-        called = [first] if second is None else [first, second]
-        frame, tables = compare_results(one, other, plan, x, called)
-        console = Console()
-        for title, note, table in tables:
-            console.print(title, style="bold", highlight=False)
-            print_table(table, console)
-            console.print(f"{note}\n" if note else "", style="dim", highlight=False)
-        if out is not None:
-            out.write_text(frame.to_csv(index=False), encoding="utf-8")
-            typer.echo(f"written: {out}")
+    frame, tables = compare_results(first, second, plan, x)
+    console = Console()
+    for title, note, table in tables:
+        console.print(title, style="bold", highlight=False)
+        print_table(table, console)
+        console.print(f"{note}\n" if note else "", style="dim", highlight=False)
+    if out is not None:
+        out.write_text(frame.to_csv(index=False), encoding="utf-8")
+        typer.echo(f"written: {out}")
 
 
 def archive(

@@ -41,21 +41,13 @@ def probe(
     with reading_checkpoint(checkpoint) as folder:
         policy, environment = open_policy(folder)
     env, env_config = environment["env"], environment["env_config"]
-    check_settings(policy, env, samples, batch_size, trained_batch, neurons, seed, parallel)
+    settings = check_settings(
+        policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
+    )
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar("probing", NUM_SHARDS) as advance:
-        report = probe_policy(
-            fresh_policy(policy, seed) if fresh else policy,
-            env,
-            env_config,
-            samples=samples,
-            batch_size=batch_size,
-            trained_batch=trained_batch,
-            neurons=neurons,
-            seed=seed,
-            parallel=parallel,
-            advance=advance,
-        )
+        probed = fresh_policy(policy, seed) if fresh else policy
+        report = probe_policy(probed, env, env_config, settings, advance)
 
     from sgrl.analysis.outputs import write_probe
 

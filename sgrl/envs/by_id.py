@@ -16,6 +16,7 @@ from popgym.core.env import POPGymEnv
 
 from sgrl.envs.guard import Guard, failure
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
+from sgrl.errors import one_line
 from sgrl.names import did_you_mean
 from sgrl.user_code import FAILURES, import_named
 
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {"episode_length": None, "previous_action": False, "f
 
 
 class Description(NamedTuple):
-    """What an environment turns out to be once built.
+    """Properties of an environment that are known once it is built.
 
     Attributes:
         observation_size: F of the flattened observation.
@@ -115,7 +116,7 @@ def make(
         # Time is limited outside of the guard, which sees what the environment itself returns.
         made = gym.make(env, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
-        raise ValueError(f"a package is missing: {_one_line(error)}") from None
+        raise ValueError(f"a package is missing: {one_line(error)}") from None
     except FAILURES as error:
         # Whatever a constructor that is not ours raises; a keyword it does not take above all.
         # A TypeError is worded anew by gymnasium.
@@ -145,7 +146,7 @@ _descriptions: dict[tuple[str, str], Description] = {}
 
 
 def describe(env: str, config: Mapping[str, Any]) -> Description:
-    """Build the environment once and look.
+    """Instantiate the environment once to read its observation size and episode length.
 
     Args:
         env: an id that `is_known`.
@@ -190,7 +191,3 @@ def _own_length(env: gym.Env) -> int | None:
         if hasattr(plain, name):
             return getattr(plain, name)
     return plain.deck_size - 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

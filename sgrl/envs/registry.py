@@ -63,6 +63,11 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _check_probability(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{key} must be a number from 0 to 1, got {value!r}")
+
+
 def _check_labyrinth(config: Mapping[str, Any]) -> None:
     dims, length = config["maze_dims"], config["episode_length"]
     if (
@@ -75,19 +80,11 @@ def _check_labyrinth(config: Mapping[str, Any]) -> None:
         )
     if not _is_int(length) or length < 2:
         raise ValueError(f"episode_length must be a whole number of at least 2, got {length!r}")
-    probability = config.get("zero_reward_probability", 0)
-    if (
-        isinstance(probability, bool)
-        or not isinstance(probability, int | float)
-        or not 0 <= probability <= 1
-    ):
-        raise ValueError(
-            f"zero_reward_probability must be a number from 0 to 1, got {probability!r}"
-        )
+    _check_probability("zero_reward_probability", config.get("zero_reward_probability", 0))
 
 
 def _check_bandit(config: Mapping[str, Any]) -> None:
-    classes, p_flip = config["classes"], config["p_flip"]
+    classes = config["classes"]
     if (
         not isinstance(classes, list | tuple)
         or not all(_is_int(digit) and 0 <= digit <= 9 for digit in classes)
@@ -95,8 +92,7 @@ def _check_bandit(config: Mapping[str, Any]) -> None:
         or len(classes) < 2
     ):
         raise ValueError(f"classes must be at least two different digits, got {classes!r}")
-    if isinstance(p_flip, bool) or not isinstance(p_flip, int | float) or not 0 <= p_flip <= 1:
-        raise ValueError(f"p_flip must be a number from 0 to 1, got {p_flip!r}")
+    _check_probability("p_flip", config["p_flip"])
     if config["split"] not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {config['split']!r}")
     if not isinstance(config["data_dir"], str | None):

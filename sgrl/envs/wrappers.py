@@ -64,7 +64,7 @@ class PreviousAction(gym.Wrapper):
     """Appends the previous action to the observation, as popgym's wrapper of this name does.
 
     That one takes popgym's environments only; its rules, which serve any, are used here. Before
-    the first step the action is 0, or the space's lowest where 0 is none.
+    the first step the action is 0, or the space's lowest if 0 is not an action.
     """
 
     def __init__(self, env: gym.Env) -> None:

@@ -10,12 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sgrl.nn.encoder import (
-    DenseCoreSettings,
-    EncodedPolicy,
-    EncoderSettings,
-    is_published_encoder,
-)
+from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, EncoderSettings, is_published_encoder
 from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons

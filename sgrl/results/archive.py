@@ -85,7 +85,7 @@ def write_archive(
             repeat numbers with.
 
     Returns:
-        One line for each folder that is none of the sweep's trials and was left out.
+        One line for each folder left out because it is not one of the sweep's trials.
 
     Raises:
         ArchiveError: the folder holds no sweep, a trial is missing or not over, a policy is

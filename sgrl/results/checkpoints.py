@@ -1,9 +1,9 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or absent.
 
 A checkpoint is a folder `NNNNNN` (its iteration) with RLlib's own files, the policy as
 `policy.safetensors` and `policy.json`, and `manifest.json`: size and SHA-256 of every file. It is
-written under a temporary name and renamed once everything is on the disk. One that was truncated,
-edited or lost a file is never loaded. torch is imported where a policy is: the rest does without.
+written under a temporary name and renamed after fsync. One that was truncated or edited, or that
+lacks a file, is never loaded. torch is imported where a policy is: the rest does without.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ EVALUATION_BATCH = 100
 
 
 class Episodes(NamedTuple):
-    """What became of episodes.
+    """The outcomes of episodes.
 
     Attributes:
         returns: float64 [episodes], undiscounted.

@@ -4,7 +4,7 @@
     SWEEP/TRIAL/                config.yaml, metrics.csv, status.json, provenance.json, ...
     SWEEP/TRIAL/checkpoints/    000025/, 000050/, ...
 
-What a trial has reached stands in its own folder and nowhere else. Rows are read and written by
+The state of a trial is in its own folder and nowhere else. Rows are read and written by
 `sgrl.results.metrics`, checkpoints by `sgrl.results.checkpoints`, starts by
 `sgrl.results.provenance`.
 """
@@ -45,7 +45,7 @@ class TrialFolder:
         provenance: what each of its starts ran on, JSON.
         tracking: what trackers noted of it, JSON.
         error: the whole traceback of its last error.
-        hang: where each thread of its process was when an iteration took too long.
+        hang: the stack of each thread of its process when an iteration took too long.
         token: of the process that may write to it, where results lie in object storage.
         checkpoints: folder of its checkpoints.
     """
@@ -146,8 +146,8 @@ class SweepFolder:
         return [TrialFolder(path.parent) for path in sorted(configs)]
 
     def problems(self, planned: Iterable[str]) -> list[str]:
-        """One line for each planned trial whose folder or configuration is missing, and for each
-        trial's folder that is none of those planned, which counts for nothing."""
+        """Return one line for each planned trial whose folder or configuration is missing, and for
+        each folder of a trial that is not planned, which is ignored."""
         folders = {name: self.trial(name) for name in sorted(planned)}
         problems = []
         for folder in folders.values():
@@ -170,7 +170,7 @@ class SweepFolder:
         return files.is_locked(self.path / LOCK_FILE)
 
     def read_experiment(self) -> dict[str, Any]:
-        """The resolved experiment; empty where there is none."""
+        """Return the resolved experiment; empty if there is none."""
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
             experiment = yaml.load(self.experiment.read_text(encoding="utf-8"), Loader=YAML)
             return experiment if isinstance(experiment, dict) else {}

@@ -1,9 +1,9 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
 Feed-forward networks under sgprop add columns for each layer, before the last one, and so do
-evaluations apart from training. A row is appended in one write and the file is cut back to the
-iteration of the checkpoint that a trial continues from, so it holds no gap and no duplicate
-whatever was killed.
+evaluations apart from training. A row is appended in one write, and the file is truncated to the
+iteration of the checkpoint that a trial continues from, so it has neither gaps nor duplicates,
+whichever process was killed.
 
 Files from before there was `padded_env_steps` are read as if they had it (see `old_counts`).
 """
@@ -130,7 +130,7 @@ def is_of_layer(column: str) -> bool:
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """Append one iteration, with the header first where the file is new.
 
-    NaN and columns that `row` lacks are left empty; floats read back bit for bit. A file that
+    NaN and columns that `row` lacks are left empty; floats are read back exactly. A file that
     lacks columns of `row` is written anew with them, atomically: APPO and IMPALA may report rows
     before their first update, which tell nothing of layers. Raises OSError where the disk is full,
     and then leaves the file as it was.

@@ -82,7 +82,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What an interrupted trial goes on from.
+    """How often a trial is saved.
 
     Attributes:
         every: iterations between two checkpoints.

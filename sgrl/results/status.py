@@ -1,4 +1,4 @@
-"""Where the trials of a sweep stand, from its folder alone: without Ray, torch, or the environment
+"""Progress of the trials of a sweep, from its folder alone: without Ray, torch, or the environment
 that they train in, and without writing anything."""
 
 import math
@@ -11,14 +11,7 @@ from rich.table import Table
 from sgrl.errors import UserError
 from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
-from sgrl.results.metrics import (
-    MEASURE_NAMES,
-    Row,
-    Score,
-    common_measure,
-    read_metrics,
-    score,
-)
+from sgrl.results.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
 from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.storage import is_address
 
@@ -35,7 +28,7 @@ def seconds_per_iteration(rows: Sequence[Row]) -> float:
 
 @dataclass
 class Progress:
-    """Where one trial stands.
+    """The progress of one trial.
 
     Attributes:
         trial: which one.
@@ -72,7 +65,7 @@ class Progress:
 
 
 def read_progress(sweep: SweepFolder, trial: Trial) -> Progress:
-    """Where a trial stands, from its files alone."""
+    """Read the progress of a trial, from its files alone."""
     folder = sweep.trial(trial.name)
     status, rows = folder.read_status(), read_metrics(folder.metrics)
     return Progress(
@@ -91,7 +84,7 @@ def measure_of(progress: Iterable[Progress]) -> str:
 
 
 def read_stopped(sweep: SweepFolder, trial: Trial) -> Progress:
-    """Where a trial stands whose sweep is not running."""
+    """Read the progress of a trial whose sweep is not running."""
     row = read_progress(sweep, trial)
     row.state = "interrupted" if row.state == "running" else row.state
     return row
@@ -105,7 +98,7 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
 
     Raises:
         StatusError: there is no sweep.
-        ExperimentError: its experiment.yaml is none.
+        ExperimentError: its experiment.yaml is not an experiment.
         StorageError: as `storage.open_store`.
     """
     with reading(location) as folder:
@@ -114,7 +107,7 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
             what = "holds no sweep" if folder.exists() else "does not exist"
             raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
         trials = planned_trials(sweep.experiment)
-        # Object storage has no locks that would tell whether somebody is at it.
+        # Object storage has no locks that would tell whether the sweep is running.
         read = read_progress if is_address(location) or sweep.is_running() else read_stopped
         rows = [
             read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)

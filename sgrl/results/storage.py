@@ -27,7 +27,7 @@ def is_archive(location: str | Path) -> bool:
 
 
 class Store:
-    """Results in a folder that all machines of a sweep see: there is nothing to bring up to date.
+    """Results in a folder that all machines of a sweep see: nothing needs synchronising.
 
     Attributes:
         location: the folder as an absolute path, or the address.
@@ -45,8 +45,8 @@ class Store:
         return str(display(self.folder))
 
     def is_free(self) -> bool:
-        """Whether there is nothing yet. (Hidden files are all there is of a sweep that ended
-        before it had begun.)"""
+        """Whether there are no results yet. (A sweep that ended before it began leaves only hidden
+        files.)"""
         folder = self.folder
         return not (folder.is_file() or (folder.is_dir() and any(folder.glob("[!.]*"))))
 
@@ -84,7 +84,7 @@ class Store:
         """Bring the store up to what a trial has reached."""
 
     def leave(self, trial: str) -> None:
-        """The trial is over on this machine."""
+        """Drop what is only needed while the trial runs on this machine."""
 
 
 def hide_secrets(address: str) -> str:

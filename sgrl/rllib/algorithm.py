@@ -36,7 +36,6 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     TIMERS,
 )
-from ray.util.debug import log_once
 
 from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.registry import POLICIES, Policy
@@ -46,7 +45,13 @@ from sgrl.rllib.base import DictConfig, PolicyCheckpoints
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import PolicyModule, policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
-from sgrl.rllib.settings import BOUNDS, REINFORCE_READS, check_numbers, refuse_ignored
+from sgrl.rllib.settings import (
+    BOUNDS,
+    REINFORCE_READS,
+    check_numbers,
+    refuse_ignored,
+    silence_notes,
+)
 
 COMPONENT_REINFORCE = "reinforce"
 
@@ -116,22 +121,19 @@ class ReinforceConfig(DictConfig):
                 switches it off) matter.
         """
         super().training(**kwargs)
-        if predictor_lr is not NotProvided:
-            self.predictor_lr = predictor_lr
-        if entropy_coeff is not NotProvided:
-            self.entropy_coeff = entropy_coeff
-        if normalize_returns is not NotProvided:
-            self.normalize_returns = normalize_returns
-        if two_phase is not NotProvided:
-            self.two_phase = two_phase
-        if baseline is not NotProvided:
-            self.baseline = baseline
-        if value_coeff is not NotProvided:
-            self.value_coeff = value_coeff
-        if total_updates is not NotProvided:
-            self.total_updates = total_updates
-        if total_iterations is not NotProvided:
-            self.total_iterations = total_iterations
+        own = {
+            "predictor_lr": predictor_lr,
+            "entropy_coeff": entropy_coeff,
+            "normalize_returns": normalize_returns,
+            "two_phase": two_phase,
+            "baseline": baseline,
+            "value_coeff": value_coeff,
+            "total_updates": total_updates,
+            "total_iterations": total_iterations,
+        }
+        for name, value in own.items():
+            if value is not NotProvided:
+                setattr(self, name, value)
         return self
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
@@ -208,12 +210,7 @@ class ReinforceConfig(DictConfig):
                 raise ValueError('value_head must be true for the baseline "value_head"')
             if self.two_phase and not POLICIES[policy].two_phase:
                 raise ValueError(f"two_phase must be false for the policy {policy!r}")
-        # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
-        for note in (
-            f"{self.algo_class.__name__}_on_new_api_stack",
-            "RLModule(config=[RLModuleConfig object])",
-        ):
-            log_once(note)
+        silence_notes(self)
         super().validate()
 
 

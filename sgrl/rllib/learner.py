@@ -1,10 +1,11 @@
-"""RLlib Learners for policies with predictors, and that around `sgrl.reinforce.update` (new stack).
+"""RLlib Learners for policies with predictors, and one around `sgrl.reinforce.update` (new stack).
 
 `PolicyLearner` is for any algorithm's loss; `ReinforceLearner` computes its own.
 """
 
 import copy
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class PolicyLearner(ExactLearner):
 
     Registers Adam as "policy", at the config's lr (a number or a schedule), and where the policy
     has predictors as "predictor", at its predictor_lr. RLlib clips the gradients of each optimizer
-    by themselves. Modules that hold no policy of ours are left to the algorithm's own learner.
+    separately. Modules that hold no policy of ours are left to the algorithm's own learner.
     A minibatch holds at least one sequence.
     """
 
@@ -140,7 +141,7 @@ class PolicyLearner(ExactLearner):
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set whatever `state` holds of what `get_state` returns; schedules go on from there."""
+        """Set whatever `state` holds of what `get_state` returns; schedules continue from there."""
         super().set_state(state)
         for module_id, value in state.get(COMPONENT_KL, {}).items():
             self.curr_kl_coeffs_per_module[module_id].data.fill_(value)
@@ -204,15 +205,8 @@ class ReinforceLearner(ExactLearner):
             self.module[module_id].policy,
             dict(self.get_optimizers_for_module(module_id)),
             batch.to(self._device),
-            UpdateSettings(
-                gamma=config.gamma,
-                entropy_coeff=config.entropy_coeff,
-                grad_clip=config.grad_clip,
-                normalize_returns=config.normalize_returns,
-                two_phase=config.two_phase,
-                baseline=config.baseline,
-                value_coeff=config.value_coeff,
-            ),
+            # A config holds each of them under the same name.
+            UpdateSettings(**{f.name: getattr(config, f.name) for f in fields(UpdateSettings)}),
         )
 
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 from ray.rllib.algorithms import AlgorithmConfig
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
+from ray.util.debug import log_once
 
 from sgrl.envs.registry import ENVIRONMENTS, make_single
 from sgrl.reinforce.rollout import MAX_SEED
@@ -98,8 +99,8 @@ REINFORCE_READS = frozenset(
     callbacks_on_checkpoint_loaded
     """.split()  # noqa: SIM905 (names by the hundred)
 )
-#: What RLlib's PPO, APPO and IMPALA do not read on the new API stack, beside `offline_data` and
-#: `multi_agent` as a whole.
+#: What RLlib's PPO, APPO and IMPALA do not read on the new API stack, beside `offline_data`,
+#: `multi_agent` and all that is called "offline" as a whole.
 STOCK_IGNORES = frozenset(
     """
     num_gpus _fake_gpus framework_str eager_tracing eager_max_retraces tf_session_args
@@ -114,15 +115,7 @@ STOCK_IGNORES = frozenset(
     timeout_s_aggregator_manager export_native_model_files checkpoint_trainable_policies_only
     fake_sampler extra_python_environs_for_driver extra_python_environs_for_worker
     keep_per_episode_custom_metrics off_policy_estimation_methods ope_split_batch_by_episode
-    offline_evaluation_interval num_offline_eval_runners offline_evaluation_type
-    offline_eval_runner_class offline_loss_for_module_fn offline_eval_batch_size_per_runner
-    dataset_num_iters_per_eval_runner offline_eval_rl_module_inference_only
-    num_cpus_per_offline_eval_runner num_gpus_per_offline_eval_runner
-    custom_resources_per_offline_eval_runner offline_evaluation_timeout_s
-    max_requests_in_flight_per_offline_eval_runner broadcast_offline_eval_runner_states
-    validate_offline_eval_runners_after_construction restart_failed_offline_eval_runners
-    ignore_offline_eval_runner_failures max_num_offline_eval_runner_restarts
-    offline_eval_runner_health_probe_timeout_s offline_eval_runner_restore_timeout_s
+    dataset_num_iters_per_eval_runner
     _tf_policy_handles_more_than_one_loss _disable_preprocessor_api _disable_action_flattening
     _disable_initialize_loss_from_dummy_batch _torch_lr_scheduler_classes
     evaluation_parallel_to_training
@@ -187,7 +180,7 @@ def refuse_ignored(
         config: what is to run, on the new API stack.
         defaults: a config of the same algorithm as it is made.
         reads: attributes that the algorithm reads. Default: all but `STOCK_IGNORES` and those of
-            the sections `offline_data` and `multi_agent`.
+            the sections `offline_data` and `multi_agent`, and what is called "offline".
 
     Raises:
         ValueError: one does nothing; one line that names it and says what to do.
@@ -198,7 +191,8 @@ def refuse_ignored(
     kind: Any = type(defaults)
     sections = setting_names(kind)
     if reads is None:
-        unread = {name for name in sections if sections[name][0] in ("offline_data", "multi_agent")}
+        unused = ("offline_data", "multi_agent")
+        unread = {name for name in sections if sections[name][0] in unused or "offline" in name}
         unread |= STOCK_IGNORES
     else:
         unread = sections.keys() - reads
@@ -304,3 +298,9 @@ def setting_names(kind: Any) -> dict[str, tuple[str, str]]:
                     for name in ("{}", "_{}", "callbacks_{}", "{}_str"):
                         found[name.format(argument)] = (section, argument)
     return found
+
+
+def silence_notes(config: AlgorithmConfig) -> None:
+    """Keep RLlib from logging that the API stack is new, and a deprecation of its own."""
+    log_once(f"{config.algo_class.__name__}_on_new_api_stack")
+    log_once("RLModule(config=[RLModuleConfig object])")

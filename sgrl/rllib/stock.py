@@ -15,7 +15,7 @@ A script changes one import; everything else is RLlib's::
 
 Loss, sampling and update are RLlib's. Different are the module (`PolicyModule`, with a value head),
 the optimizers (predictors of synthetic gradients have a learning rate of their own, and RLlib clips
-each optimizer's gradients by themselves) and the runner (`StockRunner`). Sequences are as long as
+each optimizer's gradients separately) and the runner (`StockRunner`). Sequences are as long as
 the environment's episodes; "max_seq_len" in model_config shortens them.
 
 On the old API stack `PPOConfig` takes the models of `sgrl.rllib.recurrent_network`, and gives the
@@ -39,7 +39,6 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.policy import Policy as OldPolicy
-from ray.util.debug import log_once
 from torch.optim import Optimizer
 
 from sgrl.envs.guard import get_state as get_env_state
@@ -54,7 +53,7 @@ from sgrl.reinforce.generators import generators_aside, get_random_state, set_ra
 from sgrl.rllib.base import DictConfig, PolicyCheckpoints
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.module import PolicyModule, policy_arguments
-from sgrl.rllib.settings import BOUNDS, check_numbers, refuse_ignored
+from sgrl.rllib.settings import BOUNDS, check_numbers, refuse_ignored, silence_notes
 
 COMPONENT_EPISODES = "episodes"
 
@@ -233,12 +232,7 @@ class PolicyAlgorithmConfig(DictConfig):
             refuse_ignored(self, self.algo_class.get_default_config())
             if self._rl_module_spec is None:
                 self._check_policy()
-        # Taken as logged: that the API stack is new, and a deprecation inside RLlib itself.
-        for note in (
-            f"{self.algo_class.__name__}_on_new_api_stack",
-            "RLModule(config=[RLModuleConfig object])",
-        ):
-            log_once(note)
+        silence_notes(self)
         super().validate()
 
     def _check_policy(self) -> None:
@@ -362,7 +356,7 @@ STOCK_ALGORITHMS: dict[str, type[Algorithm]] = {"PPO": PPO, "APPO": APPO, "IMPAL
 class PPOPolicy(PPOTorchPolicy):
     """PPO of the old API stack, with a parameter group for the predictors.
 
-    RLlib clips the gradients of each group by themselves. A schedule of learning rates is for the
+    RLlib clips the gradients of each group separately. A schedule of learning rates is for the
     other parameters alone.
     """
 
@@ -378,7 +372,7 @@ class PPOPolicy(PPOTorchPolicy):
         return self.exploration.get_exploration_optimizer(optimizers)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Set RLlib's state; schedules go on from there."""
+        """Set RLlib's state; schedules continue from there."""
         super().set_state(state)
         self.on_global_var_update({"timestep": self.global_timestep})
 

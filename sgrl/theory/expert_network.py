@@ -30,14 +30,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
-from sgrl.theory.tasks import TheoryError, in_ray
+from sgrl.theory.tasks import TheoryError, run_pieces
 
 Array = NDArray[np.float64]
 
@@ -185,11 +185,8 @@ def simulate(
         (cell, piece) for cell in cells for piece in _split(cell, range(trials), STATES_PER_TASK)
     ]
     errors: dict[Cell, list[Array]] = {cell: [] for cell in cells}
-    if parallel > 1:
-        work_of_pieces = ((cell, trials, seed) for cell, trials in pieces)
-        finished = in_ray(simulate_trials, work_of_pieces, parallel)
-    else:
-        finished = _in_turn(pieces, seed)
+    work_of_pieces = ((cell, trials, seed) for cell, trials in pieces)
+    finished = run_pieces(simulate_trials, work_of_pieces, parallel)
     for (cell, piece), piece_errors in zip(pieces, finished, strict=True):
         errors[cell].append(piece_errors)
         advance(len(piece) * 2**cell.d)
@@ -211,11 +208,6 @@ def _split(cell: Cell, trials: range, states: int) -> list[range]:
     """Trials in parts of about so many states each."""
     step = max(1, states // 2**cell.d)
     return [trials[start : start + step] for start in range(0, len(trials), step)]
-
-
-def _in_turn(pieces: Iterable[tuple[Cell, range]], seed: int) -> Iterator[Array]:
-    for cell, trials in pieces:
-        yield simulate_trials(cell, trials, seed)
 
 
 def draw(cell: Cell, trials: range, seed: int) -> Draws:

@@ -1,5 +1,6 @@
 """Independent pieces of work, spread over Ray tasks."""
 
+import itertools
 import logging
 import os
 from collections import deque
@@ -14,15 +15,21 @@ class TheoryError(UserError):
     """Settings that make no sense; the message is one line."""
 
 
-def in_ray(function: Callable[..., Any], pieces: Iterable[tuple], parallel: int) -> Iterator[Any]:
-    """`function(*piece)` of every piece, in their order, so many at a time, each on one processor.
+def run_pieces(
+    function: Callable[..., Any], pieces: Iterable[tuple], parallel: int
+) -> Iterator[Any]:
+    """Yield `function(*piece)` of every piece, in their order.
 
-    Uses the Ray instance of this process, the cluster at RAY_ADDRESS, or one of its own.
+    With `parallel` of 2 or more, so many run at a time, each on one processor of the Ray instance
+    of this process, of the cluster at RAY_ADDRESS, or of a Ray of its own.
 
     Raises:
         TheoryError: there is no Ray cluster at RAY_ADDRESS.
         LocalRayError: Ray cannot start here.
     """
+    if parallel == 1:
+        yield from itertools.starmap(function, pieces)
+        return
     import ray
 
     started = not ray.is_initialized()

@@ -1,7 +1,7 @@
-"""Sweeps on a cluster that this machine is no part of, through Ray's client (`ray://HOST:PORT`).
+"""Sweeps on a cluster that this machine is not part of, through Ray's client (`ray://HOST:PORT`).
 
-Tune's driver has to be on the cluster. So the same `sgrl` command is run there, in a process of its
-own that an actor looks after, and what it prints is printed here.
+Tune's driver has to be on the cluster. So the same `sgrl` command runs there, in a process that an
+actor supervises, and its output is printed here.
 """
 
 import ctypes
@@ -79,8 +79,8 @@ def _connected(address: str) -> Any:
 
 
 def _follow(command: Any) -> int:
-    """Print what the command prints until it ends, and hand the first Ctrl-C on to it; the second
-    one leaves it."""
+    """Print the command's output until it ends. The first Ctrl-C is forwarded to the command, the
+    second one abandons it."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 

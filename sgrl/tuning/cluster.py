@@ -42,7 +42,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _on_every_node(function: Callable[[Any], Any], argument: Any) -> dict[str, Any]:
-    """What a function returns on each machine of the cluster, by its address."""
+    """Call a function on each machine of the cluster; return the results by address."""
     running = {
         node["NodeManagerAddress"]: ray.remote(num_cpus=0)(function)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
@@ -70,7 +70,7 @@ def check_visible(store: Store) -> None:
 
 
 def _look(location: str) -> tuple[str | None, str]:
-    """The experiment file as this machine sees it, and why it does not."""
+    """Return the experiment file as this machine sees it, or else None and why it cannot."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             mirrored = is_address(location)

@@ -3,8 +3,8 @@
 After every so many iterations a copy of the policy plays episodes that training never sees, once
 with actions sampled as in training and once with the likeliest ones. They are the same episodes at
 each evaluation, those of `sgrl evaluate --seed SEED` with the trial's seed, with and without
-`--greedy`. Training is not touched by a bit: the copy, its environments and all random generators
-are the evaluation's own.
+`--greedy`. Training is unaffected: evaluation has its own copy of the policy, environments and
+random generators.
 """
 
 from typing import Any

@@ -21,13 +21,7 @@ from sgrl.files import write_text
 from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, Score
 from sgrl.results.plan import Trial
-from sgrl.results.status import (
-    Progress,
-    measure_of,
-    number,
-    read_progress,
-    trials_table,
-)
+from sgrl.results.status import Progress, measure_of, number, read_progress, trials_table
 from sgrl.results.storage import Store
 from sgrl.tuning.trial import first_line, is_disk_full
 
@@ -58,8 +52,8 @@ def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
 
 
 class SweepView(tune.Callback, tune.Stopper):
-    """Follows the trials as Tune reports them: a table that fits the terminal, or, where stdout
-    is none, one line for every trial that ends. Stops them all once the disk is full.
+    """Follows the trials as Tune reports them: a table that fits the terminal, or, if stdout is not
+    a terminal, one line for each trial that ends. Stops them all once the disk is full.
 
     Args:
         store: of the sweep.
@@ -212,7 +206,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 class _LogFile(io.FileIO):
-    """A log must not end a sweep: what a full disk does not take is lost."""
+    """A log that drops what a full disk cannot hold: logging must not end a sweep."""
 
     def write(self, data: Any) -> int:
         try:
@@ -225,8 +219,8 @@ class _LogFile(io.FileIO):
 def quiet(log: Path) -> Iterator[Console]:
     """Send all that this process and its libraries print to a log file.
 
-    Ray also writes from C++, so the file descriptors themselves are turned over. Yields a console
-    on the stdout there was before.
+    Ray also writes from C++, so the file descriptors themselves are redirected. Yields a console on
+    the original stdout.
     """
     sys.stdout.flush()
     sys.stderr.flush()

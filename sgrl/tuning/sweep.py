@@ -1,12 +1,12 @@
-"""Sweeps: the trials of an experiment run by Ray Tune, killed and resumed without a trace.
+"""Sweeps: the trials of an experiment run by Ray Tune; interrupting and resuming changes no result.
 
     directory = run_sweep(load_experiment("tune_configs/quickstart.yaml"), "results")
     resume_sweep(directory)
 
-Tune only decides which trial runs where. What a trial has reached stands in its own folder,
+Tune only decides which trial runs where. The state of a trial is in its own folder,
 `<directory>/<trial>/`, and nowhere else: `config.yaml`, `metrics.csv`, `checkpoints/` and
-`status.json`. Whatever was killed, a trial that is started again continues from its newest whole
-checkpoint with exactly the numbers of an uninterrupted one.
+`status.json`. Whichever process was killed, a restarted trial continues from its newest intact
+checkpoint and yields exactly the numbers of an uninterrupted one.
 """
 
 import contextlib
@@ -90,12 +90,11 @@ def resume_sweep(
 ) -> Path:
     """Continue a sweep that was killed, or whose trials failed, and return its folder.
 
-    `iterations` and `additions` (KEY=VALUES) extend it first, as `extend_experiment` does: trials
-    that are there go on to the new end from their last checkpoints. `track` replaces the tracker
-    that the sweep was started with, and `concurrency` the number of trials at a time. Completed
-    trials are left alone, and so are those whose loss became NaN or infinite. Raises as
-    `run_sweep` does, and SweepError where `directory` holds no sweep or a trial has passed the new
-    end.
+    `iterations` and `additions` (KEY=VALUES) extend it first, as `extend_experiment` does: existing
+    trials continue to the new end from their last checkpoints. `track` replaces the tracker that
+    the sweep was started with, and `concurrency` the number of trials at a time. Completed trials
+    are left alone, and so are those whose loss became NaN or infinite. Raises as `run_sweep` does,
+    and SweepError where `directory` holds no sweep or a trial has passed the new end.
     """
     store = open_store(directory, "driver")
     _check_is_sweep(store)
@@ -113,8 +112,8 @@ def resume_sweep(
 def resume_plan(
     directory: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
 ) -> tuple[list[Trial], list[Progress]]:
-    """What `resume_sweep` would do: all trials, and of those that would run the iteration they
-    would go on from. Changes nothing; raises as `resume_sweep` does."""
+    """Return what `resume_sweep` would do: all trials, and those it would run, each with the
+    iteration it would continue from. Changes nothing; raises as `resume_sweep` does."""
     store = open_store(directory, "driver")
     _check_is_sweep(store)
     with _locked(store):
@@ -243,8 +242,12 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
         if todo:
             view = SweepView(store, progress)
             try:
-                with view.shown_on(console):
-                    _run_trials(store, experiment, todo, requests, view)
+                with view.shown_on(console), _ray_for(experiment):
+                    check_visible(store)
+                    check_modules(experiment)
+                    _tune(store, experiment, todo, requests, view)
+                if view.disk_full:
+                    raise SweepError(_disk_full(store))
             finally:
                 for name, row in view.trials.items():
                     if not row.is_over:
@@ -289,28 +292,20 @@ def _write_config(folder: TrialFolder, trial: Trial) -> None:
         write_text(folder.config, dump_yaml(config))
 
 
-def _run_trials(
-    store: Store,
-    experiment: Experiment,
-    trials: Sequence[Trial],
-    requests: dict[str, Any],
-    view: SweepView,
-) -> None:
+@contextlib.contextmanager
+def _ray_for(experiment: Experiment) -> Iterator[None]:
+    """Have Ray, of this machine or a cluster, and leave none behind that was not there."""
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
     start_ray(experiment)
     try:
-        check_visible(store)
-        check_modules(experiment)
-        _tune(store, experiment, trials, requests, view)
+        yield
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
             signal.signal(signal.SIGINT, interrupt)
         if started_ray:
             ray.shutdown()
-    if view.disk_full:
-        raise SweepError(_disk_full(store))
 
 
 def _tune(

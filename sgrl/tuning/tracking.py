@@ -1,12 +1,12 @@
 """Where a trial's rows go besides metrics.csv: TensorBoard's files, and what `--track` names.
 
 Every trial keeps an event file beside its metrics.csv, so that `tensorboard --logdir results` shows
-all curves. W&B and MLflow are set up by Ray's integrations, in the trial's own process: it has
-every iteration, while Tune hears of one a second. A trial that is started again goes on under the
-run it had. `tracking.json` in its folder holds the run's id and how many iterations were sent;
+all curves. W&B and MLflow are set up by Ray's integrations, in the trial's own process: it sees
+every iteration, while Tune receives one report a second. A restarted trial continues its
+run. `tracking.json` in its folder holds the run's id and how many iterations were sent;
 those trained once more after a kill have the same numbers and are not sent again.
 
-Tracking changes no number of a trial, and a tracker that fails is given up with a note.
+Tracking changes no number of a trial. A tracker that fails is abandoned with a note.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def prepare_tracker(tracker: str, sweep: SweepFolder) -> None:
 
 
 def how_to_look(tracker: str, directory: str) -> str:
-    """What to type, or where to go, to see the runs of the sweep in `directory`."""
+    """Return the command, or the place, that shows the runs of the sweep in `directory`."""
     if tracker == "tensorboard":
         return command("tensorboard", "--logdir", directory)
     if tracker == "wandb" and os.environ.get("WANDB_MODE") == "offline":
@@ -243,7 +243,7 @@ class EventFile:
         self._write(summary=start)
         self.writer.flush()
         self.sent = 0
-        # Emptied, not removed: one that reads it would never come to the next.
+        # Emptied, not removed: a reader in the middle of one would never reach the next.
         for path in before:
             path.write_bytes(b"")
 
@@ -269,9 +269,9 @@ class EventFile:
 class WandbRun:
     """A run at Weights & Biases: group the sweep, name the trial, step the environment steps.
 
-    W&B writes behind our back, and a process that is killed takes with it what it had not written.
-    So an iteration counts as sent some seconds later; after a kill the last ones go out again, with
-    the same steps and numbers.
+    W&B writes asynchronously, and a killed process loses what it has not written yet. So an
+    iteration counts as sent only some seconds later; after a kill the last ones are sent again,
+    with the same steps and numbers.
     """
 
     FLUSH_SECONDS = 1.0

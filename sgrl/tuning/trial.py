@@ -1,8 +1,8 @@
 """One trial: its folder, and the process that runs it.
 
-All that a trial has reached stands in `<sweep>/<trial>/`: `config.yaml`, `metrics.csv`,
-`checkpoints/`, `status.json` and `provenance.json`. Whatever was killed, a trial that is started
-again continues from its newest whole checkpoint with exactly the numbers of an uninterrupted one.
+The state of a trial is in `<sweep>/<trial>/`: `config.yaml`, `metrics.csv`, `checkpoints/`,
+`status.json` and `provenance.json`. Whichever process was killed, a restarted trial continues from
+its newest intact checkpoint and yields exactly the numbers of an uninterrupted one.
 """
 
 import contextlib
@@ -82,9 +82,9 @@ class TrialRunner(tune.Trainable):
         self._release()
 
     def step(self) -> dict:
-        """Train for about a second, or to the trial's end, and report where it stands.
+        """Train for about a second, or to the trial's end, and report its progress.
 
-        Raises what may not happen again: Tune then starts the trial again.
+        Re-raises errors that may be transient: Tune then restarts the trial.
         """
         disk_full = False
         try:
@@ -93,7 +93,7 @@ class TrialRunner(tune.Trainable):
                     self._start()
                 self._train()
             except FloatingPointError as error:
-                # Training again would only come to the same number.
+                # Training again would only produce the same number.
                 self._finish("failed", first_line(error), diverged=True)
             except Exception as error:
                 self._write_error(error)
@@ -185,7 +185,7 @@ class TrialRunner(tune.Trainable):
         timeout = self.trial.config.iteration_timeout
         if self.hang is None or timeout is None:
             return self.algorithm.train()
-        # The watching thread is C's own: it also ends a process that is stuck outside Python.
+        # The watchdog thread is written in C: it also ends a process that hangs outside Python.
         faulthandler.dump_traceback_later(timeout, file=self.hang, exit=True)
         try:
             return self.algorithm.train()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sgrl.theory.probe.labyrinth import (
     labyrinth_sums,
 )
 from sgrl.theory.probe.sufficiency import explain
-from sgrl.theory.tasks import TheoryError, in_ray
+from sgrl.theory.tasks import TheoryError, run_pieces
 
 NUM_SHARDS = 24
 #: Steps of a recurrent network that are reported apart, as shares of the episode length.
@@ -42,6 +42,17 @@ class Report(NamedTuple):
     predictors: bool  # False: a policy under backprop, which nothing can be mixed in from
 
 
+class ProbeSettings(NamedTuple):
+    """What a probe computes; see `check_settings`."""
+
+    samples: int
+    batch_size: int
+    trained_batch: int
+    neurons: int
+    seed: int
+    parallel: int
+
+
 def check_settings(
     policy: Policy,
     env: str,
@@ -51,8 +62,21 @@ def check_settings(
     neurons: int = 20,
     seed: int = 0,
     parallel: int = 1,
-) -> tuple[int, int, int]:
-    """Check what `probe` takes; returns samples, batch_size and trained_batch, filled in.
+) -> ProbeSettings:
+    """Check and complete the settings of a probe.
+
+    Args:
+        policy: a `sparse_mlp` on the bandit, or a `sparsenet` on a labyrinth.
+        env: its environment.
+        samples: size of the large sample, rounded up to a multiple of `NUM_SHARDS`.
+        batch_size: n, of the estimators whose error is reported; `trained_batch` if None.
+        trained_batch: samples that a training loss is the mean of; None: the published 64 images,
+            or 20 episodes. Predictors learn gradients of that mean, of which a sample's own is so
+            many times as large, and so are the predictions that are reported here.
+        neurons: of each layer, drawn at random; 0 stands for all.
+        seed: of everything random.
+        parallel: with 2 or more, shards are spread over so many Ray tasks at a time; the rows are
+            the same.
 
     Raises:
         TheoryError: another kind of policy, or settings that make no sense.
@@ -85,59 +109,39 @@ def check_settings(
     ):
         if value < least:
             raise TheoryError(f"{name} must be at least {least}, got {value}")
-    return samples, batch_size, trained_batch
+    return ProbeSettings(samples, batch_size, trained_batch, neurons, seed, parallel)
 
 
 def probe(
     policy: Policy,
     env: str,
-    env_config: dict | None = None,
-    *,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    trained_batch: int | None = None,
-    neurons: int = 20,
-    seed: int = 0,
-    parallel: int = 1,
+    env_config: dict | None,
+    settings: ProbeSettings,
     advance: Callable[[], object] = lambda: None,
 ) -> Report:
     """Measure the estimation error of a policy's gradients on its task.
 
     Args:
-        policy: a `sparse_mlp` on the bandit, or a `sparsenet` on a labyrinth.
+        policy: that the settings were checked for.
         env, env_config: its environment, as trained.
-        samples: size of the large sample, rounded up to a multiple of `NUM_SHARDS`.
-        batch_size: n, of the estimators whose error is reported; `trained_batch` if None.
-        trained_batch: samples that a training loss is the mean of; None: the published 64 images,
-            or 20 episodes. Predictors learn gradients of that mean, of which a sample's own is so
-            many times as large, and so are the predictions that are reported here.
-        neurons: of each layer, drawn at random; 0 stands for all.
-        seed: of everything random.
-        parallel: with 2 or more, shards are spread over so many Ray tasks at a time; the rows are
-            the same.
+        settings: from `check_settings`.
         advance: called after each of `NUM_SHARDS` shards.
 
     Raises:
-        TheoryError: another kind of policy, or settings that make no sense.
         DataError: MNIST cannot be had.
     """
-    settings = check_settings(
-        policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
-    )
-    samples, batch_size, trained_batch = settings
+    samples, batch_size, trained_batch, neurons, seed, parallel = settings
     assert isinstance(policy, SparseNetPolicy | SparseMLPPolicy)
     size = -(-samples // NUM_SHARDS)
     config = env_config or {}
     with one_thread():
         if isinstance(policy, SparseNetPolicy):
-            groups, finished = _probe_labyrinth(
-                policy, env, config, neurons, trained_batch, seed, size, parallel
-            )
+            groups, finished = _probe_labyrinth(policy, env, config, settings, size)
         else:
             groups = choose_neurons(policy, neurons, seed)
             same = (policy, config, groups, trained_batch, seed, size)
             pieces = [(*same, shard) for shard in range(NUM_SHARDS)]
-            finished = _run(bandit_shard, pieces, parallel)
+            finished = run_pieces(bandit_shard, pieces, parallel)
         sums, feedback = [], []
         for of_sums, of_feedback in finished:
             sums.append(of_sums)
@@ -172,22 +176,20 @@ def _probe_labyrinth(
     policy: SparseNetPolicy,
     env: str,
     env_config: dict,
-    neurons: int,
-    trained_batch: int,
-    seed: int,
+    settings: ProbeSettings,
     size: int,
-    parallel: int,
 ) -> tuple[list[Group], Iterator[tuple[list[Sums], list[Feedback | None]]]]:
     """First all episodes are played, whose returns then normalise the loss of each."""
     with contextlib.closing(make_vector(env, 1, env_config)) as vector:
         length = vector.episode_length
+    _, _, trained_batch, neurons, seed, parallel = settings
     steps = sorted({int(length * share) for share in STEP_SHARES})
     pieces = [(policy, env, env_config, steps, seed, size, shard) for shard in range(NUM_SHARDS)]
-    shards = list(_run(labyrinth_shard, pieces, parallel))
+    shards = list(run_pieces(labyrinth_shard, pieces, parallel))
     loss = Loss.of([shard.episodes for shard in shards])
     groups = choose_recurrent_neurons(policy, neurons, seed, steps, length, loss.steps)
     work = [(policy, shard, loss, groups, trained_batch) for shard in shards]
-    return groups, _run(labyrinth_sums, work, parallel)
+    return groups, run_pieces(labyrinth_sums, work, parallel)
 
 
 def fresh_policy(policy: Policy, seed: int) -> Policy:
@@ -200,14 +202,6 @@ def fresh_policy(policy: Policy, seed: int) -> Policy:
         dtype=next(policy.parameters()).dtype,
         **asdict(policy.settings),
     )
-
-
-def _run(function: Callable[..., Any], pieces: Sequence[tuple], parallel: int) -> Iterator[Any]:
-    if parallel > 1:
-        yield from in_ray(function, pieces, parallel)
-        return
-    for piece in pieces:
-        yield function(*piece)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sgrl.errors import one_line
 from sgrl.results.plan import Point, Problem, TrialConfig
 from sgrl.tuning.experiment.file import ALIASES, MAPPING, check_known, stop_problems
 from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
@@ -98,10 +99,6 @@ def _rllib_problems(algorithm: str, point: Point) -> Iterator[Problem]:
     try:
         build_algorithm_config(TrialConfig.from_dict(trial)).validate()
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        yield Problem("config", one_line(error))
-
-
-def one_line(error: Exception) -> str:
-    """Return what an exception says, in one line."""
-    # RLlib's advice at the end is to check nothing.
-    return " ".join(str(error).split()).partition(" To suppress all validation errors")[0]
+        # RLlib's advice at the end is to check nothing.
+        message = one_line(error).partition(" To suppress all validation errors")[0]
+        yield Problem("config", message)

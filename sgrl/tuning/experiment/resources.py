@@ -19,7 +19,7 @@ PROCESSES = {
 
 
 def user_modules(experiment: Experiment) -> list[str]:
-    """Return the modules of the user's that the experiment's environments come from."""
+    """Return the user's modules that the experiment's environments come from."""
     from sgrl.envs.by_id import module_of
 
     envs = (trial.config.sections["environment"]["env"] for trial in experiment.trials)

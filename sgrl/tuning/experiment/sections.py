@@ -20,7 +20,7 @@ def algorithm_class(name: str) -> Any:
     """Return the Algorithm subclass of that name: Reinforce, or one of `sgrl.rllib.stock`.
 
     Raises:
-        Problem: there is none that trains these policies.
+        Problem: no algorithm of that name trains these policies.
     """
     from ray.rllib.algorithms.registry import ALGORITHMS
 
