@@ -100,7 +100,7 @@ def test_a_damaged_file_is_replaced(
 
     monkeypatch.setattr(mnist.urllib.request, "urlopen", serve)
     seen = []
-    fetch(folder, lambda *progress: seen.append(progress))
+    fetch(folder, lambda **progress: seen.append(tuple(progress.values())))
     assert md5(folder / name) == FILES[name]
     assert [address.rsplit("/", 1)[1] for address in served] == [f"{name}.gz"]
     assert seen

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sgrl.bars import progress_bar
 from sgrl.cli.options import home
 
 app = typer.Typer(help="Data sets.", no_args_is_help=True)
@@ -22,8 +23,7 @@ def mnist(
 ) -> None:
     """Fetch MNIST, checked, and say where it is."""
     from sgrl.envs.mnist import fetch
-    from sgrl.tuning.progress import progress_bar
 
-    with progress_bar() as report:
+    with progress_bar("MNIST") as report:
         folder = fetch(data_dir, report)
     typer.echo(f"MNIST: {folder}")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from sgrl.bars import progress_bar
 from sgrl.cli.options import Checkpoint, home
-from sgrl.cli.terminal import progress_bar
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 
@@ -54,8 +54,8 @@ def render(
     check_out(out)
     with reading_checkpoint(checkpoint) as folder:
         recorded = record_episode(folder, seed, episode)
-    with progress_bar("drawing") as advance:
-        write_episode(recorded, out, fps, frames, lambda total: advance(total=total))
+    with progress_bar("drawing") as bar:
+        write_episode(recorded, out, fps, frames, lambda total: bar(advance=1, total=total))
     typer.echo(f"{out}: {recorded.title}")
 
 

@@ -1,9 +1,8 @@
-"""What all commands do on the terminal: errors in one line, and progress bars."""
+"""What all commands do on the terminal: errors in one line, JSON and lists."""
 
 import errno
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import typer
@@ -73,24 +72,3 @@ def print_lines(lines: Iterable[tuple[str, str]]) -> None:
     for name, line in lines:
         table.add_row(Text(name), Text(line))
     console.print(table)
-
-
-@contextmanager
-def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on stderr if that is a terminal, until the context ends.
-
-    Args:
-        title: the text beside it.
-        total: number of steps, if it is known.
-
-    Yields:
-        A function that advances the bar, by one step or the number given; its keyword `total`
-        sets the number of steps.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda steps=1, total=None: progress.update(task, advance=steps, total=total)

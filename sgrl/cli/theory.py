@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sgrl.bars import progress_bar
 from sgrl.cli.options import Checkpoint, home
-from sgrl.cli.terminal import progress_bar
 
 app = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
 
@@ -45,9 +45,9 @@ def probe(
         policy, env, samples, batch_size, trained_batch, neurons, seed, parallel
     )
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("probing", NUM_SHARDS) as advance:
+    with progress_bar("probing", NUM_SHARDS) as bar:
         probed = fresh_policy(policy, seed) if fresh else policy
-        report = probe_policy(probed, env, env_config, settings, advance)
+        report = probe_policy(probed, env, env_config, settings, lambda: bar(advance=1))
 
     from sgrl.analysis.outputs import write_probe
 
@@ -74,8 +74,8 @@ def experts(
         parse_numbers(d, "d"), parse_numbers(k, "k"), parse_numbers(n, "n"), cases.split(",")
     )
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("simulating", work(cells, trials)) as advance:
-        results = simulate(cells, trials, seed, parallel, advance)
+    with progress_bar("simulating", work(cells, trials)) as bar:
+        results = simulate(cells, trials, seed, parallel, lambda n: bar(advance=n))
 
     from sgrl.analysis.outputs import write_expert_network
 

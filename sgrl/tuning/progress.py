@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, TextColumn
-from rich.progress import Progress as Bars
 
 from sgrl.files import write_text
 from sgrl.results.folder import SweepFolder
@@ -182,27 +180,6 @@ def _error(trial: Any) -> BaseException | None:
     if trial.pickled_error_file is None:
         return None
     return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr for what is fetched; yields a function that is told what, how many bytes so
-    far and of how many. Nothing is shown until it is called."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
-    tasks: dict[str, Any] = {}
-
-    def report(what: str, so_far: int, total: int | None) -> None:
-        if what not in tasks:
-            bars.start()
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=so_far)
-
-    try:
-        yield report
-    finally:
-        bars.stop()
 
 
 class _LogFile(io.FileIO):

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from sgrl.bars import progress_bar
 from sgrl.commands import command
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.files import write_text
@@ -41,7 +42,7 @@ from sgrl.tuning.experiment.load import Experiment, extend_experiment
 from sgrl.tuning.experiment.method import with_defaults
 from sgrl.tuning.experiment.resources import check_backends, check_resources, may_move
 from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_config
-from sgrl.tuning.progress import SweepView, progress_bar, quiet, write_summary
+from sgrl.tuning.progress import SweepView, quiet, write_summary
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
@@ -202,7 +203,7 @@ def _prepare_environments(experiment: Experiment) -> None:
     }
     for section in sections.values():
         if section["env"] in ENVIRONMENTS:
-            with progress_bar() as report:
+            with progress_bar("fetching") as report:
                 prepare(section["env"], section.get("env_config"), report)
 
 
@@ -242,12 +243,8 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
         if todo:
             view = SweepView(store, progress)
             try:
-                with view.shown_on(console), _ray_for(experiment):
-                    check_visible(store)
-                    check_modules(experiment)
-                    _tune(store, experiment, todo, requests, view)
-                if view.disk_full:
-                    raise SweepError(_disk_full(store))
+                with view.shown_on(console):
+                    _run_trials(store, experiment, todo, requests, view)
             finally:
                 for name, row in view.trials.items():
                     if not row.is_over:
@@ -292,20 +289,28 @@ def _write_config(folder: TrialFolder, trial: Trial) -> None:
         write_text(folder.config, dump_yaml(config))
 
 
-@contextlib.contextmanager
-def _ray_for(experiment: Experiment) -> Iterator[None]:
-    """Have Ray, of this machine or a cluster, and leave none behind that was not there."""
+def _run_trials(
+    store: Store,
+    experiment: Experiment,
+    trials: Sequence[Trial],
+    requests: dict[str, Any],
+    view: SweepView,
+) -> None:
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
     start_ray(experiment)
     try:
-        yield
+        check_visible(store)
+        check_modules(experiment)
+        _tune(store, experiment, trials, requests, view)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
             signal.signal(signal.SIGINT, interrupt)
         if started_ray:
             ray.shutdown()
+    if view.disk_full:
+        raise SweepError(_disk_full(store))
 
 
 def _tune(
