@@ -459,6 +459,10 @@ def test_evaluate(run, checkpoints):
     assert rows["episodes"] == "7"
     assert 0 <= float(rows["success_rate"].split()[0]) <= 1
     assert result.stdout == run("evaluate", checkpoints / "000010", "--episodes", 7).stdout
+    found = json.loads(run("evaluate", checkpoints / "000010", "--episodes", 1, "--json").stdout)
+    assert (found["episodes"], found["seed"], found["greedy"]) == (1, 0, False)
+    assert 0 <= found["success_rate_low"] <= found["success_rate"] <= found["success_rate_high"]
+    assert found["episode_return_mean_low"] is None  # of one episode
 
 
 def _truncate(file):

@@ -23,7 +23,7 @@ from sgrl.results.checkpoints import (
 )
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import score
-from sgrl.results.status import read_progress
+from sgrl.results.status import read_progress, sweep_status
 from sgrl.results.storage import Store
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
@@ -153,11 +153,19 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
     # Its own reason: once more, to be sure of it, although max_failures would allow more.
     assert said.count("gru_seed=0 is started again after ValueError: no fourth iteration") == 1
     assert "gru_seed=0 failed at iteration 3, ValueError: no fourth iteration (again, " in said
+    assert f"; see {directory}/gru_seed=0/error.txt\n" in said
+    found = sweep_status(directory)
+    assert [line.partition("; see ")[2] for line in found.lines] == [
+        f"{directory}/gru_seed=0/error.txt",
+        f"{directory}/gru_seed=2/hung.txt",
+    ]
     # max_failures is 1, and the second trial needs one restart, the third two.
     hanging = "an iteration of more than 5 s (hung.txt says where it hung)"
-    assert said.count(f"gru_seed=1 is started again after {hanging}") == 1
-    assert said.count(f"gru_seed=2 is started again after {hanging}") == 1
-    assert f"gru_seed=2 failed at iteration 3, {hanging}" in said
+    for name in ("gru_seed=1", "gru_seed=2"):
+        where = hanging.replace("(", f"({directory}/{name}/")
+        assert said.count(f"{name} is started again after {where}") == 1
+    there = f"; see {directory}/gru_seed=2/"
+    assert f"gru_seed=2 failed at iteration 3, {hanging}{there}hung.txt\n" in said
     assert list(summary(directory)["state"]) == ["failed", "completed", "failed"]
     assert TrialFolder(directory / "gru_seed=2").read_status()["reason"] == hanging
     assert "in faulty" in (directory / "gru_seed=2" / "hung.txt").read_text()

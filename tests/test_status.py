@@ -28,6 +28,7 @@ from sgrl.tuning.progress import write_summary
 from sgrl.tuning.sweep import _write_config
 from sgrl.yaml_files import dump_yaml
 
+ROOT = Path(__file__).parent.parent
 EXPERIMENT = """
 name: small
 config: {environment: {env: labyrinth_escape, env_config: {episode_length: 10}}}
@@ -185,6 +186,64 @@ def test_results_with_a_swept_seed_from_before_names_were_kept_clear(tmp_path):
     assert list(loaded.trials["seed"]) == [0, 1, 0, 1]
     assert "4 completed" in sgrl("status", directory).output
     assert list(write_comparison(directory)["trials"]) == [2, 2]
+
+
+def test_json(results):
+    """The keys that docs/results.md names, and null for what is no number."""
+    (results / "gru_seed=2" / "status.json").write_text(
+        json.dumps({"state": "failed", "reason": "Boom: it broke"})
+    )
+    (results / "gru_seed=2" / "error.txt").write_text("Traceback ...")
+    (results / "gru_seed=3" / "metrics.csv").unlink()
+    (results / "gru_seed=3" / "status.json").write_text(json.dumps({"state": "running"}))
+    found = json.loads(sgrl("status", results, "--json").output)
+    text = (ROOT / "docs" / "results.md").read_text()
+    for key in [*found, *found["trials"][0]]:
+        assert f"`{key}`" in text, key
+    assert found["location"] == str(results)
+    assert (found["name"], found["is_running"], found["problems"]) == ("results", False, [])
+    assert found["counts"] == {
+        "running": 0,
+        "failed": 1,
+        "interrupted": 1,
+        "completed": 2,
+        "pending": 0,
+    }
+    first, _, failed, interrupted = found["trials"]
+    assert first == {
+        "trial": "gru_seed=0",
+        "method": "gru",
+        "swept": {},
+        "seed": 0,
+        "state": "completed",
+        "iteration": 3,
+        "last_iteration": 3,
+        "measure": "success_rate",
+        "final": 0.0,
+        "auc": 0.0,
+        "seconds_per_iteration": 1.0,
+        "seconds_left": 0.0,
+        "reason": "",
+        "details": "",
+    }
+    details = f"{results}/gru_seed=2/error.txt"
+    assert (failed["reason"], failed["details"]) == ("Boom: it broke", details)
+    assert (interrupted["final"], interrupted["seconds_left"]) == (None, None)
+    said = sgrl("status", results).output.splitlines()
+    assert f"gru_seed=2 failed at iteration 3: Boom: it broke; see {details}" in said
+
+
+def test_json_of_a_comparison(tmp_path):
+    text = EXPERIMENT.replace("seeds:", "  mlp: {model: {policy: mlp, hidden_size: 8}}\nseeds:")
+    results = write_sweep(tmp_path / "two", text)
+    found = json.loads(sgrl("compare", results, "--json").output)
+    assert (found["experiments"], found["x"]) == ([str(results)], "env_steps")
+    (row,) = found["rows"]
+    assert (row["first"], row["second"], row["difference"]) == ("gru", "mlp", 0.0)
+    assert row["first_trials"] == 4
+    assert row["probability_ci_low"] is None  # of fewer than five seeds
+    between = json.loads(sgrl("compare", results, results, "--json").output)
+    assert [row["method"] for row in between["rows"]] == ["gru", "mlp"]
 
 
 def in_a_process(code, *arguments, **environment):

@@ -80,7 +80,7 @@ def test_finished_sweep(finished, capsys):
         "sweep.log",
     ]
     assert not (finished / ".tune").exists()
-    Console(width=80).print(sweep_status(finished)[0])
+    Console(width=80).print(sweep_status(finished).table)
     text = capsys.readouterr().out
     assert text.count("completed") == 5
     assert "4 completed" in text
@@ -94,6 +94,7 @@ def test_a_diverging_trial_fails_alone(finished):
         assert row["state"] == "failed"
         assert row["iterations"] < 5
         assert "NonFiniteLoss" in row["reason"]
+        assert "NonFiniteLoss" in (finished / f"diverging_seed={seed}" / "error.txt").read_text()
         folder = finished / f"diverging_seed={seed}" / "checkpoints"
         newest, problems = newest_valid_checkpoint(folder)
         assert int(newest.name) == row["iterations"]

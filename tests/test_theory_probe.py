@@ -591,6 +591,10 @@ def test_command_on_a_bandit(bandit: Path, tmp_path: Path) -> None:
         name = re.sub("_ci_(low|high)$", "", column)
         assert f"`{name}`" in DOCUMENT, name
 
+    found = json.loads(run(bandit, *arguments, "--json").stdout)
+    assert found["layers"][1]["mse_sgprop"] == pytest.approx(layers["mse_sgprop"][1])
+    assert (found["samples"], len(found["neurons"])) == (48, 6)
+
     table = result.stdout
     run(bandit, *arguments)
     assert run(bandit, *arguments).stdout == table

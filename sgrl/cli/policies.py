@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from sgrl.bars import progress_bar
-from sgrl.cli.options import Checkpoint, home
+from sgrl.cli.options import JSON, Checkpoint, home
+from sgrl.cli.terminal import print_json
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the mazes and of the actions.")]
 
@@ -19,6 +20,7 @@ def evaluate(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Take the likeliest actions instead of sampling.")
     ] = False,
+    json: JSON = False,
 ) -> None:
     """Run a checkpoint's policy on its environment.
 
@@ -29,6 +31,9 @@ def evaluate(
 
     with reading_checkpoint(checkpoint) as folder:
         found = evaluate_checkpoint(folder, episodes, seed, greedy)
+    if json:
+        print_json({"checkpoint": checkpoint, "seed": seed, "greedy": greedy, **found})
+        return
     typer.echo(f"episodes: {found.pop('episodes')}")
     for name in [name for name in found if f"{name}_low" in found]:
         low, high = found[f"{name}_low"], found[f"{name}_high"]

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sgrl.cli.options import Experiment, home, homes
+from sgrl.cli.options import JSON, Experiment, home, homes
+from sgrl.cli.terminal import print_json
 
 Axis = Annotated[
     str,
@@ -51,6 +52,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(callback=home, help="CSV to write too.")] = None,
     x: Axis = "env_steps",
+    json: JSON = False,
 ) -> None:
     """Compare the methods of an experiment, or those of two, each with itself."""
     from rich.console import Console
@@ -59,13 +61,18 @@ def compare(
     from sgrl.analysis.tables import print_table
 
     frame, tables = compare_results(first, second, plan, x)
+    if out is not None:
+        out.write_text(frame.to_csv(index=False), encoding="utf-8")
+    if json:
+        experiments = [first] if second is None else [first, second]
+        print_json({"experiments": experiments, "x": x, "rows": frame.to_dict("records")})
+        return
     console = Console()
     for title, note, table in tables:
         console.print(title, style="bold", highlight=False)
         print_table(table, console)
         console.print(f"{note}\n" if note else "", style="dim", highlight=False)
     if out is not None:
-        out.write_text(frame.to_csv(index=False), encoding="utf-8")
         typer.echo(f"written: {out}")
 
 

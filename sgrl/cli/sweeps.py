@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sgrl.cli.options import Experiment, home
+from sgrl.cli.options import JSON, Experiment, home
+from sgrl.cli.terminal import print_json
 from sgrl.commands import command
 
 Config = Annotated[
@@ -193,23 +194,30 @@ def _compare(location: str | Path) -> None:
     """Write a finished sweep's table and figure; exit with status 1 if a trial failed."""
     from sgrl.analysis.outputs import write_comparison
     from sgrl.results.locations import open_store
-    from sgrl.tuning.sweep import failed_trials
+    from sgrl.results.plan import planned_trials
+    from sgrl.results.status import failures, read_progress
 
     store = open_store(location, "driver")
     write_comparison(store.folder, shown_as=str(store))
     store.push(store.sweep.comparison, *store.sweep.figures.glob("*.png"))
-    if failed_trials(store.folder):
+    progress = [read_progress(store.sweep, t) for t in planned_trials(store.sweep.experiment)]
+    for line in failures(progress, store):
+        typer.echo(line)
+    if any(row.state == "failed" for row in progress):
         raise typer.Exit(1)
 
 
-def status(directory: Experiment) -> None:
+def status(directory: Experiment, json: JSON = False) -> None:
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
     from sgrl.results.status import sweep_status
 
-    table, problems = sweep_status(directory)
+    found = sweep_status(directory)
+    if json:
+        print_json(found.as_dict())
+        return
     console = Console()
-    console.print(table)
-    for problem in problems:
-        console.print(problem, soft_wrap=True, highlight=False, markup=False)
+    console.print(found.table)
+    for line in found.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

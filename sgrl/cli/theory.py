@@ -1,12 +1,14 @@
 """Commands that measure what the theory predicts: the probe and the expert network."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sgrl.bars import progress_bar
-from sgrl.cli.options import Checkpoint, home
+from sgrl.cli.options import JSON, Checkpoint, home
+from sgrl.cli.terminal import print_json
 
 app = typer.Typer(help="The paper's claims in numbers.", no_args_is_help=True)
 
@@ -31,6 +33,7 @@ def probe(
     out: Annotated[
         Path, typer.Option(callback=home, help="Folder for the CSVs and the figure.")
     ] = Path("results/probe"),
+    json: JSON = False,
 ) -> None:
     """Measure how far a policy's gradients are from the true ones, neuron by neuron."""
     from sgrl.results.checkpoints import open_policy
@@ -49,9 +52,15 @@ def probe(
         probed = fresh_policy(policy, seed) if fresh else policy
         report = probe_policy(probed, env, env_config, settings, lambda: bar(advance=1))
 
+    from rich.console import Console
+
     from sgrl.analysis.outputs import write_probe
 
-    write_probe(report, out)
+    if not json:
+        write_probe(report, out)
+        return
+    write_probe(report, out, Console(file=StringIO()))
+    print_json({"checkpoint": checkpoint, "fresh": fresh, "seed": seed, **report._asdict()})
 
 
 @app.command()

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,6 +15,9 @@ from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
 from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.storage import is_address
+
+#: Of trials, in the order in which a table that is cut shows them.
+STATES = ("running", "failed", "interrupted", "completed", "pending")
 
 
 class StatusError(UserError):
@@ -37,6 +41,7 @@ class Progress:
         score: how well it does so far.
         seconds_per_iteration: of the last iterations.
         reason: why it failed.
+        details: of one that failed, the file that says more, from the sweep's folder.
     """
 
     trial: Trial
@@ -45,6 +50,7 @@ class Progress:
     score: Score = field(default_factory=lambda: score([]))
     seconds_per_iteration: float = math.nan
     reason: str = ""
+    details: str = ""
 
     @property
     def last_iteration(self) -> int:
@@ -68,14 +74,40 @@ def read_progress(sweep: SweepFolder, trial: Trial) -> Progress:
     """Read the progress of a trial, from its files alone."""
     folder = sweep.trial(trial.name)
     status, rows = folder.read_status(), read_metrics(folder.metrics)
+    state = status.get("state", "pending")
     return Progress(
         trial=trial,
-        state=status.get("state", "pending"),
+        state=state,
         iteration=len(rows),
         score=score(rows),
         seconds_per_iteration=seconds_per_iteration(rows),
         reason=status.get("reason", ""),
+        details=_details(sweep, trial) if state == "failed" else "",
     )
+
+
+def _details(sweep: SweepFolder, trial: Trial) -> str:
+    """The file with the traceback of a failure, or whatever else there is."""
+    folder = sweep.trial(trial.name)
+    files = (folder.hang, folder.error, sweep.log)
+    # Of a trial that did not hang the first one is there and empty.
+    found = next((f for f in files if f.is_file() and f.stat().st_size), folder.status)
+    return found.relative_to(sweep.path).as_posix()
+
+
+def failures(rows: Iterable[Progress], location: object) -> list[str]:
+    """One line for each failed trial, with the file that says more.
+
+    Args:
+        rows: of all trials.
+        location: of the sweep, as it is called.
+    """
+    return [
+        f"{row.trial.name} failed at iteration {row.iteration}: {row.reason}; see "
+        f"{location}/{row.details}"
+        for row in rows
+        if row.state == "failed"
+    ]
 
 
 def measure_of(progress: Iterable[Progress]) -> str:
@@ -90,8 +122,69 @@ def read_stopped(sweep: SweepFolder, trial: Trial) -> Progress:
     return row
 
 
-def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
-    """A sweep's trials, one row each, and one line for each folder that should not be as it is.
+@dataclass
+class SweepStatus:
+    """Where a sweep stands.
+
+    Attributes:
+        location: its folder, or address, as it was given.
+        name: of its folder.
+        is_running: whether this machine runs it; None where that cannot be told.
+        rows: of its trials, in their order.
+        problems: one line for each folder that should not be as it is.
+    """
+
+    location: str | Path
+    name: str
+    is_running: bool | None
+    rows: list[Progress]
+    problems: list[str]
+
+    @property
+    def table(self) -> Table:
+        """One row a trial."""
+        return trials_table(self.rows, self.name)
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands below the table."""
+        return [*failures(self.rows, self.location), *self.problems]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it (docs/results.md says what the keys mean)."""
+        counts = {state: sum(row.state == state for row in self.rows) for state in STATES}
+        return {
+            "location": str(self.location),
+            "name": self.name,
+            "is_running": self.is_running,
+            "measure": measure_of(self.rows),
+            "counts": counts,
+            "seconds_left": sweep_seconds_left(self.rows),
+            "trials": [
+                {
+                    "trial": row.trial.name,
+                    "method": row.trial.method,
+                    "swept": row.trial.swept,
+                    "seed": row.trial.seed,
+                    "state": row.state,
+                    "iteration": row.iteration,
+                    "last_iteration": row.last_iteration,
+                    "measure": row.score.measure,
+                    "final": row.score.final,
+                    "auc": row.score.auc,
+                    "seconds_per_iteration": row.seconds_per_iteration,
+                    "seconds_left": row.seconds_left,
+                    "reason": row.reason,
+                    "details": row.details and f"{self.location}/{row.details}",
+                }
+                for row in self.rows
+            ],
+            "problems": self.problems,
+        }
+
+
+def sweep_status(location: str | Path) -> SweepStatus:
+    """Read where a sweep stands.
 
     Args:
         location: its folder, or address.
@@ -108,12 +201,14 @@ def sweep_status(location: str | Path) -> tuple[Table, list[str]]:
             raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
         trials = planned_trials(sweep.experiment)
         # Object storage has no locks that would tell whether the sweep is running.
-        read = read_progress if is_address(location) or sweep.is_running() else read_stopped
+        is_running = None if is_address(location) else sweep.is_running()
+        read = read_stopped if is_running is False else read_progress
         rows = [
             read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)
             for trial in trials
         ]
-        return trials_table(rows, sweep.name), sweep.problems(trial.name for trial in trials)
+        problems = sweep.problems(trial.name for trial in trials)
+        return SweepStatus(location, sweep.name, is_running, rows, problems)
 
 
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
@@ -122,13 +217,12 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
     Where they are more than `limit`, running trials come first, then failed ones, then the last
     of the completed ones, then pending ones.
     """
-    order = ["running", "failed", "interrupted", "completed", "pending"]
     shown = list(rows)
     if limit is not None and len(shown) > limit:
-        groups = {state: [row for row in rows if row.state == state] for state in order}
+        groups = {state: [row for row in rows if row.state == state] for state in STATES}
         groups["completed"].reverse()
-        shown = [row for state in order for row in groups[state]][:limit]
-    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in order]
+        shown = [row for state in STATES for row in groups[state]][:limit]
+    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in STATES]
     caption = ", ".join(count for count in counts if not count.startswith("0 "))
     left = sweep_seconds_left(rows)
     if math.isfinite(left) and left > 0:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,15 +109,19 @@ class SweepView(tune.Callback, tune.Stopper):
         row = self.trials[trial.config["trial"]]
         row.state = "pending"
         if not self._is_disk_full(trial):
-            self._say(f"{row.trial.name} is started again after {self._reason(trial)}")
+            place = f"{self.store}/{row.trial.name}/"
+            self._say(f"{row.trial.name} is started again after {self._reason(trial, place)}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
         if not self._is_disk_full(trial):
-            reason = self._reason(trial)
-            folder = self.sweep.trial(name)
-            folder.write_status(state="failed", reason=reason)
-            self.store.push(folder.status)
+            folder, error = self.sweep.trial(name), _error(trial)
+            if error is not None and not isinstance(error, RayTaskError):
+                # The process was lost, and could not write down why.
+                text = "".join(traceback.format_exception(error))
+                write_text(folder.error, f"{text}\n{self.sweep.log.name} may say more.\n")
+            folder.write_status(state="failed", reason=self._reason(trial))
+            self.store.push(folder.status, *([folder.error] if folder.error.is_file() else []))
             self._end(self.trials[name].trial)
 
     def __call__(self, trial_id: str, result: dict) -> bool:
@@ -141,23 +146,25 @@ class SweepView(tune.Callback, tune.Stopper):
         self.disk_full |= error is not None and is_disk_full(error)
         return self.disk_full
 
-    def _reason(self, trial: Any) -> str:
-        """Why a trial's process ended, in one line."""
+    def _reason(self, trial: Any, place: str = "") -> str:
+        """Why a trial's process ended, in one line that names files after `place`."""
         config = self.trials[trial.config["trial"]].trial.config
         folder = self.sweep.trial(trial.config["trial"])
         if folder.hang.is_file() and folder.hang.stat().st_size:
-            where = f"{folder.hang.name} says where it hung"
+            where = f"{place}{folder.hang.name} says where it hung"
             return f"an iteration of more than {config.iteration_timeout:g} s ({where})"
         error = _error(trial)
         if error is None:
-            return f"an error that {self.sweep.log.name} holds"
+            return f"an error that {self.store}/{self.sweep.log.name} holds"
         # Raised by the trial, which then wrote it down; or its process was lost.
         said = isinstance(error, RayTaskError) and folder.error.is_file()
-        return f"{first_line(error)}{f' ({folder.error.name} says where)' if said else ''}"
+        return f"{first_line(error)}{f' ({place}{folder.error.name} says where)' if said else ''}"
 
     def _end(self, trial: Trial) -> None:
         folder = self.sweep.trial(trial.name)
         self.store.pull(folder.metrics, folder.status)
+        if folder.read_status().get("state") == "failed":
+            self.store.pull(folder.error)
         row = self.trials[trial.name] = read_progress(self.sweep, trial)
         # Written each time: a sweep that is killed later has its table of what ended before.
         write_summary(self.sweep, self.trials.values())
@@ -165,7 +172,9 @@ class SweepView(tune.Callback, tune.Stopper):
             over = sum(row.is_over for row in self.trials.values())
             line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"
             final = number(row.score.final)
-            detail = row.reason or (f"{MEASURE_NAMES[row.score.measure]} {final}" if final else "")
+            detail = f"{MEASURE_NAMES[row.score.measure]} {final}" if final else ""
+            if row.state == "failed":
+                detail = f"{row.reason}; see {self.store}/{row.details}"
             self._say(f"{line} at iteration {row.iteration}" + (f", {detail}" if detail else ""))
 
     def _say(self, line: str) -> None:

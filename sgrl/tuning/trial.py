@@ -93,6 +93,7 @@ class TrialRunner(tune.Trainable):
                     self._start()
                 self._train()
             except FloatingPointError as error:
+                self._write_error(error)
                 # Training again would only produce the same number.
                 self._finish("failed", first_line(error), diverged=True)
             except Exception as error:
