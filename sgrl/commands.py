@@ -1,5 +1,7 @@
-"""Commands to print, which run as they are printed: `command("sgrl", "resume", "my results/a")`
-is ``sgrl resume 'my results/a'``."""
+"""Commands to print, which run as they are printed.
+
+`command("sgrl", "resume", "my results/a")` is ``sgrl resume 'my results/a'``.
+"""
 
 import shlex
 import shutil

@@ -42,8 +42,10 @@ def import_named(name: str) -> ModuleType:
 
 
 def source_of(name: str) -> Path | None:
-    """The file, or the folder of the package, that another machine needs to import a module that a
-    user named; None where it is installed. Raises as `import_named`."""
+    """Return the file or package folder that another machine needs to import a user's module.
+
+    None where it is installed. Raises as `import_named`.
+    """
     top = name.partition(".")[0]
     module = import_named(top)
     folders = list(getattr(module, "__path__", ()))
@@ -53,8 +55,10 @@ def source_of(name: str) -> Path | None:
 
 
 def sources(name: str) -> dict[str, str]:
-    """The texts of the Python files behind a module that a user named, by their names from its
-    folder; empty where it is installed. Raises as `import_named`."""
+    """Return the texts of the Python files behind a user's module, by name from its folder.
+
+    Empty where it is installed. Raises as `import_named`.
+    """
     place = source_of(name)
     if place is None:
         return {}
@@ -63,8 +67,10 @@ def sources(name: str) -> dict[str, str]:
 
 
 def described(error: BaseException) -> str:
-    """Say in one line what an exception is, and where the code that raised it stands, as in
-    `RuntimeError: simulator crashed (my_envs.py:12)`."""
+    """Say in one line what an exception is and where the code that raised it stands.
+
+    As in `RuntimeError: simulator crashed (my_envs.py:12)`.
+    """
     if isinstance(error, SyntaxError) and error.filename is not None:
         message, place = error.msg, f"{_shown(error.filename)}:{error.lineno}"
     else:

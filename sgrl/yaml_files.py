@@ -25,9 +25,11 @@ class YAMLFileError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-3 is a number, 017 is 17, and 1:30 and 2024-01-01 are text. (YAML
-    1.1, PyYAML's own, has them as text, 15, 90 and a date.) A key given twice, of which PyYAML
-    would silently keep the last, is refused."""
+    """Loader with YAML 1.2's scalars: 1e-3 is a number, 017 is 17, 1:30 and 2024-01-01 are text.
+
+    YAML 1.1, PyYAML's own, has them as text, 15, 90 and a date. A key given twice, of which PyYAML
+    would silently keep the last, is refused.
+    """
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}
 
@@ -59,8 +61,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes whatever YAML 1.1 or 1.2 would read as other than text, and writes
-    every value out where it stands."""
+    """SafeDumper that quotes whatever YAML 1.1 or 1.2 would read as other than text.
+
+    Every value is written out where it stands.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -118,8 +118,11 @@ def reward_fault(reward: Any) -> str | None:
 
 
 def observation_fault(observation: Any, space: gym.Space, name: str = "observation") -> str | None:
-    """What is wrong with an observation, None where it fits the space (whose bounds and dtype
-    are not insisted on) and is finite."""
+    """Describe what is wrong with an observation.
+
+    Returns:
+        None where it fits the space, whose bounds and dtype are not insisted on, and is finite.
+    """
     parts: list[tuple[Any, gym.Space, str]] = []
     try:
         match space:
@@ -173,8 +176,11 @@ def number(envs: Iterable[gym.Env]) -> None:
 
 
 def get_state(env: gym.Env) -> Any:
-    """A copy of what an environment keeps beyond an episode, None where it offers nothing: it
-    needs both `get_state()` and `set_state(state)`."""
+    """Copy what an environment keeps beyond an episode.
+
+    Returns:
+        None where it offers nothing: it needs both `get_state()` and `set_state(state)`.
+    """
     if not _offers_state(env):
         return None
     try:

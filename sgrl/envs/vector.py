@@ -96,16 +96,21 @@ class VectorEnv(ABC):
         """
 
     def get_state(self) -> Any:
-        """What the next episodes depend on beside their seeds, picklable; None where that is
-        nothing."""
+        """Return what the next episodes depend on beside their seeds, picklable.
+
+        Returns:
+            None where that is nothing.
+        """
         return None
 
     def set_state(self, state: Any) -> None:  # noqa: B027 - not every environment has any
         """Continue from what `get_state` returned."""
 
     def close(self) -> None:  # noqa: B027 - not every environment holds anything
-        """Let go of what the environments hold, such as windows and processes. Nothing else may be
-        called afterwards."""
+        """Release what the environments hold, such as windows and processes.
+
+        Nothing else may be called afterwards.
+        """
 
     def _check_seeds(self, seeds: Sequence[int]) -> None:
         if len(seeds) != self.num_envs:

@@ -27,8 +27,10 @@ def seed_of_32_bits(seed: int) -> int:
 
 
 def seed_of_31_bits(seed: int) -> int:
-    """The same below 2**31; what does not fit is hashed, so that no two ranges of seeds fall upon
-    each other."""
+    """Bring a seed below 2**31.
+
+    What does not fit is hashed, so that no two ranges of seeds coincide.
+    """
     seed = seed_of_32_bits(seed)
     if seed < 2**31:
         return seed
@@ -90,8 +92,10 @@ class PreviousAction(gym.Wrapper):
 
 
 class PlainActions(gym.ActionWrapper):
-    """Actions as policies give them: Discrete or MultiDiscrete counted from 0, or a Box without
-    bounds; MultiDiscrete and Box on one axis.
+    """Convert an environment's actions into those that policies give.
+
+    These are Discrete or MultiDiscrete counted from 0, or a Box without bounds; MultiDiscrete and
+    Box on one axis.
 
     MultiBinary becomes MultiDiscrete. What a Box without bounds gives is clipped to the bounds of
     the environment's own. RLlib rescales actions of a bounded Box only, so the actions of its

@@ -1,0 +1,1 @@
+"""Results of sweeps: folders, metrics, checkpoints, storage and provenance."""

@@ -74,12 +74,13 @@ def play(
 def evaluate(
     checkpoint: Path, episodes: int = 100, seed: int = 0, greedy: bool = False
 ) -> dict[str, float]:
-    """Play episodes with a checkpoint's policy in the environment it was trained in (see `play`),
-    without Ray or pickle.
+    """Play episodes with a checkpoint's policy in its environment, without Ray or pickle.
 
     Args:
         checkpoint: folder of a checkpoint, or what `save_policy` wrote.
-        episodes, seed, greedy: as in `play`.
+        episodes: as in `play`.
+        seed: as in `play`.
+        greedy: as in `play`.
 
     Returns:
         episodes, success_rate (unless the environment knows no success), episode_return_mean,
@@ -126,11 +127,14 @@ def evaluation_rollout(
     """A rollout of `episodes` episodes side by side, as `play` runs them. Close its `env`.
 
     Args:
-        policy, environment: from `open_policy`.
+        policy: from `open_policy`.
+        environment: from `open_policy`.
         seed: of the first environment, to which `EVALUATION_SEED_OFFSET` is added.
+        episodes: how many are run side by side.
         greedy: whether actions are the likeliest.
 
-    Raises CheckpointError where the environment cannot be had here.
+    Raises:
+        CheckpointError: the environment cannot be had here.
     """
     from sgrl.envs.registry import evaluation_config, make_vector
     from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout

@@ -91,10 +91,13 @@ class TrialFolder:
         return yaml.load(self.config.read_text(encoding="utf-8"), Loader=YAML)
 
     def read_status(self) -> dict[str, Any]:
-        """The trial's state (running, completed or failed), the reason of a failure, whether it
+        """Read the trial's state file; empty before its first start.
+
+        It holds the state (running, completed or failed), the reason of a failure, whether it
         diverged, notes on damaged checkpoints, the number of trainable parameters without the
         predictors' (from the first checkpoint on), and the iteration and text of an error that
-        would be its own if it happened again. Empty before its first start."""
+        would be the trial's own if it happened again.
+        """
         status = files.read_json(self.status)
         return status if isinstance(status, dict) else {}
 

@@ -100,8 +100,10 @@ class OldMetricsError(UserError):
 
 
 def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
-    """The columns of the file that holds `row`: `COLUMNS`, those of its layers and of evaluations
-    apart from training."""
+    """Return the columns of the file that holds `row`.
+
+    These are `COLUMNS`, and those of its layers and of evaluations apart from training.
+    """
     layers = tuple(name for name in row if is_of_layer(name))
     evaluation = tuple(name for name in EVALUATION_COLUMNS if name in row)
     return (*COLUMNS[:-1], *layers, *evaluation, COLUMNS[-1])
@@ -114,8 +116,11 @@ def is_taken(name: str) -> bool:
 
 
 def known_columns(header: str) -> tuple[str, ...] | None:
-    """The columns of a file with that first line, by the names they have now; None of any other
-    file. Older ones lack `NEW_COLUMNS`."""
+    """Return the columns of a file with that first line, by their present names.
+
+    Returns:
+        None for any other file. Older files lack `NEW_COLUMNS`.
+    """
     columns = tuple(OLD_NAMES.get(column, column) for column in header.split(","))
     whole = columns_of(dict.fromkeys(columns, 0.0))
     older = tuple(column for column in whole if column not in NEW_COLUMNS)
@@ -272,8 +277,10 @@ def _replace(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, flo
 
 
 class Score(NamedTuple):
-    """How well a trial does: by which measure (empty where it reports none), its final value and
-    the area under its curve."""
+    """How well a trial does: measure, final value and area under the curve.
+
+    The measure is empty where the trial reports none.
+    """
 
     measure: str
     final: float
@@ -287,8 +294,10 @@ def score(rows: Sequence[Row]) -> Score:
 
 
 def score_of(axis: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:
-    """Judge a trial by its test reward if it evaluates, else by its success rate, or where its
-    environment knows no success by its episodes' mean return.
+    """Score a trial by its test reward, its success rate or its mean return.
+
+    The test reward counts if the trial evaluates, the return where its environment knows no
+    success.
 
     final: the last test reward, or the mean of the other two over the last five batches. auc: the
     area under the measure against the axis, which is environment steps unless something else is
@@ -309,8 +318,11 @@ def score_of(axis: Sequence[float], columns: Mapping[str, Sequence[float]]) -> S
 
 
 def common_measure(measures: Iterable[str]) -> str:
-    """What trials are compared by that are judged one by one by these (see `Score`): the test
-    reward if one evaluates; the episode return, which all report, if one knows no success."""
+    """Return the measure by which trials with these measures of their own are compared.
+
+    That is the test reward if one evaluates (see `Score`), and the episode return, which all
+    report, if one knows no success.
+    """
     found = set(measures)
     order = ("eval_reward", "episode_return_mean")
     return next((measure for measure in order if measure in found), "success_rate")

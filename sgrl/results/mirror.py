@@ -155,8 +155,10 @@ class Mirror(Store):
                 shutil.rmtree(checkpoint)
 
     def pull_checkpoint(self, checkpoint: str | Path) -> Path:
-        """Download a checkpoint, unless the mirror holds it already, and return its folder. What
-        opens it finds out whether it is whole."""
+        """Download a checkpoint, unless the mirror holds it already, and return its folder.
+
+        Whether it is whole is found out by what opens it.
+        """
         local = self.folder / checkpoint
         held = local / MANIFEST
         before = held.read_bytes() if held.is_file() else None

@@ -400,8 +400,10 @@ def _merge(base: Any, over: Any) -> Any:
 def _short_names(
     paths: Iterable[tuple[str, ...]], taken: Callable[[str], bool]
 ) -> dict[tuple[str, ...], str]:
-    """The last step of each path, with as many steps before it as tell it from all others, and
-    from what is taken."""
+    """Shorten each path to the steps that tell it from all others.
+
+    The last step is kept in any case. The result differs from what is taken, too.
+    """
     paths = list(paths)
     depth = dict.fromkeys(paths, 1)
     while True:

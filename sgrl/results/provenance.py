@@ -1,5 +1,7 @@
-"""What a sweep and each of its trials ran on: versions, revision and machine of every start, in
-their `provenance.json`."""
+"""Versions, revision and machine of every start of a sweep and of its trials.
+
+They are kept in `provenance.json`.
+"""
 
 import os
 import platform

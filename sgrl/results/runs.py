@@ -101,8 +101,10 @@ class Results:
         return AXES[self.x]
 
     def curve(self, trial: str, column: str) -> pd.Series:
-        """One column of one trial's metrics.csv by `x`, without the rows in which either is
-        empty."""
+        """One column of one trial's metrics.csv by `x`.
+
+        Rows in which either is empty are left out.
+        """
         (position,) = np.flatnonzero(self.trials["trial"] == trial)
         counts = self.trials["iterations"].to_numpy()
         rows = self.curves.iloc[counts[:position].sum() :][: counts[position]]
@@ -252,8 +254,10 @@ def _problems(row: dict[str, Any], dropped: int) -> list[str]:
 
 
 def _read_all(files: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[pd.DataFrame, int]]:
-    """The rows of each file, given with its trial's config.yaml, as `read_metrics` returns them,
-    and how many lines it dropped.
+    """Read many trials' metrics.csv, as `read_metrics` does.
+
+    Returns:
+        For each file, given with its trial's config.yaml, its rows and the number of dropped lines.
 
     Files with the same header are parsed in one go: two thousand of them take seconds. One that
     is not as it should be is read again by `read_metrics`, line by line.
@@ -324,8 +328,10 @@ def _read_bytes(path: Path) -> bytes:
 def _trial_folders(
     sweep: SweepFolder, problems: list[str]
 ) -> list[tuple[TrialFolder, dict[str, Any]]]:
-    """The folders of the trials that the experiment plans, and their configurations, in the order
-    of its methods. Without a whole experiment, every folder that is a trial's."""
+    """List the folders and configurations of planned trials, in the order of the methods.
+
+    Without a whole experiment, every folder that is a trial's.
+    """
     names = None
     with contextlib.suppress(ExperimentError):
         names = {trial.name for trial in planned_trials(sweep.experiment)}

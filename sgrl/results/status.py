@@ -54,10 +54,12 @@ class Progress:
 
     @property
     def last_iteration(self) -> int:
+        """The iteration after which the trial ends."""
         return self.trial.config.stop.training_iteration
 
     @property
     def seconds_left(self) -> float:
+        """Seconds until the trial ends, at its present speed."""
         return (self.last_iteration - self.iteration) * self.seconds_per_iteration
 
     def judged_by(self, measure: str) -> Score:
@@ -67,6 +69,7 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
+        """Whether the trial has ended, well or not."""
         return self.state in ("completed", "failed")
 
 
@@ -250,8 +253,10 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
 
 
 def sweep_seconds_left(rows: Sequence[Progress]) -> float:
-    """Time until the last trial ends, if waiting ones are as fast as those seen so far and as
-    many as now go on running side by side."""
+    """Estimate the time until the last trial ends.
+
+    Waiting trials count as fast as those seen so far, with as many side by side as now.
+    """
     seen = [row.seconds_per_iteration for row in rows if math.isfinite(row.seconds_per_iteration)]
     running = [row for row in rows if row.state == "running"]
     if not seen or not running:

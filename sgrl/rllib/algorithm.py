@@ -215,8 +215,9 @@ class ReinforceConfig(DictConfig):
 
 
 class Reinforce(PolicyCheckpoints):
-    """Full-episode REINFORCE: an update takes one episode of every environment, an iteration is
-    one update, or as many as `total_updates` spreads over `total_iterations`.
+    """Full-episode REINFORCE: an update takes one episode of every environment.
+
+    An iteration is one update, or as many as `total_updates` spreads over `total_iterations`.
 
     `train()` returns RLlib's result dict; under "sgrl" it holds the metrics of the iteration as
     flat floats: so far env_steps (steps really taken), padded_env_steps (batches x environments x
@@ -287,8 +288,10 @@ class Reinforce(PolicyCheckpoints):
         return result
 
     def training_step(self) -> None:
-        """Run every environment once, update, and hand the local runner the new weights; as often
-        as the iteration has updates."""
+        """Run every environment once and update, as often as the iteration has updates.
+
+        The local runner is handed the new weights.
+        """
         rows = []
         end = self._last_update_of_iteration()
         while self._updates < end:

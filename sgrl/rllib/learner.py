@@ -129,8 +129,11 @@ class PolicyLearner(ExactLearner):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return RLlib's learner state, and what it forgets: the KL coefficients, where the
-        schedules are, and APPO's last update of its target network."""
+        """Return RLlib's learner state, and what it forgets.
+
+        That is the KL coefficients, the position of the schedules, and APPO's last update of its
+        target network.
+        """
         state = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(COMPONENT_KL, components, not_components):
             coefficients = getattr(self, "curr_kl_coeffs_per_module", {})

@@ -144,7 +144,9 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
         """Return weights and buffers by name, in the policy's own precision.
 
         Args:
+            *args: not used.
             inference_only: leave out the copy that only learners have.
+            **kwargs: not used.
         """
         return {
             key: value.detach().cpu().numpy()

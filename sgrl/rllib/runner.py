@@ -132,6 +132,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         Args:
             num_timesteps: evaluate on at least this many environment steps.
             num_episodes: evaluate on at least this many episodes.
+            **kwargs: not used.
 
         Returns:
             One batch of episodes; several when evaluating more episodes than environments.
@@ -175,8 +176,10 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         return sampled
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `func` with this runner. RLlib's own ends the process at any error, and with it what
-        the error said."""
+        """Call `func` with this runner.
+
+        RLlib's own ends the process at any error, and with it what the error said.
+        """
         return func(self, *args, **kwargs)
 
     def get_metrics(self) -> dict[str, Any]:

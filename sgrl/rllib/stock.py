@@ -87,8 +87,11 @@ class StockRunner(SingleAgentEnvRunner):
         super()._reset_envs(*args, **kwargs)
 
     def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
-        """Sample as RLlib does; an evaluation with random generators of its own, since it may share
-        the process with training."""
+        """Sample as RLlib does.
+
+        An evaluation has random generators of its own, since it may share the process with
+        training.
+        """
         if not self.config.in_evaluation:
             return super().sample(**kwargs)
         seed = self.config.seed
@@ -101,8 +104,11 @@ class StockRunner(SingleAgentEnvRunner):
         number(self._single_envs())
 
     def _single_envs(self) -> Sequence[gym.Env]:
-        """The environments, none where they are in processes of their own or this runner has
-        none."""
+        """The environments of this process.
+
+        Returns:
+            None of them where they run in processes of their own, or where this runner has none.
+        """
         return getattr(self.env.unwrapped, "envs", ()) if self.env is not None else ()
 
     def _try_env_step(self, actions: Any) -> Any:
@@ -141,8 +147,11 @@ class StockRunner(SingleAgentEnvRunner):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return RLlib's state, the number of resets, what the environments keep, and the
-        process's random generators."""
+        """Return RLlib's state, and what it forgets.
+
+        That is the number of resets, what the environments keep, and the process's random
+        generators.
+        """
         state = super().get_state(components, not_components=not_components, **kwargs)
         if self._check_component(COMPONENT_EPISODES, components, not_components):
             state[COMPONENT_EPISODES] = {

@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune: experiment files, trials, clusters, progress and tracking."""

@@ -67,8 +67,11 @@ def run_on_cluster(
 
 
 def _connected(address: str) -> Any:
-    """Connect; again where Ray's server could not start the process that is to serve this client,
-    which happens when that process is forked at a bad moment (of gRPC's)."""
+    """Connect to the cluster.
+
+    Tries again where Ray's server could not start the process that serves this client, which
+    happens when that process is forked at a bad moment (of gRPC's).
+    """
     for attempt in range(CONNECT_ATTEMPTS):
         try:
             return ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
@@ -146,8 +149,11 @@ class Command:
 
 
 def _prepare() -> None:
-    """In the new process: with the client the actor ends, and with the actor the sweep, as if by
-    Ctrl-C, which Ray's processes block."""
+    """Run the command in the new process.
+
+    With the client the actor ends, and with the actor the sweep, as if by Ctrl-C, which Ray's
+    processes block.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,5 +1,7 @@
-"""The Ray that a sweep runs on: this machine's own, or a cluster, of which every machine must see
-the results and import what the environments come from."""
+"""The Ray that a sweep runs on: this machine's own, or a cluster.
+
+Every machine of a cluster must see the results and import what the environments come from.
+"""
 
 import contextlib
 import logging
@@ -109,8 +111,14 @@ def _try_import(modules: Sequence[str]) -> str:
 
 
 def start_ray(experiment: Experiment) -> None:
-    """Join the cluster at RAY_ADDRESS, or start a Ray of this machine alone, unless this process
-    has one. Raises SweepError and LocalRayError."""
+    """Join the cluster at RAY_ADDRESS, or start a Ray of this machine alone.
+
+    A Ray that this process has already is used.
+
+    Raises:
+        SweepError: there is no cluster, or one that cannot run the sweep.
+        LocalRayError: Ray cannot start here.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():

@@ -172,8 +172,10 @@ def _check_is_sweep(store: Store) -> None:
 
 @contextlib.contextmanager
 def _locked(store: Store) -> Iterator[None]:
-    """Keep other processes (of this machine, where the results are an address) from running the
-    sweep, or changing what it is to run."""
+    """Keep other processes from running the sweep, or changing what it is to run.
+
+    Where the results are an address, only those of this machine.
+    """
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(store.sweep.lock(seconds=2))
@@ -258,8 +260,10 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
 
 
 def _check_config(folder: TrialFolder, trial: Trial) -> None:
-    """Refuse to change what a trial's first iterations were trained with (the resolved backend
-    and the threads among it), but for the processes it computes in."""
+    """Refuse to change what a trial's first iterations were trained with.
+
+    The resolved backend and the threads count; the processes that it computes in may change.
+    """
     if not folder.config.is_file():
         return
     before, config = folder.read_config(), trial.as_dict()
@@ -370,8 +374,11 @@ def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[s
 
 
 def _is_settled(store: Store, progress: Progress) -> bool:
-    """Whether a resumed sweep leaves the trial alone: its loss diverged, or it is completed and
-    its last checkpoint is whole."""
+    """Whether a resumed sweep leaves the trial alone.
+
+    It does where the loss diverged, or where the trial is completed and its last checkpoint is
+    whole.
+    """
     name = progress.trial.name
     if progress.state == "failed":
         return store.sweep.trial(name).read_status().get("diverged", False)

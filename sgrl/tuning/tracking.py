@@ -203,6 +203,7 @@ class Tracking:
                 tracker.send(new, times)
 
     def close(self, state: str) -> None:
+        """Close all trackers; the trial is in `state`: completed, failed or interrupted."""
         for name, tracker in list(self.trackers.items()):
             with self._given_up_if_it_fails(name), preserved_random_state():
                 tracker.close(state)
@@ -222,8 +223,9 @@ class Tracking:
 
 
 class EventFile:
-    """TensorBoard's file, written anew from metrics.csv at every start of the trial: so it holds
-    each iteration once, whatever was killed.
+    """TensorBoard's file, rewritten from metrics.csv at every start of the trial.
+
+    So it holds each iteration once, whatever was killed.
 
     Ray's callback for TensorBoard would write what Tune hears of, into Tune's folder, and begin
     another file at every start.
@@ -252,6 +254,7 @@ class EventFile:
         self.writer.write(Event(**event).SerializeToString())
 
     def send(self, rows: Sequence[Row], times: Sequence[float]) -> None:
+        """Send rows, with the times (seconds since the epoch) at which they were written."""
         for row, wall_time in zip(rows, times, strict=True):
             values = [
                 Summary.Value(tag=name, simple_value=value) for name, value in _numbers(row).items()
@@ -261,6 +264,7 @@ class EventFile:
         self.sent += len(rows)
 
     def close(self, state: str) -> None:
+        """End the run in the trial's state: completed, failed or interrupted."""
         if state != "interrupted":
             self._write(summary=self.end)
         self.writer.close()
@@ -315,6 +319,7 @@ class WandbRun:
         _write_state(self.folder, "wandb", {"id": self.id, "sent": sent, "step": STEP})
 
     def send(self, rows: Sequence[Row], times: Sequence[float]) -> None:
+        """Send rows, with the times (seconds since the epoch) at which they were written."""
         for row in rows:
             self.run.log(_numbers(row), step=int(row[STEP]), commit=True)
         self.sent += len(rows)
@@ -325,6 +330,7 @@ class WandbRun:
             self._remember(self.history[0][1])
 
     def close(self, state: str) -> None:
+        """End the run in the trial's state: completed, failed or interrupted."""
         self.run.finish(exit_code=0 if state == "completed" else 1)
         self._remember(self.sent)
 
@@ -362,6 +368,7 @@ class MLflowRun:
         self.sent = max((int(metric.value) for metric in history), default=0)
 
     def send(self, rows: Sequence[Row], times: Sequence[float]) -> None:
+        """Send rows, with the times (seconds since the epoch) at which they were written."""
         step = max(1, self.BATCH // len(rows[0]))
         for start in range(0, len(rows), step):
             chunk = list(zip(rows, times, strict=True))[start : start + step]
@@ -376,6 +383,7 @@ class MLflowRun:
             self.sent += len(chunk)
 
     def close(self, state: str) -> None:
+        """End the run in the trial's state: completed, failed or interrupted."""
         self.mlflow.end_run(self.STATES[state])
 
 

@@ -194,8 +194,11 @@ class TrialRunner(tune.Trainable):
             faulthandler.cancel_dump_traceback_later()
 
     def _fails_again(self, error: Exception) -> bool:
-        """Whether the error is the trial's own: the same one, at the same iteration, as when it
-        was last started. Those of disks and of other processes are not."""
+        """Whether the error is the trial's own.
+
+        It is where the same one came at the same iteration when the trial was last started. Errors
+        of disks and of other processes are not.
+        """
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, OSError | RayError) or is_disk_full(error):
             return False
@@ -244,8 +247,11 @@ class TrialRunner(tune.Trainable):
         self.folder.write_status(state=state, notes=self.notes, **more)
 
     def _acquire(self) -> None:
-        """Hold the trial's folder. A process that a killed sweep left behind may still write to
-        it for the seconds it takes Ray to end it."""
+        """Hold the trial's folder.
+
+        A process that a killed sweep left behind may still write to it for the seconds it takes Ray
+        to end it.
+        """
         self.folder.path.mkdir(parents=True, exist_ok=True)
         lock = self.folder.lock(LOCK_SECONDS)
         try:
@@ -283,8 +289,10 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception comes from a full disk or a used up quota, in whatever it is wrapped:
-    libraries and other processes hand on the text alone."""
+    """Whether an exception comes from a full disk or an exhausted quota.
+
+    However it is wrapped: libraries and other processes hand on the text alone.
+    """
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

@@ -198,8 +198,10 @@ def _with_grids_meant(content: Mapping[str, Any], problems: list[Problem]) -> li
 
 
 def _complete(file: ExperimentFile) -> Iterator[Problem]:
-    """Write into an experiment what it leaves to defaults. A model for which that cannot be done is
-    emptied, and said to be wrong."""
+    """Write into an experiment what it leaves to defaults.
+
+    A model for which that cannot be done is emptied and reported.
+    """
     for name, method in file.methods.items():
         try:
             complete_model(name, method.model, (file.config, method.config))

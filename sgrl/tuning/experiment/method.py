@@ -14,8 +14,9 @@ ONE_POLICY = (
 
 
 def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -> None:
-    """Write into a model what it leaves to defaults, and the backend that `auto` stands for: a
-    resumed sweep computes with what it was started with.
+    """Write into a model what it leaves to defaults, and the backend that `auto` stands for.
+
+    A resumed sweep computes with what it was started with.
 
     Args:
         method: its name.

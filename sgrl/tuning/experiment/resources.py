@@ -27,8 +27,10 @@ def user_modules(experiment: Experiment) -> list[str]:
 
 
 def required_resources(trial: Trial) -> dict[str, float]:
-    """Return what one trial holds while it runs, summed over its processes, as in
-    ``{"CPU": 1.0, "GPU": 0.0}`` (and any custom resource)."""
+    """Return what one trial holds while it runs, summed over its processes.
+
+    As in ``{"CPU": 1.0, "GPU": 0.0}``, and any custom resource.
+    """
     algorithm = algorithm_class(trial.config.algorithm)
     request = algorithm.default_resource_request(build_algorithm_config(trial.config))
     total = {"CPU": 0.0, "GPU": 0.0}
@@ -96,8 +98,11 @@ def _refused(experiment: Experiment, message: str) -> ExperimentError:
 
 
 def may_move(before: TrialConfig, after: TrialConfig) -> bool:
-    """Return whether a trial may go on with other sections: only its processes are others, and the
-    environments that each runner of `Reinforce` holds stay what they are."""
+    """Return whether a trial may go on with other sections.
+
+    Only its processes may differ, and the environments that each runner of `Reinforce` holds stay
+    what they are.
+    """
     runners, learners = (
         [processes_of(trial)[key] for trial in (before, after)]
         for key in ("num_env_runners", "num_learners")

@@ -65,8 +65,9 @@ def build_algorithm_config(trial: TrialConfig) -> Any:
 def section_problems(
     config_class: Any, sections: Any, places: Callable[[], Mapping[str, str]]
 ) -> Iterator[Problem]:
-    """Yield what is wrong with the sections of a configuration: unknown keys, and values of the
-    wrong type or out of bounds.
+    """Yield what is wrong with the sections of a configuration.
+
+    That is unknown keys, and values of the wrong type or out of bounds.
 
     Args:
         config_class: of the algorithm.
@@ -129,8 +130,11 @@ def section_names(config_class: Any) -> list[str]:
 
 @functools.cache
 def section_arguments(config_class: Any, section: str) -> dict[str, Any]:
-    """Return keyword arguments and their annotations: a subclass's `training(**kwargs)` takes its
-    base's too. RLlib's retired arguments are the ones without annotation."""
+    """Return keyword arguments and their annotations.
+
+    A subclass's `training(**kwargs)` takes its base's too. RLlib's retired arguments are the ones
+    without annotation.
+    """
     arguments: dict[str, Any] = {}
     for base in config_class.__mro__:
         function = vars(base).get(section)
