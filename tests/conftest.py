@@ -3,14 +3,28 @@
 import os
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
+
+# Before sgrl is imported: its shapes are checked while tests run.
+jaxtyping.install_import_hook(
+    ["sgrl.nn", "sgrl.reinforce", "sgrl.theory"], "shape_checks.check_shapes"
+)
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # At Ray's own 15 its workers would wait for whatever tests run beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelt by Ray
 # Bitwise comparisons hold for one thread count; Ray's actors have one thread too.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Shapes go unchecked: for what a user is told, who has no such checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

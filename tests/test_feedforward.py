@@ -204,6 +204,7 @@ def test_impossible_settings(arguments: dict, message: str) -> None:
         SparseMLP(12, **(sizes | arguments))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_shapes() -> None:
     mlp = SparseMLP(12, 3, 6, 2, 2, 2)
     for shape in ((5, 11), (12,), (0, 12)):

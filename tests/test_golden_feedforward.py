@@ -101,7 +101,7 @@ def to_policy_names(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 def as_batch(contexts: Tensor, actions: Tensor, rewards: Tensor) -> EpisodeBatch:
     """One-step episodes."""
     mask = torch.ones(1, len(actions), dtype=torch.bool)
-    return EpisodeBatch(contexts[None], actions[None], rewards[None], mask, mask[0], mask.sum(0))
+    return EpisodeBatch(contexts[None], actions[None], rewards[None], mask, mask.sum(0), mask[0])
 
 
 def mixing_weights(policy: SparseMLPPolicy) -> Tensor:

@@ -72,8 +72,8 @@ def test_golden_training(file: Path, backend: str) -> None:
             recorded["actions"],
             recorded["rewards"],
             mask,
-            recorded["dones"].any(0),
-            mask.sum(0),
+            lengths=mask.sum(0),
+            success=recorded["dones"].any(0),
         )
         batch = learner_batch(episodes, DEFAULT_MODULE_ID)
         # As arrays, which RLlib converts to tensors (of float32, were it not overridden).

@@ -109,8 +109,8 @@ def check_training(case: Case, backend: str) -> None:
             recorded["actions"],
             recorded["rewards"],
             mask,
-            recorded["dones"].any(0),
-            mask.sum(0),
+            lengths=mask.sum(0),
+            success=recorded["dones"].any(0),
         )
         metrics = update(policy, optimizers, batch, settings)
         for name in ("policy_loss", "entropy", "grad_norm"):

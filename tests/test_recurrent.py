@@ -209,6 +209,7 @@ def test_impossible_settings(arguments: dict, message: str) -> None:
         SparseRNN(3, **(sizes | arguments))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_shapes() -> None:
     rnn = SparseRNN(3, 6, 2, 2, 2, 2)
     with pytest.raises(ValueError, match="x must be"):

@@ -512,6 +512,7 @@ def test_impossible_inputs(x: tuple, context: tuple, context_size: int, message:
         block(torch.zeros(x), None if context is None else torch.zeros(context))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(2)])
 def test_impossible_masks(mask: Tensor) -> None:
     message = f"mask must be bool [2], got {mask.dtype} {list(mask.shape)}"

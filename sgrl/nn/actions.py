@@ -14,8 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.distributions import Normal
+
+Outputs = Float[Tensor, "*B O"]
+Noise = Float[Tensor, "*B D"]
+Actions = Shaped[Tensor, "..."]  # [*B, *shape]
+Each = Float[Tensor, " *B"]
 
 
 class ActionSpace(ABC):
@@ -33,19 +39,19 @@ class ActionSpace(ABC):
     dtype: torch.dtype = torch.int64
 
     @abstractmethod
-    def noise(self, *batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, *batch: int, generator: torch.Generator) -> Noise:
         """What `sample` needs for a batch of that shape, float32 on the CPU."""
 
     @abstractmethod
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, outputs: Outputs, noise: Noise) -> Actions:
         """Outputs [..., O], noise of one draw -> actions [..., *shape]."""
 
     @abstractmethod
-    def greedy(self, outputs: Tensor) -> Tensor:
+    def greedy(self, outputs: Outputs) -> Actions:
         """Outputs [..., O] -> the likeliest actions [..., *shape]."""
 
     @abstractmethod
-    def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, outputs: Outputs, actions: Actions) -> tuple[Each, Each]:
         """Outputs [..., O], actions [..., *shape] -> log probability or density, entropy [...]."""
 
     def description(self) -> dict[str, Any]:
@@ -66,17 +72,17 @@ class Discrete(ActionSpace):
         object.__setattr__(self, "num_outputs", self.size)
         object.__setattr__(self, "shape", ())
 
-    def noise(self, *batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, *batch: int, generator: torch.Generator) -> Noise:
         return torch.empty(*batch, self.size).exponential_(generator=generator).log_()
 
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, outputs: Outputs, noise: Noise) -> Actions:
         # argmax(logits - log(exponential noise)) is a sample of the policy (the Gumbel trick).
         return (outputs - noise).argmax(-1)
 
-    def greedy(self, outputs: Tensor) -> Tensor:
+    def greedy(self, outputs: Outputs) -> Actions:
         return outputs.argmax(-1)
 
-    def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, outputs: Outputs, actions: Actions) -> tuple[Each, Each]:
         log_probs = outputs.log_softmax(dim=-1)
         chosen = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return chosen, -(log_probs.exp() * log_probs).sum(-1)
@@ -95,16 +101,16 @@ class MultiDiscrete(ActionSpace):
         object.__setattr__(self, "num_outputs", sum(self.sizes))
         object.__setattr__(self, "shape", (len(self.sizes),))
 
-    def noise(self, *batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, *batch: int, generator: torch.Generator) -> Noise:
         return torch.empty(*batch, self.num_outputs).exponential_(generator=generator).log_()
 
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, outputs: Outputs, noise: Noise) -> Actions:
         return self.greedy(outputs - noise)
 
-    def greedy(self, outputs: Tensor) -> Tensor:
+    def greedy(self, outputs: Outputs) -> Actions:
         return torch.stack([part.argmax(-1) for part in outputs.split(self.sizes, -1)], -1)
 
-    def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, outputs: Outputs, actions: Actions) -> tuple[Each, Each]:
         parts = [
             Discrete(size).log_prob_and_entropy(logits, chosen)
             for size, logits, chosen in zip(
@@ -132,17 +138,17 @@ class Box(ActionSpace):
         object.__setattr__(self, "num_outputs", 2 * self.size)
         object.__setattr__(self, "shape", (self.size,))
 
-    def noise(self, *batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, *batch: int, generator: torch.Generator) -> Noise:
         return torch.empty(*batch, self.size).normal_(generator=generator)
 
-    def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, outputs: Outputs, noise: Noise) -> Actions:
         mean, log_std = outputs.chunk(2, -1)
         return mean + log_std.exp() * noise
 
-    def greedy(self, outputs: Tensor) -> Tensor:
+    def greedy(self, outputs: Outputs) -> Actions:
         return outputs.chunk(2, -1)[0]
 
-    def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, outputs: Outputs, actions: Actions) -> tuple[Each, Each]:
         mean, log_std = outputs.chunk(2, -1)
         normal = Normal(mean, log_std.exp(), validate_args=False)
         return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)

@@ -1,15 +1,13 @@
 """Random sparse connectivity: which neurons each neuron reads from."""
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 
 def random_connectivity(
-    num_neurons: int,
-    num_sources: int,
-    num_parents: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    num_neurons: int, num_sources: int, num_parents: int, generator: torch.Generator | None = None
+) -> Int64[Tensor, "W P"]:
     """Draw each neuron's parents uniformly at random, without replacement.
 
     Args:
@@ -35,6 +33,6 @@ def random_connectivity(
     return priority.argsort(dim=1)[:, :num_parents].contiguous()
 
 
-def child_counts(parents: Tensor, num_sources: int) -> Tensor:
+def child_counts(parents: Int64[Tensor, "W P"], num_sources: int) -> Int64[Tensor, " S"]:
     """Number of edges on which each source is read: int64 [num_sources] from parents [W, P]."""
     return torch.bincount(parents.flatten(), minlength=num_sources)

@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
@@ -34,7 +35,7 @@ from sgrl.nn.kernels import native, native_stack, torch_stack
 from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.mixing import batch_moments
-from sgrl.nn.neuron import Activation, SlotNeurons, Stack, predictor_generator
+from sgrl.nn.neuron import Activation, PerNeuron, SlotNeurons, Stack, predictor_generator
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mean_norms, mix
 
 _SIZES = ("input_size", "num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
@@ -70,8 +71,8 @@ class SparseMLP(nn.Module):
     #: Settings of `SGPropSettings` that mean nothing here.
     unused: ClassVar = ("schedule_beta", "positive_projection", "mask_predictions")
 
-    pixels: Tensor
-    parents: Tensor
+    pixels: Int64[Tensor, "W read"]
+    parents: Int64[Tensor, "L W P"]
     layers: Sequence[SlotNeurons]
 
     def __init__(
@@ -172,7 +173,7 @@ class SparseMLP(nn.Module):
         check_backend(settings["backend"], settings["shuffle_predictions"])
 
     @property
-    def mixing_weights(self) -> list[Tensor]:
+    def mixing_weights(self) -> list[PerNeuron]:
         """Lambda [W] of each layer; an empty list under backprop."""
         return [n.mixing_weight for n in self.layers] if self.sgprop.mixes else []
 
@@ -217,7 +218,7 @@ class SparseMLP(nn.Module):
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
         return self.residual and layer > 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*B F"]) -> Float[Tensor, "..."]:
         """Run all layers: x [..., input_size] -> [..., W, N] (flattened: [..., W*N]).
 
         Raises:
@@ -240,7 +241,7 @@ class SparseMLP(nn.Module):
         return output.flatten(-2) if self.flatten else output
 
 
-def eager_stack(mlp: SparseMLP, x: Tensor) -> Tensor:
+def eager_stack(mlp: SparseMLP, x: Float[Tensor, "B F"]) -> Float[Tensor, "B W N"]:
     """The layers as a plain loop: x [B, input_size] -> [B, W, N]."""
     record = _BackwardRecord(mlp)
     h = x
@@ -265,8 +266,11 @@ class _BackwardRecord:
         self.sums: dict[str, Tensor] = {}
 
     def mix(self, layer: int, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Received gradient of a layer [B, W, N] -> (mixed, gradients of the predictor's
-        weights and biases)."""
+        """Mix the gradient that a layer receives, [B, W, N].
+
+        Returns:
+            The mixed gradient, and the gradients of the predictor's weights and biases.
+        """
         mlp, rule, neurons = self.mlp, self.mlp.rule, self.mlp.layers[layer]
         activation = self.activations[layer]
         if layer == len(mlp.layers) - 1:

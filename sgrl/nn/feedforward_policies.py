@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy
@@ -191,7 +192,8 @@ class ActionHead(nn.Module):
         #: predictor_loss of the last backward pass, mean over samples and actions.
         self.statistics: dict[str, Tensor] = {}
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Float[Tensor, "*B H"]) -> Float[Tensor, "*B A"]:
+        """Compute the logits [..., A] of states h [..., H]."""
         logits = nn.functional.linear(h, self.keys) * self.scale
         if self.has_predictor and torch.is_grad_enabled():
             seen = [value.detach().flatten(0, -2) for value in (logits, h)]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from sgrl.nn.neuron import Activation
+from sgrl.nn.neuron import Activation, PerNeuron
 
 #: Norms below this count as this where a vector is divided by its norm.
 MIN_NORM = 1e-12
@@ -27,10 +28,10 @@ class Moments(NamedTuple):
     u = s - w.
     """
 
-    mean_u_square: Tensor  # mean of |u|^2 [W]
-    mean_wu: Tensor  # mean of <w, u> [W]
-    square_mean_u: Tensor  # |mean u|^2 [W]
-    mean_w_mean_u: Tensor  # <mean w, mean u> [W]
+    mean_u_square: PerNeuron  # mean of |u|^2
+    mean_wu: PerNeuron  # mean of <w, u>
+    square_mean_u: PerNeuron  # |mean u|^2
+    mean_w_mean_u: PerNeuron  # <mean w, mean u>
     num_samples: int  # B
 
 
@@ -88,7 +89,9 @@ class MixingRule:
         neurons.mixing_memory.copy_(memory)
         neurons.mixing_weight.copy_(weight)
 
-    def next_weight(self, moments: Moments, previous: Tensor, memory: Tensor) -> Tensor:
+    def next_weight(
+        self, moments: Moments, previous: PerNeuron, memory: Float[Tensor, "rows W"]
+    ) -> PerNeuron:
         """Lambda after a batch.
 
         Args:
@@ -118,7 +121,7 @@ class MixingModule(Protocol):
     statistics: dict[str, Tensor]
 
     @property
-    def mixing_weights(self) -> list[Tensor]: ...
+    def mixing_weights(self) -> list[PerNeuron]: ...
 
 
 def mixing_modules(network: nn.Module) -> list[MixingModule]:
@@ -148,17 +151,17 @@ def backward_phase(module: nn.Module, phase: Literal["predictor", "policy"]) -> 
             rule.phase = "joint"
 
 
-def norm(vectors: Tensor, dim: int = -1) -> Tensor:
+def norm(vectors: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """Euclidean norm along `dim`, kept as an axis of 1 (Tensor.norm is slow on inner axes)."""
     return vectors.square().sum(dim, keepdim=True).sqrt()
 
 
-def unit(vectors: Tensor, dim: int = -1) -> Tensor:
+def unit(vectors: Float[Tensor, " *S"], dim: int = -1) -> Float[Tensor, " *S"]:
     """Vectors along `dim` scaled to norm 1 (shorter than 1e-12: divided by 1e-12)."""
     return vectors / norm(vectors, dim).clamp(min=MIN_NORM)
 
 
-def estimate_mixing_weight(moments: Moments, previous: Tensor, eps: float) -> Tensor:
+def estimate_mixing_weight(moments: Moments, previous: PerNeuron, eps: float) -> PerNeuron:
     """Estimate of lambda* from the moments of one batch, for the mean of that batch.
 
     Covariances are the unbiased ones, and |E[u]|^2 is |mean u|^2 less what chance adds to it.
@@ -178,7 +181,7 @@ def estimate_mixing_weight(moments: Moments, previous: Tensor, eps: float) -> Te
     return mixing_weight_from(mean_covariances(moments), previous, eps)
 
 
-def mean_covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def mean_covariances(moments: Moments) -> tuple[PerNeuron, PerNeuron, PerNeuron]:
     """Unbiased estimates of Var(mean u) and Cov(mean w, mean u), and |mean u|^2, all [W].
 
     There must be 2 samples at least.
@@ -189,7 +192,9 @@ def mean_covariances(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
     return variance, covariance, square_mean_u
 
 
-def mixing_weight_from(covariances: Sequence[Tensor], previous: Tensor, eps: float) -> Tensor:
+def mixing_weight_from(
+    covariances: Sequence[PerNeuron], previous: PerNeuron, eps: float
+) -> PerNeuron:
     """Lambda* from what `mean_covariances` returns, or averages of it.
 
     `previous` [W] is kept where the denominator is not above `eps`. Returns [W], in [0, 1].
@@ -200,16 +205,19 @@ def mixing_weight_from(covariances: Sequence[Tensor], previous: Tensor, eps: flo
 
 
 def clipped_mixing_weight(
-    numerator: Tensor, denominator: Tensor, least: Tensor | float, otherwise: Tensor
-) -> Tensor:
-    """1 + numerator / denominator, clipped to [0, 1]; `otherwise` where the denominator is not
-    above `least`."""
+    numerator: PerNeuron, denominator: PerNeuron, least: PerNeuron | float, otherwise: PerNeuron
+) -> PerNeuron:
+    """Compute 1 + numerator / denominator, clipped to [0, 1].
+
+    Returns:
+        `otherwise` where the denominator is not above `least`.
+    """
     known = denominator > least
     ratio = numerator / torch.where(known, denominator, torch.ones_like(denominator))
     return torch.where(known, (1 + ratio).clamp(0, 1), otherwise)
 
 
-def gradient_moments(w: Tensor, s: Tensor) -> Moments:
+def gradient_moments(w: Float[Tensor, "B *W D"], s: Float[Tensor, "B *W D"]) -> Moments:
     """Moments of gradients that are given, w and s [B, ..., D]."""
     u = s - w
     w_bar, u_bar = w.mean(0), u.mean(0)
@@ -224,8 +232,8 @@ def gradient_moments(w: Tensor, s: Tensor) -> Moments:
 
 def batch_moments(
     activation: Activation,
-    gradient: Tensor,
-    prediction: Tensor,
+    gradient: Float[Tensor, "K W N"],
+    prediction: Float[Tensor, "K W N"],
     scale: float,
     unit_gradients: bool = True,
 ) -> Moments:
@@ -280,7 +288,7 @@ def batch_moments(
     )
 
 
-def mixing_summary(mixing_weights: Tensor) -> Mapping[str, float]:
+def mixing_summary(mixing_weights: PerNeuron) -> Mapping[str, float]:
     """Mean, minimum, quartiles and maximum of lambda, under the names of the metrics columns."""
     values = mixing_weights.detach().flatten().double().cpu()
     marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)

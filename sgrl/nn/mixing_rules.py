@@ -5,10 +5,12 @@ added as a subclass and one line in `MIXING_RULES`; docs/mixing_rules.md tells h
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.names import did_you_mean
 from sgrl.nn.mixing import MixingRule, Moments, mean_covariances, mixing_weight_from
+from sgrl.nn.neuron import PerNeuron
 
 
 class RunningRule(MixingRule):
@@ -25,7 +27,9 @@ class RunningRule(MixingRule):
 
     memory = ("variance", "covariance", "square_mean_u", "total_weight")
 
-    def next_weight(self, moments: Moments, previous: Tensor, memory: Tensor) -> Tensor:
+    def next_weight(
+        self, moments: Moments, previous: PerNeuron, memory: Float[Tensor, "rows W"]
+    ) -> PerNeuron:
         if moments.num_samples <= 1:
             return previous.clone()
         variance, covariance, square_mean_u = mean_covariances(moments)

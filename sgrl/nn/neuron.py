@@ -17,16 +17,20 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+
+#: One number for each neuron.
+PerNeuron = Float[Tensor, " *W"]
 
 
 class Activation(NamedTuple):
     """What a layer of slot neurons computed for K inputs: everything its backward needs."""
 
-    inputs: Tensor  # x [K, W, I]
-    attention: Tensor  # a [K, W, M]
-    slots: Tensor  # y [K, W, M, N]
-    output: Tensor  # [K, W, N]
+    inputs: Float[Tensor, "K W I"]  # x
+    attention: Float[Tensor, "K W M"]  # a
+    slots: Float[Tensor, "K W M N"]  # y
+    output: Float[Tensor, "K W N"]
 
 
 class Layer(NamedTuple):
@@ -41,7 +45,7 @@ class Layer(NamedTuple):
     external_size: int  # E
     num_input_neurons: int
     scale: float  # 1 / sqrt(I)
-    sources: Tensor  # what each neuron reads, int64: neurons [W, P], or single numbers [W, P * N]
+    sources: Int64[Tensor, "W read"]  # what each neuron reads: P neurons, or P * N single numbers
     weight_h: Tensor
     weight_x: Tensor | None
     bias: Tensor
@@ -199,7 +203,9 @@ class SlotNeurons(nn.Module):
             values = values.normal_(0.0, std, generator=generator) if std else values
             setattr(self, name, nn.Parameter(values))
 
-    def join_columns(self, weight_h: Tensor, weight_x: Tensor | None) -> Tensor:
+    def join_columns(
+        self, weight_h: Float[Tensor, "W R read"], weight_x: Float[Tensor, "X R E"] | None
+    ) -> Float[Tensor, "W R I"]:
         """Weights over all I inputs [W, R, I]: zeros where a neuron has no external input."""
         if weight_x is None:
             return weight_h
@@ -208,13 +214,18 @@ class SlotNeurons(nn.Module):
         )
         return torch.cat([weight_h, torch.cat([weight_x, missing])], dim=2)
 
-    def keys_and_matrices(self) -> tuple[Tensor, Tensor]:
+    def keys_and_matrices(self) -> tuple[Float[Tensor, "W M I"], Float[Tensor, "W M N I"]]:
         """Keys [W, M, I] and matrices A [W, M, N, I], differentiable views of the parameters."""
         weight = self.join_columns(self.weight_h, getattr(self, "weight_x", None))
         keys, matrices = weight.split([self.num_slots, weight.shape[1] - self.num_slots], dim=1)
         return keys, matrices.unflatten(1, (self.num_slots, self.neuron_size))
 
-    def read(self, states: Tensor, parents: Tensor, external: Tensor | None) -> Tensor:
+    def read(
+        self,
+        states: Float[Tensor, "K S N"],
+        parents: Int64[Tensor, "W P"],
+        external: Float[Tensor, "K E"] | None,
+    ) -> Float[Tensor, "K W I"]:
         """Neuron inputs x [K, W, I] from states [K, S, N], parents [W, P], external [K, E]."""
         read = states[:, parents].flatten(2)
         if external is None or not self.num_input_neurons:
@@ -223,7 +234,7 @@ class SlotNeurons(nn.Module):
         padding = (0, 0, 0, self.num_neurons - self.num_input_neurons)
         return torch.cat([read, nn.functional.pad(given, padding)], dim=2)
 
-    def forward(self, inputs: Tensor) -> Activation:
+    def forward(self, inputs: Float[Tensor, "K W I"]) -> Activation:
         """Output of the layer, by the definition: inputs x [K, W, I] -> `Activation`."""
         keys, matrices = self.keys_and_matrices()
         scores = torch.einsum("kwi,wmi->kwm", inputs, keys) * self.scale
@@ -232,7 +243,7 @@ class SlotNeurons(nn.Module):
         output = torch.einsum("kwm,kwmn->kwn", attention, slots)
         return Activation(inputs, attention, slots, output)
 
-    def predict(self, activation: Activation) -> Tensor:
+    def predict(self, activation: Activation) -> Float[Tensor, "K W N"]:
         """Synthetic gradient s [K, W, N]; only the predictor's parameters are differentiable."""
         inputs, attention = activation.inputs.detach(), activation.attention.detach()
         matrices = self.join_columns(self.predictor_h, getattr(self, "predictor_x", None))

@@ -11,11 +11,14 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sgrl.nn.actions import ActionSpace, Discrete
 
 State = dict[str, Tensor]
+#: True at valid steps.
+Mask = Bool[Tensor, "T B"]
 
 
 class PolicyOutput(NamedTuple):
@@ -24,8 +27,8 @@ class PolicyOutput(NamedTuple):
     Of actions that are not Discrete, "logits" are the outputs that `Policy.action_space` reads.
     """
 
-    logits: Tensor
-    values: Tensor | None
+    logits: Float[Tensor, "*T_B A"]
+    values: Float[Tensor, " *T_B"] | None
     state: State
 
 
@@ -133,8 +136,8 @@ class Policy(nn.Module):
         return {}
 
     def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
+        self, embeddings: Float[Tensor, "T B E"], state: State, mask: Mask | None
+    ) -> tuple[Float[Tensor, "T B features"], State]:
         """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state."""
         raise NotImplementedError(f"{type(self).__name__} must run its core")
 
@@ -147,7 +150,10 @@ class Policy(nn.Module):
         return Acting(self, batch_size)
 
     def forward(
-        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+        self,
+        observations: Float[Tensor, "T B F"],
+        state: State | None = None,
+        mask: Mask | None = None,
     ) -> PolicyOutput:
         """Run over whole sequences.
 
@@ -160,12 +166,12 @@ class Policy(nn.Module):
             state = self.initial_state(observations.shape[1])
         return self.read_out(*self.run_core(self.encoder(observations), state, mask))
 
-    def read_out(self, features: Tensor, state: State) -> PolicyOutput:
+    def read_out(self, features: Float[Tensor, "T B features"], state: State) -> PolicyOutput:
         """Actor and value head on the core's output [T, B, core size]."""
         values = None if self.value_head is None else self.value_head(features).squeeze(-1)
         return PolicyOutput(self.actor(features), values, state)
 
-    def step(self, observations: Tensor, state: State) -> PolicyOutput:
+    def step(self, observations: Float[Tensor, "B F"], state: State) -> PolicyOutput:
         """One step: observations [B, F] -> logits [B, A], values [B], state."""
         output = self(observations.unsqueeze(0), state)
         values = None if output.values is None else output.values[0]
@@ -183,13 +189,15 @@ class Acting:
         self.policy = policy
         self.state = policy.initial_state(batch_size)
 
-    def step(self, observations: Tensor) -> Tensor:
+    def step(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
         """Observations [B, F] -> logits [B, A]."""
         output = self.policy.step(observations, self.state)
         self.state = output.state
         return output.logits
 
-    def replay(self, policy: Policy, observations: Tensor, mask: Tensor | None) -> PolicyOutput:
+    def replay(
+        self, policy: Policy, observations: Float[Tensor, "T B F"], mask: Mask | None
+    ) -> PolicyOutput:
         """`policy(observations, mask=mask)`, without the steps taken already where they are kept.
 
         Args:
@@ -205,7 +213,9 @@ class Acting:
         """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
         return False
 
-    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+    def continue_core(
+        self, embeddings: Float[Tensor, "T B E"], mask: Mask | None
+    ) -> tuple[Float[Tensor, "T B features"], State]:
         """As `Policy.run_core` from the initial state, without the steps already taken."""
         raise NotImplementedError(f"{type(self).__name__} keeps nothing to continue from")
 
@@ -227,7 +237,7 @@ class RecordingActing(Acting):
             if not name.rpartition(".")[2].startswith("mixing_")
         ]
 
-    def seen(self) -> Tensor | None:
+    def seen(self) -> Float[Tensor, "t B F"] | None:
         """The observations so far [t, B, F]; None if nothing is kept."""
         raise NotImplementedError(f"{type(self).__name__} must say what it has seen")
 

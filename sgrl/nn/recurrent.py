@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import random_connectivity
@@ -31,7 +32,7 @@ from sgrl.nn.kernels import native, native_unroll, torch_unroll
 from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 from sgrl.nn.mixing import batch_moments
-from sgrl.nn.neuron import Activation, Layer, SlotNeurons
+from sgrl.nn.neuron import Activation, Layer, PerNeuron, SlotNeurons
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mix, temporal_schedule
 
 _SIZES = (
@@ -70,7 +71,7 @@ class SparseRNN(nn.Module):
 
     sgprop_defaults: ClassVar = SGPropSettings()
 
-    parents: Tensor
+    parents: Int64[Tensor, "W P"]
 
     def __init__(
         self,
@@ -178,20 +179,20 @@ class SparseRNN(nn.Module):
         return choose_backend(self.backend, partial(self._obstacle, x))
 
     @property
-    def mixing_weights(self) -> list[Tensor]:
+    def mixing_weights(self) -> list[PerNeuron]:
         """Lambda [W] of the layer, alone in a list; an empty list under backprop."""
         return [self.neurons.mixing_weight] if self.sgprop.mixes else []
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, propagation={self.sgprop.propagation}, backend={self.backend}"
 
-    def initial_state(self, batch_size: int) -> Tensor:
+    def initial_state(self, batch_size: int) -> Float[Tensor, "{batch_size} ..."]:
         """Zero state [B, W, N] (flattened: [B, W*N])."""
         weight = self.neurons.weight_h
         state = weight.new_zeros(batch_size, self.num_neurons, self.neuron_size)
         return state.flatten(1) if self.flatten else state
 
-    def schedule(self, length: int) -> Tensor:
+    def schedule(self, length: int) -> Float[Tensor, "{length} W"]:
         """Lambda at every step: [T, W]; ones under backpropagation."""
         weights = self.neurons.mixing_weight
         if not self.sgprop.mixes:
@@ -199,8 +200,11 @@ class SparseRNN(nn.Module):
         return temporal_schedule(weights, self.parents, length, self.sgprop.schedule_beta)
 
     def forward(
-        self, x: Tensor, h_0: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Float[Tensor, "T B E"],
+        h_0: Float[Tensor, "B ..."] | None = None,
+        mask: Bool[Tensor, "T B"] | None = None,
+    ) -> tuple[Float[Tensor, "T B ..."], Float[Tensor, "B ..."]]:
         """Unroll over time.
 
         Args:
@@ -248,7 +252,12 @@ class SparseRNN(nn.Module):
         return output, output[-1]
 
 
-def eager_unroll(rnn: SparseRNN, x: Tensor, h_0: Tensor, mask: Tensor | None) -> Tensor:
+def eager_unroll(
+    rnn: SparseRNN,
+    x: Float[Tensor, "T B E"],
+    h_0: Float[Tensor, "B W N"],
+    mask: Bool[Tensor, "T B"] | None,
+) -> Float[Tensor, "T B W N"]:
     """The unroll as a plain loop: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
     record = _BackwardRecord(rnn, len(x), x.shape[1], mask)
     h, outputs = h_0, []

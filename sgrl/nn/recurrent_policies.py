@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, EncoderSettings, is_published_encoder
@@ -150,11 +151,13 @@ class SlotActor(nn.Module):
         for parameter in (self.keys, self.A):
             nn.init.normal_(parameter, std=self.scale, generator=generator)
 
-    def stack(self) -> Tensor:
+    def stack(self) -> Float[Tensor, "rows H"]:
         """Keys, scaled, and below them A: [2 * num_actions * S, H], for one product."""
         return torch.cat([self.keys.flatten(0, 1) * self.scale, self.A.flatten(0, 1)])
 
-    def forward(self, h: Tensor, stacked: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Float[Tensor, "*B H"], stacked: Float[Tensor, "rows H"] | None = None
+    ) -> Float[Tensor, "*B A"]:
         """States [..., H] -> logits [..., num_actions]; `stacked` is what `stack` returned."""
         products = nn.functional.linear(h, self.stack() if stacked is None else stacked)
         scores, values = products.unflatten(-1, (2, *self.b.shape)).unbind(-3)

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from sgrl.nn.connectivity import child_counts
@@ -107,7 +108,9 @@ class SGPropSettings:
         return replace(self, **settings) if settings else self
 
 
-def mixture(weight: Tensor, gradient: Tensor, substitute: Tensor) -> Tensor:
+def mixture(
+    weight: Float[Tensor, "..."], gradient: Float[Tensor, " *S"], substitute: Float[Tensor, "..."]
+) -> Float[Tensor, " *S"]:
     """Definition 1: lambda * g + (1 - lambda) * s, all of shapes that broadcast."""
     return weight * gradient + (1 - weight) * substitute
 
@@ -115,18 +118,18 @@ def mixture(weight: Tensor, gradient: Tensor, substitute: Tensor) -> Tensor:
 class Mixed(NamedTuple):
     """What became of a received gradient, all of its shape."""
 
-    gradient: Tensor  # the mixture, which the neurons use and pass on
-    substitute: Tensor  # what was mixed in
-    residual: Tensor  # the prediction less the predictor's target; 0 at samples that are not valid
+    gradient: Float[Tensor, "..."]  # the mixture, which the neurons use and pass on
+    substitute: Float[Tensor, "..."]  # what was mixed in
+    residual: Float[Tensor, "..."]  # the prediction less its target; 0 where not valid
 
 
 def mix(
     settings: SGPropSettings,
-    weight: Tensor,
-    gradient: Tensor,
-    prediction: Tensor,
-    offered: Tensor | None = None,
-    valid: Tensor | None = None,
+    weight: Float[Tensor, "..."],
+    gradient: Float[Tensor, "*S N"],
+    prediction: Float[Tensor, "*S N"],
+    offered: Float[Tensor, "*S N"] | None = None,
+    valid: Bool[Tensor, "..."] | None = None,
 ) -> Mixed:
     """Mix predictions into received gradients.
 
@@ -178,15 +181,20 @@ class MixGradient(torch.autograd.Function):
         return mixed, None, None, *of_predictor
 
 
-def positive_projection(gradient: Tensor, prediction: Tensor, dim: int = -1) -> Tensor:
+def positive_projection(
+    gradient: Float[Tensor, " *S"], prediction: Float[Tensor, " *S"], dim: int = -1
+) -> Float[Tensor, " *S"]:
     """max(<g, s>, 0) s / max(|s|^2, 1e-12), vectors along `dim` (paper, Section H.4)."""
     along = (gradient * prediction).sum(dim, keepdim=True).clamp(min=0)
     return along * prediction / prediction.square().sum(dim, keepdim=True).clamp(min=MIN_NORM)
 
 
 def mean_norms(
-    gradient: Tensor, mixed: Tensor, prediction: Tensor, dim: int = -1
-) -> dict[str, Tensor]:
+    gradient: Float[Tensor, " *S"],
+    mixed: Float[Tensor, " *S"],
+    prediction: Float[Tensor, " *S"],
+    dim: int = -1,
+) -> dict[str, Float[Tensor, ""]]:
     """Mean norms of vectors along `dim`, under the names of the metrics columns."""
     return {
         "received_grad_norm": norm(gradient, dim).mean(),
@@ -207,7 +215,7 @@ class SampleShuffle(nn.Module):
             layer, so that a restored one draws on.
     """
 
-    drawn: Tensor
+    drawn: Int64[Tensor, " 2"]
 
     #: Apart from the streams of the predictors' initial weights, which are numbered from 0.
     STREAM = 1000
@@ -219,7 +227,7 @@ class SampleShuffle(nn.Module):
         seed = torch.randint(2**31, (), generator=own)
         self.register_buffer("drawn", torch.stack([seed, torch.zeros_like(seed)]))
 
-    def permutation(self, valid: Tensor) -> Tensor:
+    def permutation(self, valid: Bool[Tensor, "..."]) -> Int64[Tensor, " K"]:
         """Draw the next permutation.
 
         Args:
@@ -242,7 +250,9 @@ class SampleShuffle(nn.Module):
         return order.to(valid.device)
 
 
-def temporal_schedule(mixing_weight: Tensor, parents: Tensor, length: int, beta: float) -> Tensor:
+def temporal_schedule(
+    mixing_weight: Float[Tensor, " W"], parents: Int64[Tensor, "W P"], length: int, beta: float
+) -> Float[Tensor, "{length} W"]:
     """Lambda of every neuron at every step of a sequence.
 
     lambda_T = lambda; going back in time, lambda_t[j] = min(1, lambda_{t+1}[j] + beta * mean over

@@ -15,9 +15,11 @@ Source: the paper, Definition 1 and Section H.2.
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sgrl.nn.mixing import Moments, gradient_moments, unit
+from sgrl.nn.neuron import PerNeuron
 from sgrl.nn.sgprop import MixGradient, SGPropSettings, mean_norms, mix
 
 
@@ -60,8 +62,8 @@ class SyntheticGradient(nn.Module):
     #: Settings of `SGPropSettings` that mean nothing here.
     unused: ClassVar = ("propagation", "schedule_beta", "mask_predictions", "shuffle_predictions")
 
-    mixing_weight: Tensor
-    mixing_memory: Tensor
+    mixing_weight: Float[Tensor, " W"]
+    mixing_memory: Float[Tensor, "rows W"]
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class SyntheticGradient(nn.Module):
         self.statistics: dict[str, Tensor] = {}
 
     @property
-    def mixing_weights(self) -> list[Tensor]:
+    def mixing_weights(self) -> list[PerNeuron]:
         """Lambda [W] of the block, alone in a list."""
         return [self.mixing_weight]
 
@@ -109,8 +111,11 @@ class SyntheticGradient(nn.Module):
         return f"{self.num_neurons}, {self.neuron_size}, {self.context_size}, {adaptive=}"
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, " *S"],
+        context: Float[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, " *S"]:
         """Return x.
 
         Args:
@@ -157,7 +162,10 @@ class SyntheticGradient(nn.Module):
         return MixGradient.apply(x, self._backward, (seen, valid), *predictor)
 
     def _backward(
-        self, gradient: Tensor, context: Tensor, valid: Tensor | None
+        self,
+        gradient: Float[Tensor, "..."],
+        context: Float[Tensor, "K ..."],
+        valid: Bool[Tensor, " K"] | None,
     ) -> tuple[Tensor | None, ...]:
         # Under automatic mixed precision the activations may be narrower than the predictor.
         dtype = self.mixing_weight.dtype
@@ -171,8 +179,8 @@ class SyntheticGradient(nn.Module):
         return mixed.reshape(gradient.shape).to(gradient.dtype), *regression
 
     def _mix(
-        self, gradient: Tensor, context: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, gradient: Float[Tensor, "K W N"], context: Float[Tensor, "K ..."]
+    ) -> tuple[Float[Tensor, "K W N"], Float[Tensor, "W N C"] | None, Float[Tensor, "W N"] | None]:
         """Predict, mix and learn.
 
         Args:
@@ -201,7 +209,11 @@ class SyntheticGradient(nn.Module):
         return mixed, *regression
 
 
-def output_moments(gradient: Tensor, prediction: Tensor, unit_gradients: bool = True) -> Moments:
+def output_moments(
+    gradient: Float[Tensor, "K W N"],
+    prediction: Float[Tensor, "K W N"],
+    unit_gradients: bool = True,
+) -> Moments:
     """Moments of one batch where a neuron's parameters are out of sight.
 
     As `sgrl.nn.mixing.batch_moments`, with the gradients of the neuron's output in place of those

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from sgrl.nn.policy import Acting
+from sgrl.nn.policy import Acting, Mask
 
 
 @dataclass
@@ -30,12 +31,12 @@ class EpisodeBatch:
     Source: the paper, Section H.4.
     """
 
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    mask: Tensor
-    lengths: Tensor
-    success: Tensor | None = None
+    observations: Float[Tensor, "T B F"]
+    actions: Shaped[Tensor, "T B ..."]
+    rewards: Float[Tensor, "T B"]
+    mask: Mask
+    lengths: Int64[Tensor, " B"]
+    success: Bool[Tensor, " B"] | None = None
     acted: Acting | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,6 +61,7 @@ class EpisodeBatch:
         return len(self.lengths)
 
     def to(self, device: torch.device | str) -> "EpisodeBatch":
+        """Return the batch with its tensors on a device; `acted` stays as it is."""
         values = {name: value.to(device) for name, value in self.tensors().items()}
         return EpisodeBatch(**values, acted=self.acted)
 

@@ -13,8 +13,9 @@ from sgrl.envs.wrappers import preserved_random_state
 
 @contextmanager
 def generators_aside(seed: Sequence[int] | None) -> Iterator[None]:
-    """Run something with shared generators of its own: whatever it draws, the ones that were there
-    before are put back untouched.
+    """Run a block with random generators of its own.
+
+    Whatever it draws, the process-wide generators are put back as they were.
 
     Args:
         seed: numbers that the generators start from; None: anything.

@@ -3,12 +3,17 @@
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sgrl.nn.actions import ActionSpace, Discrete
+from sgrl.nn.policy import Mask
+
+#: One number for each step of each episode.
+PerStep = Float[Tensor, "T B"]
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+def discounted_returns(rewards: PerStep, mask: Mask, gamma: float) -> PerStep:
     """R_t = r_t + gamma R_{t+1} within each episode; 0 at padded steps.
 
     Args:
@@ -27,7 +32,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return torch.stack(returns[::-1])
 
 
-def normalize_returns(returns: Tensor, mask: Tensor) -> Tensor:
+def normalize_returns(returns: PerStep, mask: Mask) -> PerStep:
     """Mean 0 and standard deviation 1 over the valid steps; 0 at padded steps.
 
     Args:
@@ -42,7 +47,7 @@ def normalize_returns(returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, normalized, 0.0)
 
 
-def subtract_batch_mean(returns: Tensor, mask: Tensor) -> Tensor:
+def subtract_batch_mean(returns: PerStep, mask: Mask) -> PerStep:
     """From every return the mean of the other episodes' returns at the same time step.
 
     The others' alone, so that the policy gradient's expectation stays what it is; where no other
@@ -61,7 +66,7 @@ def subtract_batch_mean(returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask & (others > 0), returns - mean, valid)
 
 
-def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def value_loss(values: PerStep, returns: PerStep, mask: Mask) -> Float[Tensor, ""]:
     """Masked mean of (value - return)^2; all [T, B], the result 0-dim."""
     return torch.where(mask, (values - returns).square(), 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -69,16 +74,16 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 class LossTerms(NamedTuple):
     """loss = policy_loss - entropy_coeff * entropy, 0-dim tensors."""
 
-    loss: Tensor
-    policy_loss: Tensor
-    entropy: Tensor
+    loss: Float[Tensor, ""]
+    policy_loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
 
 
 def reinforce_loss(
-    logits: Tensor,
-    actions: Tensor,
-    returns: Tensor,
-    mask: Tensor,
+    logits: Float[Tensor, "T B A"],
+    actions: Shaped[Tensor, "T B ..."],
+    returns: PerStep,
+    mask: Mask,
     entropy_coeff: float,
     space: ActionSpace | None = None,
 ) -> LossTerms:

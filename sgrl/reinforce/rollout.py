@@ -137,8 +137,11 @@ class Rollout:
         return [first + e for e in range(self.env.num_envs)]
 
     def get_state(self) -> dict[str, Any]:
-        """All that the next batch depends on, but the policy: batch counter, generator, what the
-        environments keep, and the process-wide generators, of which they may draw."""
+        """Return all that the next batch depends on, except the policy.
+
+        That is the batch counter, the generator, what the environments keep, and the process-wide
+        generators, from which they may draw.
+        """
         return {
             "batches": self.batches,
             "generator": self.generator.get_state().numpy(),
@@ -158,8 +161,12 @@ class Rollout:
 def _check_finite(
     observations: NDArray[np.float32], actions: NDArray[Any], rewards: NDArray[np.float32]
 ) -> None:
-    """Raise for the first number of a batch that is NaN or infinite: EnvironmentFailed, or
-    FloatingPointError where it is an action."""
+    """Check that a batch holds finite numbers only.
+
+    Raises:
+        EnvironmentFailed: an observation or reward is NaN or infinite.
+        FloatingPointError: an action is.
+    """
     columns = {"observation": observations, "action": actions, "reward": rewards}
     finite = {name: np.isfinite(values) for name, values in columns.items()}
     if all(where.all() for where in finite.values()):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
@@ -74,7 +75,7 @@ def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[s
     return {name: Adam(params, lr=rate, fused=True) for name, params, rate in groups if params}
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Float[Tensor, ""]:
     """Scale the gradients of one parameter group in place by min(1, max_norm / (norm + 1e-6)).
 
     Args:

@@ -1,0 +1,1 @@
+"""Numbers of the theory: estimation errors, the expert network, and the probe."""

@@ -15,45 +15,53 @@ Source: the paper, Sections 3 and 4.
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sgrl.nn.mixing import clipped_mixing_weight, estimate_mixing_weight, gradient_moments
+from sgrl.nn.neuron import PerNeuron
+
+Gradients = Float[Tensor, "S *W D"]
+Target = Float[Tensor, "*W D"]
+Probabilities = Float[Tensor, " S"]
 
 
 class ErrorTerms(NamedTuple):
     """The three parts of the mean squared error, each [...]."""
 
-    ecv: Tensor  # expected conditional variance: what the local observation does not tell
-    vcm: Tensor  # variance of the conditional mean: what it does tell
-    squared_bias: Tensor
+    ecv: PerNeuron  # expected conditional variance: what the local observation does not tell
+    vcm: PerNeuron  # variance of the conditional mean: what it does tell
+    squared_bias: PerNeuron
 
-    def mse(self, num_samples: int) -> Tensor:
+    def mse(self, num_samples: int) -> PerNeuron:
         """Of the mean of so many independent samples: (ECV + VCM) / n + Bias^2 (Lemma 1)."""
         return (self.ecv + self.vcm) / num_samples + self.squared_bias
 
 
-def mean(values: Tensor, probabilities: Tensor | None = None) -> Tensor:
+def mean(values: Float[Tensor, " S *W"], probabilities: Probabilities | None = None) -> PerNeuron:
     """Expectation over the first axis: [...] from [S, ...]."""
     if probabilities is None:
         return values.mean(0)
     return torch.tensordot(probabilities, values, dims=1)
 
 
-def total_covariance(a: Tensor, b: Tensor, probabilities: Tensor | None = None) -> Tensor:
+def total_covariance(
+    a: Gradients, b: Gradients, probabilities: Probabilities | None = None
+) -> PerNeuron:
     """Trace of the covariance of two gradients [S, ..., D]: [...]."""
     a = a - mean(a, probabilities)
     b = b - mean(b, probabilities)
     return mean((a * b).sum(-1), probabilities)
 
 
-def total_variance(gradients: Tensor, probabilities: Tensor | None = None) -> Tensor:
+def total_variance(gradients: Gradients, probabilities: Probabilities | None = None) -> PerNeuron:
     """Trace of the covariance matrix of gradients [S, ..., D]: [...]."""
     return total_covariance(gradients, gradients, probabilities)
 
 
 def mean_squared_error(
-    estimates: Tensor, target: Tensor, probabilities: Tensor | None = None
-) -> Tensor:
+    estimates: Gradients, target: Target, probabilities: Probabilities | None = None
+) -> PerNeuron:
     """E |estimate - target|^2 by its definition (equation 7): [...].
 
     Args:
@@ -65,10 +73,10 @@ def mean_squared_error(
 
 
 def error_terms(
-    gradients: Tensor,
-    observations: Tensor,
-    target: Tensor,
-    probabilities: Tensor | None = None,
+    gradients: Gradients,
+    observations: Int64[Tensor, " S"],
+    target: Target,
+    probabilities: Probabilities | None = None,
 ) -> ErrorTerms:
     """ECV, VCM and Bias^2 of gradient samples (Definition 3).
 
@@ -99,13 +107,13 @@ def error_terms(
 
 
 def mixing_error(
-    mixing_weight: Tensor,
-    w: Tensor,
-    s: Tensor,
-    target: Tensor,
+    mixing_weight: Float[Tensor, "..."],
+    w: Gradients,
+    s: Gradients,
+    target: Target,
     num_samples: int,
-    probabilities: Tensor | None = None,
-) -> Tensor:
+    probabilities: Probabilities | None = None,
+) -> PerNeuron:
     """Mean squared error of the mean of n samples of lambda w + (1 - lambda) s (equation 17).
 
     Args:
@@ -125,12 +133,12 @@ def mixing_error(
 
 
 def optimal_mixing_weight(
-    w: Tensor,
-    s: Tensor,
-    target: Tensor,
+    w: Gradients,
+    s: Gradients,
+    target: Target,
     num_samples: int,
-    probabilities: Tensor | None = None,
-) -> Tensor:
+    probabilities: Probabilities | None = None,
+) -> PerNeuron:
     """The lambda in [0, 1] with the least `mixing_error` (equation 18).
 
     It is 1 where u is always 0, or nothing but the rounding of w and s. Arguments are those of
@@ -149,13 +157,13 @@ def optimal_mixing_weight(
 
 
 def mixing_weight_of_moments(
-    covariance_wu: Tensor,
-    variance_u: Tensor,
-    bias_u: Tensor,
-    square_mean_u: Tensor,
+    covariance_wu: PerNeuron,
+    variance_u: PerNeuron,
+    bias_u: PerNeuron,
+    square_mean_u: PerNeuron,
     num_samples: float,
-    rounding: Tensor,
-) -> Tensor:
+    rounding: PerNeuron,
+) -> PerNeuron:
     """Equation 18 from moments, all [...].
 
     Args:
@@ -175,7 +183,9 @@ def mixing_weight_of_moments(
     return clipped_mixing_weight(numerator, denominator, rounding, ones)
 
 
-def batch_mixing_weight(w: Tensor, s: Tensor, previous: Tensor, eps: float = 1e-12) -> Tensor:
+def batch_mixing_weight(
+    w: Gradients, s: Gradients, previous: PerNeuron, eps: float = 1e-12
+) -> PerNeuron:
     """Estimate of lambda* from one batch of B samples, for the mean of this batch.
 
     The target is taken to be E[w]. This is what networks do (`sgrl.nn.mixing.batch_moments`), with
@@ -196,12 +206,12 @@ def batch_mixing_weight(w: Tensor, s: Tensor, previous: Tensor, eps: float = 1e-
 
 
 def mixing_gain(
-    w: Tensor,
-    s: Tensor,
-    target: Tensor,
+    w: Gradients,
+    s: Gradients,
+    target: Target,
     num_samples: int,
-    probabilities: Tensor | None = None,
-) -> Tensor:
+    probabilities: Probabilities | None = None,
+) -> PerNeuron:
     """By how much reduced variance beats bias (Theorem 3, exactly); arguments of `mixing_error`.
 
     Returns:

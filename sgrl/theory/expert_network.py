@@ -252,8 +252,11 @@ def draw(cell: Cell, trials: range, seed: int) -> Draws:
 
 
 def _heads(generator: np.random.Generator, n: int, shape: tuple[int, ...]) -> NDArray[np.integer]:
-    """Binomial(n, P) numbers. Up to n = 8 they are counted in random bits, which are fair coins
-    as P is 1/2: a tenth of the time."""
+    """Draw Binomial(n, P) numbers.
+
+    Up to n = 8 they are counted in random bits, which are fair coins as P is 1/2: a tenth of the
+    time.
+    """
     if n > 8:
         return generator.binomial(n, P, size=shape)
     coins = np.frombuffer(generator.bytes(math.prod(shape)), np.uint8)
@@ -261,8 +264,11 @@ def _heads(generator: np.random.Generator, n: int, shape: tuple[int, ...]) -> ND
 
 
 class _Words(ISeedSequence):
-    """The words that a trial's generator starts from. Those of all trials come out of one
-    SeedSequence: one for each would take as long as all that is drawn at small d."""
+    """The words that a trial's generator starts from.
+
+    Those of all trials come from one SeedSequence: one for each would take as long as all that is
+    drawn at small d.
+    """
 
     def __init__(self, words: NDArray[np.uint64]) -> None:
         self.words = words

@@ -4,6 +4,7 @@ import ctypes
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.nn.kernels.native import (
@@ -28,14 +29,16 @@ PIECE = 256
 class StackForward:
     """A forward pass on x [B, input size], to be gone on from by `stack`."""
 
-    def __init__(self, layers: Stack, x: Tensor) -> None:
+    def __init__(self, layers: Stack, x: Float[Tensor, "B F"]) -> None:
         # Tensors of inference mode could not enter the update.
         with torch.inference_mode(False), torch.no_grad():
             self.x = x.clone()
             self.output, self.record = _forward(layers, self.x, keep=True)
 
 
-def stack(layers: Stack, mixing: Mixing, x: Tensor, done: StackForward | None = None) -> Tensor:
+def stack(
+    layers: Stack, mixing: Mixing, x: Float[Tensor, "B F"], done: StackForward | None = None
+) -> Float[Tensor, "B W N"]:
     """Run layers one after the other.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sgrl.nn.kernels.native import (
@@ -25,11 +26,11 @@ from sgrl.nn.sgprop import Mixing
 def unroll(
     layer: Layer,
     mixing: Mixing,
-    x: Tensor,
-    h_0: Tensor,
-    mask: Tensor | None,
+    x: Float[Tensor, "T B E"],
+    h_0: Float[Tensor, "B W N"],
+    mask: Bool[Tensor, "T B"] | None,
     recorder: "Recorder | None" = None,
-) -> Tensor:
+) -> Float[Tensor, "T B W N"]:
     """Unroll a layer over time.
 
     Args:
@@ -139,7 +140,7 @@ class Recorder:
             for buffer in (self.observations, self.x, self.output)
         ]
 
-    def act(self, observations: Tensor) -> Tensor:
+    def act(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
         """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
         row = self.steps if self.keep else 0
         self.observations[row].copy_(observations)
@@ -156,7 +157,7 @@ class Recorder:
         self.steps += 1
         return self._logits
 
-    def finish(self, x: Tensor) -> None:
+    def finish(self, x: Float[Tensor, "T B E"]) -> None:
         """The core's steps not yet taken, of x [T, B, E]."""
         if self.steps < self.length:
             self.x[self.steps :].copy_(x[self.steps :])

@@ -11,6 +11,7 @@ read by a neuron.
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.nn.mixing import MIN_NORM, MixingRule, Moments, norm
@@ -31,7 +32,7 @@ class _Pass(NamedTuple):
     output: Tensor  # [W, N, B], before the residual
 
 
-def stack(layers: Stack, mixing: Mixing, x: Tensor) -> Tensor:
+def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "B F"]) -> Float[Tensor, "B W N"]:
     """Run layers one after the other.
 
     Args:

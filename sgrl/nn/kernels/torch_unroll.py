@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sgrl.nn.mixing import Moments, norm, unit
@@ -32,10 +33,10 @@ def unroll(
     layer: Layer,
     mixing: Mixing,
     schedule: Callable[[int], Tensor],
-    x: Tensor,
-    h_0: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
+    x: Float[Tensor, "T B E"],
+    h_0: Float[Tensor, "B W N"],
+    mask: Bool[Tensor, "T B"] | None,
+) -> Float[Tensor, "T B W N"]:
     """Unroll a layer over time.
 
     Args:

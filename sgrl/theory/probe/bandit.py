@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sgrl.envs.registry import make_vector, validate_env_config
@@ -68,7 +69,9 @@ def bandit_shard(
     )
 
 
-def bandit_outcomes(logits: Tensor, right: Tensor, p_flip: float) -> tuple[Tensor, Tensor]:
+def bandit_outcomes(
+    logits: Float[Tensor, "K A"], right: Int64[Tensor, " K"], p_flip: float
+) -> tuple[Float[Tensor, "K A+1"], Float[Tensor, "K A+1 A"]]:
     """All that can follow an image: each guess rewarded, and no reward at all.
 
     Args:
@@ -93,12 +96,12 @@ def bandit_outcomes(logits: Tensor, right: Tensor, p_flip: float) -> tuple[Tenso
 @torch.no_grad()
 def bandit_sums(
     policy: SparseMLPPolicy,
-    images: Tensor,
-    right: Tensor,
+    images: Float[Tensor, "K F"],
+    right: Int64[Tensor, " K"],
     p_flip: float,
     groups: Sequence[Group],
     trained_batch: int,
-    weights: Tensor | None = None,
+    weights: Float[Tensor, " K"] | None = None,
 ) -> tuple[list[Sums], list[Feedback]]:
     """Sums over images and all their outcomes, for each layer's chosen neurons.
 

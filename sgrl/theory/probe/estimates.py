@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from sgrl.nn.neuron import PerNeuron
 from sgrl.theory.estimation import mixing_weight_of_moments
 from sgrl.theory.probe.gradients import B, Group, M, S, Sums, W
 from sgrl.theory.probe.sufficiency import Explained
@@ -19,7 +21,7 @@ RESAMPLES = 500
 CONFIDENCE = 0.95
 
 
-def resampled_counts(shards: int, generator: np.random.Generator) -> Tensor:
+def resampled_counts(shards: int, generator: np.random.Generator) -> Float[Tensor, "R {shards}"]:
     """How often each shard is drawn in each resample [1 + RESAMPLES, shards]; first, once each."""
     drawn = generator.multinomial(shards, np.full(shards, 1 / shards), size=RESAMPLES)
     return torch.from_numpy(np.concatenate([np.ones((1, shards), np.int64), drawn])).double()
@@ -28,14 +30,14 @@ def resampled_counts(shards: int, generator: np.random.Generator) -> Tensor:
 class Moments(NamedTuple):
     """Moments of the kinds of gradients, for J neurons; before J the bootstrap's resamples."""
 
-    of_means: Tensor  # <E a, E b> [..., J, 4, 4]
-    products: Tensor  # E <a, b>
-    noise: Tensor  # E of the covariance given the observation
-    unit_of_means: Tensor  # [..., J, 2, 2]
-    unit_products: Tensor
+    of_means: Float[Tensor, "... J 4 4"]  # <E a, E b>
+    products: Float[Tensor, "... J 4 4"]  # E <a, b>
+    noise: Float[Tensor, "... J 4 4"]  # E of the covariance given the observation
+    unit_of_means: Float[Tensor, "... J 2 2"]
+    unit_products: Float[Tensor, "... J 2 2"]
 
 
-def moments(shards: Sequence[Sums], counts: Tensor | None = None) -> Moments:
+def moments(shards: Sequence[Sums], counts: Float[Tensor, "R shards"] | None = None) -> Moments:
     """Moments from the shards of a sample.
 
     Args:
@@ -80,12 +82,19 @@ def moments(shards: Sequence[Sums], counts: Tensor | None = None) -> Moments:
 
 
 def best_mixing_weight(
-    var_w: Tensor, cov_ws: Tensor, var_s: Tensor, bias_u: Tensor, u_square: Tensor, n: float
-) -> Tensor:
-    """Equation 18.
+    var_w: PerNeuron,
+    cov_ws: PerNeuron,
+    var_s: PerNeuron,
+    bias_u: PerNeuron,
+    u_square: PerNeuron,
+    n: float,
+) -> PerNeuron:
+    """Compute equation 18 from (co)variances that are summed over parameters.
 
     Args:
-        var_w, cov_ws, var_s: (co)variances of w and s, summed over parameters.
+        var_w: variance of w.
+        cov_ws: covariance of w and s.
+        var_s: variance of s.
         bias_u: <E[w] - g*, E[u]>.
         u_square: |E[u]|^2.
         n: samples.
@@ -95,7 +104,7 @@ def best_mixing_weight(
     return mixing_weight_of_moments(cov_ws - var_w, variance_u, bias_u, u_square, n, rounding)
 
 
-def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Tensor]:
+def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Float[Tensor, "... J"]]:
     """The numbers of each neuron, [..., J] each; docs/theory.md says what they are."""
     n = num_samples
     covariance = m.products - m.of_means
@@ -179,7 +188,10 @@ SGPROP_COLUMNS = (
 
 
 def summarise(
-    numbers: dict[str, Tensor], explained: Explained | None, test_counts: Tensor, predictors: bool
+    numbers: dict[str, Float[Tensor, "R J"]],
+    explained: Explained | None,
+    test_counts: Float[Tensor, "R shards"],
+    predictors: bool,
 ) -> tuple[list[dict[str, object]], dict[str, object]]:
     """Rows of a layer's neurons, and the layer's own: each number with its interval.
 

@@ -1,5 +1,7 @@
-"""One sample's parameter gradients, as linear functions of the feedback, and the sums over samples
-that everything is computed from."""
+"""One sample's parameter gradients as linear functions of the feedback, and sums over samples.
+
+Everything else in the probe is computed from these sums.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sgrl.nn.mixing import unit
@@ -20,38 +23,43 @@ W, S, M, B = range(4)  # the kinds of gradients, where they are an axis
 class Seen(NamedTuple):
     """What J neurons computed for K samples, neurons first."""
 
-    inputs: Tensor  # x [J, K, I]
-    attention: Tensor  # a [J, K, M]
-    slots: Tensor  # y [J, K, M, N]
-    output: Tensor  # [J, K, N]
+    inputs: Float[Tensor, "J K I"]  # x
+    attention: Float[Tensor, "J K M"]  # a
+    slots: Float[Tensor, "J K M N"]  # y
+    output: Float[Tensor, "J K N"]
     scale: float  # 1 / sqrt(I), all inputs counted
 
     @classmethod
-    def of(cls, activation: Activation, scale: float, chosen: Tensor | None = None) -> Seen:
+    def of(
+        cls, activation: Activation, scale: float, chosen: Int64[Tensor, " J"] | None = None
+    ) -> Seen:
         """From a layer's activation [K, W, ...], of all its neurons or the chosen [J]."""
         chosen_ones = (value if chosen is None else value[:, chosen] for value in activation)
         inputs, attention, slots, output = (v.transpose(0, 1).contiguous() for v in chosen_ones)
         return cls(inputs, attention, slots, output, scale)
 
-    def slopes(self) -> Tensor:
+    def slopes(self) -> Float[Tensor, "J K M N"]:
         """Derivative of the output by the slots' pre-activations, a (1 - y^2) [J, K, M, N]."""
         return self.attention.unsqueeze(3) * (1 - self.slots.square())
 
-    def arms(self) -> Tensor:
+    def arms(self) -> Float[Tensor, "J K M N"]:
         """a_m (y_m - output) [J, K, M, N]: a score's gradient is <feedback, arm>."""
         return self.attention.unsqueeze(3) * (self.slots - self.output.unsqueeze(2))
 
 
-def isometry(seen: Seen) -> Tensor:
-    """E [J, K, N, N + M]: a sample's parameter gradients from feedback g and g' [N] have the inner
-    product <g E, g' E>; what `sgrl.nn.mixing.batch_moments` says of t and dq, as one."""
+def isometry(seen: Seen) -> Float[Tensor, "J K N C"]:
+    """Return the matrix E [J, K, N, N + M] of a sample's parameter gradients.
+
+    Those from feedback g and g' [N] have the inner product <g E, g' E>; what
+    `sgrl.nn.mixing.batch_moments` says of t and dq, as one.
+    """
     square = seen.inputs.square().sum(2).unsqueeze(2)
     of_slots = ((1 + square) * seen.slopes().square().sum(2)).sqrt()
     of_keys = seen.scale * square.sqrt().unsqueeze(3) * seen.arms()
     return torch.cat([of_slots.diag_embed(), of_keys.transpose(2, 3)], dim=3)
 
 
-def row_gradients(seen: Seen, feedback: Tensor) -> Tensor:
+def row_gradients(seen: Seen, feedback: Float[Tensor, "J K O N"]) -> Float[Tensor, "J K O R"]:
     """Gradients of the keys' and matrices' products with the inputs, [J, K, O, M + M*N].
 
     Args:
@@ -63,7 +71,9 @@ def row_gradients(seen: Seen, feedback: Tensor) -> Tensor:
     return torch.cat([keys, slots.flatten(3)], dim=3)
 
 
-def parameter_gradients(seen: Seen, feedback: Tensor, weights: Tensor) -> Tensor:
+def parameter_gradients(
+    seen: Seen, feedback: Float[Tensor, "J K N"], weights: Float[Tensor, " K"]
+) -> Float[Tensor, "J D"]:
     """Sum over samples of their weight times the parameter gradient: [J, D].
 
     Args:
@@ -87,11 +97,11 @@ class Sums(NamedTuple):
     """
 
     weight: float
-    gradients: Tensor  # of each kind [4, J, D]
-    products: Tensor  # <a, b> of the kinds [J, 4, 4]
-    noise: Tensor  # covariance given the observation, summed over parameters [J, 4, 4]
-    unit_gradients: Tensor  # [2, J, D]
-    unit_products: Tensor  # [J, 2, 2]
+    gradients: Float[Tensor, "4 J D"]  # of each kind
+    products: Float[Tensor, "J 4 4"]  # <a, b> of the kinds
+    noise: Float[Tensor, "J 4 4"]  # covariance given the observation, summed over parameters
+    unit_gradients: Float[Tensor, "2 J D"]
+    unit_products: Float[Tensor, "J 2 2"]
 
     @classmethod
     def total(cls, parts: Iterable[Self]) -> Self:
@@ -102,11 +112,11 @@ class Sums(NamedTuple):
 class Feedback(NamedTuple):
     """What condition B is about, for J neurons and K samples: inputs, and gradients received."""
 
-    inputs: Tensor  # x [J, K, I]
-    attention: Tensor  # a [J, K, M]
-    first: Tensor  # under backprop [J, K, N]: the mean given the sample, or one replicate
-    second: Tensor  # the other replicate, or the same mean
-    prediction: Tensor  # s [J, K, N]
+    inputs: Float[Tensor, "J K I"]  # x
+    attention: Float[Tensor, "J K M"]  # a
+    first: Float[Tensor, "J K N"]  # under backprop: the mean given the sample, or one replicate
+    second: Float[Tensor, "J K N"]  # the other replicate, or the same mean
+    prediction: Float[Tensor, "J K N"]  # s
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
@@ -127,20 +137,24 @@ class Group:
     """
 
     layer: str
-    neurons: Tensor
-    mixing_weight: Tensor
+    neurons: Int64[Tensor, " J"]
+    mixing_weight: Float[Tensor, " J"]
     step: int | None = None
     unit_samples: float = 1.0
 
 
-def backward_to_inputs(neurons: SlotNeurons, seen: Seen, feedback: Tensor) -> Tensor:
+def backward_to_inputs(
+    neurons: SlotNeurons, seen: Seen, feedback: Float[Tensor, "W K O N"]
+) -> Float[Tensor, "W K O read"]:
     """Gradients of what neurons read of each other [W, K, O, P*N], from those of their output."""
     rows = row_gradients(seen, feedback)
     read = torch.bmm(rows.flatten(1, 2), neurons.weight_h.detach())
     return read.unflatten(1, rows.shape[1:3])
 
 
-def scatter(read: Tensor, parents: Tensor, size: int) -> Tensor:
+def scatter(
+    read: Float[Tensor, "W K O read"], parents: Int64[Tensor, "W P"], size: int
+) -> Float[Tensor, "W K O {size}"]:
     """Sum of the gradients [W, K, O, P*N] at the parents [W, P]: [W, K, O, N]."""
     num_neurons, samples, outcomes, _ = read.shape
     edges = read.unflatten(3, (-1, size)).permute(0, 3, 1, 2, 4).flatten(0, 1)
@@ -150,18 +164,20 @@ def scatter(read: Tensor, parents: Tensor, size: int) -> Tensor:
 
 def sums_over_samples(
     seen: Seen,
-    w: Tensor,
-    s: Tensor,
-    b: Tensor,
-    mixing_weight: Tensor,
-    probabilities: Tensor,
-    weights: Tensor,
+    w: Float[Tensor, "J K O N"],
+    s: Float[Tensor, "J K O N"],
+    b: Float[Tensor, "J K O N"],
+    mixing_weight: Float[Tensor, ...],
+    probabilities: Float[Tensor, "K O"],
+    weights: Float[Tensor, " K"],
 ) -> Sums:
     """Sums over K samples with O outcomes each.
 
     Args:
         seen: of the samples.
-        w, s, b: received, synthetic and backprop's feedback of the output [J, K, O, N].
+        w: received feedback of the output [J, K, O, N].
+        s: synthetic feedback [J, K, O, N].
+        b: backprop's feedback [J, K, O, N].
         mixing_weight: broadcast against them.
         probabilities: of the outcomes [K, O].
         weights: of the samples [K].

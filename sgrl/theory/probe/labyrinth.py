@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sgrl.envs.registry import VectorEnv, make_vector
@@ -43,8 +44,10 @@ def choose_recurrent_neurons(
     length: int,
     valid_steps: float,
 ) -> list[Group]:
-    """Random neurons of those that read the embedding ("input") and of the others ("hidden"):
-    each over all steps, then at each of `steps`."""
+    """Draw neurons of those that read the embedding ("input") and of the others ("hidden").
+
+    Each group comes over all steps, then at each of `steps`.
+    """
     generator = torch.Generator().manual_seed(seed)
     rnn = policy.core
     num_input = rnn.neurons.num_input_neurons
@@ -68,10 +71,10 @@ class Episodes(NamedTuple):
     not depend on the others.)
     """
 
-    observations: Tensor  # [T, K, F]
-    actions: Tensor  # int64 [T, K]
-    returns: Tensor  # discounted, not normalised [T, K]
-    mask: Tensor  # bool [T, K], True until the end
+    observations: Float[Tensor, "T K F"]
+    actions: Int64[Tensor, "T K"]
+    returns: Float[Tensor, "T K"]  # discounted, not normalised
+    mask: Bool[Tensor, "T K"]  # True until the end
 
 
 class Loss(NamedTuple):
@@ -89,7 +92,9 @@ class Loss(NamedTuple):
         count = sum(episodes.mask.shape[1] for episodes in samples)
         return cls(float(valid.mean()), float(valid.std(correction=0)), len(valid) / count)
 
-    def by_states(self, policy: SparseNetPolicy, states: Tensor, episodes: Episodes) -> Tensor:
+    def by_states(
+        self, policy: SparseNetPolicy, states: Float[Tensor, "T K H"], episodes: Episodes
+    ) -> Float[Tensor, "T K H"]:
         """Gradient of every episode's loss by the core's states [T, K, W*N], through the actor."""
         advantages = (episodes.returns.double() - self.mean) / (self.std + 1e-8)
         with torch.enable_grad():
@@ -105,14 +110,14 @@ class Loss(NamedTuple):
 class Unrolled(NamedTuple):
     """Feedback of every neuron at every step [T, W, K, N], and what it computed."""
 
-    kept: Tensor  # the neurons whose inputs were kept, sorted
+    kept: Int64[Tensor, " kept"]  # the neurons whose inputs were kept, sorted
     activations: list[Activation]  # [K, W, ...], one a step; inputs of those neurons only
-    received: Tensor
-    synthetic: Tensor
-    mixed: Tensor
-    backprop: Tensor
+    received: Float[Tensor, "T W K N"]
+    synthetic: Float[Tensor, "T W K N"]
+    mixed: Float[Tensor, "T W K N"]
+    backprop: Float[Tensor, "T W K N"]
 
-    def seen(self, steps: Sequence[int], chosen: Tensor, scale: float) -> Seen:
+    def seen(self, steps: Sequence[int], chosen: Int64[Tensor, " J"], scale: float) -> Seen:
         """Of the chosen neurons, K samples of each step after the other: [J, T * K, ...]."""
         of_inputs = torch.searchsorted(self.kept, chosen)
         parts = zip(*(self.activations[t] for t in steps), strict=True)
@@ -134,7 +139,11 @@ class Unrolled(NamedTuple):
 
 @torch.no_grad()
 def unroll(
-    policy: SparseNetPolicy, episodes: Episodes, loss: Loss, trained_batch: int, kept: Tensor
+    policy: SparseNetPolicy,
+    episodes: Episodes,
+    loss: Loss,
+    trained_batch: int,
+    kept: Int64[Tensor, " kept"],
 ) -> Unrolled:
     """Forward and both backward passes, with and without mixing, over K episodes.
 
@@ -195,7 +204,7 @@ def labyrinth_sums(
     loss: Loss,
     groups: Sequence[Group],
     trained_batch: int,
-    weights: Tensor | None = None,
+    weights: Float[Tensor, " K"] | None = None,
 ) -> tuple[list[Sums], list[Feedback | None]]:
     """Sums over episodes, for each group: neurons at one step, or over all steps.
 
@@ -326,7 +335,9 @@ def _pairs(
     return Feedback(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 
 
-def play(policy: SparseNetPolicy, env: VectorEnv, seeds: Sequence[int], noise: Tensor) -> Episodes:
+def play(
+    policy: SparseNetPolicy, env: VectorEnv, seeds: Sequence[int], noise: Float[Tensor, "T K A"]
+) -> Episodes:
     """Run an episode of each environment; `noise` [T, K, A] are logs of exponential numbers.
 
     As `Rollout`: an action is argmax(logits - noise).

@@ -123,7 +123,8 @@ def probe(
 
     Args:
         policy: that the settings were checked for.
-        env, env_config: its environment, as trained.
+        env: the name of its environment, as trained.
+        env_config: the settings of the environment.
         settings: from `check_settings`.
         advance: called after each of `NUM_SHARDS` shards.
 

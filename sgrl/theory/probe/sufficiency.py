@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.theory.probe.gradients import Feedback
@@ -22,9 +23,9 @@ class Explained(NamedTuple):
     is 1 - error / total.
     """
 
-    total: Tensor  # <g1 - mean, g2 - mean>, g1 and g2 replicates
-    error: Tensor  # <g1 - f, g2 - f>, f the regression fitted on the other half
-    predictor_error: Tensor  # f the trained predictor
+    total: Float[Tensor, "shards J"]  # <g1 - mean, g2 - mean>, g1 and g2 replicates
+    error: Float[Tensor, "shards J"]  # <g1 - f, g2 - f>, f the regression fitted on the other half
+    predictor_error: Float[Tensor, "shards J"]  # f the trained predictor
 
 
 def explain(shards: Sequence[Feedback]) -> Explained:
