@@ -1,5 +1,7 @@
-"""What the command line changes in the content of an experiment file: `--set`, `--methods`,
-`--seeds` and `--add`."""
+"""Changes of an experiment file's content from the command line.
+
+They are `--set`, `--methods`, `--seeds` and `--add`.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
