@@ -1,5 +1,6 @@
-"""Everything that can be set in an experiment, and what can be named there: type, default and one
-line each, from the dataclasses, signatures and docstrings that declare it.
+"""Everything that can be set in an experiment, and what can be named there.
+
+Type, default and one line each, from the dataclasses, signatures and docstrings that declare it.
 
     for section, settings in all_settings().items():
         for setting in settings:
