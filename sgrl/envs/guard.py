@@ -1,5 +1,8 @@
-"""Checks around third-party environments: errors and invalid returns are reported where they occur,
-and state that outlives an episode can be saved."""
+"""Checks around third-party environments.
+
+Errors and invalid returns are reported where they occur, and state that outlives an episode can be
+saved.
+"""
 
 import copy
 import traceback
@@ -92,8 +95,11 @@ class Guard(gym.Wrapper):
 
 
 def failure(error: BaseException) -> str:
-    """Say what an environment raised, as `described`. A SystemExit with which Ray ends its process
-    on SIGTERM does not come from the environment, and is re-raised."""
+    """Say what an environment raised, as `described`.
+
+    A SystemExit with which Ray ends its process on SIGTERM does not come from the environment, and
+    is re-raised.
+    """
     if isinstance(error, SystemExit):
         frames = traceback.extract_tb(error.__traceback__)
         if any(frame.name == "sigterm_handler" for frame in frames):

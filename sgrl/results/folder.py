@@ -149,8 +149,12 @@ class SweepFolder:
         return [TrialFolder(path.parent) for path in sorted(configs)]
 
     def problems(self, planned: Iterable[str]) -> list[str]:
-        """Return one line for each planned trial whose folder or configuration is missing, and for
-        each folder of a trial that is not planned, which is ignored."""
+        """List missing and unplanned trials.
+
+        Returns:
+            One line for each planned trial whose folder or configuration is missing, and for each
+            folder of a trial that is not planned, which is ignored.
+        """
         folders = {name: self.trial(name) for name in sorted(planned)}
         problems = []
         for folder in folders.values():

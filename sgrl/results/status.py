@@ -1,5 +1,7 @@
-"""Progress of the trials of a sweep, from its folder alone: without Ray, torch, or the environment
-that they train in, and without writing anything."""
+"""Progress of the trials of a sweep, from its folder alone.
+
+Needs neither Ray nor torch nor the environment that they train in, and writes nothing.
+"""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -45,8 +45,10 @@ class Store:
         return str(display(self.folder))
 
     def is_free(self) -> bool:
-        """Whether there are no results yet. (A sweep that ended before it began leaves only hidden
-        files.)"""
+        """Whether there are no results yet.
+
+        A sweep that ended before it began leaves only hidden files.
+        """
         folder = self.folder
         return not (folder.is_file() or (folder.is_dir() and any(folder.glob("[!.]*"))))
 

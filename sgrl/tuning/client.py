@@ -82,8 +82,10 @@ def _connected(address: str) -> Any:
 
 
 def _follow(command: Any) -> int:
-    """Print the command's output until it ends. The first Ctrl-C is forwarded to the command, the
-    second one abandons it."""
+    """Print the command's output until it ends.
+
+    The first Ctrl-C is forwarded to the command, the second one abandons it.
+    """
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 

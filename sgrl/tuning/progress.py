@@ -51,8 +51,10 @@ def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
 
 
 class SweepView(tune.Callback, tune.Stopper):
-    """Follows the trials as Tune reports them: a table that fits the terminal, or, if stdout is not
-    a terminal, one line for each trial that ends. Stops them all once the disk is full.
+    """Follows the trials as Tune reports them, and stops them all once the disk is full.
+
+    Shows a table that fits the terminal, or, if stdout is not a terminal, one line for each trial
+    that ends.
 
     Args:
         store: of the sweep.

@@ -113,8 +113,11 @@ def resume_sweep(
 def resume_plan(
     directory: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
 ) -> tuple[list[Trial], list[Progress]]:
-    """Return what `resume_sweep` would do: all trials, and those it would run, each with the
-    iteration it would continue from. Changes nothing; raises as `resume_sweep` does."""
+    """Report what `resume_sweep` would do, changing nothing; raises as it does.
+
+    Returns:
+        All trials, and those it would run, each with the iteration it would continue from.
+    """
     store = open_store(directory, "driver")
     _check_is_sweep(store)
     with _locked(store):
