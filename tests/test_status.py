@@ -12,11 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from sgrl.analysis.comparison import compare_methods
 from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
+from sgrl.analysis.tables import print_table
 from sgrl.cli import app
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import append_row, is_taken
@@ -244,6 +247,40 @@ def test_json_of_a_comparison(tmp_path):
     assert row["probability_ci_low"] is None  # of fewer than five seeds
     between = json.loads(sgrl("compare", results, results, "--json").output)
     assert [row["method"] for row in between["rows"]] == ["gru", "mlp"]
+
+
+def test_no_table_is_cut_in_a_pipe(tmp_path):
+    name = "a_method_whose_name_is_as_long_as_the_name_of_a_method_may_well_become_in_practice"
+    results = write_sweep(tmp_path / "long", EXPERIMENT.replace("gru:", f"{name}:"))
+    said = sgrl("status", results).output
+    assert said.count(name) == 4
+    assert "…" not in said
+
+
+@pytest.mark.parametrize(("columns", "turn"), [(2, True), (9, True), (9, False)])
+def test_wide_tables_fit(columns, turn, capsys):
+    """Each cell is there once, under or beside its header, and all in 80 columns."""
+    head = ["name", *(f"column_{i}" for i in range(columns))]
+    table = Table(*head)
+    rows = [[f"row_{r}", *(f"cell_{r}_{c}" for c in range(columns))] for r in range(6)]
+    for row in rows:
+        table.add_row(*row)
+    print_table(table, Console(width=80), turn)
+    said = capsys.readouterr().out
+    lines = [line.split() for line in said.splitlines() if line.strip(" ─")]
+    assert max(map(len, said.splitlines())) <= 80
+    cells = [word for line in lines for word in line]
+    assert all(cells.count(cell) == 1 for row in rows for cell in row[1:])
+    if columns == 2:
+        assert lines == [head, *rows]
+    elif turn:
+        assert lines[:2] == [
+            ["name", *(row[0] for row in rows)],
+            ["column_0", *(r[1] for r in rows)],
+        ]
+    else:
+        assert lines[0][:2] == head[:2]
+        assert lines[1][:2] == rows[0][:2]
 
 
 def in_a_process(code, *arguments, **environment):

@@ -89,7 +89,7 @@ def write_expert_network(
 
     inside = within_interval(frame)
     console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
-    print_table(ratio_table(frame, inside), console)
+    print_table(ratio_table(frame, inside), console, turn=False)
     largest = frame[(frame["d"] == frame["d"].max()) & (frame["k"] == frame["k"].min())]
     for row in largest[largest["n"] == frame["n"].min()].itertuples():
         say(
@@ -129,7 +129,7 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
         f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
         "means over neurons, and 95% intervals",
     )
-    print_table(probe_table(layers), console)
+    print_table(probe_table(layers), console, turn=False)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
     say(console, *(f"written: {path}" for path in paths))

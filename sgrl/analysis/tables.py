@@ -1,7 +1,11 @@
 """Tables for terminals and pages, and the text in their cells."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -29,15 +33,47 @@ def say(console: Console, *lines: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def print_table(table: Table, console: Console) -> None:
-    """Print a table in full: the terminal wraps lines that are too long, and no cell is cut.
+#: How tables look on a terminal.
+LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+
+
+def print_table(table: Table, console: Console, turn: bool = True) -> None:
+    """Print a table in full, within the width of the console: no cell is cut.
+
+    A table that is too wide is turned, so that its rows become columns, and columns that do not fit
+    beside the first one follow below, beside the first one again. Two columns stay as they are.
 
     Args:
         table: the table, whose look is changed to that of a terminal.
         console: where to print it.
+        turn: whether a table that is too wide is turned.
     """
-    table.box, table.padding, table.pad_edge = SIMPLE_HEAD, (0, 1, 0, 0), False
-    Console(width=10_000, file=console.file).print(table, crop=False, highlight=False)
+    for name, value in LOOK.items():
+        setattr(table, name, value)
+    # Into a pipe as wide as it has to be.
+    unlimited = Console(width=10_000, file=console.file)
+    if len(table.columns) <= 2 or unlimited.measure(table).maximum <= console.width:
+        unlimited.print(table, crop=False, highlight=False)
+        return
+    head, rows = cells(table)
+    lines = list(zip(*(head, *rows), strict=True)) if turn else [head, *rows]
+    first, *columns = zip(*lines, strict=True)
+    while columns:
+        shown, width = [first], 1 + _width(first) + _width(columns[0])
+        while columns and (len(shown) == 1 or width <= console.width):
+            shown.append(columns.pop(0))
+            width += _width(columns[0]) if columns else 0
+        part = Table(**LOOK)
+        for name, *_ in shown:
+            part.add_column(name)
+        for row in zip(*(values for _, *values in shown), strict=True):
+            part.add_row(*row)
+        unlimited.print(part, crop=False, highlight=False)
+
+
+def _width(column: Sequence[str]) -> int:
+    """Of its widest cell, with what the look puts beside it."""
+    return max(map(cell_len, column)) + 2
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:

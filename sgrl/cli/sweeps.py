@@ -218,6 +218,8 @@ def status(directory: Experiment, json: JSON = False) -> None:
         print_json(found.as_dict())
         return
     console = Console()
-    console.print(found.table)
+    # Into a pipe as wide as it has to be.
+    width = None if console.is_terminal else 10_000
+    Console(width=width).print(found.table)
     for line in found.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
