@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from sgrl.cli import app
 from sgrl.nn.mixing import split_parameters
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -17,7 +19,15 @@ SHORT = {
         ["--iterations", "1", "--batch", "64"],
         ["--iterations", "1", "--batch", "64", "--policy", "sparsenet"],
     ],
+    "rllib_old_stack.py": [["--iterations", "1", "--batch", "64", "--steps", "12"]],
     "sb3_ppo.py": [["--iterations", "2", "--batch", "64"]],
+    "tune_gru_lstm_sparsenet.py": [["--iterations", "2", "--steps", "12"]],
+}
+
+#: Those that leave results, and where.
+RESULTS = {
+    "rllib_old_stack.py": "old_stack_example",
+    "tune_gru_lstm_sparsenet.py": "tune_example",
 }
 
 
@@ -31,10 +41,15 @@ def test_it_says_what_it_shows(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_it_trains(
-    name: str, ray_session: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    ray_session: None,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """`main` returns the trained network: predictors, which start at zero, have learned from what
     they intercepted, and mixing weights, which start at one, have moved."""
+    monkeypatch.chdir(tmp_path)  # some leave results
     # So that Ray's workers could import it, as from a script that is run.
     monkeypatch.syspath_prepend(EXAMPLES)
     main = runpy.run_path(str(EXAMPLES / name))["main"]
@@ -48,3 +63,10 @@ def test_it_trains(
         assert weights
         assert all((weight < 1).any() and (weight >= 0).all() for weight in weights)
         assert "lambda" in capsys.readouterr().out.splitlines()[-1]
+    if name in RESULTS:
+        folder = tmp_path / "results" / RESULTS[name]
+        reported = CliRunner().invoke(app, ["report", str(folder)])
+        assert reported.exit_code == 0, reported.output
+        page = (folder / "report.html").read_text()
+        assert all(policy in page for policy in ("gru", "lstm", "sparsenet"))
+        assert "3 completed" in page

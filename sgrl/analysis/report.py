@@ -43,11 +43,11 @@ from sgrl.analysis.tables import (
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
 from sgrl.results.folder import SweepFolder
-from sgrl.results.locations import reading
+from sgrl.results.locations import is_copied, reading
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
 from sgrl.results.runs import Results, ResultsError, load_results, places
-from sgrl.results.storage import is_address, is_archive
+from sgrl.results.storage import is_address
 
 THRESHOLD = 0.5
 
@@ -70,8 +70,8 @@ def write_report(
         locations: folders, archives or addresses, at least one.
         out: file to write; by default report.html (.md, .tex) in the folder, or for several
             folders in the one that holds the first. Of an address there is no default.
-        format: "html", "markdown" or "latex"; of an archive or an address "html", which alone
-            holds the figures.
+        format: "html", "markdown" or "latex"; of an archive, an address or an experiment
+            of Tune's "html", which alone holds the figures.
         threshold: the score that sample efficiency counts to.
         advance: called with the name of each folder once it is done.
         x: the axis of curves, areas and sample efficiency, a key of `AXES`.
@@ -88,7 +88,7 @@ def write_report(
     suffix, render = FORMATS[format]
     if out is None and any(map(is_address, locations)):
         raise ResultsError("say with --out where on this machine the report goes")
-    if format != "html" and any(is_address(place) or is_archive(place) for place in locations):
+    if format != "html" and any(map(is_copied, locations)):
         raise ResultsError(f"a report in {format} refers to figures in the results: use html")
     elsewhere = out is not None
     if out is None:

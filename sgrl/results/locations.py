@@ -9,8 +9,10 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from sgrl.results import tune_folder
 from sgrl.results.mirror import Mirror
 from sgrl.results.storage import StorageError, Store, is_address, is_archive
+from sgrl.results.tune_folder import is_tune_folder
 from sgrl.results.zoo import find_policy
 
 
@@ -38,25 +40,32 @@ def mirror_folder(address: str, role: str) -> Path:
     return root / f"{role}-{digest}" / address.rpartition("/")[2]
 
 
+def is_copied(location: str | Path) -> bool:
+    """Whether what `reading` yields is a copy, in which nothing is to be kept."""
+    return is_address(location) or is_archive(location) or is_tune_folder(location)
+
+
 @contextlib.contextmanager
 def reading(location: str | Path) -> Iterator[Path]:
     """A sweep's results to read, checkpoints aside: their folder, or a copy that lasts as long.
 
     Raises StorageError as `open_store`, and ArchiveError.
     """
-    if is_archive(location):
-        from sgrl.results.archive import unpack  # brings NumPy and Arrow
-
-        with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
-            folder = Path(home) / Path(location).resolve().name
-            unpack(Path(location), folder)
-            yield folder
-        return
-    if not is_address(location):
+    if not is_copied(location):
         yield Path(location)
         return
-    address = str(location).rstrip("/")
     with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+        if not is_address(location):
+            folder = Path(home) / Path(location).resolve().name
+            if is_archive(location):
+                from sgrl.results import archive  # brings NumPy and Arrow
+
+                archive.unpack(Path(location), folder)
+            else:
+                tune_folder.unpack(Path(location), folder)
+            yield folder
+            return
+        address = str(location).rstrip("/")
         mirror = Mirror(address, Path(home) / address.rpartition("/")[2])
         mirror.pull_reports()
         if not any(mirror.folder.iterdir()):

@@ -74,10 +74,10 @@ class Stop:
     """When a trial is complete.
 
     Attributes:
-        training_iteration: its last iteration.
+        training_iteration: its last iteration; 0 where something else ends it.
     """
 
-    training_iteration: int
+    training_iteration: int = 0
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def points_of(
     """
     merged = _merged(experiment)
     grids = {method: dict(grids_in(tree)) for method, tree in merged.items()}
-    short = _short_names(dict.fromkeys(path for grid in grids.values() for path in grid), taken)
+    short = short_names(dict.fromkeys(path for grid in grids.values() for path in grid), taken)
     points = []
     for method, nodes in grids.items():
         lists = [n["grid"] if isinstance(n["grid"], list) else [n["grid"]] for n in nodes.values()]
@@ -310,7 +310,7 @@ def trials_of(experiment: Mapping[str, Any], points: Iterable[Point]) -> list[Tr
     """Return the trials at the points, one for each seed."""
     trials = []
     for point in points:
-        labels = [f"{name}={_label(value)}" for name, value in point.swept.items()]
+        labels = [f"{name}={label(value)}" for name, value in point.swept.items()]
         for seed in expand_range(experiment.get("seeds", [0])):
             own = {"method": point.method, "seed": seed, **point.content}
             config = TrialConfig.from_dict({"algorithm": "Reinforce", **experiment, **own})
@@ -397,7 +397,7 @@ def _merge(base: Any, over: Any) -> Any:
     return copy.deepcopy(merged | {key: over[key] for key in over if key not in base})
 
 
-def _short_names(
+def short_names(
     paths: Iterable[tuple[str, ...]], taken: Callable[[str], bool]
 ) -> dict[tuple[str, ...], str]:
     """Shorten each path to the steps that tell it from all others.
@@ -419,10 +419,11 @@ def _short_names(
             depth[path] += 1
 
 
-def _label(value: Any) -> str:
+def label(value: Any) -> str:
+    """Return a value as it stands in a trial's name."""
     if isinstance(value, dict):
-        return "+".join(f"{key}={_label(item)}" for key, item in value.items())
+        return "+".join(f"{key}={label(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return "x".join(_label(item) for item in value)
+        return "x".join(label(item) for item in value)
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return re.sub(r"[^A-Za-z0-9_.+=-]", "-", text)

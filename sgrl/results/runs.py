@@ -179,7 +179,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
                 | {
                     "seed": config["seed"],
                     "state": "interrupted" if state == "running" and not running else state,
-                    "planned": (config.get("stop") or {}).get("training_iteration"),
+                    "planned": (config.get("stop") or {}).get("training_iteration") or None,
                     **_planned_steps(config),
                     "parameters": status.get("parameters"),
                     "reason": status.get("reason", ""),
@@ -197,7 +197,8 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
         lists = {name: frame[name].tolist() for name in MEASURES if name in frame}
         measure, row["final"], row["auc"] = score_of(places(frame, x).tolist(), lists)
         row["iterations"] = len(frame)
-        row["env_steps"] = int(frame["env_steps"].iloc[-1]) if len(frame) else 0
+        # Of a Tuner's trials it may be unknown.
+        row["env_steps"] = int(np.nan_to_num(frame["env_steps"].iloc[-1])) if len(frame) else 0
         row["seconds"] = float(frame["iteration_seconds"].sum())
         measures.add(measure)
     for row, (_, dropped) in zip(rows, metrics, strict=True):

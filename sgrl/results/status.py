@@ -3,12 +3,14 @@
 Needs neither Ray nor torch nor the environment that they train in, and writes nothing.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from sgrl.errors import UserError
@@ -62,6 +64,8 @@ class Progress:
     @property
     def seconds_left(self) -> float:
         """Seconds until the trial ends, at its present speed."""
+        if not self.last_iteration:
+            return math.nan
         return (self.last_iteration - self.iteration) * self.seconds_per_iteration
 
     def judged_by(self, measure: str) -> Score:
@@ -201,10 +205,10 @@ def sweep_status(location: str | Path) -> SweepStatus:
     """
     with reading(location) as folder:
         sweep = SweepFolder(folder.absolute())
-        if not sweep.experiment.is_file():
+        trials = planned_trials(sweep.experiment) if sweep.experiment.is_file() else _found(sweep)
+        if not trials:
             what = "holds no sweep" if folder.exists() else "does not exist"
             raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
-        trials = planned_trials(sweep.experiment)
         # Object storage has no locks that would tell whether the sweep is running.
         is_running = None if is_address(location) else sweep.is_running()
         read = read_stopped if is_running is False else read_progress
@@ -214,6 +218,15 @@ def sweep_status(location: str | Path) -> SweepStatus:
         ]
         problems = sweep.problems(trial.name for trial in trials)
         return SweepStatus(location, sweep.name, is_running, rows, problems)
+
+
+def _found(sweep: SweepFolder) -> list[Trial]:
+    """Read the trials of a folder without a plan, as a script's Tuner leaves it."""
+    trials = []
+    for folder in sweep.trials():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            trials.append(Trial.from_dict(folder.read_config()))
+    return trials
 
 
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:
@@ -246,7 +259,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             row.trial.method,
             *values,
             str(row.trial.seed),
-            f"{row.iteration}/{row.last_iteration}",
+            f"{row.iteration}/{row.last_iteration}" if row.last_iteration else str(row.iteration),
             number(row.judged_by(measure).final),
             time_left,
             style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
@@ -269,7 +282,7 @@ def sweep_seconds_left(rows: Sequence[Progress]) -> float:
         if not row.is_over:
             seconds = row.seconds_per_iteration
             pace = seconds if math.isfinite(seconds) else typical
-            work += (row.last_iteration - row.iteration) * pace
+            work += max(0, row.last_iteration - row.iteration) * pace
     return work / len(running)
 
 
