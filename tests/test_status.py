@@ -25,7 +25,7 @@ from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import append_row, is_taken
 from sgrl.results.plan import planned_trials
 from sgrl.results.runs import ResultsError, load_results
-from sgrl.results.status import read_progress
+from sgrl.results.status import Progress, read_progress, sweep_view
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.progress import write_summary
 from sgrl.tuning.sweep import _write_config
@@ -249,6 +249,53 @@ def test_json_of_a_comparison(tmp_path):
     assert [row["method"] for row in between["rows"]] == ["gru", "mlp"]
 
 
+def test_watch(results, monkeypatch):
+    """A line while the sweep runs, and the table once it has ended; Ctrl-C ends it."""
+    (results / "gru_seed=3" / "status.json").write_text(json.dumps({"state": "running"}))
+    rows = (results / "gru_seed=3" / "metrics.csv").read_text().splitlines()
+    (results / "gru_seed=3" / "metrics.csv").write_text("\n".join(rows[:-1]) + "\n")
+    held = SweepFolder(results).lock(seconds=1)
+    held.acquire()
+    monkeypatch.setattr("sgrl.cli.sweeps.time.sleep", lambda seconds: held.release())
+    said = sgrl("status", results, "--watch").output
+    assert said.startswith("92%, 1 running, 3 completed, about 1 s left\n")
+    assert "1 interrupted, 3 completed" in said
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgrl.cli.sweeps.time.sleep", interrupt)
+    with SweepFolder(results).lock(seconds=1):
+        ended = sgrl("status", results, "--watch")
+    assert (ended.exit_code, ended.stderr) == (130, "sgrl: interrupted\n")
+    assert "Traceback" not in ended.output
+
+
+def test_a_view_of_many_trials(tmp_path, capsys):
+    """Each method's share, counts and a bar, the sweep's time, and as many trials as fit."""
+    methods = "".join(f"  gru_{i}: {{model: {{policy: gru}}}}\n" for i in range(5))
+    text = EXPERIMENT.replace("  gru: {model: {policy: gru, hidden_size: 8}}\n", methods)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text.replace("0..3", "0..29"))
+    rows = [Progress(trial) for trial in planned_trials(path)]
+    for row in rows[:30]:
+        row.state, row.iteration, row.seconds_per_iteration = "completed", 3, 2.0
+    rows[30].state, rows[30].iteration, rows[30].seconds_per_iteration = "running", 1, 2.0
+    Console(width=80, height=24).print(sweep_view(rows, "many", 24, seconds=61))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].rstrip() == (
+        "20%, 1 running, 30 completed, 119 pending, 61 s elapsed, about 12 min left"
+    )
+    shares = [tuple(re.sub("[━╸╺]", "", line).split()) for line in lines[1:6]]
+    assert shares[:3] == [
+        ("gru_0", "100%", "30/30"),
+        ("gru_1", "1%", "0/30,", "1", "running"),
+        ("gru_2", "0%", "0/30"),
+    ]
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
 def test_no_table_is_cut_in_a_pipe(tmp_path):
     name = "a_method_whose_name_is_as_long_as_the_name_of_a_method_may_well_become_in_practice"
     results = write_sweep(tmp_path / "long", EXPERIMENT.replace("gru:", f"{name}:"))
@@ -293,7 +340,7 @@ def in_a_process(code, *arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("verb", ["status", "--help", "--version", "sweep --help"])
+@pytest.mark.parametrize("verb", ["status", "-h", "--version", "sweep --help"])
 def test_answers_come_without_the_heavy_libraries(results, verb):
     code = """
 import atexit, sys

@@ -19,7 +19,7 @@ app = typer.Typer(
     cls=OneLineErrors,
     help="Sparse networks, synthetic gradients and reinforcement learning: sweeps on Ray Tune.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -207,12 +208,20 @@ def _compare(location: str | Path) -> None:
         raise typer.Exit(1)
 
 
-def status(directory: Experiment, json: JSON = False) -> None:
+def status(
+    directory: Experiment,
+    json: JSON = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again until the sweep ends.")
+    ] = False,
+) -> None:
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
     from sgrl.results.status import sweep_status
 
+    if watch:
+        _watch(directory)
     found = sweep_status(directory)
     if json:
         print_json(found.as_dict())
@@ -223,3 +232,25 @@ def status(directory: Experiment, json: JSON = False) -> None:
     Console(width=width).print(found.table)
     for line in found.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+#: Between two looks at a sweep, and into a pipe between two lines.
+WATCH_SECONDS, LINE_SECONDS = 3.0, 20.0
+
+
+def _watch(directory: str) -> None:
+    """Show where a sweep stands until it ends."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from sgrl.results.status import progress_line, sweep_status, sweep_view
+
+    console, next_line = Console(), 0.0
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while (found := sweep_status(directory)).goes_on:
+            if console.is_terminal:
+                live.update(sweep_view(found.rows, found.name, console.height), refresh=True)
+            elif time.monotonic() >= next_line:
+                next_line = time.monotonic() + LINE_SECONDS
+                print(progress_line(found.rows), flush=True)
+            time.sleep(WATCH_SECONDS)

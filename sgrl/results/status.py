@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sgrl.errors import UserError
@@ -150,6 +152,12 @@ class SweepStatus:
     problems: list[str]
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it may still change: it runs or, in object storage, has trials that do."""
+        running = any(row.state == "running" for row in self.rows)
+        return running if self.is_running is None else self.is_running
+
+    @property
     def table(self) -> Table:
         """One row a trial."""
         return trials_table(self.rows, self.name)
@@ -227,6 +235,67 @@ def _found(sweep: SweepFolder) -> list[Trial]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             trials.append(Trial.from_dict(folder.read_config()))
     return trials
+
+
+def methods_table(rows: Sequence[Progress]) -> Table:
+    """How far each method is: its trials by state, a bar of iterations, and the time left.
+
+    Args:
+        rows: of all trials.
+    """
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for method in dict.fromkeys(row.trial.method for row in rows):
+        own = [row for row in rows if row.trial.method == method]
+        done, share = sum(row.is_over for row in own), share_done(own)
+        bar = ProgressBar(total=1, completed=share, width=20)
+        running = sum(row.state == "running" for row in own)
+        counts = f"{done}/{len(own)}" + (f", {running} running" if running else "")
+        table.add_row(method, bar, f"{share:.0%}", counts)
+    return table
+
+
+def sweep_view(
+    rows: Sequence[Progress], title: str, height: int, seconds: float | None = None
+) -> Group:
+    """Draw a sweep for a terminal: a line, one for each method, and the trials that still fit.
+
+    Args:
+        rows: of all trials.
+        title: of the table.
+        height: of the terminal, in lines.
+        seconds: since the sweep was started, if that is known.
+    """
+    # Title, frame, header and caption take six lines; a view that is too high is cut off.
+    limit = height - 8
+    parts: list[RenderableType] = [progress_line(rows, seconds)]
+    methods = methods_table(rows)
+    if len(rows) > limit >= methods.row_count + 3:
+        limit -= methods.row_count
+        parts.append(methods)
+    return Group(*parts, trials_table(rows, title, max(3, limit)))
+
+
+def share_done(rows: Iterable[Progress]) -> float:
+    """The share of the trials' iterations that are trained; those of failed ones count as well."""
+    rows = list(rows)
+    # Where something else ends a trial, its last iteration is not known.
+    ends = [max(row.iteration, row.last_iteration) for row in rows]
+    done = sum(end if row.is_over else row.iteration for row, end in zip(rows, ends, strict=True))
+    return done / sum(ends) if any(ends) else 1.0
+
+
+def progress_line(rows: Sequence[Progress], seconds: float | None = None) -> str:
+    """Where a sweep stands, in one line.
+
+    Args:
+        rows: of all trials.
+        seconds: since it was started, if that is known.
+    """
+    counts = {state: sum(row.state == state for row in rows) for state in STATES}
+    parts = [f"{share_done(rows):.0%}", *(f"{n} {state}" for state, n in counts.items() if n)]
+    parts += [] if seconds is None else [f"{duration(seconds)} elapsed"]
+    left = sweep_seconds_left(rows)
+    return ", ".join([*parts, *([f"about {duration(left)} left"] if left > 0 else [])])
 
 
 def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None) -> Table:

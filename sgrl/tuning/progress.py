@@ -20,7 +20,14 @@ from sgrl.files import write_text
 from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, Score
 from sgrl.results.plan import Trial
-from sgrl.results.status import Progress, measure_of, number, read_progress, trials_table
+from sgrl.results.status import (
+    Progress,
+    measure_of,
+    number,
+    progress_line,
+    read_progress,
+    sweep_view,
+)
 from sgrl.results.storage import Store
 from sgrl.tuning.trial import first_line, is_disk_full
 
@@ -50,11 +57,15 @@ def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
     write_text(sweep.summary, frame.to_csv(index=False))
 
 
+#: Between two lines about the sweep if stdout is not a terminal.
+LINE_SECONDS = 20.0
+
+
 class SweepView(tune.Callback, tune.Stopper):
     """Follows the trials as Tune reports them, and stops them all once the disk is full.
 
-    Shows a table that fits the terminal, or, if stdout is not a terminal, one line for each trial
-    that ends.
+    Shows the methods and trials in a view that fits the terminal, or, if stdout is not a terminal,
+    one line for each trial that ends and one for the sweep every `LINE_SECONDS`.
 
     Args:
         store: of the sweep.
@@ -69,7 +80,9 @@ class SweepView(tune.Callback, tune.Stopper):
         self.said: set[str] = set()
         self.console = Console()
         self.live: Live | None = None
+        self.started = time.monotonic()
         self.next_refresh = 0.0
+        self.next_line = self.started + LINE_SECONDS
 
     @contextlib.contextmanager
     def shown_on(self, console: Console) -> Iterator[None]:
@@ -82,9 +95,8 @@ class SweepView(tune.Callback, tune.Stopper):
             yield
 
     def __rich_console__(self, console: Console, options: Any) -> Iterator[RenderableType]:
-        # Title, frame, header and caption take six lines; a table that is too high is cut off.
-        limit = max(3, console.height - 7)
-        yield trials_table(list(self.trials.values()), self.sweep.name, limit)
+        rows, seconds = list(self.trials.values()), time.monotonic() - self.started
+        yield sweep_view(rows, self.sweep.name, console.height, seconds)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.trials[trial.config["trial"]].state = "running"
@@ -138,6 +150,10 @@ class SweepView(tune.Callback, tune.Stopper):
         if self.live is not None and time.monotonic() >= self.next_refresh:
             self.live.refresh()
             self.next_refresh = time.monotonic() + 0.5
+        if self.live is None and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + LINE_SECONDS
+            line = progress_line(list(self.trials.values()), time.monotonic() - self.started)
+            self.console.print(line, soft_wrap=True, highlight=False)
 
     def __reduce__(self) -> tuple:
         # Tune pickles its callbacks into a file that nothing reads; a console cannot be.
