@@ -354,6 +354,15 @@ def test_override_inside_a_methods_grid(run):
     refused(result, "methods.sparse.config.training is a grid")
 
 
+def test_tracebacks(run):
+    """Only where they are asked for; the line comes last."""
+    line = "sgrl: nowhere.yaml: no such file"
+    said = run("--verbose", "sweep", "nowhere.yaml")
+    assert (said.exit_code, said.stdout) == (2, "")
+    assert said.stderr.startswith("Traceback (most recent call last):\n")
+    assert said.stderr.splitlines()[-1].startswith(line)
+
+
 def test_bad_name(run):
     refused(run("sweep", "experiment.yaml", "--name", "a/b"), "'a/b' is no safe name")
 

@@ -55,6 +55,9 @@ def _options(
         bool,
         typer.Option("--version", is_eager=True, callback=_version, help="Say which this is."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the traceback of what went wrong too.")
+    ] = False,
 ) -> None:
     pass
 

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from sgrl.errors import UserError
 class OneLineErrors(TyperGroup):
     """Commands whose users' errors are one line each on stderr, with exit status 2.
 
-    Other errors keep their traceback. Ctrl-C ends with status 130.
+    Other errors keep their traceback, and with --verbose these too. Ctrl-C ends with status 130.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -23,6 +24,8 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             said = str(error)
+            if ctx.params.get("verbose"):
+                typer.echo("".join(traceback.format_exception(error)), err=True)
         except OSError as error:
             # Those without a number are other errors in a library's dress.
             if error.errno in (None, errno.EPIPE):
