@@ -50,8 +50,6 @@ def test_it_trains(
     """`main` returns the trained network: predictors, which start at zero, have learned from what
     they intercepted, and mixing weights, which start at one, have moved."""
     monkeypatch.chdir(tmp_path)  # some leave results
-    # A sweep in this process has told Tune to write no files of its own.
-    monkeypatch.delenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", raising=False)
     # So that Ray's workers could import it, as from a script that is run.
     monkeypatch.syspath_prepend(EXAMPLES)
     main = runpy.run_path(str(EXAMPLES / name))["main"]

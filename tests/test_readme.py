@@ -146,12 +146,17 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
         run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
 
 
-@pytest.mark.parametrize(("page", "least"), [("learning.md", 3), ("mixing_rules.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("learning.md", 4), ("mixing_rules.md", 2), ("study.md", 4)]
+)
 def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
     """The sweeps behind these pages are valid; that they run is tested above."""
     text = (ROOT / "docs" / page).read_text()
     commands = re.findall(r"^\.venv/bin/sgrl (sweep .*)$", text, flags=re.MULTILINE)
+    commands += re.findall(r"`sgrl (sweep [^`]*)`", text)
     assert len(commands) >= least
+    (folder / "results").mkdir()
+    (folder / "results" / "published").symlink_to(ROOT / "results" / "published")
     for command in commands:
         run([*shlex.split(command), "--dry-run"])
 

@@ -259,7 +259,7 @@ def test_comparison(results):
 def test_report_files_and_table(results, capsys):
     failed = load_results(results).trials["trial"][4]
     (results / failed / "status.json").write_text('{"state": "failed", "reason": "nan loss"}')
-    comparison = write_comparison(results, Console(width=80))
+    comparison = write_comparison(results, Console(width=160))
     said = capsys.readouterr().out
     assert f"{failed}: failed at iteration 12: nan loss" in said
     lines = [line.split() for line in said.splitlines()]

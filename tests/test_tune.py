@@ -130,8 +130,6 @@ def test_plain_configs_and_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # A sweep in this process has told Tune to write no files of its own.
-    monkeypatch.delenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", raising=False)
     for code in (NEW_STACK, OLD_STACK):
         exec(compile(shortened(code), "docs/tune.md", "exec"), {})
     content = yaml.safe_load(shortened(FROM_YAML))

@@ -25,14 +25,8 @@ from sgrl.tuning.experiment.resources import user_modules
 from sgrl.tuning.trial import first_line
 from sgrl.user_code import UserCodeError, import_named, source_of
 
-# Set unless the user has: Ray and Tune say less, write less and leave our working directory alone.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
+# Set unless the user has: Ray says less and leaves our working directory alone.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
 
 class SweepError(UserError):

@@ -47,6 +47,12 @@ from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
 
+# Set for Tune unless the user has: it says less and writes less.
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 # What a trial's numbers do not depend on may change from one start to the next.
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
 
@@ -330,9 +336,12 @@ def _tune(
     # Tune keeps notes of its own, which nothing reads.
     scratch = store.sweep.scratch
     shutil.rmtree(scratch, ignore_errors=True)
-    # As many trials wait beside the running ones as can run: enough to hand over every process.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(ray.cluster_resources()["CPU"])))
     limit = experiment.file.concurrency
+    # A Tuner of the user's own, later in this process, is to write its files.
+    before = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
+    # As many trials wait beside the running ones as can run: enough to hand over every process.
+    waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(max(1, int(ray.cluster_resources()["CPU"])))}
+    os.environ.update(TUNE_ENVIRONMENT | before | waiting)
     try:
         tune.Tuner(
             tune.with_resources(TrialRunner, lambda config: requests[config["trial"]]),
@@ -358,6 +367,9 @@ def _tune(
             ),
         ).fit()
     finally:
+        for name in {*TUNE_ENVIRONMENT, *waiting} - set(before):
+            del os.environ[name]
+        os.environ.update(before)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
