@@ -1,8 +1,9 @@
 """Milliseconds per batch of every policy and backend, measured side by side: `sgrl bench`.
 
 All are measured in one process on one thread, in rounds that take each in turn, so that whatever
-else the machine does hits all alike: trust the ratios within one run. Where the frozen baselines in
-plain PyTorch are at hand (`benchmarks/plain_*.py` of a checkout) they are measured beside them.
+else the machine does hits all alike: trust the ratios within one run. Beside them, on a CPU, are
+measured the frozen baselines in plain PyTorch where they are at hand (`benchmarks/plain_*.py` of a
+checkout), and on a GPU the same policies on one CPU thread.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ from sgrl.nn.kernels import native
 from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.registry import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 from sgrl.results.provenance import processor
@@ -39,6 +41,8 @@ POLICIES: dict[str, tuple[dict[str, Any], str]] = {
     "gru": ({"name": "gru"}, "gru"),
     "lstm": ({"name": "lstm"}, "lstm"),
 }
+#: What the others are compared with: on a CPU, and on a GPU.
+BASELINE = {"cpu": "plain", "cuda": "one CPU thread"}
 BATCH, IMAGES, PIXELS, CLASSES = 64, 4000, 784, 9
 #: The bandit's sparse networks: settings of `sparse_mlp`.
 BANDIT_POLICIES: dict[str, dict[str, Any]] = {
@@ -86,22 +90,47 @@ def measure(contenders: Sequence[Contender], rounds: int) -> None:
                     contender.seconds.setdefault(phase, []).append(seconds)
 
 
-def backends_here() -> list[str]:
-    """All backends, without "native" where there is no compiler."""
-    compiled = native.unavailable(torch.float32) is None
-    return [backend for backend in BACKENDS if compiled or backend != "native"]
+@dataclass(frozen=True)
+class Place:
+    """Where a policy computes, and by which backend; `implementation` is its name in the table."""
+
+    implementation: str
+    device: torch.device
+    backend: str = "auto"
+
+    def make_policy(self, **arguments: Any) -> Policy:
+        """The policy there; see `registry.make_policy`."""
+        settings: dict[str, Any] = {} if self.backend == "auto" else {"backend": self.backend}
+        return make_policy(**arguments, **settings).to(self.device)
+
+    def wait(self) -> float:
+        """Wait until all is computed; returns the time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
-def labyrinth(experiment: str, num_envs: int) -> list[Contender]:
+def places(device: torch.device, sparse: bool = True) -> list[Place]:
+    """All backends that run on a device (dense networks have but one), and a GPU's baseline."""
+    on_cpu = device.type == "cpu"
+    native_runs = on_cpu and native.unavailable(torch.float32) is None
+    backends = [backend for backend in BACKENDS if native_runs or backend != "native"]
+    found = [Place(backend, device, backend) for backend in backends]
+    if not sparse:
+        found = [Place("torch", device)]
+    if not on_cpu:
+        found.append(Place(BASELINE["cuda"], torch.device("cpu")))
+    return found
+
+
+def labyrinth(experiment: str, num_envs: int, device: torch.device) -> list[Contender]:
     """Every policy and backend on a labyrinth of the published size."""
     plain, contenders = load_plain(), []
     for policy, (arguments, plain_name) in POLICIES.items():
-        backends = backends_here() if arguments["name"] == "sparsenet" else ["torch"]
-        for backend in backends:
-            given = {**arguments, "backend": backend} if len(backends) > 1 else arguments
-            batches = train(experiment, num_envs, given)
-            contenders.append(Contender(experiment, policy, backend, batches))
-        if plain is not None:
+        for place in places(device, sparse=arguments["name"] == "sparsenet"):
+            batches = train(experiment, num_envs, arguments, place)
+            contenders.append(Contender(experiment, policy, place.implementation, batches))
+        if plain is not None and device.type == "cpu":
             kind = experiment.removeprefix("labyrinth_")
             batches = train_plain(plain, plain_name, kind, num_envs, LABYRINTHS[experiment])
             contenders.append(Contender(experiment, policy, "plain", batches))
@@ -109,20 +138,20 @@ def labyrinth(experiment: str, num_envs: int) -> list[Contender]:
 
 
 def train(
-    experiment: str, num_envs: int, arguments: Mapping[str, Any]
+    experiment: str, num_envs: int, arguments: Mapping[str, Any], place: Place
 ) -> Iterator[dict[str, float]]:
     """Train as `sgrl.reinforce.train` does; yields the seconds of each batch's phases."""
     env = make_vector(experiment, num_envs)
-    policy = make_policy(
+    policy = place.make_policy(
         observation_size=env.observation_size, num_actions=env.num_actions, **arguments
     )
     rollout, optimizers = Rollout(env, policy, 0, keep=True), make_optimizers(policy, 2e-3, 1e-5)
     while True:
-        started = time.perf_counter()
+        started = place.wait()
         batch = rollout.collect()
-        rolled = time.perf_counter()
+        rolled = place.wait()
         update(policy, optimizers, batch, UpdateSettings())
-        yield {"rollout": rolled - started, "update": time.perf_counter() - rolled}
+        yield {"rollout": rolled - started, "update": place.wait() - rolled}
 
 
 def load_plain(name: str = "plain_torch") -> ModuleType | None:
@@ -146,48 +175,51 @@ def train_plain(
         yield {phase: row[f"{phase}_seconds"] for phase in ("rollout", "update")}
 
 
-def bandit() -> list[Contender]:
+def bandit(device: torch.device) -> list[Contender]:
     """The published feed-forward network on random images: a step, an evaluation of 4,000."""
     images = torch.randn(IMAGES, PIXELS)
+    sizes = {"observation_size": PIXELS, "num_actions": CLASSES}
     contenders = []
     for name, settings in BANDIT_POLICIES.items():
-        for backend in backends_here():
-            policy = make_policy("sparse_mlp", PIXELS, CLASSES, backend=backend, **settings)
-            batches = train_bandit(policy, images)
-            contenders.append(Contender("mnist_bandit", name, backend, batches))
-    dense = train_bandit(make_policy("dense", PIXELS, CLASSES), images)
-    contenders.append(Contender("mnist_bandit", "dense", "torch", dense))
+        for place in places(device):
+            policy = place.make_policy(name="sparse_mlp", **sizes, **settings)
+            batches = train_bandit(policy, images, place)
+            contenders.append(Contender("mnist_bandit", name, place.implementation, batches))
+    for place in places(device, sparse=False):
+        dense = train_bandit(place.make_policy(name="dense", **sizes), images, place)
+        contenders.append(Contender("mnist_bandit", "dense", place.implementation, dense))
     plain = load_plain("plain_mnist")
-    if plain is not None:
+    if plain is not None and device.type == "cpu":
         batches = train_plain_bandit(plain, images)
         contenders.append(Contender("mnist_bandit", "sgprop adaptive", "plain", batches))
     return contenders
 
 
-def train_bandit(policy: Policy, images: Tensor) -> Iterator[dict[str, float]]:
+def train_bandit(policy: Policy, images: Tensor, place: Place) -> Iterator[dict[str, float]]:
     """Seconds of sampling and update on 64 images, and of sampling on all."""
     optimizers = make_optimizers(policy, 5e-3, 5e-3)
     settings = UpdateSettings(
         entropy_coeff=0.0, grad_clip=None, normalize_returns=False, two_phase=True
     )
+    images = images.to(place.device)
     contexts = images[:BATCH]
-    ones = torch.ones(1, len(contexts))
+    ones = torch.ones(1, len(contexts), device=place.device)
     while True:
-        started = time.perf_counter()
+        started = place.wait()
         acting = policy.acting(1, len(contexts), keep=True)
         with torch.inference_mode():
             actions = _sample(acting.step(contexts))
-        valid, lengths = ones.bool(), torch.ones(len(contexts), dtype=torch.int64)
+        valid = ones.bool()
         batch = EpisodeBatch(
-            *(contexts.unsqueeze(0), actions.clone().unsqueeze(0), ones, valid, lengths),
+            *(contexts.unsqueeze(0), actions.clone().unsqueeze(0), ones, valid, valid.sum(0)),
             success=valid[0],
             acted=acting,
         )
         update(policy, optimizers, batch, settings)
-        stepped = time.perf_counter()
+        stepped = place.wait()
         with torch.inference_mode():
             _sample(policy.acting(1, len(images)).step(images))
-        yield {"step": stepped - started, "evaluation": time.perf_counter() - stepped}
+        yield {"step": stepped - started, "evaluation": place.wait() - stepped}
 
 
 def _sample(logits: Tensor) -> Tensor:
@@ -219,9 +251,11 @@ def matrix_product_peak(size: int = 1024, repeats: int = 10) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
+    card = {} if device.type == "cpu" else {"card": torch.cuda.get_device_name(device)}
     return {
+        **card,
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "gemm_gflops": round(matrix_product_peak(), 1),
@@ -232,36 +266,44 @@ def machine() -> dict[str, Any]:
 
 
 def table(contenders: Sequence[Contender]) -> list[str]:
-    """Lines of text: median (quartiles) in milliseconds, and gains over the plain baseline."""
-    plain = {(c.experiment, c.policy): c for c in contenders if c.implementation == "plain"}
+    """Lines of text: median (quartiles) in milliseconds, and gains over the baseline."""
+    known = BASELINE.values()
+    baselines = {(c.experiment, c.policy): c for c in contenders if c.implementation in known}
     lines, experiment = [], ""
     for contender in contenders:
         if contender.experiment != experiment:
             experiment = contender.experiment
             phases = "".join(f"{phase:>24}{'':8}" for phase in contender.seconds)
-            lines += ["", f"{experiment:34}{phases}".rstrip()]
-        baseline = plain.get((experiment, contender.policy))
+            lines += ["", f"{experiment:35}{phases}".rstrip()]
+        baseline = baselines.get((experiment, contender.policy))
         cells = ""
         for phase in contender.seconds:
             low, median, high = contender.quartiles(phase)
             gain = f"{baseline.quartiles(phase)[1] / median:.1f}x" if baseline else ""
             cells += f"{f'{median:.1f} ({low:.1f}-{high:.1f})':>24}{gain:>8}"
-        lines.append(f"{contender.policy:20}{contender.implementation:14}{cells}".rstrip())
+        lines.append(f"{contender.policy:20}{contender.implementation:15}{cells}".rstrip())
     return lines
 
 
-def run_bench(num_envs: int, rounds: int, json_file: Path | None = None) -> Iterator[str]:
+def run_bench(
+    num_envs: int, rounds: int, json_file: Path | None = None, device: str = "cpu"
+) -> Iterator[str]:
     """Measure everything; yields the lines of the table, and writes the figures to a file."""
+    where = prepare_device(device)
     torch.set_num_threads(1)
-    about = machine()
+    about = machine(where)
     yield ", ".join(f"{name} {value}" for name, value in about.items())
     yield (
-        f"milliseconds, median (quartiles) of {rounds} rounds, and gain over plain; a batch is "
-        f"{num_envs} episodes, {BATCH} images for the bandit, whose evaluation is {IMAGES} images"
+        f"milliseconds, median (quartiles) of {rounds} rounds, and gain over "
+        f"{BASELINE[where.type]}; a batch is {num_envs} episodes, {BATCH} images for the bandit, "
+        f"whose evaluation is {IMAGES} images"
     )
     measured: list[Contender] = []
     for experiment in (*LABYRINTHS, "mnist_bandit"):
-        contenders = bandit() if experiment == "mnist_bandit" else labyrinth(experiment, num_envs)
+        if experiment == "mnist_bandit":
+            contenders = bandit(where)
+        else:
+            contenders = labyrinth(experiment, num_envs, where)
         measure(contenders, rounds)
         yield from table(contenders)
         measured += contenders

@@ -70,9 +70,10 @@ def bench(
     json: Annotated[
         Path | None, typer.Option(callback=home, help="Write the figures to this file too.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where: cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Measure milliseconds per batch of every policy and backend, on one thread."""
+    """Measure milliseconds per batch of every policy and backend, on one CPU thread or a GPU."""
     from sgrl.bench import run_bench
 
-    for line in run_bench(num_envs, rounds, json):
+    for line in run_bench(num_envs, rounds, json, device):
         typer.echo(line)

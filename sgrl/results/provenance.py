@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import sgrl
 from sgrl.files import read_json, write_json
 
@@ -39,7 +37,8 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 def describe() -> dict[str, Any]:
     """This process's entry; see `record_start`."""
-    import torch  # what only reads the file does without
+    import psutil  # what only reads the file, or times a policy, does without either
+    import torch
 
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
