@@ -9,7 +9,7 @@ import torch
 
 # Before sgrl is imported: its shapes are checked while tests run.
 jaxtyping.install_import_hook(
-    ["sgrl.nn", "sgrl.reinforce", "sgrl.theory"], "shape_checks.check_shapes"
+    ["sgrl.envs.device", "sgrl.nn", "sgrl.reinforce", "sgrl.theory"], "shape_checks.check_shapes"
 )
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

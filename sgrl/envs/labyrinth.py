@@ -186,7 +186,7 @@ def make_layout(height: int, width: int, seed: int) -> Layout:
 
 
 def _neighbour_table(H: int, W: int) -> NDArray[np.intp]:
-    """The cell each action (left, right, up, down) leads to if it is free, [H * W, 4]."""
+    """The cell each of `Actions` (left, right, up, down, none) leads to if free, [H * W, 5]."""
     y, x = np.divmod(np.arange(H * W), W)
     return np.stack(
         [
@@ -194,6 +194,7 @@ def _neighbour_table(H: int, W: int) -> NDArray[np.intp]:
             y * W + np.minimum(x + 1, W - 1),
             np.maximum(y - 1, 0) * W + x,
             np.minimum(y + 1, H - 1) * W + x,
+            y * W + x,
         ],
         axis=1,
     )
@@ -214,12 +215,12 @@ def _view_table(H: int, W: int) -> NDArray[np.intp]:
     return table.reshape(H * W, 9)
 
 
-_CELL_ONE_HOT = np.eye(len(Cell), dtype=np.float32)
-_VIEW_SIZE = 9 * len(Cell)
+#: A cell's block in an observation, by its `Cell` code, [5, 5]; a view has nine of them.
+CELL_ONE_HOT = np.eye(len(Cell), dtype=np.float32)
+VIEW_SIZE = 9 * len(Cell)
 
 
 def _action_blocks() -> Observations:
-    """What follows the view in an observation, by the action just taken (`Actions.NONE`: reset)."""
     steps, flag = len(Actions) - 1, 2
     blocks = np.zeros((len(Actions), len(Actions) + steps + flag), np.float32)
     for action in Actions:
@@ -231,7 +232,9 @@ def _action_blocks() -> Observations:
     return blocks
 
 
-_ACTION_BLOCKS = _action_blocks()
+#: What follows the view in an observation, by the action just taken (`Actions.NONE`: reset),
+#: [5, 11].
+ACTION_BLOCKS = _action_blocks()
 
 
 class VectorLabyrinth(VectorEnv):
@@ -241,36 +244,44 @@ class VectorLabyrinth(VectorEnv):
         num_envs: B.
         maze_dims: (height, width) of the maze, even, at least 6.
         episode_length: T; episodes are truncated after T - 1 steps.
+
+    Attributes:
+        max_steps: T - 1.
+        neighbours: the cell each action leads to if free, [C, 5]. C = H * W cells are counted row
+            by row, borders included.
+        views: the nine cells seen from each cell, C where the view is padded, [C, 9].
+        cells: `Cell` codes, int8 [B, C + 1]; cell C is an obstacle.
+        positions: the cell of each agent, [B].
     """
 
     num_actions = len(Actions) - 1
-    observation_size = _VIEW_SIZE + _ACTION_BLOCKS.shape[1]
+    observation_size = VIEW_SIZE + ACTION_BLOCKS.shape[1]
 
     def __init__(self, num_envs: int, maze_dims: Sequence[int], episode_length: int) -> None:
         self.num_envs = num_envs
         self.episode_length = episode_length
+        self.max_steps = episode_length - 1
         self.height, self.width = maze_dims
         H, W = self.height + 1, self.width + 1
-        self._neighbours = _neighbour_table(H, W)
-        self._views = _view_table(H, W)
-        # The cell past the end is the obstacle that views are padded with.
-        self._cells = np.full((num_envs, H * W + 1), Cell.OBSTACLE, np.int8)
-        self._positions = np.zeros(num_envs, np.intp)
+        self.neighbours = _neighbour_table(H, W)
+        self.views = _view_table(H, W)
+        self.cells = np.full((num_envs, H * W + 1), Cell.OBSTACLE, np.int8)
+        self.positions = np.zeros(num_envs, np.intp)
         self._steps = 0
         self._finished = np.ones(num_envs, bool)
+        self._everyone = np.arange(num_envs)
         self._observations = np.zeros((num_envs, self.observation_size), np.float32)
 
     def reset(self, seeds: Sequence[int]) -> Observations:
         self._check_seeds(seeds)
-        for e, seed in enumerate(seeds):
-            layout = make_layout(self.height, self.width, int(seed))
-            self._cells[e, :-1] = layout.cells
-            self._cells[e, layout.start] = Cell.START
-            self._positions[e] = layout.start
-            self._begin(e, layout, int(seed))
+        layouts = [make_layout(self.height, self.width, int(seed)) for seed in seeds]
+        self.cells[:, :-1] = [layout.cells for layout in layouts]
+        self.positions[:] = [layout.start for layout in layouts]
+        self.cells[self._everyone, self.positions] = Cell.START
+        self._begin(layouts, seeds)
         self._steps = 0
         self._finished[:] = False
-        self._observe(np.arange(self.num_envs), np.full(self.num_envs, Actions.NONE))
+        self._observe(self._everyone, np.full(self.num_envs, Actions.NONE))
         return self._observations.copy()
 
     def step(self, actions: NDArray[np.int64]) -> StepResult:
@@ -280,13 +291,13 @@ class VectorLabyrinth(VectorEnv):
         running = np.flatnonzero(~self._finished)
         if running.size:
             actions = actions[running]
-            here = self._positions[running]
-            there = self._neighbours[here, actions]
-            here = np.where(self._cells[running, there] == Cell.OBSTACLE, here, there)
-            self._positions[running] = here
-            self._steps += 1
+            here = self.positions[running]
+            there = self.neighbours[here, actions]
+            here = np.where(self.cells[running, there] == Cell.OBSTACLE, here, there)
+            self.positions[running] = here
             rewards[running], terminated[running] = self._judge(running, here)
-            truncated[running] = self._steps == self.episode_length - 1
+            self._steps += 1
+            truncated[running] = self._steps == self.max_steps
             self._finished |= terminated | truncated
             self._observe(running, actions)
         # A labyrinth ends by itself in success alone.
@@ -295,11 +306,11 @@ class VectorLabyrinth(VectorEnv):
 
     def maze(self, env: int) -> NDArray[np.int8]:
         """The `Cell` codes of an environment's maze, [H, W] with the borders."""
-        return self._cells[env, :-1].reshape(self.height + 1, self.width + 1).copy()
+        return self.cells[env, :-1].reshape(self.height + 1, self.width + 1).copy()
 
     def position(self, env: int) -> tuple[int, int]:
         """Row and column of an environment's agent in its maze."""
-        row, column = divmod(int(self._positions[env]), self.width + 1)
+        row, column = divmod(int(self.positions[env]), self.width + 1)
         return row, column
 
     def seen(self, env: int) -> NDArray[np.intp]:
@@ -307,16 +318,16 @@ class VectorLabyrinth(VectorEnv):
 
         They point into the maze row by row; H * W where the view is padded.
         """
-        return self._views[self._positions[env]].reshape(3, 3)
+        return self.views[self.positions[env]].reshape(3, 3)
 
     def _observe(self, envs: NDArray[np.intp], actions: NDArray[np.int64]) -> None:
-        seen = self._cells[envs[:, None], self._views[self._positions[envs]]]
-        self._observations[envs, :_VIEW_SIZE] = _CELL_ONE_HOT[seen].reshape(len(envs), _VIEW_SIZE)
-        self._observations[envs, _VIEW_SIZE:] = _ACTION_BLOCKS[actions]
+        seen = self.cells[envs[:, None], self.views[self.positions[envs]]]
+        self._observations[envs, :VIEW_SIZE] = CELL_ONE_HOT[seen].reshape(len(envs), VIEW_SIZE)
+        self._observations[envs, VIEW_SIZE:] = ACTION_BLOCKS[actions]
 
     @abstractmethod
-    def _begin(self, env: int, layout: Layout, seed: int) -> None:
-        """Prepare one environment's goal for a new episode."""
+    def _begin(self, layouts: Sequence[Layout], seeds: Sequence[int]) -> None:
+        """Prepare the goals of a new episode in every environment."""
 
     @abstractmethod
     def _judge(
@@ -326,22 +337,36 @@ class VectorLabyrinth(VectorEnv):
 
 
 class VectorEscape(VectorLabyrinth):
-    """popgym's LabyrinthEscape: -1 / T a step, plus 1 for reaching the goal."""
+    """popgym's LabyrinthEscape: -1 / T a step, plus 1 for reaching the goal.
 
-    def _begin(self, env: int, layout: Layout, seed: int) -> None:
-        self._cells[env, layout.end] = Cell.GOAL
+    Attributes:
+        rewards: of a step, by whether it terminated the episode, float64 [2].
+    """
+
+    def __init__(self, num_envs: int, maze_dims: Sequence[int], episode_length: int) -> None:
+        super().__init__(num_envs, maze_dims, episode_length)
+        self.rewards = -1 / episode_length + np.array([0.0, 1.0])
+
+    def _begin(self, layouts: Sequence[Layout], seeds: Sequence[int]) -> None:
+        self.cells[self._everyone, [layout.end for layout in layouts]] = Cell.GOAL
 
     def _judge(
         self, envs: NDArray[np.intp], positions: NDArray[np.intp]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        terminated = self._cells[envs, positions] == Cell.GOAL
-        return -1 / self.episode_length + 1.0 * terminated, terminated
+        terminated = self.cells[envs, positions] == Cell.GOAL
+        return self.rewards[terminated.astype(int)], terminated
 
 
 class VectorExplore(VectorLabyrinth):
     """popgym's LabyrinthExplore under the sparse-reward rule (see `SparseReward`).
 
     1 / (free cells but the start) for a cell not visited before, else -1 / T.
+
+    Attributes:
+        rewards: of a step, by whether it was paid for a new cell and whether it terminated the
+            episode, float64 [B, 2, 2].
+        pays: whether the sparse-reward rule lets a step be paid, bool [B, T].
+        cells_left: not visited yet, [B].
     """
 
     def __init__(
@@ -353,26 +378,28 @@ class VectorExplore(VectorLabyrinth):
     ) -> None:
         super().__init__(num_envs, maze_dims, episode_length)
         self.zero_reward_probability = zero_reward_probability
-        self._visited = np.zeros((num_envs, self._cells.shape[1]), bool)
-        self._cells_left = np.zeros(num_envs, np.int64)
-        self._cell_rewards = np.zeros(num_envs)
-        self._draws = np.zeros((num_envs, episode_length))
+        self.rewards = np.zeros((num_envs, 2, 2))
+        self.pays = np.zeros((num_envs, episode_length), bool)
+        self.cells_left = np.zeros(num_envs, np.int64)
+        self._visited = np.zeros(self.cells.shape, bool)
 
-    def _begin(self, env: int, layout: Layout, seed: int) -> None:
-        self._visited[env] = False
-        self._visited[env, layout.start] = True
-        self._cells_left[env] = np.count_nonzero(layout.cells == Cell.FREE)
-        self._cell_rewards[env] = 1 / self._cells_left[env]
-        # The same numbers as one draw a step from gymnasium's generator of this environment.
-        self._draws[env] = np_random(seed)[0].random(self.episode_length)
+    def _begin(self, layouts: Sequence[Layout], seeds: Sequence[int]) -> None:
+        self._visited[:] = False
+        self._visited[self._everyone, self.positions] = True
+        self.cells_left[:] = np.count_nonzero(self.cells == Cell.FREE, axis=1)
+        self.rewards[:, 0, 0] = -1 / self.episode_length
+        self.rewards[:, 1, 0] = 1 / self.cells_left
+        self.rewards[:, :, 1] = self.rewards[:, :, 0] + 1.0
+        # The same numbers as one draw a step from gymnasium's generator of each environment.
+        draws = {seed: np_random(int(seed))[0].random(self.episode_length) for seed in set(seeds)}
+        self.pays[:] = [draws[seed] >= self.zero_reward_probability for seed in seeds]
 
     def _judge(
         self, envs: NDArray[np.intp], positions: NDArray[np.intp]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         new = ~self._visited[envs, positions]
         self._visited[envs, positions] = True
-        self._cells_left[envs] -= new
-        terminated = self._cells_left[envs] == 0
-        pays = new & (self._draws[envs, self._steps - 1] >= self.zero_reward_probability)
-        rewards = np.where(pays, self._cell_rewards[envs], -1 / self.episode_length)
-        return rewards + 1.0 * terminated, terminated
+        self.cells_left[envs] -= new
+        terminated = self.cells_left[envs] == 0
+        paid = new & self.pays[envs, self._steps]
+        return self.rewards[envs, paid.astype(int), terminated.astype(int)], terminated

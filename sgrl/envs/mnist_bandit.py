@@ -58,6 +58,11 @@ class VectorMNISTBandit(VectorEnv):
         split: "train" or "test" images.
         data_dir: folder of the MNIST files; see `sgrl.envs.mnist`.
 
+    Attributes:
+        images: as observed, float32 [B, 784].
+        right: the right actions, int64 [B].
+        flipped: whether the reward is flipped, bool [B].
+
     Raises:
         DataError: MNIST cannot be had.
     """
@@ -78,33 +83,33 @@ class VectorMNISTBandit(VectorEnv):
         self.num_envs = num_envs
         self.num_actions = len(classes)
         self.p_flip = p_flip
-        self._images, labels = load(split, data_dir)
+        self._pixels, labels = load(split, data_dir)
         action_of_digit = np.full(10, -1)
         action_of_digit[list(classes)] = np.arange(len(classes))
         self._indices = np.flatnonzero(action_of_digit[labels] >= 0)
         self._labels = action_of_digit[labels[self._indices]]
         self._finished = np.ones(num_envs, bool)
-        self._observations = np.zeros((num_envs, PIXELS), np.float32)
-        self._right = np.zeros(num_envs, np.int64)
-        self._flipped = np.zeros(num_envs, bool)
+        self.images = np.zeros((num_envs, PIXELS), np.float32)
+        self.right = np.zeros(num_envs, np.int64)
+        self.flipped = np.zeros(num_envs, bool)
 
     def reset(self, seeds: Sequence[int]) -> Observations:
         self._check_seeds(seeds)
         numbers = np.array([seed % 2**64 for seed in seeds], np.uint64)
         drawn = (uniform(numbers, 0) * len(self._indices)).astype(np.int64)
-        self._observations = _NORMALIZED[self._images[self._indices[drawn]]]
-        self._right = self._labels[drawn]
-        self._flipped = uniform(numbers, 1) < self.p_flip
+        self.images = _NORMALIZED[self._pixels[self._indices[drawn]]]
+        self.right = self._labels[drawn]
+        self.flipped = uniform(numbers, 1) < self.p_flip
         self._finished = np.zeros(self.num_envs, bool)
-        return self._observations.copy()
+        return self.images.copy()
 
     def step(self, actions: NDArray[np.int64]) -> StepResult:
         running = ~self._finished
-        right = actions == self._right
-        rewards = np.where(running, right ^ self._flipped, 0).astype(np.float32)
+        right = actions == self.right
+        rewards = np.where(running, right ^ self.flipped, 0).astype(np.float32)
         self._finished[:] = True
         truncated = np.zeros(self.num_envs, bool)
-        return StepResult(self._observations.copy(), rewards, running, truncated, running & right)
+        return StepResult(self.images.copy(), rewards, running, truncated, running & right)
 
 
 class MNISTBanditEnv(gym.Env[Observations, np.int64]):

@@ -7,7 +7,7 @@ Of those, "success" is unknown: a policy is judged by the return of its episodes
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
@@ -20,6 +20,11 @@ from sgrl.envs.vector import PythonVectorEnv, VectorEnv
 from sgrl.names import did_you_mean
 from sgrl.user_code import UserCodeError
 
+if TYPE_CHECKING:
+    import torch
+
+    from sgrl.envs.device import DeviceEnv
+
 __all__ = [
     "ENVIRONMENTS",
     "EnvEntry",
@@ -27,6 +32,7 @@ __all__ = [
     "check_flat",
     "evaluation_config",
     "has_success",
+    "make_device",
     "make_single",
     "make_vector",
     "observation_size",
@@ -284,3 +290,29 @@ def make_vector(env: str, num_envs: int, env_config: Mapping[str, Any] | None = 
     # Without that setting an environment's episodes have one step.
     length = config.get("episode_length", 1)
     return PythonVectorEnv(singles, length, vector.seed_spacing, has_success(env))
+
+
+def make_device(
+    env: str,
+    num_runs: int,
+    num_envs: int,
+    env_config: Mapping[str, Any] | None = None,
+    device: "torch.device | str" = "cpu",
+) -> "DeviceEnv":
+    """S = num_runs times B = num_envs environments as tensor code; see `sgrl.envs.device`.
+
+    The episodes are those of `make_vector`. Raises ValueError as that does, if num_runs is not
+    positive, and for an environment that has no such version.
+    """
+    # Torch, which not all who look up environments need.
+    from sgrl.envs.device import DEVICE_ENVIRONMENTS
+
+    config = validate_env_config(env, env_config) | {"vectorized": True}
+    if env not in DEVICE_ENVIRONMENTS:
+        raise ValueError(
+            f"{env} does not run on a device; there are {', '.join(DEVICE_ENVIRONMENTS)}"
+        )
+    if num_runs < 1 or num_envs < 1:
+        raise ValueError(f"num_runs and num_envs must be at least 1, got {num_runs}, {num_envs}")
+    vector = make_vector(env, num_runs * num_envs, config)
+    return DEVICE_ENVIRONMENTS[env](vector, num_runs, device)
