@@ -38,7 +38,7 @@ from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 ROOT = Path(__file__).parents[1]
 #: Tests that need no Ray; those whose names hold "cuda" are run.
-TESTS = ["recurrent", "feedforward", "synthetic_gradient", "reinforce"]
+TESTS = ["device", "recurrent", "feedforward", "synthetic_gradient", "reinforce"]
 #: What was expected before any GPU had run this, of adaptive sgprop with B = 20 on an H100.
 PREDICTED = {
     "launches": {
@@ -82,8 +82,12 @@ class Given:
         """Arguments of a policy beyond what is published."""
         if not self.tiny:
             return {}
-        sparse = {"num_neurons": 12, "num_parents": 3, "num_slots": 2, "num_input_neurons": 4}
-        return sparse if name == "sparsenet" else {"hidden_size": 16}
+        sparse = {"num_neurons": 12, "num_parents": 3, "num_slots": 2}
+        tiny = {
+            "sparsenet": sparse | {"num_input_neurons": 4},
+            "sparse_mlp": sparse | {"num_layers": 3},
+        }
+        return tiny.get(name, {"hidden_size": 16})
 
     def wait(self) -> None:
         """Wait until the GPU has done what it was given."""
@@ -148,11 +152,12 @@ def cuda_tests(given: Given) -> dict[str, Any]:
 
 
 class Run:
-    """A training run that can be saved and continued, on any device."""
+    """A training run of a policy that can be saved and continued, on any device."""
 
-    def __init__(self, given: Given, label: str, device: torch.device, num_envs: int) -> None:
-        arguments = dict(POLICIES[label][0])
-        arguments |= given.settings(arguments["name"])
+    def __init__(
+        self, given: Given, arguments: dict[str, Any], device: torch.device, num_envs: int
+    ) -> None:
+        arguments = arguments | given.settings(arguments["name"])
         env = make_vector("labyrinth_escape", num_envs, given.env_config)
         actions = action_space_of(env.action_space)
         self.policy: Policy = make_policy(
@@ -203,7 +208,7 @@ def determinism(given: Given) -> dict[str, Any]:
 
 def _repeat(given: Given, label: str) -> dict[str, Any]:
     def start(device: torch.device = given.device) -> Run:
-        return Run(given, label, device, given.batches[0])
+        return Run(given, POLICIES[label][0], device, given.batches[0])
 
     half = given.iterations // 2
     once, again, resumed = start(), start(), start()
@@ -272,7 +277,7 @@ def launches(given: Given) -> dict[str, Any]:
         activities.append(ProfilerActivity.CUDA)
     for num_envs in given.batches:
         for label in POLICIES:
-            run = Run(given, label, given.device, num_envs)
+            run = Run(given, POLICIES[label][0], given.device, num_envs)
             run.iterate()
             given.wait()
             with profile(activities=activities) as profiled:

@@ -1,6 +1,7 @@
 """Full-episode REINFORCE without Ray: batch, rollout, loss, update, and a plain training loop."""
 
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.loss import discounted_returns, normalize_returns, reinforce_loss
 from sgrl.reinforce.rollout import Rollout, action_space_of
@@ -15,6 +16,7 @@ __all__ = [
     "discounted_returns",
     "make_optimizers",
     "normalize_returns",
+    "prepare_device",
     "reinforce_loss",
     "train",
     "update",

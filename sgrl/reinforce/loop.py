@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.policy import Policy
 from sgrl.reinforce.batch import StepCounts
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
@@ -25,7 +26,8 @@ def train(
     """Train a policy; one iteration is one batch of one episode per environment.
 
     Args:
-        policy: to train, in place.
+        policy: to train, in place. On a GPU the process is set up by `prepare_device`, so that a
+            run repeats itself bit for bit.
         env: the environments.
         iterations: number of batches.
         lr: learning rate of the policy's parameters.
@@ -46,6 +48,7 @@ def train(
         >>> for row in train(policy, env, iterations=300):
         ...     print(row["iteration"], row["success_rate"])
     """
+    prepare_device(next(policy.parameters()).device)
     rollout = Rollout(env, policy, seed, keep=True)
     optimizers = make_optimizers(policy, lr, predictor_lr)
     counts = StepCounts()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgrl.nn.connectivity import add_to_sources
 from sgrl.nn.mixing import MIN_NORM, MixingRule, Moments, norm
 from sgrl.nn.neuron import Layer, Stack
 from sgrl.nn.sgprop import Mixing, mean_norms
@@ -137,12 +138,11 @@ class _Stack(torch.autograd.Function):
                 sources = layer.sources.flatten()
                 if index:
                     gradient = mixed.clone() if residual else torch.zeros_like(mixed)
-                    gradient.view(layer.num_neurons, -1).index_add_(
-                        0, sources, grad_read.view(len(sources), -1)
-                    )
+                    total = gradient.view(layer.num_neurons, -1)
+                    add_to_sources(total, sources, grad_read.view(len(sources), -1))
                 else:
                     grad_x = x.new_zeros(x.shape[1], len(x))
-                    grad_x.index_add_(0, sources, grad_read.flatten(0, 1))
+                    add_to_sources(grad_x, sources, grad_read.flatten(0, 1))
                     grad_x = grad_x.t()
         mixing.statistics.update(sums)
         return (None, None, grad_x, *grads)
