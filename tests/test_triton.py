@@ -1,0 +1,137 @@
+"""Triton kernels against the torch backend: on the CPU in Triton's interpreter, and compiled."""
+
+import os
+
+import pytest
+import torch
+
+# Before triton is imported, and never where it is to run on a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from sgrl.nn.kernels import torch_unroll, triton_unroll
+from sgrl.nn.neuron import Layer
+from sgrl.nn.recurrent import SparseRNN
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: num_runs, T, B, E, W, N, P, M, num_input_neurons
+SIZES = {
+    "one": (1, 3, 4, 3, 8, 2, 2, 2, 4),
+    "odd batch": (2, 3, 5, 3, 8, 3, 2, 2, 3),
+    "tiles of neurons": (1, 2, 3, 2, 11, 2, 3, 3, 7),
+    "three": (3, 2, 9, 4, 6, 1, 4, 1, 6),
+    "one of all": (2, 1, 1, 1, 1, 1, 1, 1, 1),
+}
+
+
+class Case:
+    """Separate networks, the same ones stacked, and inputs."""
+
+    def __init__(self, sizes, dtype=torch.float32, **settings):
+        self.num_runs, self.length, self.batch, external, width, size, parents, slots, inputs = (
+            sizes
+        )
+        sources = [torch.Generator().manual_seed(seed) for seed in range(self.num_runs)]
+        self.nets = [
+            SparseRNN(
+                external,
+                width,
+                size,
+                parents,
+                slots,
+                inputs,
+                backend="torch",
+                generator=source,
+                dtype=dtype,
+                **settings,
+            )
+            for source in sources
+        ]
+        draw = torch.Generator().manual_seed(100)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=draw, dtype=torch.float64).to(DEVICE, dtype)
+
+        for net in self.nets:
+            net.to(DEVICE)
+            with torch.no_grad():
+                net.neurons.bias.copy_(normal(*net.neurons.bias.shape))
+                net.neurons.weight_h.mul_(3)
+                if net.neurons.has_predictor:
+                    for name in ("predictor_h", "predictor_x", "predictor_bias"):
+                        parameter = getattr(net.neurons, name)
+                        parameter.copy_(0.5 * normal(*parameter.shape))
+                    net.neurons.mixing_weight.copy_(normal(width).abs().clamp(max=1))
+        self.x = normal(self.num_runs, self.length, self.batch, external)
+        self.h_0 = normal(self.num_runs * width, size, self.batch)
+        self.layer = stacked([net.layer() for net in self.nets])
+
+    def run(self, values, axis=0):
+        """The parts of F neurons along an axis, run by run."""
+        return values.chunk(self.num_runs, dim=axis)
+
+
+def stacked(layers):
+    """One layer that holds several, side by side."""
+    width = len(layers[0].weight_h)
+    changed = {"sources": torch.cat([x.sources + s * width for s, x in enumerate(layers)])}
+    for name in ("weight_h", "weight_x", "bias", "predictor_h", "predictor_x", "predictor_bias"):
+        values = [getattr(layer, name) for layer in layers]
+        changed[name] = None if values[0] is None else torch.cat([v.detach() for v in values])
+    changed["mixing_weight"] = torch.cat([layer.mixing_weight for layer in layers])
+    return Layer(**{**layers[0]._asdict(), **changed})
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN."""
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def new_empty(self, *size, **kwargs):
+        made = empty(self, *size, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kwargs: empty_like(x, **kwargs).fill_(torch.nan)
+    )
+
+
+def close(actual, expected, tolerance=None):
+    tolerance = tolerance or (1e-6 if expected.dtype == torch.float32 else 1e-12)
+    scale = expected.abs().max().clamp(min=1).item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def torch_forward(case):
+    """The torch backend's outputs of each run, along the axis of the neurons."""
+    made = [
+        torch_unroll._forward(
+            net.layer(),
+            x,
+            h_0.permute(2, 0, 1),
+            net.neurons.weight_h,
+            net.neurons.weight_x,
+            net.neurons.bias,
+        )
+        for net, x, h_0 in zip(case.nets, case.x, case.run(case.h_0), strict=True)
+    ]
+    return [torch.cat([v.detach() for v in values], dim=1) for values in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_forward_equals_the_torch_backend(sizes, dtype):
+    case = Case(sizes, dtype)
+    with torch.no_grad():
+        expected = torch_forward(case)
+        actual = triton_unroll.forward(case.layer, case.num_runs, case.x, case.h_0)
+        only, *nothing = triton_unroll.forward(
+            case.layer, case.num_runs, case.x, case.h_0, keeps=False
+        )
+    for one, other in zip(actual, expected, strict=True):
+        close(one, other)
+    assert torch.equal(only, actual[0])
+    assert nothing == [None, None]
