@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from sgrl.nn.connectivity import child_counts, random_connectivity
+from sgrl.nn.connectivity import (
+    child_counts,
+    edge_table,
+    random_connectivity,
+    sum_over_children,
+)
 from sgrl.nn.mixing import (
     Moments,
     batch_moments,
@@ -26,6 +31,26 @@ def test_connectivity_is_uniform_without_replacement() -> None:
     assert (counts - 1500).abs().max() < 150
     again = random_connectivity(4000, 8, 3, torch.Generator().manual_seed(0))
     assert torch.equal(parents, again)
+
+
+@pytest.mark.parametrize("num_parents", [1, 2, 5])
+def test_sums_over_edges(num_parents: int) -> None:
+    generator = torch.Generator().manual_seed(num_parents)
+    parents = random_connectivity(11, 13, num_parents, generator)
+    values = torch.randn(11 * num_parents, 2, dtype=torch.float64, generator=generator)
+    edges = edge_table(parents, 13)
+    assert [row[row < len(values)].tolist() for row in edges] == [
+        [e for e, parent in enumerate(parents.flatten().tolist()) if parent == source]
+        for source in range(13)
+    ]
+    by_index_add = sum_over_children(values, parents, 13)
+    torch.testing.assert_close(sum_over_children(values, parents, 13, edges), by_index_add)
+    weight = torch.rand(13, generator=generator, dtype=torch.float64)[:11]
+    parents = parents.clamp(max=10)
+    torch.testing.assert_close(
+        temporal_schedule(weight, parents, 7, 0.3, edge_table(parents, 11)),
+        temporal_schedule(weight, parents, 7, 0.3),
+    )
 
 
 def test_schedule_by_the_definition() -> None:

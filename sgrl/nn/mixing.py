@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sgrl.nn.neuron import Activation, PerNeuron
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
     mean_wu: PerNeuron  # mean of <w, u>
     square_mean_u: PerNeuron  # |mean u|^2
     mean_w_mean_u: PerNeuron  # <mean w, mean u>
-    num_samples: int  # B
+    num_samples: int | PerNeuron  # B
 
 
 @dataclass
@@ -176,15 +176,19 @@ def estimate_mixing_weight(moments: Moments, previous: PerNeuron, eps: float) ->
 
     Source: the paper, Section H.2.
     """
-    if moments.num_samples <= 1:
-        return previous.clone()
-    return mixing_weight_from(mean_covariances(moments), previous, eps)
+    estimate = mixing_weight_from(mean_covariances(moments), previous, eps)
+    return torch.where(several_samples(moments), estimate, previous)
+
+
+def several_samples(moments: Moments) -> Bool[Tensor, "..."]:
+    """Whether there are samples enough for covariances, 0-dim or per neuron."""
+    return torch.as_tensor(moments.num_samples > 1, device=moments.mean_wu.device)
 
 
 def mean_covariances(moments: Moments) -> tuple[PerNeuron, PerNeuron, PerNeuron]:
     """Unbiased estimates of Var(mean u) and Cov(mean w, mean u), and |mean u|^2, all [W].
 
-    There must be 2 samples at least.
+    They mean nothing unless there are 2 samples (`several_samples`).
     """
     mean_u_square, mean_wu, square_mean_u, mean_w_mean_u, num_samples = moments
     variance = ((mean_u_square - square_mean_u) / (num_samples - 1)).clamp(min=0)

@@ -9,7 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.names import did_you_mean
-from sgrl.nn.mixing import MixingRule, Moments, mean_covariances, mixing_weight_from
+from sgrl.nn.mixing import (
+    MixingRule,
+    Moments,
+    mean_covariances,
+    mixing_weight_from,
+    several_samples,
+)
 from sgrl.nn.neuron import PerNeuron
 
 
@@ -30,14 +36,17 @@ class RunningRule(MixingRule):
     def next_weight(
         self, moments: Moments, previous: PerNeuron, memory: Float[Tensor, "rows W"]
     ) -> PerNeuron:
-        if moments.num_samples <= 1:
-            return previous.clone()
         variance, covariance, square_mean_u = mean_covariances(moments)
         batch = torch.stack([variance, covariance, square_mean_u, torch.ones_like(variance)])
-        memory.copy_(self.momentum * memory + (1 - self.momentum) * batch)
+        enough = several_samples(moments)
+        memory.copy_(
+            torch.where(enough, self.momentum * memory + (1 - self.momentum) * batch, memory)
+        )
         # No weight at all (m = 1): zeros, from which nothing can be told.
         total = memory[3].clamp(min=torch.finfo(memory.dtype).tiny)
-        return mixing_weight_from((memory[:3] / total).unbind(), previous, self.least_denominator)
+        covariances = (memory[:3] / total).unbind()
+        weight = mixing_weight_from(covariances, previous, self.least_denominator)
+        return torch.where(enough, weight, previous)
 
 
 class RawRule(MixingRule):

@@ -54,6 +54,15 @@ class Layer(NamedTuple):
     predictor_bias: Tensor | None
     mixing_weight: Tensor
     mixing_memory: Tensor
+    #: S, where the layers of so many runs are stacked, one run's neurons after the other's; W is
+    #: then the number of all, `sources` are among all, and num_input_neurons is each run's.
+    runs: int | None = None
+    edges: Tensor | None = None  # `connectivity.edge_table` of the sources, where runs are stacked
+
+    @property
+    def num_runs(self) -> int:
+        """S, 1 for a network by itself."""
+        return self.runs or 1
 
     @property
     def num_parents(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from sgrl.nn.connectivity import child_counts
+from sgrl.nn.connectivity import child_counts, edge_table, sum_over_children
 from sgrl.nn.mixing import MIN_NORM, MixingRule, norm
 from sgrl.nn.mixing_rules import mixing_rule
 from sgrl.nn.neuron import predictor_generator
@@ -251,7 +251,11 @@ class SampleShuffle(nn.Module):
 
 
 def temporal_schedule(
-    mixing_weight: Float[Tensor, " W"], parents: Int64[Tensor, "W P"], length: int, beta: float
+    mixing_weight: Float[Tensor, " W"],
+    parents: Int64[Tensor, "W P"],
+    length: int,
+    beta: float,
+    edges: Int64[Tensor, "W C"] | None = None,
 ) -> Float[Tensor, "{length} W"]:
     """Lambda of every neuron at every step of a sequence.
 
@@ -263,6 +267,7 @@ def temporal_schedule(
         parents: [W, P].
         length: T.
         beta: step of the schedule, >= 0.
+        edges: as of `connectivity.sum_over_children`.
 
     Returns:
         [T, W]; the last row is `mixing_weight`.
@@ -272,12 +277,17 @@ def temporal_schedule(
     schedule = mixing_weight.repeat(length, 1)
     if beta == 0:
         return schedule
-    edges = child_counts(parents, len(mixing_weight)).clamp(min=1)
-    parent_of_edge = parents.flatten()
+    count = len(mixing_weight)
+    if edges is None and mixing_weight.is_cuda:
+        edges = edge_table(parents, count)
+    if edges is None:
+        num_edges = child_counts(parents, count).clamp(min=1)
+    else:
+        num_edges = (edges < parents.numel()).sum(1).clamp(min=1)
     for t in range(length - 2, -1, -1):
         distrust = (1 - schedule[t + 1]).repeat_interleave(parents.shape[1])
-        total = torch.zeros_like(mixing_weight).index_add_(0, parent_of_edge, distrust)
-        schedule[t] = (schedule[t + 1] + beta * total / edges).clamp(max=1)
+        total = sum_over_children(distrust, parents, count, edges)
+        schedule[t] = (schedule[t + 1] + beta * total / num_edges).clamp(max=1)
     return schedule
 
 

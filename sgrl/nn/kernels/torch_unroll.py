@@ -11,7 +11,8 @@ all T * B samples.
 The backward pass does the latter by chunks of time, each small enough for the cache.
 
 Letters: W neurons of size N, M slots, R = M + M*N rows of the stacked weights, L = P*N numbers
-read from parents, E external inputs, X input neurons, K = T * B samples.
+read from parents, E external inputs, X input neurons, K = T * B samples. S runs may be stacked
+(`Layer.runs`): W neurons, w = W / S of each.
 """
 
 from collections.abc import Callable
@@ -21,23 +22,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sgrl.nn.connectivity import edge_table, sum_over_children
+from sgrl.nn.kernels.torch_layer import (
+    Pass,
+    external_gradient,
+    forward_pass,
+    of_input_neurons,
+    parameter_gradients,
+    row_gradients,
+    scale_keys,
+)
 from sgrl.nn.mixing import Moments, norm, unit
 from sgrl.nn.neuron import Layer
 from sgrl.nn.sgprop import Mixing, positive_projection
 
-#: Samples (steps x batch) that a chunk of the backward pass holds.
-CHUNK_SAMPLES = 160
+#: Samples (steps x batch) that a chunk of the backward pass holds, for the processor's cache or the
+#: GPU's memory. Sums are taken by chunks, so it must not depend on how many runs are stacked.
+CHUNK_SAMPLES = {"cpu": 160, "cuda": 800}
 
 
 def unroll(
     layer: Layer,
     mixing: Mixing,
     schedule: Callable[[int], Tensor],
-    x: Float[Tensor, "T B E"],
-    h_0: Float[Tensor, "B W N"],
-    mask: Bool[Tensor, "T B"] | None,
-) -> Float[Tensor, "T B W N"]:
-    """Unroll a layer over time.
+    x: Float[Tensor, "*S T B E"],
+    h_0: Float[Tensor, "*S B w N"],
+    mask: Bool[Tensor, "*S T B"] | None,
+    passed: Pass | None = None,
+) -> Float[Tensor, "*S T B w N"]:
+    """Unroll a layer over time; where runs are stacked all shapes begin with S, w being W / S.
 
     Args:
         layer: reads its own states and x.
@@ -46,52 +59,20 @@ def unroll(
         x: [T, B, E].
         h_0: state before the first step [B, W, N].
         mask: bool [T, B], True at valid steps; all if None.
+        passed: this very forward pass, if it was made already.
 
     Returns:
         [T, B, W, N].
     """
+    if layer.runs is None:
+        x, h_0, mask = x[None], h_0[None], None if mask is None else mask[None]
     parameters = layer.parameters()
     inputs = (x, h_0, *parameters.values())
-    if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
-        states, _, _ = _forward(layer, x, h_0, *inputs[2:5])
-        return states[1:].permute(0, 3, 1, 2)
-    return _Unroll.apply(layer, mixing, schedule, mask, *inputs)
-
-
-def _forward(
-    layer: Layer, x: Tensor, h_0: Tensor, weight_h: Tensor, weight_x: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> states [T+1, W, N, B] (h_0 first), attention [T, W, M, B], slots [T, W, M, N, B]."""
-    num_neurons, size, num_slots = layer.num_neurons, layer.neuron_size, layer.num_slots
-    length, batch, _ = x.shape
-    parents = layer.sources.flatten()
-    scaled_h = _scale_keys(weight_h, num_slots, layer.scale)
-    num_x, rows = weight_x.shape[:2]
-    external = torch.matmul(weight_x.flatten(0, 1), x.transpose(1, 2)).view(
-        length, num_x, rows, batch
-    )
-    external[:, :, :num_slots] *= layer.scale
-    bias_rows = bias.view(num_neurons, -1, 1)
-    states = x.new_empty(length + 1, num_neurons, size, batch)
-    states[0] = h_0.permute(1, 2, 0)
-    attention = x.new_empty(length, num_neurons, num_slots, batch)
-    slots = x.new_empty(length, num_neurons, num_slots, size, batch)
-    for t in range(length):
-        read = states[t].view(num_neurons, -1).index_select(0, parents)
-        scores = torch.bmm(scaled_h, read.view(num_neurons, -1, batch))
-        scores[:num_x] += external[t]
-        torch.softmax(scores[:, :num_slots], dim=1, out=attention[t])
-        pre = slots[t].view(num_neurons, -1, batch)
-        torch.add(scores[:, num_slots:], bias_rows, out=pre).tanh_()
-        torch.sum(attention[t].unsqueeze(2) * slots[t], dim=1, out=states[t + 1])
-    return states, attention, slots
-
-
-def _scale_keys(weight: Tensor, num_slots: int, scale: float) -> Tensor:
-    """Stacked weights [W, R, L] with the rows of the keys multiplied by the scale."""
-    weight = weight.detach().clone()
-    weight[:, :num_slots] *= scale
-    return weight
+    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+        output = _Unroll.apply(layer, mixing, schedule, mask, passed, *inputs)
+    else:
+        output = forward_pass(layer, x, h_0, *inputs[2:5]).output()
+    return output[0] if layer.runs is None else output
 
 
 class _Unroll(torch.autograd.Function):
@@ -102,6 +83,7 @@ class _Unroll(torch.autograd.Function):
         mixing: Mixing,
         schedule: Callable[[int], Tensor],
         mask: Tensor | None,
+        passed: Pass | None,
         x: Tensor,
         h_0: Tensor,
         weight_h: Tensor,
@@ -109,11 +91,12 @@ class _Unroll(torch.autograd.Function):
         bias: Tensor,
         *predictor: Tensor,
     ) -> Tensor:
-        states, attention, slots = _forward(layer, x, h_0, weight_h, weight_x, bias)
+        passed = passed or forward_pass(layer, x, h_0, weight_h, weight_x, bias)
         ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
-        ctx.schedule = schedule(len(x)) if mixing.settings.mixes else None
-        ctx.save_for_backward(x, weight_h, weight_x, states, attention, slots, *predictor)
-        return states[1:].permute(0, 3, 1, 2).clone()
+        ctx.schedule = schedule(x.shape[1]) if mixing.settings.mixes else None
+        kept = (passed.states, passed.attention, passed.slots)
+        ctx.save_for_backward(x, weight_h, weight_x, *kept, *predictor)
+        return passed.output().clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,14 +104,17 @@ class _Unroll(torch.autograd.Function):
         layer, mixing, mask = ctx.layer, ctx.mixing, ctx.mask
         x, weight_h, weight_x, states, attention, slots, *predictor = ctx.saved_tensors
         num_neurons, num_slots = layer.num_neurons, layer.num_slots
-        length, batch, _ = x.shape
-        rows, num_x = weight_h.shape[1], len(weight_x)
+        runs, length, batch, _ = x.shape
+        rows = weight_h.shape[1]
         parents = layer.sources.flatten()
+        edges = layer.edges
+        if edges is None and x.is_cuda:
+            edges = edge_table(layer.sources, num_neurons)
 
-        scaled_t = _scale_keys(weight_h, num_slots, layer.scale).transpose(1, 2)
-        scaled_x = _scale_keys(weight_x, num_slots, layer.scale).flatten(0, 1)
-        grad_output = grad_output.permute(0, 2, 3, 1)  # [T, W, N, B]
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
+        scaled_t = scale_keys(weight_h, num_slots, layer.scale).transpose(1, 2)
+        scaled_x = scale_keys(weight_x, num_slots, layer.scale).view(runs, -1, x.shape[3])
+        grad_output = grad_output.permute(1, 0, 3, 4, 2)  # [T, S, w, N, B]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[5] else None
         grads = [torch.zeros_like(p) for p in (weight_h, weight_x, layer.bias)]
         grad_predictor = [torch.zeros_like(p) for p in predictor]
         measured = None
@@ -137,39 +123,48 @@ class _Unroll(torch.autograd.Function):
         carried = x.new_zeros(num_neurons, layer.neuron_size, batch)
         shuffled = None
         if mixing.permutation is not None:
-            valid = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask
+            valid = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask[0]
             order = mixing.permutation(valid)
             shuffled = _shuffled_predictions(layer, order, predictor, states, x, attention)
 
         # Chunk after chunk from the end, so that what is needed only for the sums over all
         # samples stays small enough for the cache and never fills the memory.
-        chunk = max(1, CHUNK_SAMPLES // batch)
+        chunk = max(1, CHUNK_SAMPLES.get(x.device.type, 160) // batch)
         for stop in range(length, 0, -chunk):
             steps = slice(max(0, stop - chunk), stop)
             count = steps.stop - steps.start
             a, y, h = attention[steps], slots[steps], states[1:][steps]
-            # Every neuron's inputs at these steps, [W, L, K] and [E, K].
+            # Every neuron's inputs at these steps, [W, L, K] and [S, E, K].
             before = states[steps].permute(1, 2, 0, 3).reshape(num_neurons, -1)
             read = before.index_select(0, parents).view(num_neurons, -1, count * batch)
-            external = x[steps].permute(2, 0, 1).reshape(-1, count * batch)
+            external = x[:, steps].permute(0, 3, 1, 2).reshape(runs, -1, count * batch)
             grad_rows = x.new_empty(count, num_neurons, rows, batch)
             if measured is not None:
                 mixture = _Mixture(
-                    mixing, predictor, read, external, a, ctx.schedule[steps], mask, steps, shuffled
+                    mixing,
+                    predictor,
+                    read,
+                    external,
+                    a,
+                    ctx.schedule[steps],
+                    mask,
+                    steps,
+                    shuffled,
                 )
             for t in range(count - 1, -1, -1):
-                feedback = grad_output[steps.start + t] + carried
+                feedback = grad_output[steps.start + t].reshape_as(carried) + carried
                 if measured is not None:
                     feedback = mixture.mix(t, feedback)
-                _row_gradients(grad_rows[t], feedback, a[t], y[t], h[t])
+                row_gradients(grad_rows[t], feedback, a[t], y[t], h[t])
                 grad_read = torch.bmm(scaled_t, grad_rows[t]).view(len(parents), -1)
-                carried = torch.zeros_like(carried)
-                carried.view(num_neurons, -1).index_add_(0, parents, grad_read)
+                carried = sum_over_children(grad_read, layer.sources, num_neurons, edges)
+                carried = carried.view(num_neurons, -1, batch)
             by_neuron = grad_rows.permute(1, 2, 0, 3).reshape(num_neurons, rows, -1)
-            _add(grads, _parameter_gradients(layer, by_neuron, read, external))
+            _add(grads, parameter_gradients(layer, by_neuron, read, external))
             if grad_x is not None:
-                grad_external = scaled_x.t() @ by_neuron[:num_x].flatten(0, 1)
-                grad_x[steps] = grad_external.t().view(count, batch, -1)
+                of_input = of_input_neurons(layer, by_neuron)
+                grad_external = torch.bmm(scaled_x.transpose(1, 2), of_input)
+                grad_x[:, steps] = grad_external.transpose(1, 2).unflatten(1, (count, batch))
             if measured is not None:
                 grad_prediction = measured.add(mixture)
                 parts = _predictor_gradients(layer, grad_prediction, a, read, external)
@@ -178,8 +173,10 @@ class _Unroll(torch.autograd.Function):
                     measured.add_moments(mixture, a, y, h, read, external)
         if measured is not None:
             measured.finish()
-        grad_h0 = carried.permute(2, 0, 1) if ctx.needs_input_grad[5] else None
-        return (None, None, None, None, grad_x, grad_h0, *grads, *grad_predictor)
+        grad_h0 = None
+        if ctx.needs_input_grad[6]:
+            grad_h0 = carried.unflatten(0, (runs, -1)).permute(0, 3, 1, 2)
+        return (None, None, None, None, None, grad_x, grad_h0, *grads, *grad_predictor)
 
 
 def _add(totals: list[Tensor], parts: tuple[Tensor, ...]) -> None:
@@ -203,7 +200,11 @@ class _Mixture:
         shuffled: Tensor | None,
     ) -> None:
         self.projects = mixing.settings.positive_projection
-        self.valid = None if mask is None else mask[steps].view(len(schedule), 1, 1, -1)
+        self.valid = None  # [T, W or 1, 1, B]
+        if mask is not None:
+            self.valid = mask[:, steps].transpose(0, 1).unsqueeze(2)
+            if len(mask) > 1:
+                self.valid = self.valid.repeat_interleave(schedule.shape[1] // len(mask), 1)
         self.prediction = _predict(predictor, read, external, attention)
         self.weight = schedule.view(*schedule.shape, 1, 1)
         if mixing.settings.mask_predictions and self.valid is not None:
@@ -231,9 +232,11 @@ class _Measured:
 
     def __init__(self, layer: Layer, mixing: Mixing, mask: Tensor | None, samples: int) -> None:
         self.layer, self.mixing = layer, mixing
-        self.num_valid = samples if mask is None else int(mask.sum())
-        self.terms = max(self.num_valid, 1) * layer.num_neurons * layer.neuron_size
-        zero = layer.bias.new_zeros(())
+        valid = torch.full_like(layer.mixing_weight[: layer.num_runs], samples)
+        #: Valid samples of each run [S].
+        self.num_valid = valid if mask is None else mask.sum((1, 2)).to(valid)
+        self.terms = self.num_valid.clamp(min=1) * (layer.num_neurons // layer.num_runs)
+        zero = torch.zeros_like(valid)
         names = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
         self.statistics = {name: zero.clone() for name in names}
         self.u_square = torch.zeros_like(layer.mixing_weight)
@@ -248,8 +251,9 @@ class _Measured:
         residual = mixture.prediction - (mixture.received if received else mixture.mixed)
         if mixture.valid is not None:
             residual = torch.where(mixture.valid, residual, 0.0)
-        self.statistics["predictor_loss"] += residual.square().sum() / self.terms
-        share = 1 / (max(self.num_valid, 1) * self.layer.num_neurons)
+        size = self.layer.neuron_size
+        loss = self._sum_of_runs(residual.square()) / (self.terms * size)
+        self.statistics["predictor_loss"] += loss
         for name, vectors in (
             ("received_grad_norm", mixture.received),
             ("mixed_grad_norm", mixture.mixed),
@@ -258,8 +262,16 @@ class _Measured:
             norms = norm(vectors, dim=2)
             if mixture.valid is not None:
                 norms = torch.where(mixture.valid, norms, 0.0)
-            self.statistics[name] += norms.sum() * share
-        return 2 * residual / self.terms
+            self.statistics[name] += self._sum_of_runs(norms) * self.terms.reciprocal()
+        return 2 * residual / (self._of_neurons(self.terms) * size).view(-1, 1, 1)
+
+    def _sum_of_runs(self, values: Tensor) -> Tensor:
+        """Values [T, W, ...] -> sums over each run's, [S]."""
+        return values.unflatten(1, (self.layer.num_runs, -1)).transpose(0, 1).flatten(1).sum(1)
+
+    def _of_neurons(self, of_runs: Tensor) -> Tensor:
+        """Values of runs [S] -> of their neurons [W]."""
+        return of_runs.repeat_interleave(self.layer.num_neurons // self.layer.num_runs)
 
     def add_moments(
         self,
@@ -272,7 +284,7 @@ class _Measured:
     ) -> None:
         """Add a chunk's moments of w and u = s - w."""
         layer = self.layer
-        num_slots, num_x = layer.num_slots, layer.num_input_neurons
+        num_slots = layer.num_slots
         gradient, synthetic = mixture.received, mixture.substitute
         if self.mixing.rule.unit_gradients:
             gradient, synthetic = unit(gradient, dim=2), unit(synthetic, dim=2)
@@ -284,12 +296,13 @@ class _Measured:
         def rows_of(feedback: Tensor) -> Tensor:
             count, num_neurons, _, batch = feedback.shape
             rows = feedback.new_empty(count, num_neurons, layer.weight_h.shape[1], batch)
-            _row_gradients(rows, feedback, attention, slots, output)
+            row_gradients(rows, feedback, attention, slots, output)
             return rows.permute(1, 2, 0, 3).reshape(num_neurons, rows.shape[2], -1)
 
         rows_w, rows_u = rows_of(gradient), rows_of(difference)
         x_square = read.square().sum(1)
-        x_square[:num_x] += external.square().sum(0)
+        of_runs = x_square.view(layer.num_runs, -1, x_square.shape[1])
+        of_runs[:, : layer.num_input_neurons] += external.square().sum(1, keepdim=True)
 
         def inner(rows: Tensor, other: Tensor) -> Tensor:
             product = rows * other
@@ -299,28 +312,32 @@ class _Measured:
 
         self.u_square += inner(rows_u, rows_u)
         self.wu += inner(rows_w, rows_u)
-        _add(self.w_sum, _parameter_gradients(layer, rows_w, read, external))
-        _add(self.u_sum, _parameter_gradients(layer, rows_u, read, external))
+        _add(self.w_sum, parameter_gradients(layer, rows_w, read, external))
+        _add(self.u_sum, parameter_gradients(layer, rows_u, read, external))
 
     def finish(self) -> None:
         """Hand over the statistics and, if lambda is adaptive, update it."""
-        self.mixing.statistics.update(self.statistics)
+        for name, value in self.statistics.items():
+            self.mixing.statistics[name] = value[0] if self.layer.runs is None else value
         if not self.mixing.rule.updates:
             return
 
         def inner_of_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
             total = torch.zeros_like(self.u_square)
             for a, b in zip(one, other, strict=True):
-                total[: len(a)] += (a * b).flatten(1).sum(1)
+                products = (a * b).flatten(1).sum(1)
+                runs = self.layer.num_runs
+                total.view(runs, -1)[:, : len(a) // runs] += products.view(runs, -1)
             return total
 
-        count = max(self.num_valid, 1)
+        num_samples = self._of_neurons(self.num_valid)
+        count = num_samples.clamp(min=1)
         moments = Moments(
             mean_u_square=self.u_square / count,
             mean_wu=self.wu / count,
             square_mean_u=inner_of_sums(self.u_sum, self.u_sum) / count**2,
             mean_w_mean_u=inner_of_sums(self.w_sum, self.u_sum) / count**2,
-            num_samples=self.num_valid,
+            num_samples=num_samples,
         )
         self.mixing.rule.update(self.layer, moments)
 
@@ -332,8 +349,11 @@ def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention:
     length, batch = len(attention), attention.shape[-1]
     guesses = torch.bmm(predictor_h, read)  # [W, M*N, K]
     guesses += predictor_bias.view(num_neurons, -1, 1)
-    num_x = len(predictor_x)
-    guesses[:num_x] += (predictor_x.flatten(0, 1) @ external).view(num_x, -1, guesses.shape[2])
+    runs, rows = len(external), predictor_x.shape[1]
+    of_external = torch.bmm(predictor_x.view(runs, -1, external.shape[1]), external)
+    of_external = of_external.unflatten(1, (-1, rows))
+    of_runs = guesses.view(runs, -1, rows, guesses.shape[2])
+    of_runs[:, : of_external.shape[1]] += of_external
     guesses = guesses.view(num_neurons, num_slots, size, length, batch)
     weights = attention.permute(1, 2, 0, 3).unsqueeze(2)  # [W, M, 1, T, B]
     return (guesses * weights).sum(1).permute(2, 0, 1, 3).contiguous()
@@ -348,53 +368,22 @@ def _shuffled_predictions(
     attention: Tensor,
 ) -> Tensor:
     """Predictions of all steps, dealt out anew among the samples, [T, W, N, B]."""
-    length, batch, _ = x.shape
+    _, length, batch, _ = x.shape
     read = states[:-1].permute(1, 2, 0, 3).reshape(layer.num_neurons, -1)
     read = read.index_select(0, layer.sources.flatten())
     read = read.view(layer.num_neurons, -1, length * batch)
-    external = x.permute(2, 0, 1).reshape(-1, length * batch)
+    external = x.permute(0, 3, 1, 2).reshape(1, -1, length * batch)
     prediction = _predict(predictor, read, external, attention)
     by_sample = prediction.permute(0, 3, 1, 2).flatten(0, 1)[order]
     return by_sample.view(length, batch, *by_sample.shape[1:]).permute(0, 2, 3, 1).contiguous()
-
-
-def _row_gradients(
-    out: Tensor, feedback: Tensor, attention: Tensor, slots: Tensor, output: Tensor
-) -> None:
-    """Gradients of the scores and pre-activations, [..., W, M + M*N, B], into `out`.
-
-    feedback and output [..., W, N, B], attention [..., W, M, B], slots [..., W, M, N, B].
-    """
-    num_slots = attention.shape[-2]
-    value = (feedback.unsqueeze(-3) * slots).sum(-2)  # v_m = <g, y_m>
-    value -= (feedback * output).sum(-2).unsqueeze(-2)  # sum_k a_k v_k = <g, output>
-    torch.mul(attention, value, out=out[..., :num_slots, :])
-    slope = torch.addcmul(slots.new_ones(()), slots, slots, value=-1)
-    slope *= attention.unsqueeze(-2)
-    slope *= feedback.unsqueeze(-3)
-    out[..., num_slots:, :] = slope.flatten(-3, -2)
-
-
-def _parameter_gradients(
-    layer: Layer, grad_rows: Tensor, read: Tensor, external: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight_h, weight_x, bias from those of the rows [W, R, K], summed over K."""
-    num_x, num_slots = layer.num_input_neurons, layer.num_slots
-    grad_h = torch.bmm(grad_rows, read.transpose(1, 2))
-    grad_x = (grad_rows[:num_x].flatten(0, 1) @ external.t()).view(num_x, -1, len(external))
-    grad_h[:, :num_slots] *= layer.scale
-    grad_x[:, :num_slots] *= layer.scale
-    grad_bias = grad_rows[:, num_slots:].sum(-1).view_as(layer.bias)
-    return grad_h, grad_x, grad_bias
 
 
 def _predictor_gradients(
     layer: Layer, grad_prediction: Tensor, attention: Tensor, read: Tensor, external: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the predictor's parameters from that of its prediction [T, W, N, B]."""
-    num_x = layer.num_input_neurons
     weighted = attention.unsqueeze(3) * grad_prediction.unsqueeze(2)  # [T, W, M, N, B]
     rows = weighted.flatten(2, 3).permute(1, 2, 0, 3).reshape(len(read), -1, read.shape[2])
     grad_h = torch.bmm(rows, read.transpose(1, 2))
-    grad_x = (rows[:num_x].flatten(0, 1) @ external.t()).view(num_x, -1, len(external))
+    grad_x = external_gradient(layer, rows, external)
     return grad_h, grad_x, rows.sum(-1).view(len(read), layer.num_slots, -1)
