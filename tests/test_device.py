@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from sgrl.nn.connectivity import add_to_sources, sum_by_source
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 
@@ -82,21 +81,6 @@ def test_one_precision_for_all_on_cuda() -> None:
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_edges_carry_is_summed_in_their_order(device: str) -> None:
-    """Bit for bit what `index_add_` gives on a CPU; neuron 5 has no child."""
-    generator = torch.Generator().manual_seed(0)
-    sources = torch.randint(0, 40, (240,), generator=generator)
-    sources[sources == 5] = 6
-    values = torch.randn(240, 17, generator=generator)
-    expected = torch.zeros(40, 17).index_add_(0, sources, values)
-    on_device = sources.to(device), values.to(device)
-    assert torch.equal(sum_by_source(40, *on_device).cpu(), expected)
-    total = torch.ones(40, 17, device=device)
-    add_to_sources(total, *on_device)
-    torch.testing.assert_close(total.cpu(), 1 + expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -267,9 +267,11 @@ def test_backends_of_trials_that_the_machine_does_not_decide(load, monkeypatch):
     """On GPUs, of a control without compiled code, and of a policy from elsewhere."""
     model = "methods.sparse.model"
     for setting, backend in (
-        ("config.learners={num_gpus_per_learner: 1}", "auto"),
-        ("methods.sparse.config.env_runners.num_gpus_per_env_runner=1", "auto"),
+        ("config.learners={num_gpus_per_learner: 1}", "torch"),
+        ("methods.sparse.config.env_runners.num_gpus_per_env_runner=1", "torch"),
         ("config.learners={num_gpus_per_learner: 0}", resolve_backend("auto")),
+        ("config.learners={num_gpus_per_learner: {grid: [0, 1]}}", "auto"),
+        ("config.learners={grid: [{num_gpus_per_learner: 1}, {}]}", "auto"),
         (f"{model}.shuffle_predictions=true", "torch"),
     ):
         resolved = load(SMALL, setting).resolved
@@ -472,6 +474,20 @@ def test_advice_to_a_resumed_sweep(load, algorithm, runners, learners, moves):
         check_resources(experiment, {"CPU": 1}, resuming=True)
     assert ("to 0 in that file" in str(error.value)) == moves
     assert "num_threads" not in str(error.value)
+
+
+def test_a_trial_moves_from_a_gpu_to_a_cpu_and_back(load):
+    """As it computes with the torch backend on both."""
+    on_gpu = load(SMALL, "config.learners={num_gpus_per_learner: 0.5}")
+    advice = "or set num_gpus_per_env_runner and num_gpus_per_learner to 0 in that file"
+    with pytest.raises(ExperimentError, match=f"needs 0.5 GPUs and there are 0; .*{advice}"):
+        check_resources(on_gpu, {"CPU": 1}, resuming=True)
+    on_cpu = load(dump_yaml(on_gpu.resolved), "config.learners.num_gpus_per_learner=0")
+    check_resources(on_cpu, {"CPU": 1}, resuming=True)
+    for one, other in zip(on_gpu.trials, on_cpu.trials, strict=True):
+        assert one.config.model == other.config.model
+        assert may_move(one.config, other.config)
+        assert may_move(other.config, one.config)
 
 
 def test_the_experiments_shipped():

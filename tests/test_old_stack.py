@@ -88,6 +88,12 @@ def test_ppo_trains_saves_and_restores(name: str, tmp_path: Path) -> None:
     restored.stop()
 
 
+def test_several_gpus_are_refused() -> None:
+    config = ppo_config("sparsenet", "labyrinth_escape", {"episode_length": 12}, OwnPPOConfig)
+    with pytest.raises(ValueError, match="num_gpus must be at most 1 on the old API stack, got 2"):
+        config.resources(num_gpus=2).validate()
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     ("name", "env"),

@@ -13,6 +13,7 @@ import yaml
 from ray.rllib import _register_all
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.torch import torch_learner
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import get_trainable_cls
 from sweeps import SPARSENET as SPARSE
@@ -96,14 +97,25 @@ def steps_learned(result: dict[str, Any]) -> int:
     return result["learners"]["__all_modules__"]["num_env_steps_trained_lifetime"]
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("model", MODELS)
-def test_same_numbers_as_the_plain_loop(model: str) -> None:
-    algorithm = config(model).training(lr=1e-3, entropy_coeff=0.02, gamma=0.9).build_algo()
+def test_same_numbers_as_the_plain_loop(model: str, device: str) -> None:
+    settings = config(model).training(lr=1e-3, entropy_coeff=0.02, gamma=0.9)
+    algorithm = settings.learners(num_gpus_per_learner=int(device == "cuda")).build_algo()
     env = make_vector("labyrinth_escape", NUM_ENVS, ENV_CONFIG)
     arguments = {key: value for key, value in MODELS[model].items() if key != "policy"}
     policy = make_policy(
         MODELS[model]["policy"], env.observation_size, env.num_actions, seed=5, **arguments
-    )
+    ).to(device)
     settings = UpdateSettings(gamma=0.9, entropy_coeff=0.02)
     for expected in train(policy, env, 4, lr=1e-3, seed=5, settings=settings):
         result = algorithm.train()
@@ -115,6 +127,23 @@ def test_same_numbers_as_the_plain_loop(model: str) -> None:
     assert expected["episodes"] == 4 * NUM_ENVS
     for actual in (algorithm.policy, algorithm.get_module().policy):
         assert_same(actual.state_dict(), policy.state_dict())
+    algorithm.stop()
+
+
+def test_the_local_runner_acts_on_the_learners_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if that were a GPU: torch says of this device that it is another than "cpu"."""
+    elsewhere = torch.device("cpu", 0)
+    monkeypatch.setattr(torch_learner, "get_device", lambda *arguments: elsewhere)
+    algorithm = config().build_algo()
+    learner, runner = algorithm.learner_group._learner, algorithm.env_runner
+    assert learner._device == elsewhere != torch.device("cpu")
+    assert runner.module is learner.module[DEFAULT_MODULE_ID]
+    monkeypatch.setattr(PolicyModule, "get_state", None)  # no weights are copied
+    actual = rows(algorithm, 2)
+    monkeypatch.undo()
+    algorithm.stop()
+    algorithm = config().build_algo()
+    assert actual == rows(algorithm, 2)
     algorithm.stop()
 
 

@@ -357,6 +357,14 @@ def test_a_resumed_sweep_computes_as_it_did(copied, key, change):
         resume_sweep(copied)
 
 
+def test_a_backend_that_was_left_to_each_process(copied):
+    """As sweeps on GPUs once were started."""
+    path = copied / "sparsenet_sgprop_seed=0" / "config.yaml"
+    path.write_text(path.read_text().replace("backend: native", "backend: auto"))
+    assert yaml.safe_load(path.read_text())["model"]["backend"] == "auto"
+    resume_sweep(copied)
+
+
 def test_a_resumed_sweep_may_compute_elsewhere(copied, capsys, monkeypatch):
     """The advice where processors are too few is one that is then taken."""
     path = copied / "experiment.yaml"

@@ -96,34 +96,3 @@ def sum_over_children(
 def child_counts(parents: Int64[Tensor, "W P"], num_sources: int) -> Int64[Tensor, " S"]:
     """Number of edges on which each source is read: int64 [num_sources] from parents [W, P]."""
     return torch.bincount(parents.flatten(), minlength=num_sources)
-
-
-def add_to_sources(
-    total: Float[Tensor, "S K"], sources: Int64[Tensor, " E"], values: Tensor
-) -> None:
-    """Add to every source what the edges that read it carry, in place.
-
-    Always in the order of the edges. (`index_add_` keeps to it on a CPU only: on a GPU it adds by
-    atomic operations, in whatever order they come.)
-
-    Args:
-        total: of each source [S, K].
-        sources: the source of each edge [E].
-        values: of each edge [E, K].
-    """
-    if total.is_cpu:
-        total.index_add_(0, sources, values)
-    else:
-        total += sum_by_source(len(total), sources, values)
-
-
-def sum_by_source(
-    num_sources: int, sources: Int64[Tensor, " E"], values: Float[Tensor, "E K"]
-) -> Float[Tensor, "S K"]:
-    """What `add_to_sources` adds, [num_sources, K], without atomic operations."""
-    order = sources.argsort(stable=True)
-    ends = torch.arange(num_sources + 1, device=sources.device)
-    offsets = torch.searchsorted(sources[order], ends)
-    values = values.index_select(0, order)
-    # Unsafe: the offsets are not checked, for which the CPU would wait.
-    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)

@@ -87,8 +87,12 @@ class Rollout:
         mixed = np.random.SeedSequence([seed, first_env]).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(mixed[0]))
 
-    def collect(self) -> EpisodeBatch:
-        """Run every environment once to its end. The tensors are on the policy's device."""
+    def collect(self, device: torch.device | None = None) -> EpisodeBatch:
+        """Run every environment once to its end.
+
+        Args:
+            device: of the batch's tensors; the policy's if None.
+        """
         env, policy = self.env, self.policy
         length, num_envs = env.episode_length, env.num_envs
         parameter = next(policy.parameters())
@@ -129,7 +133,7 @@ class Rollout:
             success=torch.from_numpy(success) if env.has_success else None,
             acted=acting if self.keep and type(acting) is not Acting else None,
         )
-        return batch.to(parameter.device)
+        return batch.to(parameter.device if device is None else device)
 
     def _reset_seeds(self) -> list[int]:
         first = self.seed * self.env.seed_spacing

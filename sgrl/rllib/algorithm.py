@@ -255,12 +255,8 @@ class Reinforce(PolicyCheckpoints):
 
     @property
     def _is_all_local(self) -> bool:
-        """Whether one process on one device samples and learns."""
-        return (
-            self.learner_group.is_local
-            and self.env_runner_group.num_remote_env_runners() == 0
-            and self.learner_group._learner._device == self.env_runner.device
-        )
+        """Whether one process samples and learns, and so on one device."""
+        return self.learner_group.is_local and self.env_runner_group.num_remote_env_runners() == 0
 
     @property
     def policy(self) -> Policy:

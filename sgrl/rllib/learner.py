@@ -24,6 +24,7 @@ from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policy import Acting, Policy
 from sgrl.nn.registry import mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 COMPONENT_KL = "kl_coefficients"
@@ -31,7 +32,15 @@ COMPONENT_SCHEDULES = "schedules"
 
 
 class ExactLearner(TorchLearner):
-    """A learner whose state keeps the policy's precision and comes back as it was saved."""
+    """A learner whose state keeps the policy's precision and comes back as it was saved.
+
+    On a GPU it computes the same each time; see `sgrl.reinforce.prepare_device`.
+    """
+
+    def build(self) -> None:
+        """Build as RLlib does, on a device that is set up."""
+        super().build()
+        prepare_device(self._device)
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return RLlib's learner state, as a copy: its own arrays change as training goes on."""

@@ -8,7 +8,8 @@ An existing RLlib script names them in its config, for any spaces RLlib flattens
 `custom_model_config` holds the policy's settings, and "seed" (of the initial weights and
 connections, default 0). The model has a value head; max_seq_len should cover an episode. RLlib's
 one optimizer trains the predictors of synthetic gradients at the policy's learning rate; with
-`sgrl.rllib.PPOConfig` in place of RLlib's they have one of their own.
+`sgrl.rllib.PPOConfig` in place of RLlib's they have one of their own. That one also refuses several
+GPUs: RLlib copies the model to each, and only the first copy's mixing weights would be kept.
 """
 
 import contextlib

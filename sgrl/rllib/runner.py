@@ -1,7 +1,8 @@
 """The RLlib environment runner around `sgrl.reinforce.rollout` (new API stack).
 
 Runner w of R holds environments (w-1)*B .. w*B-1 of one batch of R*B episodes, so the environment
-seeds of R runners are those of one big runner. Actions are sampled on the runner's device.
+seeds of R runners are those of one big runner. Actions are sampled on the runner's device: of a
+remote runner the one that `num_gpus_per_env_runner` says, of the local one the learner's.
 """
 
 import contextlib
@@ -28,11 +29,14 @@ from ray.rllib.utils.metrics import (
 from sgrl.envs.registry import evaluation_config, make_vector
 from sgrl.envs.vector import VectorEnv
 from sgrl.reinforce.batch import EpisodeBatch
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
 from sgrl.rllib.module import PolicyModule
 
 COMPONENT_ROLLOUT = "rollout"
+#: Where batches are that another process learns from, or none.
+CPU = torch.device("cpu")
 #: Mean reward an episode, of an evaluation.
 EVALUATION_REWARD = "evaluation_reward"
 
@@ -61,6 +65,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
 
     env: VectorEnv
     module: PolicyModule
+    shares_module = False
 
     def __init__(self, *, config: AlgorithmConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -94,13 +99,15 @@ class EpisodeRunner(EnvRunner, Checkpointable):
             self.config, self.config.num_gpus_per_env_runner if self.worker_index else 0
         )
         spec = self.config.get_rl_module_spec(spaces=self.spaces, inference_only=False)
-        self.device = torch.device(device)
-        self.module = spec.build().to(device)
+        self.module = spec.build().to(prepare_device(device))
 
     def share_module(self, module: PolicyModule) -> None:
-        """Act with the learner's own module: no weights to copy, no forward pass to repeat."""
+        """Act with the learner's own module, on its device.
+
+        There are no weights to copy, no forward pass to repeat and no batch to move.
+        """
         assert self.rollout is not None
-        self.module = module
+        self.module, self.shares_module = module, True
         self.rollout.policy, self.rollout.keep = module.policy, True
 
     def _make_rollout(self, seed: int, evaluating: bool = False) -> Rollout:
@@ -140,7 +147,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         if self.rollout is None:
             raise ValueError("the local runner has no environments: set evaluation_interval")
         if num_timesteps is None and num_episodes is None:
-            return [self._log(self.rollout.collect())]
+            return [self._log(self.rollout.collect(None if self.shares_module else CPU))]
         with generators_aside([self.config.seed, self.worker_index]):
             return self._evaluate(num_timesteps or 0, num_episodes or 0)
 
@@ -154,13 +161,13 @@ class EpisodeRunner(EnvRunner, Checkpointable):
                 sum(batch.env_steps() for batch in batches) < num_timesteps
                 or len(batches) * evaluation.env.num_envs < num_episodes
             ):
-                batches.append(self._log(evaluation.collect()))
+                batches.append(self._log(evaluation.collect(CPU)))
         rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
         self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")
         return batches
 
     def _log(self, batch: EpisodeBatch) -> SampledBatch:
-        sampled = SampledBatch(**vars(batch.to("cpu")))
+        sampled = SampledBatch(**vars(batch))
         statistics = sampled.statistics()
         names = {
             "success_rate": "success_rate",

@@ -49,6 +49,7 @@ from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policy import Policy
 from sgrl.nn.registry import POLICIES
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 from sgrl.rllib.base import DictConfig, PolicyCheckpoints
 from sgrl.rllib.learner import PolicyLearner
@@ -102,6 +103,11 @@ class StockRunner(SingleAgentEnvRunner):
         """Make the environments, and number them."""
         super().make_env()
         number(self._single_envs())
+
+    def make_module(self) -> None:
+        """Make the module, on a device that is set up."""
+        super().make_module()
+        prepare_device(self._device)
 
     def _single_envs(self) -> Sequence[gym.Env]:
         """The environments of this process.
@@ -241,6 +247,11 @@ class PolicyAlgorithmConfig(DictConfig):
             refuse_ignored(self, self.algo_class.get_default_config())
             if self._rl_module_spec is None:
                 self._check_policy()
+        elif self.num_gpus > 1 and self.model["custom_model"] is not None:
+            raise ValueError(
+                f"num_gpus must be at most 1 on the old API stack, got {self.num_gpus}: the copy "
+                "of the model on each GPU would estimate mixing weights of its own"
+            )
         silence_notes(self)
         super().validate()
 
@@ -371,6 +382,7 @@ class PPOPolicy(PPOTorchPolicy):
 
     def optimizer(self) -> list[Optimizer]:
         """Make Adam with a group for the predictors, if there are any."""
+        prepare_device(self.device)  # here, since RLlib computes in its constructor already
         rates = (self.config["lr"], self.config["predictor_lr"])
         groups = [
             {"params": parameters, "lr": rate}

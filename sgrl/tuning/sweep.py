@@ -279,6 +279,9 @@ def _check_config(folder: TrialFolder, trial: Trial) -> None:
     # A setting that is newer than the sweep was what it now is by default.
     with contextlib.suppress(KeyError, TypeError):
         before["model"] = with_defaults(before["model"])
+        # Of older trials on GPUs, which left it to each process.
+        if before["model"].get("backend") == "auto":
+            before["model"]["backend"] = trial.config.model["backend"]
     for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
         if before.get(key) != config.get(key):
             if key == "config" and may_move(TrialConfig.from_dict(before), trial.config):

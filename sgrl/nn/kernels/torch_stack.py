@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgrl.nn.connectivity import add_to_sources
+from sgrl.nn.connectivity import sum_over_children
 from sgrl.nn.mixing import MIN_NORM, MixingRule, Moments, norm
 from sgrl.nn.neuron import Layer, Stack
 from sgrl.nn.sgprop import Mixing, mean_norms
@@ -139,13 +139,21 @@ class _Stack(torch.autograd.Function):
                 if index:
                     gradient = mixed.clone() if residual else torch.zeros_like(mixed)
                     total = gradient.view(layer.num_neurons, -1)
-                    add_to_sources(total, sources, grad_read.view(len(sources), -1))
+                    _add_to_sources(total, layer.sources, grad_read.view(len(sources), -1))
                 else:
                     grad_x = x.new_zeros(x.shape[1], len(x))
-                    add_to_sources(grad_x, sources, grad_read.flatten(0, 1))
+                    _add_to_sources(grad_x, layer.sources, grad_read.flatten(0, 1))
                     grad_x = grad_x.t()
         mixing.statistics.update(sums)
         return (None, None, grad_x, *grads)
+
+
+def _add_to_sources(total: Tensor, sources: Tensor, values: Tensor) -> None:
+    """Add in place to every source [S, K] what its edges carry [W * P, K]; sources [W, P]."""
+    if total.is_cuda:
+        total += sum_over_children(values, sources, len(total))
+    else:
+        total.index_add_(0, sources.flatten(), values)
 
 
 class _Scratch:

@@ -61,20 +61,31 @@ def _automatic_backend(model: Mapping[str, Any], configs: Sequence[Any]) -> str:
     from sgrl.nn.kernels.backends import resolve_backend
     from sgrl.nn.registry import POLICIES
 
-    # On GPUs not what a runner on a CPU does; and compiled code may not know what is new in a
-    # policy from elsewhere.
-    if any(map(asks_for_gpus, configs)) or not POLICIES[model["policy"]].__module__.startswith(
-        "sgrl.nn."
-    ):
+    # Compiled code may not know what is new in a policy from elsewhere.
+    on_gpus = asks_for_gpus(*configs)
+    if on_gpus is None or not POLICIES[model["policy"]].__module__.startswith("sgrl.nn."):
         return "auto"
-    return resolve_backend("auto", compiled=not model.get("shuffle_predictions"))
+    # Runners on CPUs compute as a learner on a GPU does.
+    compiled = not on_gpus and not model.get("shuffle_predictions")
+    return resolve_backend("auto", compiled=compiled)
 
 
-def asks_for_gpus(sections: Any) -> bool:
-    """Return whether AlgorithmConfig's sections put runners or learners on GPUs (or sweep that)."""
-    keys = {"learners": "num_gpus_per_learner", "env_runners": "num_gpus_per_env_runner"}
-    sections = sections if isinstance(sections, dict) else {}
-    return any(
-        isinstance(sections.get(section), dict) and sections[section].get(key)
-        for section, key in keys.items()
-    )
+def asks_for_gpus(*configs: Any) -> bool | None:
+    """Return whether AlgorithmConfig's sections put runners or learners on GPUs.
+
+    Args:
+        *configs: sections, of which later ones go before earlier ones.
+
+    Returns:
+        None where that is swept.
+    """
+    asked: dict[str, Any] = {"num_gpus_per_learner": 0, "num_gpus_per_env_runner": 0}
+    for config in configs:
+        for section, key in zip(("learners", "env_runners"), asked, strict=True):
+            given = config.get(section) if isinstance(config, dict) else None
+            if isinstance(given, dict):
+                asked[key] = given if "grid" in given else given.get(key, asked[key])
+    swept = [isinstance(value, dict) for value in asked.values()]
+    if any(value and not grid for value, grid in zip(asked.values(), swept, strict=True)):
+        return True
+    return None if any(swept) else False

@@ -13,8 +13,10 @@ from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_con
 PROCESSES = {
     "num_env_runners": "env_runners",
     "num_cpus_per_env_runner": "env_runners",
+    "num_gpus_per_env_runner": "env_runners",
     "num_learners": "learners",
     "num_cpus_per_learner": "learners",
+    "num_gpus_per_learner": "learners",
 }
 
 
@@ -63,12 +65,14 @@ def check_resources(
                 )
                 if resuming:
                     advice = "resume it where there are as many (--address joins a cluster)"
-                    before = trial.config
-                    lower = processes_of(before) | {"num_env_runners": 0, "num_learners": 0}
+                    before, keys = trial.config, ["num_env_runners", "num_learners"]
+                    if resource == "GPU":
+                        keys = ["num_gpus_per_env_runner", "num_gpus_per_learner"]
+                    lower = processes_of(before) | dict.fromkeys(keys, 0)
                     if lower != processes_of(before) and may_move(
                         before, _with_processes(before, lower)
                     ):
-                        advice += ", or set num_env_runners and num_learners to 0 in that file"
+                        advice += f", or set {' and '.join(keys)} to 0 in that file"
                 message = f"needs {needed:g} {resource}s and there are {present:g}; {advice}"
                 raise _refused(experiment, f"trial {trial.name} {message}")
 
