@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from sgrl.nn.kernels import torch_unroll, triton_unroll
 from sgrl.nn.neuron import Layer
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.sgprop import temporal_schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -135,3 +136,88 @@ def test_forward_equals_the_torch_backend(sizes, dtype):
         close(one, other)
     assert torch.equal(only, actual[0])
     assert nothing == [None, None]
+
+
+def torch_backward(case, gradient, mask):
+    """Gradients of the torch backend: by name, each run's along the axis of the neurons."""
+    made = []
+    for s, net in enumerate(case.nets):
+        h_0 = case.run(case.h_0)[s].permute(2, 0, 1).clone().requires_grad_()
+        x = case.x[s].clone().requires_grad_()
+        output, _ = net(x, h_0, None if mask is None else mask[s])
+        output.backward(case.run(gradient, 1)[s].permute(0, 3, 1, 2))
+        made.append({"h_0": h_0.grad.permute(1, 2, 0), "x": x.grad})
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_predictions_equal_the_torch_backend(sizes, dtype):
+    case = Case(sizes, dtype, propagation="sgprop")
+    with torch.no_grad():
+        states, attention, _ = triton_unroll.forward(case.layer, case.num_runs, case.x, case.h_0)
+        actual = triton_unroll.predict(case.layer, case.num_runs, case.x, states, attention)
+        for s, net in enumerate(case.nets):
+            predictor = [*net.layer().parameters().values()][3:]
+            before = case.run(states, 1)[s][:-1].permute(1, 2, 0, 3).flatten(2)
+            read = before[net.parents].flatten(1, 2)
+            external = case.x[s].permute(2, 0, 1).flatten(1)
+            expected = torch_unroll._predict(
+                predictor, read, external, case.run(attention, 1)[s].contiguous()
+            )
+            close(case.run(actual, 1)[s], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"propagation": "backprop"},
+        {"propagation": "sgprop"},
+        {"propagation": "sgprop", "positive_projection": True},
+        {"propagation": "sgprop", "mask_predictions": True},
+    ],
+    ids=["backprop", "sgprop", "projection", "mask"],
+)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_backward_equals_the_torch_backend(sizes, settings, dtype):
+    case = Case(sizes, dtype, adaptive=False, **settings)
+    draw = torch.Generator().manual_seed(5)
+    gradient = torch.randn(case.length, *case.h_0.shape, generator=draw, dtype=torch.float64).to(
+        DEVICE, dtype
+    )
+    mask = (torch.rand(case.x.shape[:3], generator=draw) < 0.7).to(DEVICE)
+    expected = torch_backward(case, gradient, mask)
+    forward = triton_unroll.forward(case.layer, case.num_runs, case.x, case.h_0)
+    children = triton_unroll.children_table(case.layer.sources)
+    mixture = None
+    if settings["propagation"] == "sgprop":
+        mixture = triton_unroll.Mixture(
+            torch.cat([net.schedule(case.length) for net in case.nets], dim=1),
+            triton_unroll.predict(case.layer, case.num_runs, case.x, *forward[:2]),
+            settings.get("positive_projection", False),
+            mask if settings.get("mask_predictions") else None,
+        )
+    passed = triton_unroll.backward(
+        case.layer, case.num_runs, children, gradient, *forward, mixture
+    )
+    for s, run in enumerate(expected):
+        close(case.run(passed.grad_h0)[s], run["h_0"], 2e-6 if dtype == torch.float32 else None)
+        weight = case.run(case.layer.weight_x)[s].clone()
+        weight[:, : case.layer.num_slots] *= case.layer.scale
+        grad_x = torch.einsum("xre,xrtb->tbe", weight, passed.grad_rows[s])
+        close(grad_x, run["x"], 5e-6 if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_schedule_equals_that_of_separate_networks(sizes):
+    case = Case(sizes, propagation="sgprop")
+    children = triton_unroll.children_table(case.layer.sources)
+    parents = case.layer.sources.shape[1]
+    actual = triton_unroll.temporal_schedule(
+        case.layer.mixing_weight, children, case.num_runs, parents, 6, 0.1
+    )
+    expected = [
+        temporal_schedule(net.neurons.mixing_weight, net.parents, 6, 0.1) for net in case.nets
+    ]
+    close(actual, torch.cat(expected, dim=1))

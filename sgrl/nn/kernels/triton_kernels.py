@@ -34,11 +34,49 @@ def tanh(x):
 
 @triton.jit
 @no_type_check
+def rows_of(
+    states,  # [F, N, B] that are read
+    weight,  # [L + 1, rows, W] of the run, the last column the bias
+    external,  # [X, rows, T, B] of the run, at its step
+    sources,
+    flat,
+    w,
+    b,
+    ok,
+    reads,
+    T,
+    rows: tl.constexpr,
+    B: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Products of every row of the weights with what its neuron reads: a tuple of tiles."""
+    known = w < W
+    row = ()
+    for r in tl.static_range(rows):
+        row += (tl.load(external + r * B * T, mask=reads, other=0.0),)
+    for k in tl.range(0, P * N + 1, num_stages=1):
+        is_input = k < P * N
+        source = tl.load(sources + flat * P + k // N, mask=known & is_input, other=0)
+        at = states + (source.to(tl.int32) * (N * B))[:, None] + (k % N) * B + b[None, :]
+        x = tl.load(at, mask=ok & is_input, other=1.0)
+        column = weight + k * (rows * W) + w
+        new = ()
+        for r in tl.static_range(rows):
+            value = tl.load(column + r * W, mask=known, other=0.0)
+            new += (row[r] + value[:, None] * x,)
+        row = new
+    return row
+
+
+@triton.jit
+@no_type_check
 def forward_loop(
     states,  # [T+1, F, N, B], the first of them given
     attention,  # [T, F, M, B], written if KEEPS
     slots,  # [T, F, M, N, B], written if KEEPS
-    weight,  # [L + 1, R, F], the last column the bias
+    weight,  # [S, L + 1, R, W], the last column the bias
     external,  # [S, X, R, T, B], what weight_x makes of the input
     sources,  # [F, P]
     T,
@@ -53,40 +91,24 @@ def forward_loop(
     WB: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """All steps forward: the program's run and tile of samples are its ids."""
+    """All steps forward."""
     run = tl.program_id(0)
     num_flat = tl.num_programs(0) * W
     R: tl.constexpr = M + M * N
-    L: tl.constexpr = P * N
-    dtype = states.dtype.element_ty
     w = tl.arange(0, WB)
     b = tl.program_id(1) * BT + tl.arange(0, BT)
-    known = w < W
-    flat = run * W + w
-    ok = known[:, None] & (b < B)[None, :]
+    flat = tl.where(w < W, run * W + w, -1)
+    ok = (w < W)[:, None] & (b < B)[None, :]
     reads = (w < X)[:, None] & (b < B)[None, :]
+    weight += run * ((P * N + 1) * R * W)
     external += run.to(tl.int64) * (X * R * B) * T
     for t in tl.range(0, T, num_stages=1):
-        # Scores of the keys, then the slots' sums: the rows of `weight`, in order.
-        row = ()
         given = external + (w * (R * B))[:, None] * T + t * B + b[None, :]
-        for r in tl.static_range(R):
-            row += (tl.load(given + r * B * T, mask=reads, other=0.0),)
-        for k in tl.range(0, L + 1, num_stages=1):
-            is_read = known & (k < L)
-            source = tl.load(sources + flat * P + k // N, mask=is_read, other=0).to(tl.int32)
-            at = states + (source * (N * B))[:, None] + (k % N) * B + b[None, :]
-            x = tl.load(at, mask=ok & (k < L), other=1.0)
-            column = weight + k * R * num_flat + flat
-            new = ()
-            for r in tl.static_range(R):
-                value = tl.load(column + r * num_flat, mask=known, other=0.0)
-                new += (row[r] + value[:, None] * x,)
-            row = new
+        row = rows_of(states, weight, given, sources, flat, w, b, ok, reads, T, R, B, W, P, N)
         largest = row[0]
         for m in tl.static_range(1, M):
             largest = tl.maximum(largest, row[m])
-        total = tl.zeros((WB, BT), dtype)
+        total = tl.zeros((WB, BT), states.dtype.element_ty)
         share = ()
         for m in tl.static_range(M):
             share += (tl.exp((row[m] - largest) * SCALE),)
@@ -98,7 +120,7 @@ def forward_loop(
                 tl.store(at + m * B, share[m] / total, mask=ok)
             attention += num_flat * (M * B)
         for n in tl.static_range(N):
-            output = tl.zeros((WB, BT), dtype)
+            output = tl.zeros((WB, BT), states.dtype.element_ty)
             for m in tl.static_range(M):
                 slot = tanh(row[M + m * N + n])
                 if KEEPS:
@@ -108,4 +130,252 @@ def forward_loop(
             tl.store(states + (flat * (N * B))[:, None] + n * B + b[None, :], output, mask=ok)
         if KEEPS:
             slots += num_flat * (M * N * B)
+        tl.debug_barrier()
+
+
+@triton.jit
+@no_type_check
+def predict(
+    prediction,  # [T, F, N, B], written
+    states,  # [T+1, F, N, B]
+    attention,  # [T, F, M, B]
+    predictor,  # [S, L + 1, M*N, W], the last column the bias
+    external,  # [S, X, M*N, T, B], what predictor_x makes of the input
+    sources,  # [F, P]
+    T,
+    B: tl.constexpr,
+    W: tl.constexpr,
+    X: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WB: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Predictions of one run, step and tile of samples."""
+    run = tl.program_id(0)
+    t = tl.program_id(1)
+    num_flat = tl.num_programs(0) * W
+    step = t.to(tl.int64) * num_flat
+    w = tl.arange(0, WB)
+    b = tl.program_id(2) * BT + tl.arange(0, BT)
+    flat = tl.where(w < W, run * W + w, -1)
+    ok = (w < W)[:, None] & (b < B)[None, :]
+    reads = (w < X)[:, None] & (b < B)[None, :]
+    given = external + run.to(tl.int64) * (X * M * N * B) * T
+    given = given + (w * (M * N * B))[:, None] * T + t * B + b[None, :]
+    predictor += run * ((P * N + 1) * M * N * W)
+    states += step * (N * B)
+    row = rows_of(states, predictor, given, sources, flat, w, b, ok, reads, T, M * N, B, W, P, N)
+    share = attention + step * (M * B) + (flat * (M * B))[:, None] + b[None, :]
+    made = prediction + step * (N * B) + (flat * (N * B))[:, None] + b[None, :]
+    for n in tl.static_range(N):
+        guess = tl.zeros((WB, BT), states.dtype.element_ty)
+        for m in tl.static_range(M):
+            guess += tl.load(share + m * B, mask=ok, other=0.0) * row[m * N + n]
+        tl.store(made + n * B, guess, mask=ok)
+
+
+@triton.jit
+@no_type_check
+def sum_over_children(
+    edges,  # [F, P, N, B]: what each neuron's edges carry back
+    children,  # [C, F]: the edges that read a neuron, in order; then -1
+    flat,
+    b,
+    ok,
+    C,
+    num_flat,
+    dtype: tl.constexpr,
+    WB: tl.constexpr,
+    BT: tl.constexpr,
+    N: tl.constexpr,
+    B: tl.constexpr,
+):
+    """What the children of every neuron pass back to it: a tuple of N tiles."""
+    total = ()
+    for _ in tl.static_range(N):
+        total += (tl.zeros((WB, BT), dtype),)
+    for c in tl.range(0, C, num_stages=1):
+        edge = tl.load(children + c * num_flat + flat, mask=flat >= 0, other=-1)
+        at = edges + (edge * (N * B))[:, None] + b[None, :]
+        new = ()
+        for n in tl.static_range(N):
+            new += (total[n] + tl.load(at + n * B, mask=(edge >= 0)[:, None] & ok, other=0.0),)
+        total = new
+    return total
+
+
+@triton.jit
+@no_type_check
+def backward_loop(
+    received,  # [T, F, N, B], written if MIXES
+    mixed,  # [T, F, N, B], written
+    grad_rows,  # [S, V, R, T, B], written: of the first V neurons of each run
+    grad_h0,  # [F, N, B], written
+    edges,  # [2, F, P, N, B]: room for what is passed back, at one step and the next
+    gradient,  # [T, F, N, B], of the states after each step
+    states,  # [T+1, F, N, B]
+    attention,  # [T, F, M, B]
+    slots,  # [T, F, M, N, B]
+    weight,  # [S, L + 1, R, W]
+    offered,  # [T, F, N, B], predictions to be mixed in, if MIXES
+    schedule,  # [T, F], lambda, if MIXES
+    valid,  # [S, T, B], 0 at steps that are masked, if MASKS
+    sources,  # [F, P]
+    children,  # [C, F]
+    C,
+    T,
+    B: tl.constexpr,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    SCALE: tl.constexpr,
+    MIXES: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    MASKS: tl.constexpr,
+    MIN_NORM: tl.constexpr,
+    WB: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """All steps backward."""
+    run = tl.program_id(0)
+    num_flat = tl.num_programs(0) * W
+    R: tl.constexpr = M + M * N
+    dtype: tl.constexpr = states.dtype.element_ty
+    w = tl.arange(0, WB)
+    b = tl.program_id(1) * BT + tl.arange(0, BT)
+    known = w < W
+    flat = tl.where(known, run * W + w, -1)
+    ok = known[:, None] & (b < B)[None, :]
+    first = (w < V)[:, None] & (b < B)[None, :]
+    here = (flat * (N * B))[:, None] + b[None, :]
+    weight += run * ((P * N + 1) * R * W)
+    grad_rows += run.to(tl.int64) * (V * R * B) * T
+    for back in tl.range(0, T, num_stages=1):
+        t = T - 1 - back
+        # Neurons of all steps before.
+        past = num_flat.to(tl.int64) * t
+        now = past * (N * B) + here
+        before = edges + ((back + 1) % 2) * (num_flat * (P * N * B))
+        after = edges + (back % 2) * (num_flat * (P * N * B))
+        # Nothing was passed back to the last step.
+        carried = sum_over_children(
+            before, children, flat, b, ok & (back > 0), C, num_flat, dtype, WB, BT, N, B
+        )
+        feedback = ()
+        for n in tl.static_range(N):
+            feedback += (tl.load(gradient + now + n * B, mask=ok, other=0.0) + carried[n],)
+        if MIXES:
+            share = tl.load(schedule + past + flat, mask=known, other=1.0)[:, None] + tl.zeros(
+                (WB, BT), dtype
+            )
+            if MASKS:
+                at = valid + (run * T + t) * B + b
+                share = tl.where((tl.load(at, mask=b < B, other=0) != 0)[None, :], share, 1.0)
+            guess = ()
+            along = tl.zeros((WB, BT), dtype)
+            square = tl.zeros((WB, BT), dtype)
+            for n in tl.static_range(N):
+                tl.store(received + now + n * B, feedback[n], mask=ok)
+                guess += (tl.load(offered + now + n * B, mask=ok, other=0.0),)
+                along += feedback[n] * guess[n]
+                square += guess[n] * guess[n]
+            along = tl.maximum(along, 0.0)
+            square = tl.maximum(square, MIN_NORM)
+            new = ()
+            for n in tl.static_range(N):
+                if PROJECTS:
+                    new += ((1.0 - share) * (along * guess[n] / square) + share * feedback[n],)
+                else:
+                    new += ((1.0 - share) * guess[n] + share * feedback[n],)
+            feedback = new
+        through = tl.zeros((WB, BT), dtype)
+        for n in tl.static_range(N):
+            tl.store(mixed + now + n * B, feedback[n], mask=ok)
+            through += feedback[n] * tl.load(
+                states + num_flat * (N * B) + now + n * B, mask=ok, other=0.0
+            )
+        # Gradients of the rows: of the scores (times their scale), then of what is within tanh.
+        of_keys = ()
+        of_slots = ()
+        for m in tl.static_range(M):
+            at = attention + past * (M * B) + (flat * (M * B))[:, None] + m * B + b[None, :]
+            a = tl.load(at, mask=ok, other=0.0)
+            value = -through
+            for n in tl.static_range(N):
+                at = slots + past * (M * N * B) + (flat * (M * N * B))[:, None] + b[None, :]
+                y = tl.load(at + (m * N + n) * B, mask=ok, other=0.0)
+                value += feedback[n] * y
+                of_slots += ((1.0 - y * y) * a * feedback[n],)
+                if V > 0:
+                    at = grad_rows + (w * (R * B))[:, None] * T + t * B + b[None, :]
+                    tl.store(at + (M + m * N + n) * B * T, of_slots[m * N + n], mask=first)
+            if V > 0:
+                at = grad_rows + (w * (R * B))[:, None] * T + t * B + b[None, :]
+                tl.store(at + m * B * T, a * value, mask=first)
+            of_keys += (a * value * SCALE,)
+        row = of_keys + of_slots
+        for k in tl.range(0, P * N, num_stages=1):
+            column = weight + k * (R * W) + w
+            passed = tl.zeros((WB, BT), dtype)
+            for r in tl.static_range(R):
+                entry = tl.load(column + r * W, mask=known, other=0.0)
+                passed += entry[:, None] * row[r]
+            at = after + (flat * (P * N * B))[:, None] + k * B + b[None, :]
+            tl.store(at, passed, mask=ok)
+        tl.debug_barrier()
+    carried = sum_over_children(
+        edges + ((T - 1) % 2) * (num_flat * (P * N * B)),
+        children,
+        flat,
+        b,
+        ok,
+        C,
+        num_flat,
+        dtype,
+        WB,
+        BT,
+        N,
+        B,
+    )
+    for n in tl.static_range(N):
+        tl.store(grad_h0 + here + n * B, carried[n], mask=ok)
+
+
+@triton.jit
+@no_type_check
+def schedule_loop(
+    schedule,  # [T, F], written
+    mixing_weight,  # [F], lambda
+    children,  # [C, F]
+    beta,  # [1]
+    C,
+    T,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    WB: tl.constexpr,
+):
+    """Lambda of a run at all steps."""
+    run = tl.program_id(0)
+    num_flat = tl.num_programs(0) * W
+    w = tl.arange(0, WB)
+    flat = tl.where(w < W, run * W + w, -1)
+    share = tl.load(mixing_weight + flat, mask=w < W, other=1.0)
+    step = tl.load(beta)
+    schedule += num_flat * (T - 1)
+    tl.store(schedule + flat, share, mask=w < W)
+    tl.debug_barrier()
+    for _ in tl.range(1, T, num_stages=1):
+        distrust = tl.zeros((WB,), share.dtype)
+        count = tl.zeros((WB,), share.dtype)
+        for c in tl.range(0, C, num_stages=1):
+            edge = tl.load(children + c * num_flat + flat, mask=w < W, other=-1)
+            distrust += 1.0 - tl.load(schedule + edge // P, mask=edge >= 0, other=1.0)
+            count += tl.where(edge >= 0, 1.0, 0.0)
+        share = tl.minimum(share + step * distrust / tl.maximum(count, 1.0), 1.0)
+        schedule -= num_flat
+        tl.store(schedule + flat, share, mask=w < W)
         tl.debug_barrier()

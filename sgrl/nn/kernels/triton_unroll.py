@@ -8,18 +8,17 @@ CUDA graph.
 Triton is imported when a kernel is first called; with TRITON_INTERPRET=1 they run on a CPU.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from sgrl.nn.mixing import MIN_NORM
 from sgrl.nn.neuron import Layer
 
 #: Samples in the tile of a program of a time loop, at most.
 TILE_SAMPLES = 8
-#: Neurons that the threads of a program hold at once, at most.
-TILE_NEURONS = 128
 
 
 def forward(
@@ -59,7 +58,7 @@ def forward(
         states,
         states if attention is None else attention,
         states if slots is None else slots,
-        neurons_last(layer.weight_h, layer.bias),
+        neurons_last(layer.weight_h, layer.bias, num_runs),
         external_rows(layer.weight_x, x),
         layer.sources,
         length,
@@ -70,6 +69,203 @@ def forward(
         **tile,
     )
     return states, attention, slots
+
+
+def predict(
+    layer: Layer,
+    num_runs: int,
+    x: Float[Tensor, "S T B E"],
+    states: Float[Tensor, "T+1 F N B"],
+    attention: Float[Tensor, "T F M B"],
+    tile: dict[str, int] | None = None,
+) -> Float[Tensor, "T F N B"]:
+    """Make all predictions, from what `forward` returned.
+
+    Args:
+        layer: see `forward`.
+        num_runs: see `forward`.
+        x: [S, T, B, E].
+        states: [T+1, F, N, B].
+        attention: [T, F, M, B].
+        tile: see `forward`.
+
+    Returns:
+        [T, F, N, B].
+    """
+    from sgrl.nn.kernels import triton_kernels
+
+    assert layer.predictor_h is not None
+    assert layer.predictor_x is not None
+    assert layer.predictor_bias is not None
+    sizes = _sizes(layer, num_runs)
+    length, batch = x.shape[1:3]
+    prediction = torch.empty_like(states[1:])
+    tile = tile or time_loop_tile(sizes["W"], batch)
+    triton_kernels.predict[(num_runs, length, -(-batch // tile["BT"]))](
+        prediction,
+        states,
+        attention,
+        neurons_last(layer.predictor_h, layer.predictor_bias, num_runs),
+        external_rows(layer.predictor_x, x),
+        layer.sources,
+        length,
+        B=batch,
+        **sizes,
+        **tile,
+    )
+    return prediction
+
+
+class Mixture(NamedTuple):
+    """What the backward pass mixes in, and how."""
+
+    schedule: Float[Tensor, "T F"]  # lambda
+    offered: Float[Tensor, "T F N B"]  # predictions
+    positive_projection: bool = False
+    #: At steps where it is False, the received gradient is passed on unmixed.
+    passes: Bool[Tensor, "S T B"] | None = None
+
+
+class Passed(NamedTuple):
+    """What the backward pass over time makes."""
+
+    received: Float[Tensor, "T F N B"]  # gradients that arrive at the neurons
+    mixed: Float[Tensor, "T F N B"]  # and what they use and pass on; the same if nothing is mixed
+    grad_rows: Float[Tensor, "S V R T B"]  # of the first V neurons of each run
+    grad_h0: Float[Tensor, "F N B"]
+
+
+def backward(
+    layer: Layer,
+    num_runs: int,
+    children: Int32[Tensor, "C F"],
+    gradient: Float[Tensor, "T F N B"],
+    states: Float[Tensor, "T+1 F N B"],
+    attention: Float[Tensor, "T F M B"],
+    slots: Float[Tensor, "T F M N B"],
+    mixture: Mixture | None = None,
+    num_rows: int | None = None,
+    tile: dict[str, int] | None = None,
+) -> Passed:
+    """Pass gradients back through time.
+
+    Args:
+        layer: see `forward`.
+        num_runs: see `forward`.
+        children: from `children_table`.
+        gradient: of the states after each step.
+        states: from `forward`.
+        attention: from `forward`.
+        slots: from `forward`.
+        mixture: what is mixed in; nothing if None.
+        num_rows: V, of how many neurons of each run gradients of the rows are wanted: the first
+            so many; if None, those of the neurons that read the input.
+        tile: see `forward`.
+    """
+    from sgrl.nn.kernels import triton_kernels
+
+    sizes = _sizes(layer, num_runs)
+    num_input = sizes.pop("X")
+    length, num_flat, size, batch = gradient.shape
+    mixed = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    received = mixed if mixture is None else torch.empty_like(mixed)
+    num_rows = num_input if num_rows is None else num_rows
+    rows = layer.weight_h.shape[1]
+    grad_rows = gradient.new_empty(num_runs, num_rows, rows, length, batch)
+    grad_h0 = gradient.new_empty(num_flat, size, batch)
+    edges = gradient.new_empty(2, num_flat, sizes["P"], size, batch)
+    passes = None if mixture is None else mixture.passes
+    tile = tile or time_loop_tile(sizes["W"], batch)
+    triton_kernels.backward_loop[(num_runs, -(-batch // tile["BT"]))](
+        received,
+        mixed,
+        grad_rows,
+        grad_h0,
+        edges,
+        gradient.contiguous(),
+        states,
+        attention,
+        slots,
+        neurons_last(layer.weight_h, layer.bias, num_runs),
+        states if mixture is None else mixture.offered,
+        states if mixture is None else mixture.schedule,
+        states if passes is None else passes.to(torch.uint8),
+        layer.sources,
+        children,
+        len(children),
+        length,
+        B=batch,
+        V=num_rows,
+        SCALE=layer.scale,
+        MIXES=mixture is not None,
+        PROJECTS=mixture is not None and mixture.positive_projection,
+        MASKS=passes is not None,
+        MIN_NORM=MIN_NORM,
+        **sizes,
+        **tile,
+    )
+    return Passed(received, mixed, grad_rows, grad_h0)
+
+
+def temporal_schedule(
+    mixing_weight: Float[Tensor, " F"],
+    children: Int32[Tensor, "C F"],
+    num_runs: int,
+    num_parents: int,
+    length: int,
+    beta: float,
+) -> Float[Tensor, "{length} F"]:
+    """Lambda at every step in one launch, see `sgprop.temporal_schedule`.
+
+    Args:
+        mixing_weight: lambda [F].
+        children: from `children_table`.
+        num_runs: S.
+        num_parents: P.
+        length: T.
+        beta: step of the schedule.
+
+    Returns:
+        [T, F]; the last row is `mixing_weight`.
+    """
+    from sgrl.nn.kernels import triton_kernels
+
+    width = len(mixing_weight) // num_runs
+    schedule = mixing_weight.new_empty(length, len(mixing_weight))
+    triton_kernels.schedule_loop[(num_runs,)](
+        schedule,
+        mixing_weight,
+        children,
+        torch.full_like(mixing_weight[:1], beta),
+        len(children),
+        length,
+        W=width,
+        P=num_parents,
+        WB=_power_of_two(width),
+    )
+    return schedule
+
+
+def children_table(sources: Int64[Tensor, "F P"]) -> Int32[Tensor, "C F"]:
+    """The edges that read each neuron.
+
+    Waits for the device: make it once for a network.
+
+    Args:
+        sources: what each neuron reads; edge e is the entry (e // P, e % P).
+
+    Returns:
+        In column j the edges whose source is j, in order, then -1; C is the greatest number of
+        them (1 at least).
+    """
+    num_flat = len(sources)
+    edges = sources.flatten().cpu()
+    order = edges.argsort(stable=True)
+    counts = edges.bincount(minlength=num_flat)
+    rank = torch.arange(len(edges)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    table = torch.full((max(int(counts.max()), 1), num_flat), -1, dtype=torch.int32)
+    table[rank, edges[order]] = order.int()
+    return table.to(sources.device)
 
 
 def _sizes(layer: Layer, num_runs: int) -> dict[str, Any]:
@@ -86,11 +282,11 @@ def _sizes(layer: Layer, num_runs: int) -> dict[str, Any]:
 
 
 def time_loop_tile(num_neurons: int, batch: int) -> dict[str, int]:
-    """The tile of a program of a time loop: a thread has one neuron and up to 4 samples."""
-    samples = min(TILE_SAMPLES, _power_of_two(batch))
-    neurons = min(TILE_NEURONS, _power_of_two(num_neurons))
+    """The tile of a program of a time loop: all neurons, each thread one and up to 4 samples."""
+    neurons = _power_of_two(num_neurons)
+    samples = min(TILE_SAMPLES if neurons <= 128 else TILE_SAMPLES // 2, _power_of_two(batch))
     threads = neurons * samples // min(4, samples)
-    return {"WB": neurons, "BT": samples, "num_warps": max(1, threads // 32)}
+    return {"WB": neurons, "BT": samples, "num_warps": min(max(1, threads // 32), 32)}
 
 
 def _power_of_two(number: int) -> int:
@@ -99,16 +295,17 @@ def _power_of_two(number: int) -> int:
 
 
 def neurons_last(
-    weight: Float[Tensor, "F R L"], bias: Float[Tensor, "F M N"]
-) -> Float[Tensor, "L+1 R F"]:
+    weight: Float[Tensor, "F R L"], bias: Float[Tensor, "F M N"], num_runs: int
+) -> Float[Tensor, "S L+1 R W"]:
     """Weights and biases in the order in which the threads, one for each neuron, read them.
 
-    The last column is the bias; it is 0 for the keys, which may be missing.
+    The last column is the bias; it is 0 for the keys, which the predictor lacks.
     """
-    num_flat, rows, length = weight.shape
-    columns = weight.new_zeros(length + 1, rows, num_flat)
-    columns[:-1] = weight.detach().permute(2, 1, 0)
-    columns[-1, rows - bias[0].numel() :] = bias.detach().flatten(1).t()
+    rows, length = weight.shape[1:]
+    columns = weight.new_zeros(num_runs, length + 1, rows, len(weight) // num_runs)
+    columns[:, :-1] = weight.detach().unflatten(0, (num_runs, -1)).permute(0, 3, 2, 1)
+    slots = bias.detach().flatten(1).unflatten(0, (num_runs, -1)).transpose(1, 2)
+    columns[:, -1, rows - slots.shape[1] :] = slots
     return columns
 
 
