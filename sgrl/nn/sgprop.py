@@ -254,7 +254,7 @@ def temporal_schedule(
     mixing_weight: Float[Tensor, " W"],
     parents: Int64[Tensor, "W P"],
     length: int,
-    beta: float,
+    beta: float | Float[Tensor, " W"],
     edges: Int64[Tensor, "W C"] | None = None,
 ) -> Float[Tensor, "{length} W"]:
     """Lambda of every neuron at every step of a sequence.
@@ -266,7 +266,7 @@ def temporal_schedule(
         mixing_weight: lambda [W].
         parents: [W, P].
         length: T.
-        beta: step of the schedule, >= 0.
+        beta: step of the schedule, >= 0; may differ between neurons.
         edges: as of `connectivity.sum_over_children`.
 
     Returns:
@@ -275,7 +275,7 @@ def temporal_schedule(
     Source: the paper, Section H.4.
     """
     schedule = mixing_weight.repeat(length, 1)
-    if beta == 0:
+    if not isinstance(beta, Tensor) and beta == 0:
         return schedule
     count = len(mixing_weight)
     if edges is None and mixing_weight.is_cuda:

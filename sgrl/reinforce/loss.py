@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sgrl.nn.actions import ActionSpace, Discrete
@@ -13,16 +13,20 @@ from sgrl.nn.policy import Mask
 PerStep = Float[Tensor, "T B"]
 
 
-def discounted_returns(rewards: PerStep, mask: Mask, gamma: float) -> PerStep:
+def discounted_returns(
+    rewards: Float[Tensor, "T ..."],
+    mask: Bool[Tensor, "T ..."],
+    gamma: float | Float[Tensor, "..."],
+) -> Float[Tensor, "T ..."]:
     """R_t = r_t + gamma R_{t+1} within each episode; 0 at padded steps.
 
     Args:
-        rewards: [T, B].
-        mask: bool [T, B], True at the steps of the episode.
-        gamma: discount.
+        rewards: [T, B], or with more axes of episodes.
+        mask: bool of that shape, True at the steps of the episode.
+        gamma: discount, or one for every episode.
 
     Returns:
-        [T, B], of the rewards' type.
+        [T, B], of the rewards' shape and type.
     """
     returns: list[Tensor] = []
     ahead = zeros = torch.zeros_like(rewards[0])

@@ -114,6 +114,8 @@ class _Unroll(torch.autograd.Function):
         scaled_t = scale_keys(weight_h, num_slots, layer.scale).transpose(1, 2)
         scaled_x = scale_keys(weight_x, num_slots, layer.scale).view(runs, -1, x.shape[3])
         grad_output = grad_output.permute(1, 0, 3, 4, 2)  # [T, S, w, N, B]
+        if layer.runs is not None:  # sums over N follow the order in memory
+            grad_output = grad_output.contiguous()
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[5] else None
         grads = [torch.zeros_like(p) for p in (weight_h, weight_x, layer.bias)]
         grad_predictor = [torch.zeros_like(p) for p in predictor]

@@ -1,0 +1,408 @@
+"""Policies of several runs as one: every tensor has a leading axis of S runs.
+
+    stacked = stack_policies([make_policy("sparsenet", 56, 4, seed=s) for s in range(30)])
+    logits = stacked(observations, mask).logits       # [T, S, B, F] -> [T, S, B, A]
+    stacked.unstack(policies)                         # the runs' parameters, back into policies
+
+One run computes what its policy would by itself, but many take hardly longer than one where time
+goes into launching small operations, as on a GPU. The runs share connectivity sizes and settings
+and differ in their numbers: parameters, which neurons are connected, mixing weights, and of the
+settings those in `PER_RUN`.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, leaky_relu
+
+from sgrl.nn.connectivity import edge_table
+from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, is_published_encoder
+from sgrl.nn.feedforward_policies import MLPPolicy
+from sgrl.nn.kernels import torch_unroll
+from sgrl.nn.kernels.torch_layer import Pass
+from sgrl.nn.mixing import MixingRule
+from sgrl.nn.neuron import PARAMETERS, Layer
+from sgrl.nn.policy import Policy, PolicyOutput
+from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SlotActor, SparseNetPolicy
+from sgrl.nn.sgprop import Mixing, temporal_schedule
+
+#: Settings in which stacked runs may differ. (Lambda's initial value is a number of the policy.)
+PER_RUN = ("mixing_weight", "mixing_momentum", "schedule_beta")
+#: Those that say how one policy is run by itself.
+IGNORED = ("backend",)
+
+
+def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu") -> "Stacked":
+    """Stack policies, which stay as they are.
+
+    Args:
+        policies: S of one kind, size and type; see `PER_RUN` for what may differ.
+        device: where the stacked tensors are.
+
+    Raises:
+        ValueError: they cannot be stacked; one line that says why.
+    """
+    first = policies[0]
+    kind = STACKED.get(type(first))
+    if kind is None:
+        names = ", ".join(policy.name for policy in STACKED)
+        raise ValueError(f"policy {first.name!r} does not stack; those that do: {names}")
+    for policy in policies:
+        differs = _difference(first, policy)
+        if differs is not None:
+            raise ValueError(f"runs that are stacked must have the same {differs}")
+    return kind(policies, torch.device(device))
+
+
+def _difference(one: Policy, other: Policy) -> str | None:
+    """Name of what keeps two policies from being stacked."""
+    if type(other) is not type(one):
+        return "policy"
+    a, b = (dataclasses.asdict(policy.settings) for policy in (one, other))
+    for name, value in a.items():
+        if name not in (*PER_RUN, *IGNORED) and b[name] != value:
+            return name
+    shapes = (
+        {name: (v.shape, v.dtype) for name, v in p.state_dict().items()} for p in (one, other)
+    )
+    return "sizes and type of numbers" if len({str(of_one) for of_one in shapes}) > 1 else None
+
+
+class Stacked(ABC):
+    """S policies of one kind, as one.
+
+    Attributes:
+        runs: S.
+        parameters: [S, ...] by the name that they have in a policy, in its order; leaves, all of
+            which are trained.
+        buffers: likewise; changed in place.
+    """
+
+    def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
+        first = policies[0]
+        assert isinstance(first, EncodedPolicy)
+        self.runs = len(policies)
+        self.policy = first
+        self.action_space = first.action_space
+        self.parameters = {
+            name: _stack(policies, name, device).requires_grad_()
+            for name, _ in first.named_parameters()
+        }
+        self.buffers = {name: _stack(policies, name, device) for name, _ in first.named_buffers()}
+        if not is_published_encoder(
+            first.encoder, first.observation_size, first.settings.embedding_size
+        ):
+            raise ValueError("only policies with the published encoder stack")
+
+    def unstack(self, policies: Sequence[Policy]) -> None:
+        """Copy each run's tensors into its policy, on whatever device that is."""
+        with torch.no_grad():
+            for name, stacked in (self.parameters | self.buffers).items():
+                for policy, value in zip(policies, stacked, strict=True):
+                    _find(policy, name).copy_(value)
+
+    def split(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters of the policies, and of their predictors (as `mixing.split_parameters`)."""
+        predictor = {n: p for n, p in self.parameters.items() if ".predictor_" in n}
+        return {n: p for n, p in self.parameters.items() if n not in predictor}, predictor
+
+    def linear(self, name: str, x: Float[Tensor, "S K i"]) -> Float[Tensor, "S K o"]:
+        """The linear layer of that name, of each run."""
+        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+    def encode(self, observations: Float[Tensor, "S K F"]) -> Float[Tensor, "S K E"]:
+        """The encoder."""
+        features = self.linear("encoder.0", observations)
+        features = layer_norm(features, features.shape[-1:], eps=1e-5)
+        return leaky_relu(self.linear("encoder.2", features), 0.01)
+
+    def act(self, features: Float[Tensor, "S K H"]) -> Float[Tensor, "S K A"]:
+        """The actor."""
+        for layer in ("actor.0", "actor.2"):
+            features = leaky_relu(self.linear(layer, features), 0.01)
+        return self.linear("actor.4", features)
+
+    @abstractmethod
+    def core(self, length: int, batch_size: int) -> "Core":
+        """The core, before the first of T steps of B episodes of each run."""
+
+    def start(self, length: int, batch_size: int) -> "StackedActing":
+        """For acting through whole episodes, then replaying them for the update."""
+        return StackedActing(self, length, batch_size)
+
+    def __call__(
+        self, observations: Float[Tensor, "T S B F"], mask: Bool[Tensor, "T S B"] | None = None
+    ) -> PolicyOutput:
+        """Whole sequences, from the initial state: logits [T, S, B, A], values [T, S, B]."""
+        length, _, batch_size, _ = observations.shape
+        return self.run(self.core(length, batch_size), observations, mask)
+
+    def run(self, core: "Core", observations: Tensor, mask: Tensor | None) -> PolicyOutput:
+        """As `__call__`, by a core that may have made its steps already."""
+        length, _, batch_size, _ = observations.shape
+        by_run = observations.transpose(0, 1)
+        embeddings = self.encode(by_run.flatten(1, 2)).unflatten(1, (length, batch_size))
+        features = core.run(embeddings, None if mask is None else mask.transpose(0, 1))
+        features = features.flatten(1, 2)
+        values = None
+        if self.policy.value_head is not None:
+            values = self.linear("value_head", features).squeeze(-1)
+            values = values.unflatten(1, (length, batch_size)).transpose(0, 1)
+        logits = self.act(features).unflatten(1, (length, batch_size)).transpose(0, 1)
+        return PolicyOutput(logits, values, {})
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last backward pass measured, each [S], by name."""
+        return {}
+
+
+class Core(ABC):
+    """The part of a policy that runs over time, for T steps of B episodes of each of S runs."""
+
+    @abstractmethod
+    def step(self, embeddings: Float[Tensor, "S B E"]) -> Float[Tensor, "S B H"]:
+        """The next step, without gradient."""
+
+    @abstractmethod
+    def run(
+        self, embeddings: Float[Tensor, "S T B E"], mask: Bool[Tensor, "S T B"] | None
+    ) -> Float[Tensor, "S T B H"]:
+        """All steps, from the initial state, for a gradient."""
+
+
+class StackedActing:
+    """Stacked policies taking one step of S x B episodes after the other."""
+
+    def __init__(self, stacked: Stacked, length: int, batch_size: int) -> None:
+        self.stacked = stacked
+        with torch.no_grad():
+            self.core = stacked.core(length, batch_size)
+
+    @torch.no_grad()
+    def step(self, observations: Float[Tensor, "S B F"]) -> Float[Tensor, "S B A"]:
+        """Observations -> logits."""
+        return self.stacked.act(self.core.step(self.stacked.encode(observations)))
+
+    def replay(
+        self, observations: Float[Tensor, "T S B F"], mask: Bool[Tensor, "T S B"]
+    ) -> PolicyOutput:
+        """As the stacked policies' `__call__`, without the steps of the core already made."""
+        return self.stacked.run(self.core, observations, mask)
+
+
+class _SparseNet(Stacked):
+    """Recurrent SparseNets. Their cores' neurons are one layer, run after run (`Layer.runs`)."""
+
+    policy: SparseNetPolicy  # the first run's
+
+    def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
+        super().__init__(policies, device)
+        first = self.policy
+        if not first.core_is_plain() or type(first.actor) is not SlotActor:
+            raise ValueError("only plain SparseNet policies stack")
+        if first.settings.shuffle_predictions:
+            raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
+        neurons = first.settings.num_neurons
+        parents = self.buffers["core.parents"]
+        offset = neurons * torch.arange(self.runs, device=device).view(-1, 1, 1)
+        self.sources = (parents + offset).flatten(0, 1)
+        self.edges = edge_table(self.sources, self.runs * neurons)
+        name = "core.neurons.mixing_memory"  # changed in place, like its view by run
+        self.memory = self.buffers[name].transpose(0, 1).flatten(1).contiguous()
+        self.buffers[name] = self.memory.unflatten(1, (self.runs, neurons)).transpose(0, 1)
+        self.measured: dict[str, Tensor] = {}
+        settings: list[Any] = [policy.settings for policy in policies]
+        of_neurons = partial(self._of_neurons, neurons)
+        self.beta = of_neurons([s.schedule_beta for s in settings])
+        self.rule: MixingRule = first.settings.make_rule()
+        self.rule.momentum = of_neurons([s.mixing_momentum for s in settings])  # type: ignore[assignment]
+
+    def _of_neurons(self, neurons: int, values: list[float]) -> Tensor:
+        weight = self.parameters["core.neurons.weight_h"]
+        return torch.tensor(values, dtype=weight.dtype, device=weight.device).repeat_interleave(
+            neurons
+        )
+
+    def layer(self) -> Layer:
+        """All runs' cores, as the kernels take them."""
+        core = self.policy.core
+        plain = core.layer()
+        tensors: dict[str, Any] = dict.fromkeys(PARAMETERS)
+        for name in PARAMETERS:
+            value = self.parameters.get(f"core.neurons.{name}")
+            tensors[name] = None if value is None else value.flatten(0, 1)
+        return plain._replace(
+            num_neurons=self.runs * plain.num_neurons,
+            sources=self.sources,
+            edges=self.edges,
+            runs=self.runs,
+            mixing_weight=self.buffers["core.neurons.mixing_weight"].view(-1),
+            mixing_memory=self.memory,
+            **tensors,
+        )
+
+    def core(self, length: int, batch_size: int) -> Core:
+        return _SparseNetCore(self, length, batch_size)
+
+    def schedule(self, length: int) -> Tensor:
+        """Lambda at every step, [T, S * W]."""
+        weight = self.buffers["core.neurons.mixing_weight"].view(-1)
+        return temporal_schedule(weight, self.sources, length, self.beta, self.edges)
+
+    def act(self, features: Tensor) -> Tensor:
+        keys, values, bias = (self.parameters[f"actor.{name}"] for name in ("keys", "A", "b"))
+        scale = self.policy.actor.scale
+        rows = torch.cat([keys.flatten(1, 2) * scale, values.flatten(1, 2)], dim=1)
+        products = torch.bmm(features, rows.transpose(1, 2))
+        scores, values = products.unflatten(-1, (2, *bias.shape[1:])).unbind(-3)
+        return (scores.softmax(dim=-1) * (values + bias.unsqueeze(1))).sum(-1)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return self.measured
+
+
+class _SparseNetCore(Core):
+    def __init__(self, stacked: _SparseNet, length: int, batch_size: int) -> None:
+        self.stacked = stacked
+        self.length = length
+        self.steps = 0
+        settings = stacked.policy.settings
+        weight = stacked.parameters["core.neurons.weight_h"]
+        shape = (stacked.runs, batch_size, settings.num_neurons, settings.neuron_size)
+        self.h_0 = weight.new_zeros(shape)
+        self.passed: Pass | None = None
+
+    def step(self, embeddings: Tensor) -> Tensor:
+        layer = self.stacked.layer()
+        if self.passed is None:
+            parameters = list(layer.parameters().values())[:3]
+            self.passed = Pass(layer, self.length, self.h_0, *parameters)
+        passed = self.passed
+        passed.step(self.steps, passed.external(embeddings.unsqueeze(1))[:, :, :, 0])
+        self.steps += 1
+        state = passed.states[self.steps].unflatten(0, (self.stacked.runs, -1))
+        return state.flatten(1, 2).transpose(1, 2)
+
+    def run(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        stacked = self.stacked
+        layer = stacked.layer()
+        mixing = Mixing(stacked.policy.settings, stacked.rule, None, stacked.measured)
+        passed = self.passed if self.steps == self.length else None
+        output = torch_unroll.unroll(
+            layer, mixing, stacked.schedule, embeddings, self.h_0, mask, passed
+        )
+        return output.flatten(3)
+
+
+#: (embeddings [S, T, B, E], run's tensors by name, state) -> features and state after each step.
+Cell = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+class _Dense(Stacked):
+    """Policies whose core computes one step as a function of embedding and state."""
+
+    #: How many tensors its state consists of.
+    state_size: ClassVar[int]
+
+    def core(self, length: int, batch_size: int) -> Core:
+        return _DenseCore(self, batch_size)
+
+    def embed(self, embeddings: Float[Tensor, "S K E"]) -> Float[Tensor, "S K rows"]:
+        """What the embeddings add to each step."""
+        weight, bias = (self.parameters[f"core.{name}_ih_l0"] for name in ("weight", "bias"))
+        return torch.baddbmm(bias.unsqueeze(1), embeddings, weight.transpose(1, 2))
+
+    def recur(self, h: Float[Tensor, "S B H"]) -> Float[Tensor, "S B rows"]:
+        """What the state before adds to a step."""
+        weight, bias = (self.parameters[f"core.{name}_hh_l0"] for name in ("weight", "bias"))
+        return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+
+    @abstractmethod
+    def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One step: what `embed` returned, and the state before, to the state after."""
+
+
+class _DenseCore(Core):
+    def __init__(self, stacked: _Dense, batch_size: int) -> None:
+        self.stacked = stacked
+        first = next(iter(stacked.parameters.values()))
+        settings = stacked.policy.settings
+        assert isinstance(settings, DenseCoreSettings)
+        shape = (stacked.runs, batch_size, settings.hidden_size)
+        self.initial = tuple(first.new_zeros(shape) for _ in range(stacked.state_size))
+        self.state = self.initial
+
+    def step(self, embeddings: Tensor) -> Tensor:
+        self.state = self.stacked.cell(self.stacked.embed(embeddings), self.state)
+        return self.state[0]
+
+    def run(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        embedded = self.stacked.embed(embeddings.flatten(1, 2))
+        embedded = embedded.unflatten(1, embeddings.shape[1:3])
+        state, features = self.initial, []
+        for now in embedded.unbind(1):
+            state = self.stacked.cell(now, state)
+            features.append(state[0])
+        return torch.stack(features, dim=1)
+
+
+class _GRU(_Dense):
+    state_size = 1
+
+    def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (h,) = state
+        recurrent = self.recur(h)
+        size = h.shape[-1]
+        gates = _sigmoid(embedded[..., : 2 * size] + recurrent[..., : 2 * size])
+        reset, update = gates.chunk(2, -1)
+        new = torch.tanh(embedded[..., 2 * size :] + reset * recurrent[..., 2 * size :])
+        return (new + update * (h - new),)
+
+
+class _LSTM(_Dense):
+    state_size = 2
+
+    def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h, c = state
+        put, forget, value, out = (embedded + self.recur(h)).chunk(4, -1)
+        c = _sigmoid(forget) * c + _sigmoid(put) * value.tanh()
+        return _sigmoid(out) * c.tanh(), c
+
+
+class _MLP(_Dense):
+    state_size = 0
+
+    def embed(self, embeddings: Tensor) -> Tensor:
+        return self.linear("core.0", embeddings)
+
+    def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (embedded.tanh(),)
+
+
+STACKED: dict[type[Policy], type[Stacked]] = {
+    GRUPolicy: _GRU,
+    LSTMPolicy: _LSTM,
+    MLPPolicy: _MLP,
+    SparseNetPolicy: _SparseNet,
+}
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    # Torch's own rounds a tensor's last numbers otherwise on a CPU, and so a pack's last run.
+    return (torch.tanh(x / 2) + 1) / 2
+
+
+def _find(policy: nn.Module, name: str) -> Tensor:
+    module, _, last = name.rpartition(".")
+    return getattr(policy.get_submodule(module), last)
+
+
+def _stack(policies: Sequence[Policy], name: str, device: torch.device) -> Tensor:
+    return torch.stack([_find(policy, name).detach() for policy in policies]).to(device)

@@ -1,0 +1,363 @@
+"""Several runs of REINFORCE trained as one: a pack.
+
+    pack = Pack(policies, make_device("labyrinth_escape", 30, 20, {}, "cuda"), seeds, settings)
+    for _ in range(300):
+        rows = pack.train()                  # one row a run, with the columns of `loop.train`
+
+Every run has its own seed, learning rates and numbers of the update, and gets the numbers that it
+would get by itself, up to rounding; what it is packed with changes nothing. A run whose loss or
+gradient is no longer finite stays as it was before that update, is marked in `failed`, and the
+others go on. On a GPU an iteration is captured once as a CUDA graph, and then replayed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sgrl.envs.device import DeviceEnv
+from sgrl.nn.policy import Policy
+from sgrl.nn.stacked import Stacked, StackedActing, stack_policies
+from sgrl.reinforce.loss import discounted_returns
+from sgrl.reinforce.update import UpdateSettings
+
+#: Adam's (see `make_optimizers`).
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What one run of a pack has for itself.
+
+    Attributes:
+        seed: of environments and actions.
+        lr: learning rate of the policy's parameters.
+        predictor_lr: learning rate of the predictors of synthetic gradients.
+        update: of each update; gamma, entropy_coeff and grad_clip may differ within a pack.
+    """
+
+    seed: int = 0
+    lr: float = 2e-3
+    predictor_lr: float = 1e-5
+    update: UpdateSettings = field(default_factory=UpdateSettings)
+
+
+class PackBatch(NamedTuple):
+    """One episode of every environment of every run; as `EpisodeBatch` with an axis S."""
+
+    observations: Float[Tensor, "T S B F"]
+    actions: Tensor  # int64 [T, S, B]
+    rewards: Float[Tensor, "T S B"]
+    mask: Bool[Tensor, "T S B"]
+    success: Bool[Tensor, "S B"]
+    acted: StackedActing
+
+
+class StackedAdam:
+    """Adam on parameters [S, ...], with a learning rate and a number of steps of each run.
+
+    Args:
+        parameters: [S, ...] by name.
+        lr: [S].
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], lr: Float[Tensor, " S"]) -> None:
+        self.parameters = parameters
+        self.lr = lr
+        self.steps = torch.zeros_like(lr, dtype=torch.float64)
+        self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, Tensor], moves: Bool[Tensor, " S"]) -> None:
+        """One step of the runs that move; all else of the others stays as it is."""
+        self.steps += moves
+        corrections = [1 - beta**self.steps for beta in BETAS]
+        rate = torch.where(moves, self.lr / corrections[0].clamp(min=1e-300), 0.0).to(self.lr.dtype)
+        root = corrections[1].clamp(min=1e-300).sqrt().to(self.lr.dtype)
+        shares = [moves.to(self.lr) * (1 - beta) for beta in BETAS]
+        for name, parameter in self.parameters.items():
+            shape = (-1, *(1,) * (parameter.dim() - 1))
+            gradient = torch.where(moves.view(shape), gradients[name], 0.0)
+            first, second = self.first[name], self.second[name]
+            first.lerp_(gradient, shares[0].view(shape).expand_as(first))
+            second.lerp_(gradient.square(), shares[1].view(shape).expand_as(second))
+            scale = second.sqrt().div_(root.view(shape)).add_(EPS)
+            parameter.sub_(rate.view(shape) * first / scale)
+
+
+class Pack:
+    """S runs of the plain loop (`sgrl.reinforce.loop.train`) as one.
+
+    Args:
+        policies: of the runs; see `stack_policies`. They stay as they are until `unstack`.
+        env: S x B environments.
+        settings: of the runs.
+        capture: whether an iteration is captured as a CUDA graph; None: on a GPU.
+
+    Attributes:
+        failed: bool [S], runs that were frozen.
+
+    Raises:
+        ValueError: the runs cannot be packed.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        env: DeviceEnv,
+        settings: Sequence[RunSettings],
+        capture: bool | None = None,
+    ) -> None:
+        if not len(policies) == len(settings) == env.num_runs:
+            raise ValueError(
+                f"{len(policies)} policies, {len(settings)} settings and environments of "
+                f"{env.num_runs} runs are not a pack: there must be one of each for a run"
+            )
+        self.settings = settings
+        update = settings[0].update
+        for run in settings:
+            for name in ("normalize_returns", "baseline", "two_phase"):
+                if getattr(run.update, name) != getattr(update, name):
+                    raise ValueError(f"runs of a pack must have the same {name}")
+        if update.two_phase or update.baseline != "none":
+            raise ValueError('a pack takes neither two_phase nor a baseline other than "none"')
+        self.env = env
+        self.stacked: Stacked = stack_policies(policies, env.device)
+        self.capture = env.device.type == "cuda" if capture is None else capture
+        first = next(iter(self.stacked.parameters.values()))
+        self.dtype = first.dtype
+
+        def of_runs(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=self.dtype, device=env.device)
+
+        self.gamma = of_runs([s.update.gamma for s in settings]).float().unsqueeze(1)
+        self.entropy_coeff = of_runs([s.update.entropy_coeff for s in settings])
+        clips = [s.update.grad_clip for s in settings]
+        self.grad_clip = of_runs([float("inf") if clip is None else clip for clip in clips])
+        groups = zip(
+            ("policy", "predictor"),
+            self.stacked.split(),
+            (of_runs([s.lr for s in settings]), of_runs([s.predictor_lr for s in settings])),
+            strict=True,
+        )
+        self.optimizers = {name: StackedAdam(part, lr) for name, part, lr in groups if part}
+        self.failed = torch.zeros(len(settings), dtype=torch.bool, device=env.device)
+        self.batches = 0
+        self.env_steps = np.zeros(len(settings), np.int64)
+        # As `Rollout` has it.
+        mixed = [np.random.SeedSequence([s.seed, 0]).generate_state(1) for s in settings]
+        self.generators = [torch.Generator().manual_seed(int(m[0])) for m in mixed]
+        space = self.stacked.action_space
+        shape = (env.episode_length, len(settings), env.num_envs, space.num_outputs)
+        self.noise = torch.zeros(shape, dtype=self.dtype, device=env.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.measured: dict[str, Tensor] = {}
+
+    def draw(self) -> None:
+        """Lay out the next episodes and the noise of their actions."""
+        env, space = self.env, self.stacked.action_space
+        first = [s.seed * env.seed_spacing + self.batches * env.num_envs for s in self.settings]
+        env.load([[seed + e for e in range(env.num_envs)] for seed in first])
+        noise = [
+            space.noise(env.episode_length, env.num_envs, generator=generator)
+            for generator in self.generators
+        ]
+        drawn = torch.stack(noise, dim=1)
+        if self.noise.is_cuda:
+            drawn = drawn.pin_memory()
+        self.noise.copy_(drawn, non_blocking=True)
+        self.batches += 1
+
+    def train(self) -> list[dict[str, float]]:
+        """One iteration of all runs: a batch and an update.
+
+        Returns:
+            Of every run the row of metrics that `loop.train` yields. Those of a run that failed
+            are of no update.
+        """
+        self.draw()
+        if not self.capture:
+            self.measured = self.iterate()
+        elif self.graph is None:
+            self._capture()
+        else:
+            self.graph.replay()
+        return self._rows()
+
+    def iterate(self) -> dict[str, Tensor]:
+        """The iteration on what was drawn; never waits for the device.
+
+        Returns:
+            What was measured, [S] each or (mixing_weight) [S, W].
+        """
+        batch = self.collect()
+        measured = self.update(batch)
+        measured["env_steps"] = batch.mask.sum((0, 2))
+        measured["success_rate"] = batch.success.double().mean(1)
+        episodes = self.env.num_envs
+        measured["episode_return_mean"] = _sum_of_runs(batch.rewards.double()) / episodes
+        measured["episode_length_mean"] = measured["env_steps"].double() / episodes
+        return measured
+
+    @torch.no_grad()
+    def collect(self) -> PackBatch:
+        """Run every environment once to its end."""
+        env, space = self.env, self.stacked.action_space
+        acting = self.stacked.start(env.episode_length, env.num_envs)
+        observations, actions, rewards, masks = [], [], [], []
+        current = env.reset()
+        success = torch.zeros_like(env.running)
+        for noise in self.noise.unbind():
+            mask = env.running
+            # Zeros once all episodes of a run have ended, as `EpisodeBatch` has it.
+            runs = mask.any(1)
+            seen = torch.where(runs.view(-1, 1, 1), current, 0.0)
+            observations.append(seen)
+            chosen = space.sample(acting.step(seen.to(self.dtype)), noise)
+            actions.append(torch.where(runs.view(-1, 1), chosen, 0))
+            masks.append(mask)
+            current, reward, _, succeeded = env.step(chosen)
+            rewards.append(reward)
+            success = success | succeeded
+        return PackBatch(
+            torch.stack(observations),
+            torch.stack(actions),
+            torch.stack(rewards),
+            torch.stack(masks),
+            success,
+            acting,
+        )
+
+    def update(self, batch: PackBatch) -> dict[str, Tensor]:
+        """One training step of every run; as `sgrl.reinforce.update.update`."""
+        mask = batch.mask
+        count = mask.sum((0, 2)).clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            return _sum_of_runs(torch.where(mask, values, 0.0)) / count
+
+        returns = discounted_returns(batch.rewards, mask, self.gamma)  # float32, as rewards are
+        if self.settings[0].update.normalize_returns:
+            centred = returns - mean(returns).unsqueeze(1)
+            deviation = mean(centred.square()).sqrt()
+            returns = torch.where(mask, centred / (deviation + 1e-8).unsqueeze(1), 0.0)
+        output = batch.acted.replay(batch.observations.to(self.dtype), mask)
+        space = self.stacked.action_space
+        chosen, entropies = space.log_prob_and_entropy(output.logits, batch.actions)
+        policy_loss, entropy = -mean(chosen * returns.to(self.dtype)), mean(entropies)
+        loss = policy_loss - self.entropy_coeff * entropy
+
+        buffers = [(buffer, buffer.clone()) for buffer in self.stacked.buffers.values()]
+        parameters = self.stacked.parameters
+        found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(p) if gradient is None else gradient
+            for (name, p), gradient in zip(parameters.items(), found, strict=True)
+        }
+        with torch.no_grad():
+            norms = {
+                name: _norm([gradients[n] for n in optimizer.parameters])
+                for name, optimizer in self.optimizers.items()
+            }
+            finite = torch.isfinite(loss)
+            for norm in norms.values():
+                finite = finite & torch.isfinite(norm)
+            self.failed |= ~finite
+            for buffer, before in buffers:
+                keeps = self.failed.view(-1, *(1,) * (buffer.dim() - 1))
+                buffer.copy_(torch.where(keeps, before, buffer))
+            for name, optimizer in self.optimizers.items():
+                scale = (self.grad_clip / (norms[name] + 1e-6)).clamp(max=1)
+                clipped = {
+                    n: gradients[n] * scale.view(-1, *(1,) * (gradients[n].dim() - 1))
+                    for n in optimizer.parameters
+                }
+                optimizer.step(clipped, ~self.failed)
+            measured = {
+                "policy_loss": policy_loss.detach(),
+                "entropy": entropy.detach(),
+                "grad_norm": norms["policy"],
+                **self.stacked.statistics(),
+            }
+            weight = self.stacked.buffers.get("core.neurons.mixing_weight")
+            if weight is not None and "predictor" in self.optimizers:
+                measured["mixing_weight"] = weight.clone()
+        return measured
+
+    def unstack(self, policies: Sequence[Policy]) -> None:
+        """Copy the runs' tensors into policies."""
+        self.stacked.unstack(policies)
+
+    def _capture(self) -> None:
+        """Capture an iteration; it is made as well."""
+        kept = [
+            *self.stacked.parameters.values(),
+            *self.stacked.buffers.values(),
+            self.failed,
+            *(
+                tensor
+                for optimizer in self.optimizers.values()
+                for tensor in (
+                    optimizer.steps,
+                    *optimizer.first.values(),
+                    *optimizer.second.values(),
+                )
+            ),
+        ]
+        before = [tensor.detach().clone() for tensor in kept]
+        # Libraries set themselves up in a run that is not captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.iterate()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for tensor, value in zip(kept, before, strict=True):
+                tensor.copy_(value)
+        del before
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.measured = self.iterate()
+        self.graph = graph
+        graph.replay()
+
+    def _rows(self) -> list[dict[str, float]]:
+        env = self.env
+        measured = {name: value.double().cpu() for name, value in self.measured.items()}
+        weights = measured.pop("mixing_weight", None)
+        self.env_steps += measured.pop("env_steps").numpy().astype(np.int64)
+        episodes = self.batches * env.num_envs
+        counts = {
+            "iteration": self.batches,
+            "padded_env_steps": episodes * env.episode_length,
+            "episodes": episodes,
+        }
+        if weights is not None:
+            marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+            measured["mixing_weight_mean"] = weights.mean(1)
+            quantiles = torch.quantile(weights, marks, dim=1)
+            for name, values in zip(("min", "p25", "median", "p75", "max"), quantiles, strict=True):
+                measured[f"mixing_weight_{name}"] = values
+        columns = {name: values.tolist() for name, values in measured.items()}
+        return [
+            counts
+            | {"env_steps": int(self.env_steps[run])}
+            | {name: values[run] for name, values in columns.items()}
+            for run in range(len(self.settings))
+        ]
+
+
+def _sum_of_runs(values: Float[Tensor, "T S B"]) -> Float[Tensor, " S"]:
+    """Sum over each run's steps, in an order that is the same however many runs there are."""
+    return values.transpose(0, 1).flatten(1).sum(1)
+
+
+def _norm(gradients: Sequence[Tensor]) -> Float[Tensor, " S"]:
+    """Norm of each run's gradients [S, ...]."""
+    squares = [gradient.contiguous().flatten(1).square().sum(1) for gradient in gradients]
+    return torch.stack(squares, dim=1).sum(1).sqrt()

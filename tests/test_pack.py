@@ -1,0 +1,211 @@
+"""Runs trained as a pack: each gets the numbers that it would get by itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sgrl.envs.registry import make_device, make_vector
+from sgrl.nn.policy import Policy
+from sgrl.nn.registry import make_policy
+from sgrl.reinforce.loop import train
+from sgrl.reinforce.pack import Pack, RunSettings
+from sgrl.reinforce.update import UpdateSettings
+
+NUM_ENVS, ITERATIONS = 5, 4
+CONFIGS = {
+    "labyrinth_escape": {"maze_dims": [6, 6], "episode_length": 20},
+    "labyrinth_explore": {"maze_dims": [6, 6], "episode_length": 12},
+}
+SPARSE = {"num_neurons": 24, "num_parents": 4, "num_slots": 3, "num_input_neurons": 6}
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgprop": ("sparsenet", SPARSE | {"mixing_weight": 0.8}),
+    "sgprop, other settings": (
+        "sparsenet",
+        SPARSE
+        | {
+            "mixing_rule": "running_raw",
+            "positive_projection": True,
+            "mask_predictions": True,
+            "predictor_target": "received",
+            "mixing_weight": 0.5,
+        },
+    ),
+    "sgprop, fixed": ("sparsenet", SPARSE | {"adaptive": False, "mixing_weight": 0.5}),
+    "backprop": ("sparsenet", SPARSE | {"propagation": "backprop"}),
+    "gru": ("gru", {"hidden_size": 16}),
+    "lstm": ("lstm", {"hidden_size": 16, "value_head": True}),
+    "mlp": ("mlp", {"hidden_size": 16}),
+}
+RUNS = [
+    RunSettings(3, 1e-3, 1e-4, UpdateSettings(0.9, 0.02, 0.05)),
+    RunSettings(0, 4e-3, 1e-3, UpdateSettings(0.95, 0.0, None)),
+    RunSettings(1, 2e-3, 1e-4, UpdateSettings(0.99, 0.01, 0.5)),
+]
+
+
+def policies_of(
+    kind: str, runs: Sequence[RunSettings], dtype: torch.dtype = torch.float64, **numbers: Any
+) -> list[Policy]:
+    name, settings = POLICIES[kind]
+    vector = make_vector("labyrinth_escape", 1, CONFIGS["labyrinth_escape"])
+    return [
+        make_policy(
+            name,
+            vector.observation_size,
+            vector.num_actions,
+            seed=run.seed,
+            dtype=dtype,
+            **settings | {key: values[index] for key, values in numbers.items()},
+        )
+        for index, run in enumerate(runs)
+    ]
+
+
+def pack_of(
+    policies: Sequence[Policy],
+    runs: Sequence[RunSettings],
+    env: str = "labyrinth_escape",
+    device: str = "cpu",
+    capture: bool | None = None,
+) -> Pack:
+    return Pack(
+        policies, make_device(env, len(runs), NUM_ENVS, CONFIGS[env], device), runs, capture
+    )
+
+
+def unnormalized(runs: Sequence[RunSettings]) -> list[RunSettings]:
+    # Means and deviations of returns are in float32 (as rewards are), and round in their order.
+    return [
+        RunSettings(
+            r.seed,
+            r.lr,
+            r.predictor_lr,
+            UpdateSettings(
+                r.update.gamma, r.update.entropy_coeff, r.update.grad_clip, normalize_returns=False
+            ),
+        )
+        for r in runs
+    ]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("env", CONFIGS)
+@pytest.mark.parametrize("kind", POLICIES)
+def test_stacked_equals_separate(kind: str, env: str, normalize: bool) -> None:
+    """Float64, rows to 1e-9 of training; where returns are normalised, to float32's rounding."""
+    runs = RUNS if normalize else unnormalized(RUNS)
+    if env == "labyrinth_explore" and normalize:
+        runs = runs[1:]
+    tolerance = {"rtol": 1e-9, "atol": 1e-14} if not normalize else {"rtol": 1e-4, "atol": 1e-5}
+    numbers = {}
+    if kind.startswith("sgprop"):
+        numbers = {"mixing_momentum": [0.9, 0.5, 0.8], "schedule_beta": [0.1, 0.3, 0.0]}
+    policies = policies_of(kind, runs, **numbers)
+    pack = pack_of(policies, runs, env)
+    rows = [pack.train() for _ in range(ITERATIONS)]
+    before = [{n: v.clone() for n, v in p.state_dict().items()} for p in policies]
+    for index, (run, policy) in enumerate(zip(runs, policies, strict=True)):
+        vector = make_vector(env, NUM_ENVS, CONFIGS[env])
+        separate = train(
+            policy,
+            vector,
+            ITERATIONS,
+            lr=run.lr,
+            predictor_lr=run.predictor_lr,
+            seed=run.seed,
+            settings=run.update,
+        )
+        for row, packed in zip(separate, rows, strict=True):
+            assert packed[index].keys() == row.keys()
+            for column, value in row.items():
+                expected = torch.tensor(value, dtype=torch.float64)
+                found = torch.tensor(packed[index][column], dtype=torch.float64)
+                torch.testing.assert_close(found, expected, msg=f"{run} {column}", **tolerance)
+    unstacked = policies_of(kind, runs, **numbers)
+    for policy, state in zip(unstacked, before, strict=True):
+        assert all(torch.equal(policy.state_dict()[name], value) for name, value in state.items())
+    pack.unstack(unstacked)
+    for policy, trained in zip(unstacked, policies, strict=True):
+        for name, value in policy.state_dict().items():
+            torch.testing.assert_close(value, trained.state_dict()[name], msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_run_does_not_depend_on_its_pack(kind: str) -> None:
+    """Bitwise, in float32: alone, beside others, and in another place among them."""
+    found = []
+    for order in ([0], [0, 1, 2], [2, 1, 0], [1, 0]):
+        runs = [RUNS[index] for index in order]
+        pack = pack_of(policies_of(kind, runs, torch.float32), runs)
+        rows = [pack.train()[order.index(0)] for _ in range(ITERATIONS)]
+        trained = policies_of(kind, runs, torch.float32)
+        pack.unstack(trained)
+        found.append((rows, trained[order.index(0)].state_dict()))
+    rows, state = found[0]
+    for other_rows, other_state in found[1:]:
+        assert other_rows == rows
+        assert all(torch.equal(value, state[name]) for name, value in other_state.items())
+
+
+@pytest.mark.parametrize("kind", ["sgprop", "gru"])
+def test_a_run_that_diverges_is_frozen(kind: str) -> None:
+    def bad(policies: list[Policy]) -> list[Policy]:
+        with torch.no_grad():
+            policies[1].actor.get_parameter("b" if kind == "sgprop" else "4.bias").fill_(torch.inf)
+        return policies
+
+    good = pack_of(policies_of(kind, RUNS), RUNS)
+    pack = pack_of(bad(policies_of(kind, RUNS)), RUNS)
+    for _ in range(2):
+        expected, rows = good.train(), pack.train()
+        assert [rows[0], rows[2]] == [expected[0], expected[2]]
+    assert pack.failed.tolist() == [False, True, False]
+    trained = policies_of(kind, RUNS)
+    pack.unstack(trained)
+    untouched = bad(policies_of(kind, RUNS))[1].state_dict()
+    for name, value in trained[1].state_dict().items():
+        torch.testing.assert_close(value, untouched[name], rtol=0, atol=0)
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    runs = RUNS[:2]
+    one, _ = policies_of("sgprop", runs)
+    with pytest.raises(ValueError, match="same policy"):
+        pack_of([one, policies_of("gru", runs)[0]], runs)
+    with pytest.raises(ValueError, match="same num_slots"):
+        pack_of(policies_of("sgprop", runs, num_slots=[2, 3]), runs)
+    with pytest.raises(ValueError, match="same sizes and type"):
+        pack_of([one, policies_of("sgprop", runs, torch.float32)[1]], runs)
+    with pytest.raises(ValueError, match="shuffle_predictions does not stack"):
+        pack_of(policies_of("sgprop", runs, shuffle_predictions=[True, True]), runs)
+    with pytest.raises(ValueError, match="'dense' does not stack; those that do: gru, lstm"):
+        pack_of([make_policy("dense", 56, 4)] * 2, runs)
+    with pytest.raises(ValueError, match="one of each"):
+        pack_of([one], runs)
+    baseline = RunSettings(update=UpdateSettings(baseline="batch_mean"))
+    with pytest.raises(ValueError, match="same baseline"):
+        pack_of(policies_of("gru", runs), [runs[0], baseline])
+    with pytest.raises(ValueError, match="neither two_phase nor a baseline"):
+        pack_of(policies_of("gru", runs), [baseline, baseline])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["sgprop", "backprop", "gru", "lstm", "mlp"])
+def test_packs_on_cuda(kind: str) -> None:
+    """A captured iteration is bitwise one that is not, repeats itself, and is near the CPU's."""
+    rows = {}
+    for name, device, capture in (
+        ("graph", "cuda", True),
+        ("again", "cuda", True),
+        ("eager", "cuda", False),
+        ("cpu", "cpu", False),
+    ):
+        pack = pack_of(policies_of(kind, RUNS), RUNS, device=device, capture=capture)
+        rows[name] = [pack.train() for _ in range(ITERATIONS)]
+    assert rows["graph"] == rows["again"] == rows["eager"]
+    for packed, expected in zip(rows["graph"], rows["cpu"], strict=True):
+        for row, of_cpu in zip(packed, expected, strict=True):
+            for column, value in row.items():
+                assert value == pytest.approx(of_cpu[column], rel=1e-4, abs=1e-5), column
