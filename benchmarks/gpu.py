@@ -30,15 +30,24 @@ from typing import Any
 import torch
 
 from sgrl.bench import POLICIES, Contender, measure, places, processor, train
-from sgrl.envs.registry import make_vector
+from sgrl.envs.registry import make_device, make_vector
 from sgrl.nn.registry import Policy, make_policy
 from sgrl.reinforce.device import prepare_device
+from sgrl.reinforce.pack import Pack, RunSettings
 from sgrl.reinforce.rollout import Rollout, action_space_of
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 
 ROOT = Path(__file__).parents[1]
 #: Tests that need no Ray; those whose names hold "cuda" are run.
-TESTS = ["device", "recurrent", "feedforward", "synthetic_gradient", "reinforce"]
+TESTS = [
+    "device",
+    "device_environments",
+    "recurrent",
+    "feedforward",
+    "synthetic_gradient",
+    "reinforce",
+    "pack",
+]
 #: What was expected before any GPU had run this, of adaptive sgprop with B = 20 on an H100.
 PREDICTED = {
     "launches": {
@@ -48,6 +57,11 @@ PREDICTED = {
         "gru B=20": 3943,
     },
     "speed": {"native, one CPU core": [113, 188], "torch backend": [45, 95]},
+    "packs": {
+        "30 runs, without a graph": [45, 65],
+        "1 run, with a graph": [8, 12],
+        "30 runs, with a graph": [30, 40],
+    },
 }
 
 
@@ -293,6 +307,76 @@ def launches(given: Given) -> dict[str, Any]:
                 ),
             }
     return rows
+
+
+@stage
+def packs(given: Given) -> dict[str, Any]:
+    """Milliseconds of an iteration of S runs, B = 20, one launch after the other or as a graph.
+
+    The runs of adaptive sgprop are those of a sweep: up to 6 seeds with 5 learning rates each.
+    """
+    rows: dict[str, Any] = {}
+    cuda = given.device.type == "cuda"
+    for label, sizes in (("sgprop adaptive", (1, 6, 30)), ("backprop", (30,)), ("gru", (30,))):
+        for size in (1, 2) if given.tiny else sizes:
+            last = {}
+            for capture in (False, True) if cuda else (False,):
+                pack = _pack(given, label, size, capture)
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                row: dict[str, Any] = {
+                    "ms": given.milliseconds(pack.train, given.rounds),
+                    "ms_on_the_cpu": given.milliseconds(pack.draw, given.rounds),
+                }
+                if cuda:
+                    row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+                if pack.graph is not None:
+                    row["ms_of_the_graph"] = given.milliseconds(pack.graph.replay, given.rounds)
+                else:
+                    row["kernels"] = _kernels(given, pack.iterate)
+                pack.draw()
+                last[capture] = pack.train()
+                rows[f"{label} S={size}{' graph' if capture else ''}"] = row
+                del pack
+            if len(last) > 1:
+                row["bitwise_as_without_a_graph"] = last[False] == last[True]
+    return rows
+
+
+def _pack(given: Given, label: str, size: int, capture: bool) -> Pack:
+    arguments = POLICIES[label][0]
+    arguments = arguments | given.settings(arguments["name"])
+    env = make_device("labyrinth_escape", size, given.batches[0], given.env_config, given.device)
+    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    runs = [RunSettings(i // 5 * 10_000, rates[i % 5]) for i in range(size)]
+    policies = [
+        make_policy(
+            observation_size=env.observation_size,
+            num_actions=env.num_actions,
+            seed=run.seed,
+            **arguments,
+        )
+        for run in runs
+    ]
+    return Pack(policies, env, runs, capture)
+
+
+def _kernels(given: Given, call: Callable[[], Any]) -> list[str]:
+    """The kernels that take most of the device's time: milliseconds, launches, name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if given.device.type != "cuda":
+        return []
+    call()
+    given.wait()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        given.wait()
+    events = sorted(profiled.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    launches = sum(e.count for e in events)
+    top = [(e.self_device_time_total, e.count, e.key[:90]) for e in events[:16]]
+    return [f"{us / 1e3:.2f} {n} {name}" for us, n, name in [(total, launches, "in all"), *top]]
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
