@@ -14,6 +14,7 @@ the CPU's figures.
 import argparse
 import io
 import json
+import os
 import platform
 import re
 import statistics
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import measure_kernels
 
 from sgrl.bench import POLICIES, Contender, measure, places, processor, train
 from sgrl.envs.registry import make_device, make_vector
@@ -377,6 +379,15 @@ def _kernels(given: Given, call: Callable[[], Any]) -> list[str]:
     launches = sum(e.count for e in events)
     top = [(e.self_device_time_total, e.count, e.key[:90]) for e in events[:16]]
     return [f"{us / 1e3:.2f} {n} {name}" for us, n, name in [(total, launches, "in all"), *top]]
+
+
+@stage
+def kernels(given: Given) -> dict[str, Any]:
+    """The Triton kernels; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)."""
+    if given.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return {"left_out": "no GPU"}
+    runs = (1, 2) if given.tiny else (1, 6, 30)
+    return measure_kernels(given.device, given.milliseconds, given.tiny, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

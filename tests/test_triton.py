@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from sgrl.nn.kernels import torch_unroll, triton_unroll
+from sgrl.nn.kernels import triton_unroll
 from sgrl.nn.neuron import Layer
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.sgprop import temporal_schedule
@@ -106,35 +106,35 @@ def close(actual, expected, tolerance=None):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
-def torch_forward(case):
-    """The torch backend's outputs of each run, along the axis of the neurons."""
-    made = [
-        torch_unroll._forward(
-            net.layer(),
-            x,
-            h_0.permute(2, 0, 1),
-            net.neurons.weight_h,
-            net.neurons.weight_x,
-            net.neurons.bias,
-        )
-        for net, x, h_0 in zip(case.nets, case.x, case.run(case.h_0), strict=True)
-    ]
-    return [torch.cat([v.detach() for v in values], dim=1) for values in zip(*made, strict=True)]
+def eager(case):
+    """States after each step, attention, slots and predictions by the definition."""
+    runs = []
+    for s, net in enumerate(case.nets):
+        state, made = case.run(case.h_0)[s].permute(2, 0, 1), []
+        for x in case.x[s]:
+            activation = net.neurons(net.neurons.read(state, net.parents, x))
+            state = activation.output
+            guess = net.neurons.predict(activation) if net.sgprop.mixes else state
+            made.append((state, activation.attention, activation.slots, guess))
+        # Samples last: [T, W, ..., B].
+        runs.append([torch.stack(values).movedim(1, -1) for values in zip(*made, strict=True)])
+    return [torch.cat(values, dim=1) for values in zip(*runs, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_forward_equals_the_torch_backend(sizes, dtype):
-    case = Case(sizes, dtype)
-    with torch.no_grad():
-        expected = torch_forward(case)
-        actual = triton_unroll.forward(case.layer, case.num_runs, case.x, case.h_0)
-        only, *nothing = triton_unroll.forward(
-            case.layer, case.num_runs, case.x, case.h_0, keeps=False
-        )
-    for one, other in zip(actual, expected, strict=True):
-        close(one, other)
-    assert torch.equal(only, actual[0])
+@torch.no_grad()
+def test_forward_and_predictions_equal_eager(sizes, dtype):
+    case = Case(sizes, dtype, propagation="sgprop")
+    given = (case.layer, case.num_runs, case.x)
+    states, attention, slots = triton_unroll.forward(*given, case.h_0)
+    prediction = triton_unroll.predict(*given, states, attention)
+    close(states[0], case.h_0)
+    made = (states[1:], attention, slots, prediction)
+    for actual, expected in zip(made, eager(case), strict=True):
+        close(actual, expected)
+    only, *nothing = triton_unroll.forward(*given, case.h_0, keeps=False)
+    assert torch.equal(only, states)
     assert nothing == [None, None]
 
 
@@ -148,24 +148,6 @@ def torch_backward(case, gradient, mask):
         output.backward(case.run(gradient, 1)[s].permute(0, 3, 1, 2))
         made.append({"h_0": h_0.grad.permute(1, 2, 0), "x": x.grad})
     return made
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_predictions_equal_the_torch_backend(sizes, dtype):
-    case = Case(sizes, dtype, propagation="sgprop")
-    with torch.no_grad():
-        states, attention, _ = triton_unroll.forward(case.layer, case.num_runs, case.x, case.h_0)
-        actual = triton_unroll.predict(case.layer, case.num_runs, case.x, states, attention)
-        for s, net in enumerate(case.nets):
-            predictor = [*net.layer().parameters().values()][3:]
-            before = case.run(states, 1)[s][:-1].permute(1, 2, 0, 3).flatten(2)
-            read = before[net.parents].flatten(1, 2)
-            external = case.x[s].permute(2, 0, 1).flatten(1)
-            expected = torch_unroll._predict(
-                predictor, read, external, case.run(attention, 1)[s].contiguous()
-            )
-            close(case.run(actual, 1)[s], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -70,7 +70,7 @@ def rows_of(
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 @no_type_check
 def forward_loop(
     states,  # [T+1, F, N, B], the first of them given
@@ -133,7 +133,7 @@ def forward_loop(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 @no_type_check
 def predict(
     prediction,  # [T, F, N, B], written
@@ -206,7 +206,7 @@ def sum_over_children(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("C", "T"))
 @no_type_check
 def backward_loop(
     received,  # [T, F, N, B], written if MIXES
@@ -345,7 +345,7 @@ def backward_loop(
         tl.store(grad_h0 + here + n * B, carried[n], mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("C", "T"))
 @no_type_check
 def schedule_loop(
     schedule,  # [T, F], written
