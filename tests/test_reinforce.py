@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgrl.envs.registry import make_vector
+from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.loop import train
@@ -258,6 +259,33 @@ def test_seeds_far_apart_draw_other_actions(one: int, other: int) -> None:
         policy.actor.A.zero_()
     batches = [Rollout(env, policy, seed).collect() for seed in (one, other)]
     assert not torch.equal(batches[0].actions, batches[1].actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "two_phase"),
+    [
+        ("gru", None, False),
+        ("mlp", None, True),
+        *itertools.product(["sparsenet"], BACKENDS, [False]),
+        *itertools.product(["sparse_mlp"], BACKENDS, [False, True]),
+    ],
+)
+def test_an_update_within_autocast(name: str, backend: str | None, two_phase: bool) -> None:
+    """The forward pass is run narrower, and nothing else."""
+    env = make_env(episode_length=8)
+    settings = {"hidden_size": 16} if backend is None else {"backend": backend, **SPARSE}
+    if name == "sparse_mlp":
+        settings.pop("num_input_neurons")
+    policies = [make_policy(name, env.observation_size, 4, **settings) for _ in range(2)]
+    batch = Rollout(env, policies[0], seed=0).collect()
+    how = UpdateSettings(grad_clip=None, two_phase=two_phase)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = batch_loss(policies[1], batch, how).loss
+        # Predictors' steps come first: at a rate of 0 they change nothing.
+        update(policies[0], make_optimizers(policies[0], 0.0, 0.0), batch, how)
+    loss.backward()
+    for actual, expected in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -194,6 +194,10 @@ class ActionHead(nn.Module):
 
     def forward(self, h: Float[Tensor, "*B H"]) -> Float[Tensor, "*B A"]:
         """Compute the logits [..., A] of states h [..., H]."""
+        if is_autocast_on(h.device):
+            # As the layers do: their predictors and this one go back over what they computed.
+            with torch.autocast(h.device.type, enabled=False):
+                return ActionHead.forward(self, h.to(self.keys.dtype))
         logits = nn.functional.linear(h, self.keys) * self.scale
         if self.has_predictor and torch.is_grad_enabled():
             seen = [value.detach().flatten(0, -2) for value in (logits, h)]

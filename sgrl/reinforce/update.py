@@ -8,7 +8,7 @@ import ctypes
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -160,15 +160,15 @@ def update(
         if settings.two_phase and "predictor" in optimizers:
             with backward_phase(policy, "predictor"):
                 inputs = _parameters(optimizers["predictor"])
-                torch.autograd.backward(terms.loss, inputs=inputs, retain_graph=True)
+                _backward(terms.loss, inputs=inputs, retain_graph=True)
             _clip(optimizers["predictor"], settings.grad_clip)
             optimizers["predictor"].step()
             with backward_phase(policy, "policy"):
-                torch.autograd.backward(terms.loss, inputs=_parameters(optimizers["policy"]))
+                _backward(terms.loss, inputs=_parameters(optimizers["policy"]))
             grad_norm = _clip(optimizers["policy"], settings.grad_clip)
             optimizers["policy"].step()
         else:
-            terms.loss.backward()
+            _backward(terms.loss)
             norms = {name: _clip(o, settings.grad_clip) for name, o in optimizers.items()}
             grad_norm = norms["policy"]
             for optimizer in optimizers.values():
@@ -185,6 +185,12 @@ def update(
         "grad_norm": grad_norm.item(),
         **mixing_statistics(policy),
     }
+
+
+def _backward(loss: Tensor, **how: Any) -> None:
+    """Go back from a loss in the precision of the forward pass, also within `torch.autocast`."""
+    with torch.autocast(loss.device.type, enabled=False):
+        torch.autograd.backward(loss, **how)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
