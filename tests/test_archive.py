@@ -19,10 +19,11 @@ from sgrl.nn.registry import load_policy
 from sgrl.results.archive import ArchiveError, read_archive, write_archive
 from sgrl.results.locations import reading
 from sgrl.results.metrics import append_row
+from sgrl.results.provenance import describe
 from sgrl.results.runs import load_results
 from sgrl.results.storage import is_archive
 from sgrl.tuning.sweep import run_sweep
-from sgrl.tuning.verify import compare_rows
+from sgrl.tuning.verify import _same_kind, compare_rows
 from sgrl.yaml_files import dump_yaml
 
 
@@ -218,3 +219,11 @@ def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
     assert result.exit_code == 1
     assert result.output.count("1 iterations equal") == 3
     assert "policy_loss at iteration 1 is" in result.output
+
+
+def test_rows_repeat_on_the_processor_and_on_the_gpu_that_they_came_from() -> None:
+    here = describe()
+    other = here | {"machine": here["machine"] | {"gpus": ["another"]}}
+    assert _same_kind(here, here, on_gpus=True)
+    assert _same_kind(other, here, on_gpus=False)
+    assert not _same_kind(other, here, on_gpus=True)

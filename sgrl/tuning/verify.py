@@ -19,6 +19,7 @@ from sgrl.results.metrics import Row, read_metrics
 from sgrl.results.plan import Trial
 from sgrl.results.provenance import describe
 from sgrl.tuning.experiment.load import load_experiment
+from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.sweep import run_sweep
 
 #: Algorithms of which no run repeats, see docs/rllib.md.
@@ -92,7 +93,9 @@ def verify_archive(
     for trial in chosen:
         rows = read_metrics(sweep.trial(trial.name).metrics)
         expected = min(iterations, len(trial.rows))
-        exact = all(_same_kind(start, here) for start in trial.starts) and bool(trial.starts)
+        on_gpus = asks_for_gpus(trial.config["config"]) is True
+        kinds = [_same_kind(start, here, on_gpus) for start in trial.starts]
+        exact = bool(kinds) and all(kinds)
         verdicts.append(compare_rows(trial.name, trial.rows[:expected], rows, exact))
     return verdicts
 
@@ -101,8 +104,10 @@ def _shortened(trial: ArchivedTrial, iterations: int) -> Trial:
     return Trial.from_dict(trial.config | {"stop": {"training_iteration": iterations}})
 
 
-def _same_kind(start: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether a start rounded as this process does."""
+def _same_kind(start: dict[str, Any], here: dict[str, Any], on_gpus: bool) -> bool:
+    """Whether a start rounded as this process does; of a trial on GPUs, on the same ones."""
+    if on_gpus and start["machine"].get("gpus") != here["machine"].get("gpus"):
+        return False
     versions = [
         (where["versions"].get("torch"), where["versions"].get("numpy")) for where in (start, here)
     ]
