@@ -1,17 +1,26 @@
 """The Triton kernels of SparseRNN on a GPU: milliseconds by tile, and errors against float64."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgrl.nn.connectivity import edge_table
 from sgrl.nn.kernels import triton_unroll
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.recurrent import SparseRNN
 
-#: Samples of a tile and warps of a program, beside those that the kernels choose.
-TILES = [{"BT": 4, "num_warps": 4}, {"BT": 4, "num_warps": 8}, {"BT": 8, "num_warps": 16}]
+#: Of the time loops: samples of a tile and warps of a program, beside what the kernels choose.
+TILES = {"BT": 4, "num_warps": 4}
+#: Of the sums: how products are made, and samples of a tile and warps of a program.
+SUMS: list[dict[str, Any]] = [
+    {"precision": "tf32x3"},
+    {"precision": "ieee", "tile": {"KB": 32, "CB": 64, "num_warps": 16}},
+]
 
 
 class Case:
@@ -48,7 +57,7 @@ class Case:
         self.h_0 = torch.cat([h_0 for _, h_0, _ in inputs])
         self.gradient = torch.cat([gradient for _, _, gradient in inputs], dim=1)
         self.layer = stacked([net.layer() for net in self.nets])
-        self.children = triton_unroll.children_table(self.layer.sources)
+        self.edges = edge_table(self.layer.sources, len(self.layer.sources))
 
 
 def stacked(layers: list[Layer]) -> Layer:
@@ -66,9 +75,9 @@ def measure_kernels(
     device: torch.device,
     milliseconds: Callable[[Callable[[], Any], int], float],
     tiny: bool = False,
-    num_runs: tuple[int, ...] = (1, 6, 30),
+    num_runs: tuple[int, ...] = (30, 1, 6),
 ) -> dict[str, Any]:
-    """Run the kernels on stacks of several sizes.
+    """Run the kernels on stacks of several sizes, and print every row as it is measured.
 
     Args:
         device: a GPU; or the CPU, with TRITON_INTERPRET=1 and `tiny`, to test this function.
@@ -76,86 +85,132 @@ def measure_kernels(
         tiny: networks of 8 neurons.
         num_runs: how many are stacked.
     """
-    results: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    begun = time.perf_counter()
+
+    def add(label: str, row: Any) -> None:
+        rows[label] = row
+        print(f"{time.perf_counter() - begun:.1f} s: {label}: {row}", flush=True)
+
     first: dict[str, Tensor] = {}
     for count in num_runs:
         case = Case(device, count, tiny)
-        rows: dict[str, Any] = {}
-        results[f"S={count}"] = rows
-        kernels = calls(case)
-        made = {name: call(None) for name, call in kernels.items()}
-        rows["max_error"] = errors(case, made)
-        alone = {name: of_first_run(case, name, value) for name, value in flat(made).items()}
-        first = first or alone
-        rows["first_run_as_alone"] = {
-            name: torch.equal(value, first[name]) for name, value in alone.items()
-        }
-        for name, call in kernels.items():
-            for tile in [None, *TILES] if name in ("forward", "predict", "backward") else [None]:
-                chosen = tile and {"WB": case.nets[0].num_neurons, **tile}
-                label = f"{name} {tile or ''}".strip()
-                rows[label] = timed(device, milliseconds, call, chosen)
-    return results
+        made: dict[str, Any] = {}
+        if device.type == "cuda" and not first:
+            started = time.perf_counter()
+            compile_together(case)
+            add("compile_s", round(time.perf_counter() - started, 1))
+        for name, call in calls(case, made).items():
+            started = time.perf_counter()
+            try:
+                value = call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = round(time.perf_counter() - started, 2)
+                made.setdefault(name.split(",")[0], value)
+                row = {"first_call_s": seconds, **timed(device, milliseconds, call)}
+            except Exception as problem:
+                row = {"error": repr(problem)[:300]}
+            add(f"S={count} {name}", row)
+        add(f"S={count} max_error", errors(case, made))
+        of_first = {name: of_first_run(case, value) for name, value in flat(made).items()}
+        first = first or of_first
+        differ = [name for name, value in of_first.items() if not torch.equal(value, first[name])]
+        add(f"S={count} first run differs in", differ)
+    return rows
 
 
-def calls(case: Case) -> dict[str, Callable[[dict[str, int] | None], Any]]:
-    """Each kernel with what leads to its launch, as functions of a tile."""
+def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Each kernel with what leads to its launch; later ones take what earlier ones `made`."""
     given = (case.layer, case.num_runs)
-    parents = case.layer.sources.shape[1]
-    states, attention, slots = triton_unroll.forward(*given, case.x, case.h_0)
-    assert attention is not None
-    assert slots is not None
-    schedule = triton_unroll.temporal_schedule(
-        case.layer.mixing_weight, case.children, case.num_runs, parents, case.length, 0.1
-    )
-    prediction = triton_unroll.predict(*given, case.x, states, attention)
-    mixture = triton_unroll.Mixture(schedule, prediction)
-    return {
-        "forward": lambda tile: triton_unroll.forward(*given, case.x, case.h_0, tile=tile),
-        "forward only": lambda tile: triton_unroll.forward(*given, case.x, case.h_0, False),
-        "schedule": lambda tile: triton_unroll.temporal_schedule(
-            case.layer.mixing_weight, case.children, case.num_runs, parents, case.length, 0.1
-        ),
-        "predict": lambda tile: triton_unroll.predict(*given, case.x, states, attention, tile=tile),
-        "backward": lambda tile: triton_unroll.backward(
-            *given, case.children, case.gradient, states, attention, slots, mixture, tile=tile
-        ),
+    tile = {"WB": case.nets[0].num_neurons, **TILES}
+
+    def forward(**options: Any) -> Any:
+        return triton_unroll.forward(*given, case.x, case.h_0, **options)
+
+    def schedule() -> Any:
+        weight, sources = case.layer.mixing_weight, case.layer.sources
+        return triton_unroll.temporal_schedule(
+            weight, sources, case.length, 0.1, case.edges, case.num_runs
+        )
+
+    def predict() -> Any:
+        return triton_unroll.predict(*given, case.x, *made["forward"][:2])
+
+    def backward(**options: Any) -> Any:
+        mixture = triton_unroll.Mixture(made["schedule"], made["predict"])
+        return triton_unroll.backward(
+            *given, case.edges, case.gradient, *made["forward"], mixture, **options
+        )
+
+    def sums(**options: Any) -> Any:
+        mixture = triton_unroll.Mixture(made["schedule"], made["predict"])
+        measured = triton_unroll.Measured(made["predict"], None)
+        return triton_unroll.sums_over_samples(
+            *given, case.x, *made["forward"], made["backward"], mixture, measured, **options
+        )
+
+    every: dict[str, Callable[[], Any]] = {
+        "forward": forward,
+        "schedule": schedule,
+        "predict": predict,
+        "backward": backward,
+        "sums": sums,
     }
+    if case.num_runs > 2:
+        for options in SUMS:
+            every[f"sums, {options}"] = partial(sums, **options)
+    every[f"forward, {TILES}"] = partial(forward, tile=tile)
+    every[f"backward, {TILES}"] = partial(backward, tile=tile)
+    return every
+
+
+def compile_together(case: Case) -> None:
+    """Compile all kernels side by side, by calls with whatever numbers there are."""
+    length, num_flat, size, batch = case.gradient.shape
+    num_slots = case.layer.num_slots
+    states = case.gradient.new_zeros(length + 1, num_flat, size, batch)
+    attention = case.gradient.new_zeros(length, num_flat, num_slots, batch)
+    slots = case.gradient.new_zeros(length, num_flat, num_slots, size, batch)
+    made = {
+        "forward": (states, attention, slots),
+        "schedule": case.gradient.new_zeros(length, num_flat),
+        "predict": case.gradient,
+        "backward": triton_unroll.Passed(case.gradient, case.gradient, states, case.h_0),
+    }
+    with ThreadPoolExecutor() as pool:
+        wait([pool.submit(call) for call in calls(case, made).values()])
+    torch.cuda.synchronize()
 
 
 def timed(
     device: torch.device,
     milliseconds: Callable[[Callable[[], Any], int], float],
-    call: Callable[[Any], Any],
-    tile: dict[str, int] | None,
+    call: Callable[[], Any],
 ) -> dict[str, Any]:
     """Milliseconds of a call, launched one by one and in a CUDA graph."""
-    try:
-        # In the interpreter a call takes seconds.
-        repeats = 10 if device.type == "cuda" else 1
-        row = {"ms": round(milliseconds(lambda: call(tile), repeats), 3)}
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call(tile)
-            row["graph_ms"] = round(milliseconds(graph.replay, repeats), 3)
-        return row
-    except Exception as problem:
-        return {"error": repr(problem)[:300]}
+    if device.type != "cuda":
+        return {}  # in the interpreter a call takes seconds
+    row = {"ms": round(milliseconds(call, 5), 3)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    row["graph_ms"] = round(milliseconds(graph.replay, 5), 3)
+    return row
 
 
 def flat(made: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors that kernels returned, by name."""
     tensors = {}
     for name, value in made.items():
+        if isinstance(value, triton_unroll.Sums):
+            value = (*value.gradients.values(), value.parts)
         parts = value if isinstance(value, tuple) else (value,)
-        for i, part in enumerate(parts):
-            if part is not None:
-                tensors[f"{name} {i}"] = part
+        tensors |= {f"{name} {i}": part for i, part in enumerate(parts)}
     return tensors
 
 
-def of_first_run(case: Case, name: str, value: Tensor) -> Tensor:
+def of_first_run(case: Case, value: Tensor) -> Tensor:
     """What belongs to the first run."""
     num_flat = len(case.layer.sources)
     axis = next((i for i, size in enumerate(value.shape) if size == num_flat), 0)
@@ -186,7 +241,10 @@ def errors(case: Case, made: dict[str, Any]) -> dict[str, float]:
         "grad_h0": (passed.grad_h0.chunk(case.num_runs)[-1].permute(2, 0, 1), h_0.grad),
         "grad_x": (grad_x, x.grad),
     }
-    case.nets[-1].float()
+    for name, value in net.neurons.named_parameters():
+        assert value.grad is not None
+        ours = made["sums"].gradients[name].chunk(case.num_runs)[-1]
+        pairs[f"grad {name}"] = (ours, value.grad)
     return {
         name: ((one - other).abs().max() / other.abs().max()).item()
         for name, (one, other) in pairs.items()

@@ -11,7 +11,7 @@ Triton is imported when a kernel is first called; with TRITON_INTERPRET=1 they r
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sgrl.nn.mixing import MIN_NORM
@@ -138,7 +138,7 @@ class Passed(NamedTuple):
 def backward(
     layer: Layer,
     num_runs: int,
-    children: Int32[Tensor, "C F"],
+    edges: Int64[Tensor, "F C"],
     gradient: Float[Tensor, "T F N B"],
     states: Float[Tensor, "T+1 F N B"],
     attention: Float[Tensor, "T F M B"],
@@ -152,7 +152,7 @@ def backward(
     Args:
         layer: see `forward`.
         num_runs: see `forward`.
-        children: from `children_table`.
+        edges: `connectivity.edge_table` of the layer's sources.
         gradient: of the states after each step.
         states: from `forward`.
         attention: from `forward`.
@@ -173,7 +173,7 @@ def backward(
     rows = layer.weight_h.shape[1]
     grad_rows = gradient.new_empty(num_runs, num_rows, rows, length, batch)
     grad_h0 = gradient.new_empty(num_flat, size, batch)
-    edges = gradient.new_empty(2, num_flat, sizes["P"], size, batch)
+    scratch = gradient.new_empty(2, num_flat, sizes["P"], size, batch)
     passes = None if mixture is None else mixture.passes
     tile = tile or time_loop_tile(sizes["W"], batch)
     triton_kernels.backward_loop[(num_runs, -(-batch // tile["BT"]))](
@@ -181,7 +181,7 @@ def backward(
         mixed,
         grad_rows,
         grad_h0,
-        edges,
+        scratch,
         gradient.contiguous(),
         states,
         attention,
@@ -191,8 +191,8 @@ def backward(
         states if mixture is None else mixture.schedule,
         states if passes is None else passes.to(torch.uint8),
         layer.sources,
-        children,
-        len(children),
+        edges,
+        edges.shape[1],
         length,
         B=batch,
         V=num_rows,
@@ -207,65 +207,157 @@ def backward(
     return Passed(received, mixed, grad_rows, grad_h0)
 
 
+class Measured(NamedTuple):
+    """What is measured beside the gradients of the parameters, and how."""
+
+    prediction: Float[Tensor, "T F N B"]  # of `predict`; what was mixed in may have been others
+    valid: Bool[Tensor, "S T B"] | None  # steps that count; all if None
+    on_received: bool = False  # whether the predictors regress on the received gradients
+    moments: bool = True  # whether lambda is to be estimated
+    unit_gradients: bool = True  # see `MixingRule`
+
+
+class Sums(NamedTuple):
+    """Sums over all samples."""
+
+    gradients: dict[str, Tensor]  # of the parameters, by name
+    #: Sums over valid samples of |u|^2 and <w, u>, and of their sums |sum u|^2 and
+    #: <sum w, sum u>; then the statistics' sums: |residual|^2, |received|, |mixed|, |prediction|.
+    parts: Float[Tensor, "F 8"]
+
+
+def sums_over_samples(
+    layer: Layer,
+    num_runs: int,
+    x: Float[Tensor, "S T B E"],
+    states: Float[Tensor, "T+1 F N B"],
+    attention: Float[Tensor, "T F M B"],
+    slots: Float[Tensor, "T F M N B"],
+    passed: Passed,
+    mixture: Mixture | None = None,
+    measured: Measured | None = None,
+    precision: str = "ieee",
+    tile: dict[str, int] | None = None,
+) -> Sums:
+    """Sum over all steps and samples, after `backward`.
+
+    Args:
+        layer: see `forward`.
+        num_runs: see `forward`.
+        x: [S, T, B, E].
+        states: from `forward`.
+        attention: from `forward`.
+        slots: from `forward`.
+        passed: from `backward`.
+        mixture: as `backward` had it.
+        measured: given if and only if `mixture` is.
+        precision: of the products: "ieee", or "tf32x3", as exact but for the order of sums.
+        tile: KB, CB and num_warps, in place of the usual.
+    """
+    from sgrl.nn.kernels import triton_kernels
+
+    tile = tile or {"KB": 32, "CB": 64, "num_warps": 8}
+    sizes = _sizes(layer, num_runs)
+    size, batch, external = sizes["N"], x.shape[2], x.shape[3]
+    num_flat = len(layer.sources)
+    gradients = {
+        name: torch.empty_like(value, memory_format=torch.contiguous_format).detach()
+        for name, value in layer.parameters().items()
+        if measured is not None or not name.startswith("predictor")
+    }
+    tiles = -(-(sizes["P"] * size + 1) // tile["CB"]) - (-external // tile["CB"])
+    parts = states.new_zeros(num_flat, tiles, 8)
+    weight_h, weight_x, bias = (gradients[name] for name in ("weight_h", "weight_x", "bias"))
+    missing = parts
+    valid = None if measured is None else measured.valid
+    groups = max(_power_of_two(1 + size), 16 // _power_of_two(sizes["M"]))
+    triton_kernels.sums_over_samples[(num_flat, tiles)](
+        weight_h,
+        weight_x,
+        bias,
+        gradients.get("predictor_h", missing),
+        gradients.get("predictor_x", missing),
+        gradients.get("predictor_bias", missing),
+        parts,
+        states,
+        attention,
+        slots,
+        x.detach().contiguous(),
+        passed.mixed,
+        passed.received,
+        missing if measured is None else measured.prediction,
+        missing if mixture is None else mixture.offered,
+        missing if valid is None else valid.to(torch.uint8),
+        missing if measured is None else _loss_factor(layer, num_runs, x, valid),
+        layer.sources,
+        x.shape[1],
+        B=batch,
+        E=external,
+        SCALE=layer.scale,
+        MIXES=measured is not None,
+        MEASURES=measured is not None and measured.moments,
+        UNIT=measured is not None and measured.unit_gradients,
+        PROJECTS=mixture is not None and mixture.positive_projection,
+        ON_RECEIVED=measured is not None and measured.on_received,
+        MASKS=valid is not None,
+        MIN_NORM=MIN_NORM,
+        PRECISION=precision,
+        MP=_power_of_two(sizes["M"]),
+        GP=groups,
+        **sizes,
+        **tile,
+    )
+    # Statistics are whole in every tile, moments made of all.
+    return Sums(gradients, torch.cat([parts[:, :, :4].sum(1), parts[:, 0, 4:]], dim=1))
+
+
+def _loss_factor(layer: Layer, num_runs: int, x: Tensor, valid: Tensor | None) -> Tensor:
+    """2 / number of terms in the predictor's loss of each run [S]."""
+    width, size = len(layer.sources) // num_runs, layer.bias.shape[2]
+    if valid is None:
+        return x.new_full((num_runs,), 2 / (x.shape[1] * x.shape[2] * width * size))
+    return 2 / (valid.sum((1, 2)).clamp(min=1) * (width * size)).to(x.dtype)
+
+
 def temporal_schedule(
     mixing_weight: Float[Tensor, " F"],
-    children: Int32[Tensor, "C F"],
-    num_runs: int,
-    num_parents: int,
+    sources: Int64[Tensor, "F P"],
     length: int,
-    beta: float,
+    beta: float | Float[Tensor, " F"],
+    edges: Int64[Tensor, "F C"],
+    num_runs: int,
 ) -> Float[Tensor, "{length} F"]:
     """Lambda at every step in one launch, see `sgprop.temporal_schedule`.
 
     Args:
         mixing_weight: lambda [F].
-        children: from `children_table`.
-        num_runs: S.
-        num_parents: P.
+        sources: what each neuron reads.
         length: T.
         beta: step of the schedule.
+        edges: `connectivity.edge_table` of the sources.
+        num_runs: S.
 
     Returns:
         [T, F]; the last row is `mixing_weight`.
     """
     from sgrl.nn.kernels import triton_kernels
 
-    width = len(mixing_weight) // num_runs
-    schedule = mixing_weight.new_empty(length, len(mixing_weight))
+    num_flat = len(mixing_weight)
+    schedule = mixing_weight.new_empty(length, num_flat)
+    if not isinstance(beta, Tensor):
+        beta = torch.full_like(mixing_weight, beta)
     triton_kernels.schedule_loop[(num_runs,)](
         schedule,
         mixing_weight,
-        children,
-        torch.full_like(mixing_weight[:1], beta),
-        len(children),
+        edges,
+        beta,
+        edges.shape[1],
         length,
-        W=width,
-        P=num_parents,
-        WB=_power_of_two(width),
+        W=num_flat // num_runs,
+        P=sources.shape[1],
+        WB=_power_of_two(num_flat // num_runs),
     )
     return schedule
-
-
-def children_table(sources: Int64[Tensor, "F P"]) -> Int32[Tensor, "C F"]:
-    """The edges that read each neuron.
-
-    Waits for the device: make it once for a network.
-
-    Args:
-        sources: what each neuron reads; edge e is the entry (e // P, e % P).
-
-    Returns:
-        In column j the edges whose source is j, in order, then -1; C is the greatest number of
-        them (1 at least).
-    """
-    num_flat = len(sources)
-    edges = sources.flatten().cpu()
-    order = edges.argsort(stable=True)
-    counts = edges.bincount(minlength=num_flat)
-    rank = torch.arange(len(edges)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    table = torch.full((max(int(counts.max()), 1), num_flat), -1, dtype=torch.int32)
-    table[rank, edges[order]] = order.int()
-    return table.to(sources.device)
 
 
 def _sizes(layer: Layer, num_runs: int) -> dict[str, Any]:
