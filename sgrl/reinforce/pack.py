@@ -147,7 +147,8 @@ class Pack:
         )
         self.optimizers = {name: StackedAdam(part, lr) for name, part, lr in groups if part}
         self.failed = torch.zeros(len(settings), dtype=torch.bool, device=env.device)
-        self.batches = 0
+        self.batches = 0  # trained on
+        self.drawn = 0
         self.env_steps = np.zeros(len(settings), np.int64)
         # As `Rollout` has it.
         mixed = [np.random.SeedSequence([s.seed, 0]).generate_state(1) for s in settings]
@@ -156,12 +157,13 @@ class Pack:
         shape = (env.episode_length, len(settings), env.num_envs, space.num_outputs)
         self.noise = torch.zeros(shape, dtype=self.dtype, device=env.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.measured: dict[str, Tensor] = {}
+        self.columns: list[str] = []
+        self.measured = torch.empty(0)
 
     def draw(self) -> None:
         """Lay out the next episodes and the noise of their actions."""
         env, space = self.env, self.stacked.action_space
-        first = [s.seed * env.seed_spacing + self.batches * env.num_envs for s in self.settings]
+        first = [s.seed * env.seed_spacing + self.drawn * env.num_envs for s in self.settings]
         env.load([[seed + e for e in range(env.num_envs)] for seed in first])
         noise = [
             space.noise(env.episode_length, env.num_envs, generator=generator)
@@ -171,7 +173,7 @@ class Pack:
         if self.noise.is_cuda:
             drawn = drawn.pin_memory()
         self.noise.copy_(drawn, non_blocking=True)
-        self.batches += 1
+        self.drawn += 1
 
     def train(self) -> list[dict[str, float]]:
         """One iteration of all runs: a batch and an update.
@@ -180,29 +182,36 @@ class Pack:
             Of every run the row of metrics that `loop.train` yields. Those of a run that failed
             are of no update.
         """
-        self.draw()
+        if self.drawn == self.batches:
+            self.draw()
         if not self.capture:
             self.measured = self.iterate()
         elif self.graph is None:
             self._capture()
         else:
             self.graph.replay()
+        self.batches += 1
+        if self.capture:  # while the device computes
+            self.draw()
         return self._rows()
 
-    def iterate(self) -> dict[str, Tensor]:
+    def iterate(self) -> Float[Tensor, "S measured"]:
         """The iteration on what was drawn; never waits for the device.
 
         Returns:
-            What was measured, [S] each or (mixing_weight) [S, W].
+            What was measured, float64: the numbers named in `columns`, then lambda of every neuron.
         """
         batch = self.collect()
         measured = self.update(batch)
+        weights = measured.pop("mixing_weight", None)
         measured["env_steps"] = batch.mask.sum((0, 2))
         measured["success_rate"] = batch.success.double().mean(1)
         episodes = self.env.num_envs
         measured["episode_return_mean"] = _sum_of_runs(batch.rewards.double()) / episodes
         measured["episode_length_mean"] = measured["env_steps"].double() / episodes
-        return measured
+        self.columns = list(measured)
+        table = torch.stack([values.double() for values in measured.values()], dim=1)
+        return table if weights is None else torch.cat([table, weights.double()], dim=1)
 
     @torch.no_grad()
     def collect(self) -> PackBatch:
@@ -234,7 +243,11 @@ class Pack:
         )
 
     def update(self, batch: PackBatch) -> dict[str, Tensor]:
-        """One training step of every run; as `sgrl.reinforce.update.update`."""
+        """One training step of every run; as `sgrl.reinforce.update.update`.
+
+        Returns:
+            What was measured, [S] each or (mixing_weight) [S, W].
+        """
         mask = batch.mask
         count = mask.sum((0, 2)).clamp(min=1)
 
@@ -328,8 +341,8 @@ class Pack:
 
     def _rows(self) -> list[dict[str, float]]:
         env = self.env
-        measured = {name: value.double().cpu() for name, value in self.measured.items()}
-        weights = measured.pop("mixing_weight", None)
+        table, weights = self.measured.cpu().tensor_split([len(self.columns)], dim=1)
+        measured = dict(zip(self.columns, table.unbind(1), strict=True))
         self.env_steps += measured.pop("env_steps").numpy().astype(np.int64)
         episodes = self.batches * env.num_envs
         counts = {
@@ -337,7 +350,7 @@ class Pack:
             "padded_env_steps": episodes * env.episode_length,
             "episodes": episodes,
         }
-        if weights is not None:
+        if weights.numel():
             marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
             measured["mixing_weight_mean"] = weights.mean(1)
             quantiles = torch.quantile(weights, marks, dim=1)
