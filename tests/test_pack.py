@@ -149,6 +149,32 @@ def test_a_run_does_not_depend_on_its_pack(kind: str) -> None:
         assert all(torch.equal(value, state[name]) for name, value in other_state.items())
 
 
+@pytest.mark.parametrize("kind", ["sgprop, other settings", "lstm"])
+def test_resumed_alone_and_in_other_packs(kind: str) -> None:
+    """Bitwise, in float32; also where the next batch was drawn when the state was asked for."""
+    pack = pack_of(policies_of(kind, RUNS, torch.float32), RUNS)
+    before = [pack.train() for _ in range(2)]
+    states = [pack.get_state(run) for run in range(len(RUNS))]
+    pack.draw()
+    assert [s["generator"].tolist() for s in states] == [
+        pack.get_state(run)["generator"].tolist() for run in range(len(RUNS))
+    ]
+    rows = [pack.train() for _ in range(2)]
+    for order in ([1], [2, 0], [0, 1, 2]):
+        runs = [RUNS[index] for index in order]
+        # From other weights: the state holds them.
+        others = policies_of(kind, [RunSettings(seed=7 + index) for index in order], torch.float32)
+        again = pack_of(others, runs)
+        again.set_state([states[index] for index in order])
+        for continued in rows:
+            assert again.train() == [continued[index] for index in order]
+    later = pack.get_state(0)
+    assert later["batches"] == 4
+    assert later["env_steps"] == rows[-1][0]["env_steps"] > before[-1][0]["env_steps"]
+    with pytest.raises(ValueError, match=r"same iteration, not at \[2, 4\]"):
+        again.set_state([later, states[1], states[2]])
+
+
 @pytest.mark.parametrize("kind", ["sgprop", "gru"])
 def test_a_run_that_diverges_is_frozen(kind: str) -> None:
     def bad(policies: list[Policy]) -> list[Policy]:

@@ -107,6 +107,9 @@ class Stacked(ABC):
                 for policy, value in zip(policies, stacked, strict=True):
                     _find(policy, name).copy_(value)
 
+    def connect(self) -> None:  # noqa: B027 - most kinds have nothing of the sort
+        """Take note that buffers which say what is connected have changed."""
+
     def split(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters of the policies, and of their predictors (as `mixing.split_parameters`)."""
         predictor = {n: p for n, p in self.parameters.items() if ".predictor_" in n}
@@ -210,10 +213,7 @@ class _SparseNet(Stacked):
         if first.settings.shuffle_predictions:
             raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
         neurons = first.settings.num_neurons
-        parents = self.buffers["core.parents"]
-        offset = neurons * torch.arange(self.runs, device=device).view(-1, 1, 1)
-        self.sources = (parents + offset).flatten(0, 1)
-        self.edges = edge_table(self.sources, self.runs * neurons)
+        self.connect()
         name = "core.neurons.mixing_memory"  # changed in place, like its view by run
         self.memory = self.buffers[name].transpose(0, 1).flatten(1).contiguous()
         self.buffers[name] = self.memory.unflatten(1, (self.runs, neurons)).transpose(0, 1)
@@ -223,6 +223,12 @@ class _SparseNet(Stacked):
         self.beta = of_neurons([s.schedule_beta for s in settings])
         self.rule: MixingRule = first.settings.make_rule()
         self.rule.momentum = of_neurons([s.mixing_momentum for s in settings])  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        neurons, parents = self.policy.settings.num_neurons, self.buffers["core.parents"]
+        offset = neurons * torch.arange(self.runs, device=parents.device).view(-1, 1, 1)
+        self.sources = (parents + offset).flatten(0, 1)
+        self.edges = edge_table(self.sources, self.runs * neurons)
 
     def _of_neurons(self, neurons: int, values: list[float]) -> Tensor:
         weight = self.parameters["core.neurons.weight_h"]

@@ -12,7 +12,7 @@ others go on. On a GPU an iteration is captured once as a CUDA graph, and then r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -153,6 +153,7 @@ class Pack:
         # As `Rollout` has it.
         mixed = [np.random.SeedSequence([s.seed, 0]).generate_state(1) for s in settings]
         self.generators = [torch.Generator().manual_seed(int(m[0])) for m in mixed]
+        self._undrawn = [generator.get_state() for generator in self.generators]
         space = self.stacked.action_space
         shape = (env.episode_length, len(settings), env.num_envs, space.num_outputs)
         self.noise = torch.zeros(shape, dtype=self.dtype, device=env.device)
@@ -165,6 +166,8 @@ class Pack:
         env, space = self.env, self.stacked.action_space
         first = [s.seed * env.seed_spacing + self.drawn * env.num_envs for s in self.settings]
         env.load([[seed + e for e in range(env.num_envs)] for seed in first])
+        # The next batch may be drawn when this one's state is asked for.
+        self._undrawn = [generator.get_state() for generator in self.generators]
         noise = [
             space.noise(env.episode_length, env.num_envs, generator=generator)
             for generator in self.generators
@@ -306,22 +309,53 @@ class Pack:
         """Copy the runs' tensors into policies."""
         self.stacked.unstack(policies)
 
+    def get_state(self, run: int) -> dict[str, Any]:
+        """Return all that a run goes on from, on the CPU; its settings and policy kind apart."""
+        ahead = self.drawn > self.batches
+        generator = self._undrawn[run] if ahead else self.generators[run].get_state()
+        return {
+            "batches": self.batches,
+            "env_steps": int(self.env_steps[run]),
+            "generator": generator.clone(),
+            "tensors": {
+                name: tensor[run].detach().cpu().clone() for name, tensor in self._tensors().items()
+            },
+        }
+
+    def set_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue from the runs' `get_state`, wherever each was packed before.
+
+        Raises:
+            ValueError: the runs have not made the same number of batches.
+        """
+        batches = {state["batches"] for state in states}
+        if len(batches) > 1:
+            raise ValueError(
+                f"runs of a pack must be at the same iteration, not at {sorted(batches)}"
+            )
+        self.batches = self.drawn = batches.pop()
+        for run, state in enumerate(states):
+            self.env_steps[run] = state["env_steps"]
+            self.generators[run].set_state(state["generator"])
+            with torch.no_grad():
+                for name, tensor in self._tensors().items():
+                    tensor[run].copy_(state["tensors"][name])
+        self.stacked.connect()
+        self.graph = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that an iteration changes, [S, ...] each."""
+        tensors = self.stacked.parameters | self.stacked.buffers | {"failed": self.failed}
+        for group, optimizer in self.optimizers.items():
+            tensors[f"{group}.steps"] = optimizer.steps
+            for kind in ("first", "second"):
+                moments = getattr(optimizer, kind)
+                tensors |= {f"{group}.{kind}.{name}": value for name, value in moments.items()}
+        return tensors
+
     def _capture(self) -> None:
         """Capture an iteration; it is made as well."""
-        kept = [
-            *self.stacked.parameters.values(),
-            *self.stacked.buffers.values(),
-            self.failed,
-            *(
-                tensor
-                for optimizer in self.optimizers.values()
-                for tensor in (
-                    optimizer.steps,
-                    *optimizer.first.values(),
-                    *optimizer.second.values(),
-                )
-            ),
-        ]
+        kept = list(self._tensors().values())
         before = [tensor.detach().clone() for tensor in kept]
         # Libraries set themselves up in a run that is not captured.
         stream = torch.cuda.Stream()
