@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+from worker_server import local_ray
 
 # Before sgrl is imported: its shapes are checked while tests run.
 jaxtyping.install_import_hook(
@@ -30,10 +31,5 @@ def unchecked_shapes() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray instance for all tests that need one; its processors are only a count."""
-    import ray
-
-    ray.init(
-        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error"
-    )
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield

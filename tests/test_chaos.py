@@ -95,7 +95,7 @@ def test_a_sweep_under_a_random_killer(tmp_path, ray_session):
     assert len(experiment.trials) == 6
     whole = run_sweep(experiment, tmp_path, "whole")
     experiment = make_experiment(tmp_path / "small.yaml", methods, **changes, concurrency=2)
-    killer, over = Killer(seed=0, seconds=(0.5, 1.5)), threading.Event()
+    killer, over = Killer(seed=0, seconds=(0.2, 0.6)), threading.Event()
 
     def kill():
         while len(killer.killed) < 3 and not over.is_set():

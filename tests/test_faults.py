@@ -225,7 +225,7 @@ FULL_DISK = """
 import shutil, subprocess, sys
 from pathlib import Path
 
-import ray
+from worker_server import local_ray
 
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.results.metrics import append_row, read_metrics
@@ -251,18 +251,18 @@ assert (disk / "metrics.csv").read_bytes().endswith(b"\\n")
 assert len(read_metrics(disk / "metrics.csv")) == rows > 100
 (disk / "metrics.csv").unlink()
 
-ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
 sizes = [int(size) for size in sys.argv[2:]]
-for number, size in enumerate(sizes):
-    mount(size, "remount")
-    try:
-        if number:
-            resume_sweep(disk / "small")
-        else:
-            run_sweep(load_experiment(folder / "small.yaml"), disk)
-    except SweepError as error:
-        print(error)
-    shutil.copytree(disk / "small", folder / "out" / str(number))
+with local_ray():
+    for number, size in enumerate(sizes):
+        mount(size, "remount")
+        try:
+            if number:
+                resume_sweep(disk / "small")
+            else:
+                run_sweep(load_experiment(folder / "small.yaml"), disk)
+        except SweepError as error:
+            print(error)
+        shutil.copytree(disk / "small", folder / "out" / str(number))
 """
 
 
@@ -279,7 +279,8 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(tmp_path, finished):
         capture_output=True,
         text=True,
         timeout=240,
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.returncode == 0, child.stdout + child.stderr
     sweeps = child.stdout.split("6 trials")[1:]
