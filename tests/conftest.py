@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -7,6 +8,9 @@ import jaxtyping
 import pytest
 import torch
 from worker_server import local_ray
+
+# Imports make no garbage: looking for it would take a quarter of the time of collecting tests.
+gc.disable()
 
 # Before sgrl is imported: its shapes are checked while tests run.
 jaxtyping.install_import_hook(
@@ -18,6 +22,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelt by Ray
 # Bitwise comparisons hold for one thread count; Ray's actors have one thread too.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, among what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
