@@ -116,6 +116,7 @@ def test_lines_of_the_readme(tmp_path: Path, ray_session: None) -> None:
     environment |= {"RAY_worker_niceness": "0"}  # conftest.py
     folder = f"/tmp/sgrl-lines-{os.getpid()}"
     few = f" --num-cpus=1 --object-store-memory=100000000 --temp-dir={folder}"
+    few += " --include-log-monitor=false"
     with network_hosts(3) as hosts:
         head = f"{hosts[0].address}:6379"
         for host, block in zip(hosts[:2], blocks[:2], strict=True):
@@ -273,7 +274,7 @@ def test_slurm_runs_a_sweep_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
         used |= {
             host.name for host in slurm.hosts if "TrialRunner" in " ".join(command_lines(host))
         }
-        time.sleep(0.2)
+        time.sleep(0.5)
     assert job.returncode == 0, slurm.output()
     assert used == {host.name for host in slurm.hosts}
     assert {name: len(rows) for name, rows in metrics(tmp_path / "results" / "small").items()} == {

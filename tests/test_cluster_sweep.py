@@ -57,7 +57,7 @@ def test_a_local_sweep_listens_on_loopback_only(experiment, tmp_path):
     process, found = psutil.Process(running.pid), set()
     while running.poll() is None:
         found |= listening(process)
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert running.returncode == 0
     assert len({pid for pid, _ in found}) >= 4  # driver, two servers of Ray's, a worker
     for _, address in found:
