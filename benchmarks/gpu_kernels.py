@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.connectivity import edge_table
-from sgrl.nn.kernels import triton_unroll
+from sgrl.nn.kernels import triton_layer
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.recurrent import SparseRNN
 
@@ -126,27 +126,27 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     tile = {"WB": case.nets[0].num_neurons, **TILES}
 
     def forward(**options: Any) -> Any:
-        return triton_unroll.forward(*given, case.x, case.h_0, **options)
+        return triton_layer.forward(*given, case.x, case.h_0, **options)
 
     def schedule() -> Any:
         weight, sources = case.layer.mixing_weight, case.layer.sources
-        return triton_unroll.temporal_schedule(
+        return triton_layer.temporal_schedule(
             weight, sources, case.length, 0.1, case.edges, case.num_runs
         )
 
     def predict() -> Any:
-        return triton_unroll.predict(*given, case.x, *made["forward"][:2])
+        return triton_layer.predict(*given, case.x, *made["forward"][:2])
 
     def backward(**options: Any) -> Any:
-        mixture = triton_unroll.Mixture(made["schedule"], made["predict"])
-        return triton_unroll.backward(
+        mixture = triton_layer.Mixture(made["schedule"], made["predict"])
+        return triton_layer.backward(
             *given, case.edges, case.gradient, *made["forward"], mixture, **options
         )
 
     def sums(**options: Any) -> Any:
-        mixture = triton_unroll.Mixture(made["schedule"], made["predict"])
-        measured = triton_unroll.Measured(made["predict"], None)
-        return triton_unroll.sums_over_samples(
+        mixture = triton_layer.Mixture(made["schedule"], made["predict"])
+        measured = triton_layer.Measured(made["predict"], None)
+        return triton_layer.sums_over_samples(
             *given, case.x, *made["forward"], made["backward"], mixture, measured, **options
         )
 
@@ -176,7 +176,7 @@ def compile_together(case: Case) -> None:
         "forward": (states, attention, slots),
         "schedule": case.gradient.new_zeros(length, num_flat),
         "predict": case.gradient,
-        "backward": triton_unroll.Passed(case.gradient, case.gradient, states, case.h_0),
+        "backward": triton_layer.Passed(case.gradient, case.gradient, states, case.h_0),
     }
     with ThreadPoolExecutor() as pool:
         wait([pool.submit(call) for call in calls(case, made).values()])
@@ -203,7 +203,7 @@ def flat(made: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors that kernels returned, by name."""
     tensors = {}
     for name, value in made.items():
-        if isinstance(value, triton_unroll.Sums):
+        if isinstance(value, triton_layer.Sums):
             value = (*value.gradients.values(), value.parts)
         parts = value if isinstance(value, tuple) else (value,)
         tensors |= {f"{name} {i}": part for i, part in enumerate(parts)}

@@ -11,10 +11,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from sgrl.nn.connectivity import edge_table
-from sgrl.nn.kernels import triton_unroll
+from sgrl.nn.kernels import triton_layer, triton_unroll
 from sgrl.nn.neuron import Layer
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.registry import make_policy
 from sgrl.nn.sgprop import temporal_schedule
+from sgrl.nn.stacked import stack_policies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,7 +105,7 @@ def poisoned(monkeypatch):
 
 def close(actual, expected, tolerance=None):
     tolerance = tolerance or (1e-6 if expected.dtype == torch.float32 else 1e-12)
-    scale = expected.abs().max().clamp(min=1).item()
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
@@ -128,15 +130,12 @@ def eager(case):
 def test_forward_and_predictions_equal_eager(sizes, dtype):
     case = Case(sizes, dtype, propagation="sgprop")
     given = (case.layer, case.num_runs, case.x)
-    states, attention, slots = triton_unroll.forward(*given, case.h_0)
-    prediction = triton_unroll.predict(*given, states, attention)
+    states, attention, slots = triton_layer.forward(*given, case.h_0)
+    prediction = triton_layer.predict(*given, states, attention)
     close(states[0], case.h_0)
     made = (states[1:], attention, slots, prediction)
     for actual, expected in zip(made, eager(case), strict=True):
         close(actual, expected)
-    only, *nothing = triton_unroll.forward(*given, case.h_0, keeps=False)
-    assert torch.equal(only, states)
-    assert nothing == [None, None]
 
 
 SETTINGS = {
@@ -160,23 +159,23 @@ def test_backward_equals_the_torch_backend(sizes, settings):
     mask = (torch.rand(case.x.shape[:3], generator=draw) < 0.7).to(DEVICE)
 
     given = (case.layer, case.num_runs)
-    forward = triton_unroll.forward(*given, case.x, case.h_0)
+    forward = triton_layer.forward(*given, case.x, case.h_0)
     edges = edge_table(case.layer.sources, len(case.layer.sources))
     mixture = measured = None
     if mixes:
         schedule = torch.cat([net.schedule(case.length) for net in case.nets], dim=1)
-        prediction = triton_unroll.predict(*given, case.x, *forward[:2])
+        prediction = triton_layer.predict(*given, case.x, *forward[:2])
         projects = settings.get("positive_projection", False)
         passes = mask if settings.get("mask_predictions") else None
-        mixture = triton_unroll.Mixture(schedule, prediction, projects, passes)
-        measured = triton_unroll.Measured(
+        mixture = triton_layer.Mixture(schedule, prediction, projects, passes)
+        measured = triton_layer.Measured(
             prediction,
             mask,
             on_received=settings.get("predictor_target") == "received",
             unit_gradients=case.nets[0].rule.unit_gradients,
         )
-    passed = triton_unroll.backward(*given, edges, gradient, *forward, mixture)
-    sums = triton_unroll.sums_over_samples(*given, case.x, *forward, passed, mixture, measured)
+    passed = triton_layer.backward(*given, edges, gradient, *forward, mixture)
+    sums = triton_layer.sums_over_samples(*given, case.x, *forward, passed, mixture, measured)
 
     tolerance = 5e-6 if dtype == torch.float32 else None
     for s, net in enumerate(case.nets):
@@ -211,10 +210,57 @@ def test_schedule_equals_that_of_separate_networks(sizes):
     case = Case(sizes, propagation="sgprop")
     sources = case.layer.sources
     edges = edge_table(sources, len(sources))
-    actual = triton_unroll.temporal_schedule(
+    actual = triton_layer.temporal_schedule(
         case.layer.mixing_weight, sources, 6, 0.1, edges, case.num_runs
     )
     expected = [
         temporal_schedule(net.neurons.mixing_weight, net.parents, 6, 0.1) for net in case.nets
     ]
     close(actual, torch.cat(expected, dim=1))
+
+
+def trained(policies, monkeypatch, fused):
+    """Of two updates of stacked policies, all that they make: outputs, gradients, lambda."""
+    monkeypatch.setattr(triton_unroll, "serves", lambda layer: fused)
+    stacked = stack_policies(policies, DEVICE)
+    draw = torch.Generator().manual_seed(3)
+    shape = (3, len(policies), 5)
+    made = []
+    for _ in range(2):
+        observations = torch.randn(*shape, 7, generator=draw).to(DEVICE, torch.float64)
+        mask = (torch.rand(shape, generator=draw) < 0.7).to(DEVICE)
+        acting = stacked.start(3, 5)
+        logits = torch.stack([acting.step(step) for step in observations])
+        again = stacked(observations, mask).logits
+        output = acting.replay(observations, mask).logits
+        gradients = torch.autograd.grad(output.square().sum(), [*stacked.parameters.values()])
+        made += [logits, again.detach(), output.detach(), *gradients]
+        made += [*stacked.statistics().values(), *stacked.buffers.values()]
+    return made
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_stacked_policies_are_the_same_with_the_kernels(settings, monkeypatch):
+    sizes = {"num_neurons": 9, "neuron_size": 3, "num_parents": 2, "num_slots": 2}
+    policies = [
+        make_policy(
+            "sparsenet",
+            7,
+            3,
+            seed=seed,
+            dtype=torch.float64,
+            num_input_neurons=4,
+            **sizes,
+            **settings,
+        )
+        for seed in range(2)
+    ]
+    draw = torch.Generator().manual_seed(4)
+    for policy in policies:
+        for name, parameter in policy.named_parameters():
+            if "predictor" in name:
+                parameter.data.normal_(0, 0.1, generator=draw)
+        policy.core.neurons.mixing_weight.fill_(0.6)
+    expected = trained(policies, monkeypatch, fused=False)
+    for one, other in zip(trained(policies, monkeypatch, fused=True), expected, strict=True):
+        close(one.double(), other.double(), 1e-10)

@@ -24,7 +24,7 @@ from torch.nn.functional import layer_norm, leaky_relu
 from sgrl.nn.connectivity import edge_table
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, is_published_encoder
 from sgrl.nn.feedforward_policies import MLPPolicy
-from sgrl.nn.kernels import torch_unroll
+from sgrl.nn.kernels import torch_unroll, triton_layer, triton_unroll
 from sgrl.nn.kernels.torch_layer import Pass
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import PARAMETERS, Layer
@@ -223,6 +223,10 @@ class _SparseNet(Stacked):
         self.beta = of_neurons([s.schedule_beta for s in settings])
         self.rule: MixingRule = first.settings.make_rule()
         self.rule.momentum = of_neurons([s.mixing_momentum for s in settings])  # type: ignore[assignment]
+        #: Whether the time loops run in Triton kernels: not with backend "torch".
+        self.fused = triton_unroll.serves(self.layer()) and all(
+            s.backend != "torch" for s in settings
+        )
 
     def connect(self) -> None:
         neurons, parents = self.policy.settings.num_neurons, self.buffers["core.parents"]
@@ -260,6 +264,10 @@ class _SparseNet(Stacked):
     def schedule(self, length: int) -> Tensor:
         """Lambda at every step, [T, S * W]."""
         weight = self.buffers["core.neurons.mixing_weight"].view(-1)
+        if self.fused:
+            return triton_layer.temporal_schedule(
+                weight, self.sources, length, self.beta, self.edges, self.runs
+            )
         return temporal_schedule(weight, self.sources, length, self.beta, self.edges)
 
     def act(self, features: Tensor) -> Tensor:
@@ -289,7 +297,8 @@ class _SparseNetCore(Core):
         layer = self.stacked.layer()
         if self.passed is None:
             parameters = list(layer.parameters().values())[:3]
-            self.passed = Pass(layer, self.length, self.h_0, *parameters)
+            kind = triton_unroll.Pass if self.stacked.fused else Pass
+            self.passed = kind(layer, self.length, self.h_0, *parameters)
         passed = self.passed
         passed.step(self.steps, passed.external(embeddings.unsqueeze(1))[:, :, :, 0])
         self.steps += 1
@@ -301,9 +310,8 @@ class _SparseNetCore(Core):
         layer = stacked.layer()
         mixing = Mixing(stacked.policy.settings, stacked.rule, None, stacked.measured)
         passed = self.passed if self.steps == self.length else None
-        output = torch_unroll.unroll(
-            layer, mixing, stacked.schedule, embeddings, self.h_0, mask, passed
-        )
+        unroll = triton_unroll.unroll if stacked.fused else torch_unroll.unroll
+        output = unroll(layer, mixing, stacked.schedule, embeddings, self.h_0, mask, passed)
         return output.flatten(3)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the time loops of SparseRNN, for `triton_unroll.py`. Imports triton.
+"""Triton kernels of the time loops of SparseRNN, for `triton_layer.py`. Imports triton.
 
 S runs are stacked: neuron j of run s has the index s * W + j in all tensors, F = S * W of them.
 A program of a time loop owns all neurons of one run for a tile of samples, so that a barrier among
@@ -74,8 +74,8 @@ def rows_of(
 @no_type_check
 def forward_loop(
     states,  # [T+1, F, N, B], the first of them given
-    attention,  # [T, F, M, B], written if KEEPS
-    slots,  # [T, F, M, N, B], written if KEEPS
+    attention,  # [T, F, M, B], written
+    slots,  # [T, F, M, N, B], written
     weight,  # [S, L + 1, R, W], the last column the bias
     external,  # [S, X, R, T, B], what weight_x makes of the input
     sources,  # [F, P]
@@ -87,7 +87,6 @@ def forward_loop(
     N: tl.constexpr,
     M: tl.constexpr,
     SCALE: tl.constexpr,
-    KEEPS: tl.constexpr,
     WB: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -114,22 +113,19 @@ def forward_loop(
             share += (tl.exp((row[m] - largest) * SCALE),)
             total += share[m]
         states += num_flat * (N * B)
-        if KEEPS:
-            at = attention + (flat * (M * B))[:, None] + b[None, :]
-            for m in tl.static_range(M):
-                tl.store(at + m * B, share[m] / total, mask=ok)
-            attention += num_flat * (M * B)
+        at = attention + (flat * (M * B))[:, None] + b[None, :]
+        for m in tl.static_range(M):
+            tl.store(at + m * B, share[m] / total, mask=ok)
+        attention += num_flat * (M * B)
         for n in tl.static_range(N):
             output = tl.zeros((WB, BT), states.dtype.element_ty)
             for m in tl.static_range(M):
                 slot = tanh(row[M + m * N + n])
-                if KEEPS:
-                    at = slots + (flat * (M * N * B))[:, None] + (m * N + n) * B + b[None, :]
-                    tl.store(at, slot, mask=ok)
+                at = slots + (flat * (M * N * B))[:, None] + (m * N + n) * B + b[None, :]
+                tl.store(at, slot, mask=ok)
                 output += (share[m] / total) * slot
             tl.store(states + (flat * (N * B))[:, None] + n * B + b[None, :], output, mask=ok)
-        if KEEPS:
-            slots += num_flat * (M * N * B)
+        slots += num_flat * (M * N * B)
         tl.debug_barrier()
 
 
@@ -404,7 +400,7 @@ def sums_over_samples(
     grad_predictor_h,  # [F, M*N, L], if MIXES
     grad_predictor_x,  # [S, X, M*N, E], if MIXES
     grad_predictor_bias,  # [F, M, N], if MIXES
-    parts,  # [F, tiles of columns, 8], written: see `triton_unroll.Sums`
+    parts,  # [F, tiles of columns, 8], written: see `triton_layer.Sums`
     states,  # [T+1, F, N, B]
     attention,  # [T, F, M, B]
     slots,  # [T, F, M, N, B]

@@ -1,409 +1,186 @@
-"""The unroll of SparseRNN in Triton kernels: a launch for each time loop, S runs stacked.
+"""The unroll of stacked SparseRNNs on a GPU, in Triton kernels: an autograd function.
 
-Functions over the tensors of the torch backend (`torch_unroll.py`), in its layouts: run s holds
-the neurons s * W to s * W + W - 1, and `sources` names them so. A run's numbers do not depend on
-what it is stacked with. Nothing here waits for the device, so that all of it can be captured in a
-CUDA graph.
-
-Triton is imported when a kernel is first called; with TRITON_INTERPRET=1 they run on a CPU.
+What `torch_unroll.py` computes, in a few launches in place of some for every step. For the layers
+of runs that are stacked (`Layer.runs`), where `serves` says so.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sgrl.nn.mixing import MIN_NORM
-from sgrl.nn.neuron import Layer
+from sgrl.nn.kernels import torch_layer, triton_layer
+from sgrl.nn.mixing import Moments
+from sgrl.nn.neuron import PARAMETERS, Layer
+from sgrl.nn.sgprop import Mixing
 
-#: Samples in the tile of a program of a time loop, at most.
-TILE_SAMPLES = 8
+#: A thread holds so many rows of a neuron in its registers, at most.
+MAX_ROWS = 64
 
 
-def forward(
+def serves(layer: Layer) -> bool:
+    """Whether the kernels compute this layer."""
+    weight = layer.weight_h
+    fits = layer.runs is not None and weight.shape[1] <= MAX_ROWS
+    return fits and weight.dtype == torch.float32 and weight.is_cuda and _is_installed()
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+class Pass(torch_layer.Pass):
+    """A forward pass, made step by step or at once."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        length: int,
+        h_0: Float[Tensor, "S B w N"],
+        weight_h: Tensor,
+        weight_x: Tensor,
+        bias: Tensor,
+    ) -> None:
+        super().__init__(layer, length, h_0, weight_h, weight_x, bias)
+        self.columns = triton_layer.neurons_last(weight_h, bias, layer.num_runs)
+
+    def external(self, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
+        """What the external inputs add to the rows of the input neurons, keys not scaled yet."""
+        return triton_layer.external_rows(self.weight_x, x)
+
+    def step(self, t: int, external: Float[Tensor, "S X R B"]) -> None:
+        self.steps(t, external.unsqueeze(3))
+
+    def steps(self, t: int, external: Float[Tensor, "S X R T B"]) -> None:
+        """Make steps from t on; `external` of their inputs."""
+        triton_layer.forward_steps(
+            self.layer,
+            self.layer.num_runs,
+            self.columns,
+            external,
+            self.states[t : t + external.shape[3] + 1],
+            self.attention[t : t + external.shape[3]],
+            self.slots[t : t + external.shape[3]],
+        )
+
+
+def unroll(
     layer: Layer,
-    num_runs: int,
+    mixing: Mixing,
+    schedule: Callable[[int], Tensor],
     x: Float[Tensor, "S T B E"],
-    h_0: Float[Tensor, "F N B"],
-    keeps: bool = True,
-    tile: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Unroll forward over time.
-
-    Args:
-        layer: of all runs; of the parameters, only their values are used.
-        num_runs: S.
-        x: [S, T, B, E].
-        h_0: states before the first step.
-        keeps: whether the backward pass follows; otherwise only the states are made.
-        tile: WB, BT and num_warps, in place of those that fit the sizes.
-
-    Returns:
-        states [T+1, F, N, B] (h_0 first), attention [T, F, M, B], slots [T, F, M, N, B]; the
-        latter two are None if not `keeps`.
-    """
-    from sgrl.nn.kernels import triton_kernels
-
-    assert layer.weight_x is not None
-    sizes = _sizes(layer, num_runs)
-    length, batch = x.shape[1:3]
-    num_flat, size, num_slots = len(layer.sources), sizes["N"], sizes["M"]
-    states = h_0.new_empty(length + 1, num_flat, size, batch)
-    states[0] = h_0
-    attention = h_0.new_empty(length, num_flat, num_slots, batch) if keeps else None
-    slots = h_0.new_empty(length, num_flat, num_slots, size, batch) if keeps else None
-    tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.forward_loop[(num_runs, -(-batch // tile["BT"]))](
-        states,
-        states if attention is None else attention,
-        states if slots is None else slots,
-        neurons_last(layer.weight_h, layer.bias, num_runs),
-        external_rows(layer.weight_x, x),
-        layer.sources,
-        length,
-        B=batch,
-        SCALE=layer.scale,
-        KEEPS=keeps,
-        **sizes,
-        **tile,
-    )
-    return states, attention, slots
+    h_0: Float[Tensor, "S B w N"],
+    mask: Bool[Tensor, "S T B"] | None,
+    passed: torch_layer.Pass | None = None,
+) -> Float[Tensor, "S T B w N"]:
+    """Unroll a layer of stacked runs over time; see `torch_unroll.unroll`."""
+    parameters = layer.parameters()
+    inputs = (x, h_0, *parameters.values())
+    if passed is None:
+        with torch.no_grad():
+            made = Pass(layer, x.shape[1], h_0, *inputs[2:5])
+            made.steps(0, made.external(x))
+            passed = made
+    if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+        return _Unroll.apply(layer, mixing, schedule, mask, passed, *inputs)
+    return passed.output()
 
 
-def predict(
-    layer: Layer,
-    num_runs: int,
-    x: Float[Tensor, "S T B E"],
-    states: Float[Tensor, "T+1 F N B"],
-    attention: Float[Tensor, "T F M B"],
-    tile: dict[str, int] | None = None,
-) -> Float[Tensor, "T F N B"]:
-    """Make all predictions, from what `forward` returned.
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: Layer,
+        mixing: Mixing,
+        schedule: Callable[[int], Tensor],
+        mask: Tensor | None,
+        passed: torch_layer.Pass,
+        x: Tensor,
+        h_0: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
+        ctx.schedule = schedule(x.shape[1]) if mixing.settings.mixes else None
+        ctx.save_for_backward(x, passed.states, passed.attention, passed.slots, *parameters)
+        return passed.output().clone(memory_format=torch.contiguous_format)
 
-    Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
-        x: [S, T, B, E].
-        states: [T+1, F, N, B].
-        attention: [T, F, M, B].
-        tile: see `forward`.
-
-    Returns:
-        [T, F, N, B].
-    """
-    from sgrl.nn.kernels import triton_kernels
-
-    assert layer.predictor_h is not None
-    assert layer.predictor_x is not None
-    assert layer.predictor_bias is not None
-    sizes = _sizes(layer, num_runs)
-    length, batch = x.shape[1:3]
-    prediction = torch.empty_like(states[1:])
-    tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.predict[(num_runs, length, -(-batch // tile["BT"]))](
-        prediction,
-        states,
-        attention,
-        neurons_last(layer.predictor_h, layer.predictor_bias, num_runs),
-        external_rows(layer.predictor_x, x),
-        layer.sources,
-        length,
-        B=batch,
-        **sizes,
-        **tile,
-    )
-    return prediction
-
-
-class Mixture(NamedTuple):
-    """What the backward pass mixes in, and how."""
-
-    schedule: Float[Tensor, "T F"]  # lambda
-    offered: Float[Tensor, "T F N B"]  # predictions
-    positive_projection: bool = False
-    #: At steps where it is False, the received gradient is passed on unmixed.
-    passes: Bool[Tensor, "S T B"] | None = None
-
-
-class Passed(NamedTuple):
-    """What the backward pass over time makes."""
-
-    received: Float[Tensor, "T F N B"]  # gradients that arrive at the neurons
-    mixed: Float[Tensor, "T F N B"]  # and what they use and pass on; the same if nothing is mixed
-    grad_rows: Float[Tensor, "S V R T B"]  # of the first V neurons of each run
-    grad_h0: Float[Tensor, "F N B"]
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        mixing, mask = ctx.mixing, ctx.mask
+        x, states, attention, slots, *parameters = ctx.saved_tensors
+        names = [name for name in PARAMETERS if getattr(ctx.layer, name) is not None]
+        layer = ctx.layer._replace(**dict(zip(names, parameters, strict=True)))
+        given, kept = (layer, layer.num_runs), (states, attention, slots)
+        mixture = measured = None
+        if mixing.settings.mixes:
+            prediction = triton_layer.predict(*given, x, states, attention)
+            mixture = triton_layer.Mixture(
+                ctx.schedule,
+                prediction,
+                mixing.settings.positive_projection,
+                mask if mixing.settings.mask_predictions else None,
+            )
+            measured = triton_layer.Measured(
+                prediction,
+                mask,
+                mixing.settings.predictor_target == "received",
+                mixing.rule.updates,
+                mixing.rule.unit_gradients,
+            )
+        gradient = grad_output.permute(1, 0, 3, 4, 2).flatten(1, 2)  # [T, W, N, B]
+        passed = triton_layer.backward(*given, layer.edges, gradient, *kept, mixture)
+        sums = triton_layer.sums_over_samples(*given, x, *kept, passed, mixture, measured)
+        if measured is not None:
+            _finish(layer, mixing, x, mask, sums.parts)
+        grad_x = grad_h0 = None
+        if ctx.needs_input_grad[5]:
+            scaled = torch_layer.scale_keys(layer.weight_x, layer.num_slots, layer.scale)
+            scaled = scaled.view(layer.num_runs, -1, x.shape[3])
+            rows = passed.grad_rows.flatten(3).flatten(1, 2)  # [S, X*R, T*B]
+            grad_x = torch.bmm(rows.transpose(1, 2), scaled).view_as(x)
+        if ctx.needs_input_grad[6]:
+            grad_h0 = passed.grad_h0.unflatten(0, (layer.num_runs, -1)).permute(0, 3, 1, 2)
+        grads = [sums.gradients[name] for name in names]
+        return (None, None, None, None, None, grad_x, grad_h0, *grads)
 
 
-def backward(
-    layer: Layer,
-    num_runs: int,
-    edges: Int64[Tensor, "F C"],
-    gradient: Float[Tensor, "T F N B"],
-    states: Float[Tensor, "T+1 F N B"],
-    attention: Float[Tensor, "T F M B"],
-    slots: Float[Tensor, "T F M N B"],
-    mixture: Mixture | None = None,
-    num_rows: int | None = None,
-    tile: dict[str, int] | None = None,
-) -> Passed:
-    """Pass gradients back through time.
-
-    Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
-        edges: `connectivity.edge_table` of the layer's sources.
-        gradient: of the states after each step.
-        states: from `forward`.
-        attention: from `forward`.
-        slots: from `forward`.
-        mixture: what is mixed in; nothing if None.
-        num_rows: V, of how many neurons of each run gradients of the rows are wanted: the first
-            so many; if None, those of the neurons that read the input.
-        tile: see `forward`.
-    """
-    from sgrl.nn.kernels import triton_kernels
-
-    sizes = _sizes(layer, num_runs)
-    num_input = sizes.pop("X")
-    length, num_flat, size, batch = gradient.shape
-    mixed = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    received = mixed if mixture is None else torch.empty_like(mixed)
-    num_rows = num_input if num_rows is None else num_rows
-    rows = layer.weight_h.shape[1]
-    grad_rows = gradient.new_empty(num_runs, num_rows, rows, length, batch)
-    grad_h0 = gradient.new_empty(num_flat, size, batch)
-    scratch = gradient.new_empty(2, num_flat, sizes["P"], size, batch)
-    passes = None if mixture is None else mixture.passes
-    tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.backward_loop[(num_runs, -(-batch // tile["BT"]))](
-        received,
-        mixed,
-        grad_rows,
-        grad_h0,
-        scratch,
-        gradient.contiguous(),
-        states,
-        attention,
-        slots,
-        neurons_last(layer.weight_h, layer.bias, num_runs),
-        states if mixture is None else mixture.offered,
-        states if mixture is None else mixture.schedule,
-        states if passes is None else passes.to(torch.uint8),
-        layer.sources,
-        edges,
-        edges.shape[1],
-        length,
-        B=batch,
-        V=num_rows,
-        SCALE=layer.scale,
-        MIXES=mixture is not None,
-        PROJECTS=mixture is not None and mixture.positive_projection,
-        MASKS=passes is not None,
-        MIN_NORM=MIN_NORM,
-        **sizes,
-        **tile,
-    )
-    return Passed(received, mixed, grad_rows, grad_h0)
+def _finish(
+    layer: Layer, mixing: Mixing, x: Tensor, mask: Tensor | None, parts: Float[Tensor, "W 8"]
+) -> None:
+    """Hand over the statistics and, if lambda is adaptive, update it."""
+    width = layer.num_neurons // layer.num_runs
+    valid = x.new_full((layer.num_runs,), x.shape[1] * x.shape[2])
+    if mask is not None:
+        valid = mask.sum((1, 2)).to(valid)
+    terms = valid.clamp(min=1) * width
+    statistics = _sum_of_neurons(parts[:, 4:].view(layer.num_runs, width, 4))
+    mixing.statistics["predictor_loss"] = statistics[:, 0] / (terms * layer.neuron_size)
+    for i, name in enumerate(("received_grad_norm", "mixed_grad_norm", "prediction_norm")):
+        mixing.statistics[name] = statistics[:, 1 + i] / terms
+    if mixing.rule.updates:
+        num_samples = valid.repeat_interleave(width)
+        count = num_samples.clamp(min=1)
+        moments = Moments(
+            mean_u_square=parts[:, 0] / count,
+            mean_wu=parts[:, 1] / count,
+            square_mean_u=parts[:, 2] / count**2,
+            mean_w_mean_u=parts[:, 3] / count**2,
+            num_samples=num_samples,
+        )
+        mixing.rule.update(layer, moments)
 
 
-class Measured(NamedTuple):
-    """What is measured beside the gradients of the parameters, and how."""
-
-    prediction: Float[Tensor, "T F N B"]  # of `predict`; what was mixed in may have been others
-    valid: Bool[Tensor, "S T B"] | None  # steps that count; all if None
-    on_received: bool = False  # whether the predictors regress on the received gradients
-    moments: bool = True  # whether lambda is to be estimated
-    unit_gradients: bool = True  # see `MixingRule`
-
-
-class Sums(NamedTuple):
-    """Sums over all samples."""
-
-    gradients: dict[str, Tensor]  # of the parameters, by name
-    #: Sums over valid samples of |u|^2 and <w, u>, and of their sums |sum u|^2 and
-    #: <sum w, sum u>; then the statistics' sums: |residual|^2, |received|, |mixed|, |prediction|.
-    parts: Float[Tensor, "F 8"]
-
-
-def sums_over_samples(
-    layer: Layer,
-    num_runs: int,
-    x: Float[Tensor, "S T B E"],
-    states: Float[Tensor, "T+1 F N B"],
-    attention: Float[Tensor, "T F M B"],
-    slots: Float[Tensor, "T F M N B"],
-    passed: Passed,
-    mixture: Mixture | None = None,
-    measured: Measured | None = None,
-    precision: str = "ieee",
-    tile: dict[str, int] | None = None,
-) -> Sums:
-    """Sum over all steps and samples, after `backward`.
-
-    Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
-        x: [S, T, B, E].
-        states: from `forward`.
-        attention: from `forward`.
-        slots: from `forward`.
-        passed: from `backward`.
-        mixture: as `backward` had it.
-        measured: given if and only if `mixture` is.
-        precision: of the products: "ieee", or "tf32x3", as exact but for the order of sums.
-        tile: KB, CB and num_warps, in place of the usual.
-    """
-    from sgrl.nn.kernels import triton_kernels
-
-    tile = tile or {"KB": 32, "CB": 64, "num_warps": 8}
-    sizes = _sizes(layer, num_runs)
-    size, batch, external = sizes["N"], x.shape[2], x.shape[3]
-    num_flat = len(layer.sources)
-    gradients = {
-        name: torch.empty_like(value, memory_format=torch.contiguous_format).detach()
-        for name, value in layer.parameters().items()
-        if measured is not None or not name.startswith("predictor")
-    }
-    tiles = -(-(sizes["P"] * size + 1) // tile["CB"]) - (-external // tile["CB"])
-    parts = states.new_zeros(num_flat, tiles, 8)
-    weight_h, weight_x, bias = (gradients[name] for name in ("weight_h", "weight_x", "bias"))
-    missing = parts
-    valid = None if measured is None else measured.valid
-    groups = max(_power_of_two(1 + size), 16 // _power_of_two(sizes["M"]))
-    triton_kernels.sums_over_samples[(num_flat, tiles)](
-        weight_h,
-        weight_x,
-        bias,
-        gradients.get("predictor_h", missing),
-        gradients.get("predictor_x", missing),
-        gradients.get("predictor_bias", missing),
-        parts,
-        states,
-        attention,
-        slots,
-        x.detach().contiguous(),
-        passed.mixed,
-        passed.received,
-        missing if measured is None else measured.prediction,
-        missing if mixture is None else mixture.offered,
-        missing if valid is None else valid.to(torch.uint8),
-        missing if measured is None else _loss_factor(layer, num_runs, x, valid),
-        layer.sources,
-        x.shape[1],
-        B=batch,
-        E=external,
-        SCALE=layer.scale,
-        MIXES=measured is not None,
-        MEASURES=measured is not None and measured.moments,
-        UNIT=measured is not None and measured.unit_gradients,
-        PROJECTS=mixture is not None and mixture.positive_projection,
-        ON_RECEIVED=measured is not None and measured.on_received,
-        MASKS=valid is not None,
-        MIN_NORM=MIN_NORM,
-        PRECISION=precision,
-        MP=_power_of_two(sizes["M"]),
-        GP=groups,
-        **sizes,
-        **tile,
-    )
-    # Statistics are whole in every tile, moments made of all.
-    return Sums(gradients, torch.cat([parts[:, :, :4].sum(1), parts[:, 0, 4:]], dim=1))
-
-
-def _loss_factor(layer: Layer, num_runs: int, x: Tensor, valid: Tensor | None) -> Tensor:
-    """2 / number of terms in the predictor's loss of each run [S]."""
-    width, size = len(layer.sources) // num_runs, layer.bias.shape[2]
-    if valid is None:
-        return x.new_full((num_runs,), 2 / (x.shape[1] * x.shape[2] * width * size))
-    return 2 / (valid.sum((1, 2)).clamp(min=1) * (width * size)).to(x.dtype)
-
-
-def temporal_schedule(
-    mixing_weight: Float[Tensor, " F"],
-    sources: Int64[Tensor, "F P"],
-    length: int,
-    beta: float | Float[Tensor, " F"],
-    edges: Int64[Tensor, "F C"],
-    num_runs: int,
-) -> Float[Tensor, "{length} F"]:
-    """Lambda at every step in one launch, see `sgprop.temporal_schedule`.
-
-    Args:
-        mixing_weight: lambda [F].
-        sources: what each neuron reads.
-        length: T.
-        beta: step of the schedule.
-        edges: `connectivity.edge_table` of the sources.
-        num_runs: S.
-
-    Returns:
-        [T, F]; the last row is `mixing_weight`.
-    """
-    from sgrl.nn.kernels import triton_kernels
-
-    num_flat = len(mixing_weight)
-    schedule = mixing_weight.new_empty(length, num_flat)
-    if not isinstance(beta, Tensor):
-        beta = torch.full_like(mixing_weight, beta)
-    triton_kernels.schedule_loop[(num_runs,)](
-        schedule,
-        mixing_weight,
-        edges,
-        beta,
-        edges.shape[1],
-        length,
-        W=num_flat // num_runs,
-        P=sources.shape[1],
-        WB=_power_of_two(num_flat // num_runs),
-    )
-    return schedule
-
-
-def _sizes(layer: Layer, num_runs: int) -> dict[str, Any]:
-    """Sizes of one run as kernels take them."""
-    assert layer.weight_x is not None
-    num_slots, size = layer.bias.shape[1:]
-    return {
-        "W": len(layer.weight_h) // num_runs,
-        "X": len(layer.weight_x) // num_runs,
-        "P": layer.weight_h.shape[2] // size,
-        "N": size,
-        "M": num_slots,
-    }
-
-
-def time_loop_tile(num_neurons: int, batch: int) -> dict[str, int]:
-    """The tile of a program of a time loop: all neurons, each thread one and up to 4 samples."""
-    neurons = _power_of_two(num_neurons)
-    samples = min(TILE_SAMPLES if neurons <= 128 else TILE_SAMPLES // 2, _power_of_two(batch))
-    threads = neurons * samples // min(4, samples)
-    return {"WB": neurons, "BT": samples, "num_warps": min(max(1, threads // 32), 32)}
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below the number."""
-    return 1 << (number - 1).bit_length()
-
-
-def neurons_last(
-    weight: Float[Tensor, "F R L"], bias: Float[Tensor, "F M N"], num_runs: int
-) -> Float[Tensor, "S L+1 R W"]:
-    """Weights and biases in the order in which the threads, one for each neuron, read them.
-
-    The last column is the bias; it is 0 for the keys, which the predictor lacks.
-    """
-    rows, length = weight.shape[1:]
-    columns = weight.new_zeros(num_runs, length + 1, rows, len(weight) // num_runs)
-    columns[:, :-1] = weight.detach().unflatten(0, (num_runs, -1)).permute(0, 3, 2, 1)
-    slots = bias.detach().flatten(1).unflatten(0, (num_runs, -1)).transpose(1, 2)
-    columns[:, -1, rows - slots.shape[1] :] = slots
-    return columns
-
-
-def external_rows(weight_x: Tensor, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
-    """What the input adds to the rows of the neurons that read it, before the time loop."""
-    num_runs, length, batch, size = x.shape
-    rows = weight_x.detach().reshape(num_runs, -1, size)
-    made = torch.bmm(rows, x.detach().reshape(num_runs, -1, size).transpose(1, 2))
-    return made.view(num_runs, -1, weight_x.shape[1], length, batch)
+def _sum_of_neurons(values: Float[Tensor, "S w K"]) -> Float[Tensor, "S K"]:
+    """Sum over neurons in an order that does not depend on S, unlike torch's own."""
+    while (width := values.shape[1]) > 1:
+        half = (width + 1) // 2
+        folded = values[:, :half].clone()
+        folded[:, : width - half] += values[:, half:]
+        values = folded
+    return values[:, 0]
