@@ -316,15 +316,22 @@ def packs(given: Given) -> dict[str, Any]:
     """Milliseconds of an iteration of S runs, B = 20, one launch after the other or as a graph.
 
     The runs of adaptive sgprop are those of a sweep: up to 6 seeds with 5 learning rates each.
+    Torch alone; `fused_packs` has the Triton kernels.
     """
+    sizes = {"sgprop adaptive": (1, 6, 30), "backprop": (30,), "gru": (30,)}
+    return _packs(given, sizes, "torch")
+
+
+def _packs(given: Given, every: dict[str, tuple[int, ...]], backend: str) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     cuda = given.device.type == "cuda"
-    for label, sizes in (("sgprop adaptive", (1, 6, 30)), ("backprop", (30,)), ("gru", (30,))):
+    for label, sizes in every.items():
+        firsts = {}
         for size in (1, 2) if given.tiny else sizes:
             last = {}
             row: dict[str, Any] = {}
             for capture in (False, True) if cuda else (False,):
-                pack = _pack(given, label, size, capture)
+                pack = _pack(given, label, size, capture, backend)
                 last[capture] = [pack.train() for _ in range(3)]
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
@@ -342,11 +349,18 @@ def packs(given: Given) -> dict[str, Any]:
                 del pack
             if len(last) > 1:
                 row["bitwise_as_without_a_graph"] = last[False] == last[True]
+            firsts[size] = [of_runs[0] for of_runs in last[False]]
+        first = next(iter(firsts.values()))
+        rows[f"{label}: first run bitwise the same in all packs"] = all(
+            of_size == first for of_size in firsts.values()
+        )
     return rows
 
 
-def _pack(given: Given, label: str, size: int, capture: bool) -> Pack:
+def _pack(given: Given, label: str, size: int, capture: bool, backend: str) -> Pack:
     arguments = POLICIES[label][0]
+    if arguments["name"] == "sparsenet":
+        arguments = arguments | {"backend": backend}
     arguments = arguments | given.settings(arguments["name"])
     env = make_device("labyrinth_escape", size, given.batches[0], given.env_config, given.device)
     rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -388,6 +402,22 @@ def kernels(given: Given) -> dict[str, Any]:
         return {"left_out": "no GPU"}
     runs = (3, 1) if given.tiny else (30, 1, 6)
     return measure_kernels(given.device, given.milliseconds, given.tiny, runs)
+
+
+@stage
+def fused_packs(given: Given) -> dict[str, Any]:
+    """As `packs`, in the Triton kernels; and how far the losses then are from torch's."""
+    rows: dict[str, Any] = {}
+    size = 2 if given.tiny else 30
+    packs = [_pack(given, "sgprop adaptive", size, False, b) for b in ("auto", "torch")]
+    for iteration in range(3):
+        fused, plain = (pack.train() for pack in packs)
+        rows[f"relative difference of losses after {iteration + 1}"] = max(
+            abs(a["policy_loss"] - b["policy_loss"]) / max(abs(b["policy_loss"]), 1e-12)
+            for a, b in zip(fused, plain, strict=True)
+        )
+    del packs
+    return rows | _packs(given, {"sgprop adaptive": (30, 1, 6)}, "auto")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

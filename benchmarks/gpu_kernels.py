@@ -124,6 +124,7 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Each kernel with what leads to its launch; later ones take what earlier ones `made`."""
     given = (case.layer, case.num_runs)
     tile = {"WB": case.nets[0].num_neurons, **TILES}
+    every_step = torch.ones(case.x.shape[:3], dtype=torch.bool, device=case.x.device)
 
     def forward(**options: Any) -> Any:
         return triton_layer.forward(*given, case.x, case.h_0, **options)
@@ -145,7 +146,7 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
     def sums(**options: Any) -> Any:
         mixture = triton_layer.Mixture(made["schedule"], made["predict"])
-        measured = triton_layer.Measured(made["predict"], None)
+        measured = triton_layer.Measured(made["predict"], every_step)
         return triton_layer.sums_over_samples(
             *given, case.x, *made["forward"], made["backward"], mixture, measured, **options
         )
