@@ -19,7 +19,8 @@ TILES = {"BT": 4, "num_warps": 4}
 #: Of the sums: how products are made, and samples of a tile and warps of a program.
 SUMS: list[dict[str, Any]] = [
     {"precision": "tf32x3"},
-    {"precision": "ieee", "tile": {"KB": 32, "CB": 64, "num_warps": 16}},
+    {"tile": {"KB": 16, "CB": 32, "num_warps": 8}},
+    {"tile": {"KB": 16, "CB": 64, "num_warps": 16}},
 ]
 
 

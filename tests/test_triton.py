@@ -1,6 +1,9 @@
 """Triton kernels against the torch backend: on the CPU in Triton's interpreter, and compiled."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,7 +142,7 @@ def test_forward_and_predictions_equal_eager(sizes, dtype):
 
 
 SETTINGS = {
-    "backprop": {"propagation": "backprop"},
+    "backprop": {"propagation": "backprop", "adaptive": False},
     "sgprop": {},
     "projection": {"positive_projection": True, "mixing_rule": "raw"},
     "mask": {"mask_predictions": True, "predictor_target": "received"},
@@ -226,7 +229,7 @@ def trained(policies, monkeypatch, fused):
     draw = torch.Generator().manual_seed(3)
     shape = (3, len(policies), 5)
     made = []
-    for _ in range(2):
+    for _ in range(2 if policies[0].settings.adaptive else 1):
         observations = torch.randn(*shape, 7, generator=draw).to(DEVICE, torch.float64)
         mask = (torch.rand(shape, generator=draw) < 0.7).to(DEVICE)
         acting = stacked.start(3, 5)
@@ -264,3 +267,56 @@ def test_stacked_policies_are_the_same_with_the_kernels(settings, monkeypatch):
     expected = trained(policies, monkeypatch, fused=False)
     for one, other in zip(trained(policies, monkeypatch, fused=True), expected, strict=True):
         close(one.double(), other.double(), 1e-10)
+
+
+#: Compile the kernel that is named for sizes as published, and print what ptxas says of it.
+COMPILE = """
+import subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from sgrl.nn.kernels import triton_kernels, triton_layer
+
+tile = triton_layer.time_loop_tile(128, 20)
+warps = tile.pop("num_warps")
+values = dict(
+    B=20, W=128, X=16, V=16, P=6, N=6, M=6, E=128, SCALE=0.06, MIXES=True, MEASURES=True, UNIT=True,
+    PROJECTS=False, ON_RECEIVED=False, MASKS=True, MIN_NORM=1e-12, PRECISION="tf32x3", MP=8, GP=8,
+    KB=16, CB=64, **tile,
+)
+types = {"T": "i32", "C": "i32", "sources": "*i64", "edges": "*i64", "valid": "*u8"}
+
+def compiled(name):
+    kernel = getattr(triton_kernels, name)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in values else types.get(n, "*fp32") for n in names}
+    constants = {(i,): values[n] for i, n in enumerate(names) if n in values}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps, "num_stages": 1}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"]
+        return name + " " + subprocess.run(command, capture_output=True, text=True).stderr
+
+with ThreadPoolExecutor() as pool:
+    for said in pool.map(compiled, sys.argv[1:]):
+        print(said)
+"""
+KERNELS = ["forward_loop", "predict", "backward_loop", "sums_over_samples", "schedule_loop"]
+
+
+def test_kernels_compile_for_a_gpu_without_spills():
+    # In another process: here they are for the interpreter.
+    environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, *KERNELS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    spills = re.findall("([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads", run.stdout)
+    assert spills == [("0", "0")] * len(KERNELS), run.stdout

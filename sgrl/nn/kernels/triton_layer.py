@@ -280,7 +280,7 @@ def sums_over_samples(
     """
     from sgrl.nn.kernels import triton_kernels
 
-    tile = tile or {"KB": 32, "CB": 64, "num_warps": 8}
+    tile = tile or {"KB": 16, "CB": 64, "num_warps": 8}
     sizes = _sizes(layer, num_runs)
     size, batch, external = sizes["N"], x.shape[2], x.shape[3]
     num_flat = len(layer.sources)
