@@ -12,13 +12,14 @@ import pytest
 
 import sgrl.results
 from sgrl.files import is_locked, lock, replacing, write_text
-from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.folder import ExpertNetworkFolder, ProbeFolder, SweepFolder, TrialFolder
 
 SOURCE = Path(sgrl.__file__).parent
 #: Every name of a file or folder, by the module that spells it.
 HOMES = {"manifest.json": "results/checkpoints.py", "zoo.json": "results/zoo.py"}
 HOMES |= dict.fromkeys(["policy.json", "policy.safetensors"], "nn/registry.py")
-for folder in (TrialFolder("folder"), SweepFolder("folder")):
+for kind in (TrialFolder, SweepFolder, ExpertNetworkFolder, ProbeFolder):
+    folder = kind("folder")
     paths = [path for path in vars(folder).values() if isinstance(path, Path)]
     HOMES |= {path.name: "results/folder.py" for path in paths if path != folder.path}
 

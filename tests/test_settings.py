@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sgrl.analysis.published import write_tables
 from sgrl.cli import app
 from sgrl.envs.registry import ENVIRONMENTS
+from sgrl.markdown import write_tables
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.registry import POLICIES
 from sgrl.tuning.experiment.file import ExperimentFile

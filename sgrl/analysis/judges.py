@@ -14,6 +14,7 @@ from sgrl.analysis.comparison import learning_rate_columns
 from sgrl.analysis.rank_test import ALPHA, rank_test, seeds_needed
 from sgrl.analysis.statistics import probability_of_improvement
 from sgrl.analysis.tables import within_interval
+from sgrl.results.folder import ExpertNetworkFolder
 from sgrl.results.runs import Results, ResultsError
 
 #: The smallest difference of scores that matters.
@@ -252,7 +253,7 @@ def law_of_experts(folder: Path) -> Finding:
     Returns:
         The finding.
     """
-    frame = pd.read_csv(folder / "expert_network.csv")
+    frame = pd.read_csv(ExpertNetworkFolder(folder).results)
     inside = within_interval(frame)
     shares = inside.groupby(frame["case"], sort=False).mean()
     cases = ", ".join(f"{case} {share:.1%}" for case, share in shares.items())

@@ -19,7 +19,7 @@ from sgrl.analysis.tables import (
     within_interval,
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
-from sgrl.results.folder import SweepFolder
+from sgrl.results.folder import ExpertNetworkFolder, ProbeFolder, SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.runs import load_results
 from sgrl.theory.expert_network import Result
@@ -83,9 +83,9 @@ def write_expert_network(
     """
     console = console or Console()
     frame = pd.DataFrame(results, columns=Result._fields)
-    frame.to_csv(directory / "expert_network.csv", index=False)
-    cases = list(frame["case"].unique())
-    figures = [expert_ratios(frame, case, directory / f"ratio_{case}.png") for case in cases]
+    folder = ExpertNetworkFolder(directory)
+    frame.to_csv(folder.results, index=False)
+    figures = [expert_ratios(frame, case, folder.figure(case)) for case in frame["case"].unique()]
 
     inside = within_interval(frame)
     console.print("MSE of backprop / MSE of sgprop; *: 2^(d-k) is outside the 95% interval")
@@ -102,7 +102,7 @@ def write_expert_network(
         console,
         f"2^(d-k) is inside the 95% interval in {inside.sum()} of {len(frame)} cells "
         f"({inside.mean():.1%})",
-        *(f"written: {path}" for path in (directory / "expert_network.csv", *figures)),
+        *(f"written: {path}" for path in (folder.results, *figures)),
     )
     return frame
 
@@ -120,10 +120,10 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
     """
     console = console or Console()
     neurons, layers = pd.DataFrame(report.neurons), pd.DataFrame(report.layers)
-    paths = [directory / name for name in ("neurons.csv", "layers.csv", "probe.png")]
-    neurons.to_csv(paths[0], index=False)
-    layers.to_csv(paths[1], index=False)
-    probe_errors(neurons, layers, paths[2], f"n = {report.batch_size}, {report.samples} samples")
+    folder, note = ProbeFolder(directory), f"n = {report.batch_size}, {report.samples} samples"
+    neurons.to_csv(folder.neurons, index=False)
+    layers.to_csv(folder.layers, index=False)
+    probe_errors(neurons, layers, folder.figure, note)
     say(
         console,
         f"Gradients from n = {report.batch_size} samples against g*, the mean of {report.samples}: "
@@ -132,5 +132,5 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
     print_table(probe_table(layers), console, turn=False)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
-    say(console, *(f"written: {path}" for path in paths))
+    say(console, *(f"written: {path}" for path in (folder.neurons, folder.layers, folder.figure)))
     return layers

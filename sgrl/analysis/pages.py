@@ -12,6 +12,7 @@ import jinja2
 
 from sgrl.analysis.figures import Figure
 from sgrl.analysis.tables import Titled, cells
+from sgrl.markdown import markdown_table
 
 
 @dataclass
@@ -82,9 +83,9 @@ def markdown_page(sections: Sequence[Section], out: Path) -> str:
             lines += ["", "## What is missing", "", *(f"- {said}" for said in section.problems)]
         for title, note, table in section.tables:
             header, rows = cells(table)
+            escaped = [[html.escape(cell, quote=False) for cell in row] for row in (header, *rows)]
             lines += ["", f"## {title}", "", *([note, ""] if note else [])]
-            lines += [_markdown_row(header), _markdown_row(["---"] * len(header))]
-            lines += [_markdown_row(row) for row in rows]
+            lines += markdown_table(escaped[0], escaped[1:]).splitlines()
         for figure in section.figures:
             path = os.path.relpath(figure.path, out.parent)
             lines += ["", f"## {figure.title}", "", f"![{figure.title}]({path})"]
@@ -92,10 +93,6 @@ def markdown_page(sections: Sequence[Section], out: Path) -> str:
             lines += ["", "## To run it again", "", "```", *section.commands, "```"]
         lines.append("")
     return "\n".join(lines)
-
-
-def _markdown_row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(html.escape(v, quote=False).replace("|", "\\|") for v in values) + " |"
 
 
 def latex_page(sections: Sequence[Section], out: Path) -> str:

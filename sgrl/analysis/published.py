@@ -1,16 +1,16 @@
 """Tables of the docs that come from the published archives: claims, scores and costs.
 
-A page holds each table between two marks, `<!-- NAME -->` and `<!-- end of NAME -->`; `sgrl study
---write PAGE` brings them up to date.
+`sgrl study --write PAGE` brings those of a page up to date (see `sgrl.markdown`).
 """
 
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
-from sgrl.analysis.study import judge_claims, markdown
+from sgrl.analysis.study import judge_claims
 from sgrl.analysis.tables import cells, comparison_table
+from sgrl.markdown import markdown_table, write_tables
 from sgrl.results.archive import read_archive
 from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
@@ -36,7 +36,6 @@ PURPOSE = {
     "mnist_placebo": "control",
     "ppo_memory": "memory under PPO",
 }
-_MARK = re.compile(r"<!-- (?!end of )(.*?) -->\n.*?<!-- end of (.*?) -->", flags=re.DOTALL)
 
 
 def write_into(page: Path, published: Path) -> int:
@@ -56,34 +55,6 @@ def write_into(page: Path, published: Path) -> int:
     return write_tables(page, lambda name: table_named(name, published))
 
 
-def write_tables(page: Path, table_of: Callable[[str], str]) -> int:
-    """Replace the tables of a page.
-
-    Args:
-        page: a page in Markdown.
-        table_of: returns the table of a mark's name.
-
-    Returns:
-        The number of tables.
-
-    Raises:
-        ResultsError: the page has no marks, or those around a table differ; one line.
-    """
-    text = page.read_text(encoding="utf-8")
-    if not _MARK.search(text):
-        raise ResultsError(f"{page} does not hold the lines <!-- NAME --> and <!-- end of NAME -->")
-
-    def table(mark: re.Match[str]) -> str:
-        name, end = mark.groups()
-        if name != end:
-            raise ResultsError(f"{page}: <!-- {name} --> is followed by <!-- end of {end} -->")
-        return f"<!-- {name} -->\n\n{table_of(name)}\n<!-- end of {name} -->"
-
-    replaced, count = _MARK.subn(table, text)
-    page.write_text(replaced, encoding="utf-8")
-    return count
-
-
 def table_named(name: str, published: Path) -> str:
     """Draw one table in Markdown.
 
@@ -96,12 +67,28 @@ def table_named(name: str, published: Path) -> str:
         StorageError: an archive is damaged.
     """
     if name == "findings":
-        return markdown(judge_claims(published))
+        return findings(published)
     if name == "cost":
         return cost(published)
     if not is_archive(published / name):
         raise ResultsError(f"{name}: no such table, and no archive in {published}")
     return scores(published / name)
+
+
+def findings(published: Path) -> str:
+    """Tabulate the paper's claims beside what our runs say.
+
+    Args:
+        published: folder of the archives.
+    """
+    head = ["claim", "source", "ours", "runs", "p (Holm)", "verdict"]
+    rows = []
+    for row in judge_claims(published).to_dict("records"):
+        number = f"{row['number']}. " if row["number"] else ""
+        p = "" if pd.isna(row["p"]) else f"{row['p']:.2g}"
+        claim = f"{number}{row['claim']}"
+        rows.append([claim, row["source"], row["ours"], row["runs"], p, row["verdict"]])
+    return markdown_table(head, rows)
 
 
 def scores(archive: Path) -> str:
@@ -113,7 +100,7 @@ def scores(archive: Path) -> str:
     with reading(archive) as folder:
         trials = load_results(folder).trials
     head, rows = cells(comparison_table(best_learning_rates(compare_methods(trials)), trials))
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def cost(published: Path) -> str:
@@ -143,9 +130,4 @@ def cost(published: Path) -> str:
         command = f"`sgrl sweep {file.as_posix()}`"
         rows.append([purpose, name, *map(str, counts), f"{hours:.1f}", command])
     head = ["for", "archive", "trials", "failed", "interrupted", "core hours", "command"]
-    return _table(head, [*rows, ["all", "", "", "", "", f"{total:.1f}", ""]])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(head, [*rows, ["all", "", "", "", "", f"{total:.1f}", ""]])

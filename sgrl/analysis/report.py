@@ -42,7 +42,7 @@ from sgrl.analysis.tables import (
     within_interval,
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
-from sgrl.results.folder import SweepFolder
+from sgrl.results.folder import ExpertNetworkFolder, ProbeFolder, SweepFolder
 from sgrl.results.locations import is_copied, reading
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
@@ -154,10 +154,11 @@ def read_section(
         OSError: a file cannot be written.
     """
     home = home or directory
-    if (directory / "expert_network.csv").is_file():
-        return _expert_network(directory, home)
-    if (directory / "neurons.csv").is_file() and (directory / "layers.csv").is_file():
-        return _probe(directory, home)
+    simulated, probed = ExpertNetworkFolder(directory), ProbeFolder(directory)
+    if simulated.results.is_file():
+        return _expert_network(simulated, home)
+    if probed.neurons.is_file() and probed.layers.is_file():
+        return _probe(probed, home)
     return _sweep(directory, threshold, home, x, called or directory)
 
 
@@ -325,10 +326,9 @@ def _trials_table(results: Results) -> Table:
     return table
 
 
-def _expert_network(directory: Path, home: Path) -> Section:
-    frame = pd.read_csv(directory / "expert_network.csv")
+def _expert_network(folder: ExpertNetworkFolder, home: Path) -> Section:
+    frame, written = pd.read_csv(folder.results), ExpertNetworkFolder(home)
     inside = within_interval(frame)
-    cases = list(frame["case"].unique())
     note = (
         "MSE of backprop / MSE of sgprop; *: the theory's 2^(d-k) is outside the 95% interval. It "
         f"is inside in {inside.sum()} of {len(frame)} cells ({inside.mean():.1%})."
@@ -337,17 +337,17 @@ def _expert_network(directory: Path, home: Path) -> Section:
         title="expert network",
         tables=[("Ratios", note, ratio_table(frame, inside))],
         figures=[
-            Figure(expert_ratios(frame, case, home / f"ratio_{case}.png"), f"Ratios, {case}")
-            for case in cases
+            Figure(expert_ratios(frame, case, written.figure(case)), f"Ratios, {case}")
+            for case in frame["case"].unique()
         ],
     )
 
 
-def _probe(directory: Path, home: Path) -> Section:
-    neurons, layers = (pd.read_csv(directory / f"{name}.csv") for name in ("neurons", "layers"))
-    path = probe_errors(neurons, layers, home / "probe.png", "")
+def _probe(folder: ProbeFolder, home: Path) -> Section:
+    neurons, layers = pd.read_csv(folder.neurons), pd.read_csv(folder.layers)
+    path = probe_errors(neurons, layers, ProbeFolder(home).figure, "")
     return Section(
-        title=f"probe ({directory.resolve().name})",
+        title=f"probe ({folder.path.resolve().name})",
         tables=[("Layers", "Means over neurons, and 95% intervals.", probe_table(layers))],
         figures=[Figure(path, "Gradients against the true ones")],
     )

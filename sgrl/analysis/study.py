@@ -4,7 +4,6 @@ Reads `results/published` and decides each claim by the test that docs/study.md 
 written before the confirmation runs. A claim whose runs do not exist is "not run yet".
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -188,21 +187,3 @@ def _load(archives: Sequence[Path]) -> Results:
     if len(unknown):
         raise ResultsError(f"{archives[0].parent}: {unknown.iloc[0]} is complete without a score")
     return results
-
-
-def markdown(judged: pd.DataFrame) -> str:
-    """Format the claims as a Markdown table.
-
-    Args:
-        judged: from `judge_claims`.
-
-    Returns:
-        The table, one row per claim.
-    """
-    lines = ["| claim | source | ours | runs | p (Holm) | verdict |", "|---|---|---|---|---|---|"]
-    for row in judged.to_dict("records"):
-        number = f"{row['number']}. " if row["number"] else ""
-        p = "" if math.isnan(row["p"]) else f"{row['p']:.2g}"
-        cells = (f"{number}{row['claim']}", row["source"], row["ours"], row["runs"], p)
-        lines.append(f"| {' | '.join(cells)} | {row['verdict']} |")
-    return "\n".join(lines) + "\n"

@@ -32,7 +32,7 @@ def list_names(
 
     check_kind(kind)
     if write is not None:
-        from sgrl.analysis.published import write_tables
+        from sgrl.markdown import write_tables
 
         write_tables(write, lambda mark: settings_page())
         typer.echo(f"written: {write}")

@@ -182,3 +182,36 @@ class SweepFolder:
             experiment = yaml.load(self.experiment.read_text(encoding="utf-8"), Loader=YAML)
             return experiment if isinstance(experiment, dict) else {}
         return {}
+
+
+class ExpertNetworkFolder:
+    """The files of a simulation of the expert network.
+
+    Attributes:
+        path: the folder.
+        results: one row a cell, CSV.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.results = self.path / "expert_network.csv"
+
+    def figure(self, case: str) -> Path:
+        """The figure of one case."""
+        return self.path / f"ratio_{case}.png"
+
+
+class ProbeFolder:
+    """The files of a probe.
+
+    Attributes:
+        path: the folder.
+        neurons, layers: one row a neuron, and one a layer, at each time step, CSV.
+        figure: of both.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.neurons = self.path / "neurons.csv"
+        self.layers = self.path / "layers.csv"
+        self.figure = self.path / "probe.png"

@@ -12,10 +12,11 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sgrl.errors import UserError
+from sgrl.markdown import markdown_table
 from sgrl.names import did_you_mean
 from sgrl.results.plan import Checkpointing, Evaluating, Stop
 from sgrl.tuning.experiment.file import (
@@ -125,17 +126,11 @@ def settings_page() -> str:
     parts = []
     for group, settings in all_settings().items():
         rows = [(f"`{s.name}`", s.type, s.default and f"`{s.default}`", s.line) for s in settings]
-        table = _markdown(("key", "values", "default", "what it is"), rows)
+        table = markdown_table(("key", "values", "default", "what it is"), rows)
         parts.append(f"## {group}\n\n{table}")
     rules = [(f"`{name}`", line) for name, line in names_of("rules").items()]
-    parts.append(f"## Mixing rules\n\n{_markdown(('mixing_rule', 'what it is'), rules)}")
+    parts.append(f"## Mixing rules\n\n{markdown_table(('mixing_rule', 'what it is'), rules)}")
     return "\n".join(parts)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (head, *rows)]
-    lines.insert(1, " | ".join(["---"] * len(head)))
-    return "".join(f"| {line} |\n" for line in lines)
 
 
 def settings_named(kind: str, name: str | None) -> dict[str, list[Setting]]:
