@@ -43,7 +43,7 @@ from sgrl.theory.estimation import (
 from sgrl.theory.probe import bandit as bandit_room
 from sgrl.theory.probe import check_settings, probe
 from sgrl.theory.probe.bandit import bandit_sums
-from sgrl.theory.probe.estimates import SGPROP_COLUMNS, moments, neuron_numbers, resampled_counts
+from sgrl.theory.probe.estimates import BACKPROP_COLUMNS, moments, neuron_numbers, resampled_counts
 from sgrl.theory.probe.gradients import Feedback, Group, Sums
 from sgrl.theory.probe.labyrinth import Episodes, Loss, Shard, labyrinth_shard, labyrinth_sums, play
 from sgrl.theory.probe.sufficiency import explain
@@ -630,8 +630,11 @@ def test_backprop(tmp_path: Path) -> None:
     sgprop, backprop = (pd.read_csv(tmp_path / p / "neurons.csv") for p in ("sgprop", "backprop"))
     for name in ("mse_backprop", "ecv_backprop", "explained"):
         assert backprop[name].tolist() == pytest.approx(sgprop[name].tolist())
-    for name in SGPROP_COLUMNS:
-        assert backprop[name].isna().all()
+    others = [
+        name for name in backprop if not name.startswith(("layer", "neuron", *BACKPROP_COLUMNS))
+    ]
+    assert {"mse_sgprop", "mixing_weight", "predictor_explained"} < set(others)
+    assert backprop[others].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(

@@ -25,21 +25,6 @@ if TYPE_CHECKING:
 
     from sgrl.envs.device import DeviceEnv
 
-__all__ = [
-    "ENVIRONMENTS",
-    "EnvEntry",
-    "VectorEnv",
-    "check_flat",
-    "evaluation_config",
-    "has_success",
-    "make_device",
-    "make_single",
-    "make_vector",
-    "observation_size",
-    "prepare",
-    "validate_env_config",
-]
-
 
 @dataclass(frozen=True)
 class EnvEntry:

@@ -46,11 +46,6 @@ class MLPPolicy(EncodedPolicy):
         )
         return size
 
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return self.core(embeddings), {}
-
 
 @dataclass(frozen=True)
 class DenseSettings(PolicySettings):
@@ -89,11 +84,6 @@ class DensePolicy(Policy):
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
         return _xavier(core_size, self.num_outputs, generator, dtype)
-
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return self.core(embeddings), {}
 
 
 def _xavier(
@@ -246,11 +236,6 @@ class SparseMLPPolicy(Policy):
         key_std = (self.settings.num_parents * self.settings.neuron_size) ** -0.5
         predictor = self.settings.propagation == "sgprop"
         return ActionHead(core_size, self.num_outputs, key_std, predictor, generator, dtype)
-
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return self.core(embeddings), {}
 
     def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
         # The record is of one forward pass, and so of one step.

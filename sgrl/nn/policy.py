@@ -8,7 +8,7 @@ A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and
 """
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float
@@ -138,8 +138,12 @@ class Policy(nn.Module):
     def run_core(
         self, embeddings: Float[Tensor, "T B E"], state: State, mask: Mask | None
     ) -> tuple[Float[Tensor, "T B features"], State]:
-        """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state."""
-        raise NotImplementedError(f"{type(self).__name__} must run its core")
+        """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state.
+
+        Unless overridden, the core has no memory.
+        """
+        core: Any = self.core
+        return core(embeddings), {}
 
     def acting(self, length: int, batch_size: int, keep: bool = False) -> "Acting":
         """For acting through whole episodes of T steps, from the initial state on.

@@ -5,7 +5,7 @@ Sizes and initial values: the paper, Section H.4.
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,42 +19,44 @@ from sgrl.nn.policy import Acting, Policy, RecordingActing, State
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.sgprop import Mixing, SGPropSettings
 
-DenseRNN = TypeVar("DenseRNN", nn.GRU, nn.LSTM)
 
+class DenseRecurrentPolicy(EncodedPolicy):
+    """Base of the dense baselines with memory: one layer of recurrent units.
 
-def _dense_rnn(
-    kind: type[DenseRNN],
-    size_in: int,
-    size_out: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-) -> DenseRNN:
-    """One layer, each whole stacked weight matrix orthogonal, biases zero."""
-    # Made without values first: torch's own would be drawn from the process-wide generator.
-    rnn = kind(size_in, size_out, dtype=dtype, device="meta").to_empty(device="cpu")
-    for name, parameter in rnn.named_parameters():
-        if name.startswith("weight"):
-            nn.init.orthogonal_(parameter, generator=generator)
-        else:
-            nn.init.zeros_(parameter)
-    return rnn
+    Attributes:
+        kind: the layer's class.
+        states: names of the parts of its state.
+    """
 
-
-class GRUPolicy(EncodedPolicy):
-    """Dense recurrent baseline: one layer of gated recurrent units."""
-
-    name = "gru"
     Settings = DenseCoreSettings
     settings: DenseCoreSettings
+    kind: ClassVar[type[nn.GRU] | type[nn.LSTM]]
+    states: ClassVar[tuple[str, ...]]
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
+        """Each whole stacked weight matrix orthogonal, biases zero."""
         size = self.settings.hidden_size
-        self.core = _dense_rnn(nn.GRU, self.settings.embedding_size, size, generator, dtype)
+        # Made without values first: torch's own would be drawn from the process-wide generator.
+        core = self.kind(self.settings.embedding_size, size, dtype=dtype, device="meta")
+        self.core = core.to_empty(device="cpu")
+        for name, parameter in self.core.named_parameters():
+            if name.startswith("weight"):
+                nn.init.orthogonal_(parameter, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
         return size
 
     def initial_state(self, batch_size: int) -> State:
-        weight = next(self.core.parameters())
-        return {"h": weight.new_zeros(batch_size, self.settings.hidden_size)}
+        shape, weight = (batch_size, self.settings.hidden_size), next(self.core.parameters())
+        return {name: weight.new_zeros(shape) for name in self.states}
+
+
+class GRUPolicy(DenseRecurrentPolicy):
+    """Dense recurrent baseline: one layer of gated recurrent units."""
+
+    name = "gru"
+    kind = nn.GRU
+    states = ("h",)
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
@@ -63,27 +65,17 @@ class GRUPolicy(EncodedPolicy):
         return features, {"h": h[0]}
 
 
-class LSTMPolicy(EncodedPolicy):
+class LSTMPolicy(DenseRecurrentPolicy):
     """Dense recurrent baseline: one layer of long short-term memory."""
 
     name = "lstm"
-    Settings = DenseCoreSettings
-    settings: DenseCoreSettings
-
-    def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
-        size = self.settings.hidden_size
-        self.core = _dense_rnn(nn.LSTM, self.settings.embedding_size, size, generator, dtype)
-        return size
-
-    def initial_state(self, batch_size: int) -> State:
-        weight = next(self.core.parameters())
-        zeros = weight.new_zeros(batch_size, self.settings.hidden_size)
-        return {"h": zeros, "c": zeros.clone()}
+    kind = nn.LSTM
+    states = ("h", "c")
 
     def run_core(
         self, embeddings: Tensor, state: State, mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        before = tuple(state[name].unsqueeze(0).contiguous() for name in ("h", "c"))
+        before = tuple(state[name].unsqueeze(0).contiguous() for name in self.states)
         features, (h, c) = self.core(embeddings, before)
         return features, {"h": h[0], "c": c[0]}
 

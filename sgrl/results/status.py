@@ -121,6 +121,17 @@ def failures(rows: Iterable[Progress], location: object) -> list[str]:
     ]
 
 
+def count_states(rows: Iterable[Progress]) -> dict[str, int]:
+    """The number of trials in each of `STATES`."""
+    states = [row.state for row in rows]
+    return {state: states.count(state) for state in STATES}
+
+
+def _in_words(rows: Iterable[Progress]) -> list[str]:
+    """As in 3 completed."""
+    return [f"{count} {state}" for state, count in count_states(rows).items() if count]
+
+
 def measure_of(progress: Iterable[Progress]) -> str:
     """What a sweep's trials are judged by: the test reward if one evaluates."""
     return common_measure(row.score.measure for row in progress)
@@ -169,13 +180,12 @@ class SweepStatus:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it (docs/results.md says what the keys mean)."""
-        counts = {state: sum(row.state == state for row in self.rows) for state in STATES}
         return {
             "location": str(self.location),
             "name": self.name,
             "is_running": self.is_running,
             "measure": measure_of(self.rows),
-            "counts": counts,
+            "counts": count_states(self.rows),
             "seconds_left": sweep_seconds_left(self.rows),
             "trials": [
                 {
@@ -291,8 +301,7 @@ def progress_line(rows: Sequence[Progress], seconds: float | None = None) -> str
         rows: of all trials.
         seconds: since it was started, if that is known.
     """
-    counts = {state: sum(row.state == state for row in rows) for state in STATES}
-    parts = [f"{share_done(rows):.0%}", *(f"{n} {state}" for state, n in counts.items() if n)]
+    parts = [f"{share_done(rows):.0%}", *_in_words(rows)]
     parts += [] if seconds is None else [f"{duration(seconds)} elapsed"]
     left = sweep_seconds_left(rows)
     return ", ".join([*parts, *([f"about {duration(left)} left"] if left > 0 else [])])
@@ -309,8 +318,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
         groups = {state: [row for row in rows if row.state == state] for state in STATES}
         groups["completed"].reverse()
         shown = [row for state in STATES for row in groups[state]][:limit]
-    counts = [f"{sum(row.state == state for row in rows)} {state}" for state in STATES]
-    caption = ", ".join(count for count in counts if not count.startswith("0 "))
+    caption = ", ".join(_in_words(rows))
     left = sweep_seconds_left(rows)
     if math.isfinite(left) and left > 0:
         caption += f"; about {duration(left)} left"

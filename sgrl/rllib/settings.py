@@ -206,8 +206,6 @@ def refuse_ignored(
             "evaluation_duration must be a number, got 'auto': evaluations take place between "
             "iterations"
         )
-    if config.evaluation_parallel_to_training:
-        raise _does_nothing(config, "evaluation", "evaluation_parallel_to_training")
     for name, works, why in _conditions(config):
         changed = hasattr(defaults, name) and getattr(config, name) != getattr(defaults, name)
         if changed and not works:

@@ -40,8 +40,12 @@ from sgrl.tuning.cluster import (
 )
 from sgrl.tuning.experiment.load import Experiment, extend_experiment
 from sgrl.tuning.experiment.method import with_defaults
-from sgrl.tuning.experiment.resources import check_backends, check_resources, may_move
-from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_config
+from sgrl.tuning.experiment.resources import (
+    check_backends,
+    check_resources,
+    may_move,
+    resource_request,
+)
 from sgrl.tuning.progress import SweepView, quiet, write_summary
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
@@ -383,12 +387,7 @@ def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[s
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
-    return {
-        trial.name: algorithm_class(trial.config.algorithm).default_resource_request(
-            build_algorithm_config(trial.config)
-        )
-        for trial in experiment.trials
-    }
+    return {trial.name: resource_request(trial) for trial in experiment.trials}
 
 
 def _is_settled(store: Store, progress: Progress) -> bool:

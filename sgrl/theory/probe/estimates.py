@@ -164,26 +164,15 @@ def neuron_numbers(m: Moments, num_samples: int, group: Group) -> dict[str, Floa
     }
 
 
-#: Columns about synthetic gradients: empty under backprop.
-SGPROP_COLUMNS = (
-    "mse_sgprop",
-    "mse_best",
-    "mse_synthetic",
-    "ecv_sgprop",
-    "vcm_sgprop",
-    "ecv_share_sgprop",
-    "bias_square_sgprop",
-    "bias_square_synthetic",
-    "mixing_weight",
-    "best_mixing_weight",
-    "best_unit_mixing_weight",
-    "distance",
-    "sgprop_to_backprop",
-    "best_to_backprop",
-    "synthetic_to_backprop",
-    "alignment_sgprop",
-    "alignment_synthetic",
-    "predictor_explained",
+#: Columns that are known under backprop too; those about synthetic gradients are then empty.
+BACKPROP_COLUMNS = (
+    "target_square",
+    "mse_backprop",
+    "ecv_backprop",
+    "vcm_backprop",
+    "ecv_share_backprop",
+    "alignment_backprop",
+    "explained",
 )
 
 
@@ -230,7 +219,7 @@ def _rows(table: dict[str, Tensor], predictors: bool) -> list[dict[str, object]]
     tail = (1 - CONFIDENCE) / 2
     rows: list[dict[str, object]] = [{} for _ in next(iter(table.values()))[0]]
     for name, values in table.items():
-        known = predictors or name not in SGPROP_COLUMNS
+        known = predictors or name in BACKPROP_COLUMNS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # columns without any number
             low, high = np.nanquantile(values[1:].numpy(), [tail, 1 - tail], axis=0)

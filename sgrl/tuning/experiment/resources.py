@@ -28,18 +28,18 @@ def user_modules(experiment: Experiment) -> list[str]:
     return [module for module in dict.fromkeys(map(module_of, envs)) if module is not None]
 
 
+def resource_request(trial: Trial) -> Any:
+    """Return what one trial asks Ray for, its placement group."""
+    config = build_algorithm_config(trial.config)
+    return config.algo_class.default_resource_request(config)
+
+
 def required_resources(trial: Trial) -> dict[str, float]:
     """Return what one trial holds while it runs, summed over its processes.
 
     As in ``{"CPU": 1.0, "GPU": 0.0}``, and any custom resource.
     """
-    algorithm = algorithm_class(trial.config.algorithm)
-    request = algorithm.default_resource_request(build_algorithm_config(trial.config))
-    total = {"CPU": 0.0, "GPU": 0.0}
-    for bundle in request.bundles:
-        for resource, amount in bundle.items():
-            total[resource] = total.get(resource, 0.0) + amount
-    return total
+    return {"CPU": 0.0, "GPU": 0.0, **resource_request(trial).required_resources}
 
 
 def check_resources(
