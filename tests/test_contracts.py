@@ -21,7 +21,7 @@ from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn import SparseRNN, SyntheticGradient
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
-from sgrl.nn.policy import Policy, PolicyOutput, State, orthogonal_linear
+from sgrl.nn.policy import Policy, PolicyOutput, State, make_linear
 from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
 from sgrl.nn.registry import POLICIES, load_policy, make_policy, save_policy
 from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
@@ -197,7 +197,7 @@ class TanhEncoder(SparseNetPolicy):
 class DeepEncoder(SparseNetPolicy):
     def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
         size = self.settings.embedding_size
-        more = orthogonal_linear(size, size, generator, dtype)
+        more = make_linear(size, size, generator, dtype)
         return nn.Sequential(super()._build_encoder(generator, dtype), more, nn.Tanh())
 
 
@@ -238,7 +238,7 @@ class DenseActor(SparseNetPolicy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return orthogonal_linear(core_size, self.num_outputs, generator, dtype)
+        return make_linear(core_size, self.num_outputs, generator, dtype)
 
 
 class SharpActor(SparseNetPolicy):
@@ -286,7 +286,7 @@ class Block(SparseNetPolicy):
 class EncodedMLP(SparseMLPPolicy):
     def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
         size = self.observation_size
-        return nn.Sequential(orthogonal_linear(size, size, generator, dtype), nn.Tanh())
+        return nn.Sequential(make_linear(size, size, generator, dtype), nn.Tanh())
 
 
 class RememberingMLP(SparseMLPPolicy):
@@ -305,7 +305,7 @@ class DenseHeadMLP(SparseMLPPolicy):
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return orthogonal_linear(core_size, self.num_outputs, generator, dtype)
+        return make_linear(core_size, self.num_outputs, generator, dtype)
 
 
 def halve(_module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -4,13 +4,14 @@ Sizes and initial values: the paper, Section H.4.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from sgrl.nn.kernels.plain import is_plain
-from sgrl.nn.policy import Policy, PolicySettings, orthogonal_linear
+from sgrl.nn.policy import Policy, PolicySettings, make_linear
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class EncodedPolicy(Policy):
     def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
         features, embedding = self.settings.feature_size, self.settings.embedding_size
         return nn.Sequential(
-            orthogonal_linear(self.observation_size, features, generator, dtype),
+            make_linear(self.observation_size, features, generator, dtype),
             nn.LayerNorm(features, eps=1e-5, elementwise_affine=False),
-            orthogonal_linear(features, embedding, generator, dtype),
+            make_linear(features, embedding, generator, dtype),
             nn.LeakyReLU(0.01),
         )
 
@@ -49,13 +50,12 @@ class EncodedPolicy(Policy):
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
         size = self.actor_size
-        logits = nn.utils.skip_init(nn.Linear, size, self.num_outputs, dtype=dtype)
-        nn.init.normal_(logits.weight, std=0.01, generator=generator)
-        nn.init.zeros_(logits.bias)
+        small = partial(nn.init.normal_, std=0.01)
+        logits = make_linear(size, self.num_outputs, generator, dtype, small)
         return nn.Sequential(
-            orthogonal_linear(core_size, size, generator, dtype),
+            make_linear(core_size, size, generator, dtype),
             nn.LeakyReLU(0.01),
-            orthogonal_linear(size, size, generator, dtype),
+            make_linear(size, size, generator, dtype),
             nn.LeakyReLU(0.01),
             logits,
         )

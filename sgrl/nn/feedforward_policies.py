@@ -24,7 +24,7 @@ from sgrl.nn.policy import (
     PolicySettings,
     RecordingActing,
     State,
-    orthogonal_linear,
+    make_linear,
 )
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings
 
@@ -42,7 +42,7 @@ class MLPPolicy(EncodedPolicy):
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         size = self.settings.hidden_size
         self.core = nn.Sequential(
-            orthogonal_linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
+            make_linear(self.settings.embedding_size, size, generator, dtype), nn.Tanh()
         )
         return size
 
@@ -73,27 +73,18 @@ class DensePolicy(Policy):
     settings: DenseSettings
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
-        size, layers = self.observation_size, []
+        size, hidden, layers = self.observation_size, self.settings.hidden_size, []
+        xavier = nn.init.xavier_normal_
         for _ in range(self.settings.num_layers):
-            layers += [_xavier(size, self.settings.hidden_size, generator, dtype), nn.Tanh()]
-            size = self.settings.hidden_size
+            layers += [make_linear(size, hidden, generator, dtype, xavier), nn.Tanh()]
+            size = hidden
         self.core = nn.Sequential(*layers)
         return size
 
     def _build_actor(
         self, core_size: int, generator: torch.Generator, dtype: torch.dtype
     ) -> nn.Module:
-        return _xavier(core_size, self.num_outputs, generator, dtype)
-
-
-def _xavier(
-    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
-) -> nn.Linear:
-    """Linear layer with Xavier-normal weights and zero biases."""
-    layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
-    nn.init.xavier_normal_(layer.weight, generator=generator)
-    nn.init.zeros_(layer.bias)
-    return layer
+        return make_linear(core_size, self.num_outputs, generator, dtype, nn.init.xavier_normal_)
 
 
 @dataclass(frozen=True)

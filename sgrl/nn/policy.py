@@ -7,6 +7,7 @@ A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and
 `registry.POLICIES`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -107,7 +108,7 @@ class Policy(nn.Module):
         core_size = self._build_core(generator, dtype)
         self.actor = self._build_actor(core_size, generator, dtype)
         self.value_head = (
-            orthogonal_linear(core_size, 1, generator, dtype) if settings.value_head else None
+            make_linear(core_size, 1, generator, dtype) if settings.value_head else None
         )
 
     @property
@@ -255,11 +256,15 @@ class RecordingActing(Acting):
         )
 
 
-def orthogonal_linear(
-    size_in: int, size_out: int, generator: torch.Generator, dtype: torch.dtype
+def make_linear(
+    size_in: int,
+    size_out: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    initialise: Callable[..., object] = nn.init.orthogonal_,
 ) -> nn.Linear:
-    """Linear layer with orthogonal weights and zero biases."""
+    """Linear layer with zero biases, its weights orthogonal or as `initialise` makes them."""
     layer = nn.utils.skip_init(nn.Linear, size_in, size_out, dtype=dtype)
-    nn.init.orthogonal_(layer.weight, generator=generator)
+    initialise(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +80,7 @@ def describe_trials(trials: Mapping[str, TuneTrial]) -> dict[str, dict[str, Any]
             sections: dict[str, dict[str, Any]] = {}
             for (first, key, *inner), value in own.items():
                 if first == "config" and (key in SECTION_OF or (first, key, *inner) in differing):
-                    place = sections.setdefault(SECTION_OF.get(key, "training"), {})
-                    for step in inner:
-                        place, key = place.setdefault(key, {}), step
-                    place[key] = value
+                    _put(sections, [SECTION_OF.get(key, "training"), key, *inner], value)
             described[name] = {
                 "name": name,
                 "swept": swept[name],
@@ -110,11 +107,7 @@ def name_trial(trial: TuneTrial, evaluated: Mapping[str, Any]) -> str:
     """
     config: dict[str, Any] = {}
     for path, value in evaluated.items():
-        *steps, last = path.split("/")
-        place = config
-        for step in steps:
-            place = place.setdefault(step, {})
-        place[last] = value
+        _put(config, path.split("/"), value)
     leaves, whole = _leaves(config), _leaves(trial.config)
     methods, swept = _named(_policy(trial, whole), list(leaves), {"": leaves})
     seed = whole.get(("config", "seed"))
@@ -138,6 +131,13 @@ def _leaves(config: Mapping[str, Any]) -> Leaves:
         **{("model", key): _plain(value) for key, value in model.items()},
         **{("config", *path): _plain(value) for path, value in _walk(rest)},
     }
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set the value at the end of some steps, making those that are not there."""
+    for step in path[:-1]:
+        tree = tree.setdefault(step, {})
+    tree[path[-1]] = value
 
 
 def _walk(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -295,15 +295,10 @@ def _nested(fields: Mapping[str, str]) -> dict[str, Any]:
     if None in fields or None in fields.values():
         raise ValueError("a torn line")
     result: dict[str, Any] = {}
+    truths = {"True": True, "False": False}
     for path, text in fields.items():
-        *steps, last = path.split("/")
-        place = result
-        for step in steps:
-            place = place.setdefault(step, {})
         with contextlib.suppress(ValueError):
-            place[last] = float(text)
-        if text in ("True", "False"):
-            place[last] = text == "True"
+            _put(result, path.split("/"), truths[text] if text in truths else float(text))
     result["training_iteration"] = int(result["training_iteration"])
     return result
 

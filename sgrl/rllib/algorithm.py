@@ -18,7 +18,6 @@ config gives the same numbers as `sgrl.reinforce.train`, and a restored algorith
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection
 from operator import itemgetter
 from typing import Any, Literal, Self
 
@@ -26,7 +25,6 @@ import ray
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig
 from ray.rllib.algorithms.algorithm_config import NotProvided
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
@@ -41,9 +39,9 @@ from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
 from sgrl.reinforce.update import BASELINES
-from sgrl.rllib.base import DictConfig, PolicyCheckpoints
+from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
-from sgrl.rllib.module import PolicyModule, policy_arguments
+from sgrl.rllib.module import policy_arguments
 from sgrl.rllib.runner import COMPONENT_ROLLOUT, EVALUATION_REWARD, EpisodeRunner
 from sgrl.rllib.settings import (
     BOUNDS,
@@ -56,7 +54,7 @@ from sgrl.rllib.settings import (
 COMPONENT_REINFORCE = "reinforce"
 
 
-class ReinforceConfig(DictConfig):
+class ReinforceConfig(PolicyConfig):
     """Settings of `Reinforce`; those not named here are RLlib's."""
 
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
@@ -135,10 +133,6 @@ class ReinforceConfig(DictConfig):
             if value is not NotProvided:
                 setattr(self, name, value)
         return self
-
-    def get_default_rl_module_spec(self) -> RLModuleSpec:
-        """Return the spec of `PolicyModule`."""
-        return RLModuleSpec(module_class=PolicyModule)
 
     def get_default_learner_class(self) -> type[ReinforceLearner]:
         """Return `ReinforceLearner`."""
@@ -344,11 +338,7 @@ class Reinforce(PolicyCheckpoints):
         return self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, "sgrl"))
 
     def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
+        self, components: Components = None, *, not_components: Components = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return RLlib's algorithm state, and the step counter and remote runners' rollouts."""
         state = super().get_state(components, not_components=not_components, **kwargs)

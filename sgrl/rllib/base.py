@@ -7,7 +7,7 @@ RLlib's own files, so that `sgrl.load_policy` and the `sgrl` command read it.
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +19,11 @@ from ray.rllib.core import (
     COMPONENT_RL_MODULE,
     DEFAULT_MODULE_ID,
 )
-from ray.rllib.core.rl_module import RLModule
+from ray.rllib.core.rl_module import RLModule, RLModuleSpec
 
 from sgrl.nn.registry import Policy, save_policy
 from sgrl.reinforce.generators import generators_aside
+from sgrl.rllib.module import PolicyModule
 
 #: Where a checkpoint of the new API stack has the module.
 MODULE = "/".join(
@@ -30,8 +31,16 @@ MODULE = "/".join(
 )
 
 
-class DictConfig(AlgorithmConfig):
+#: Parts of a state, as RLlib's `get_state` takes their names.
+Components = str | Collection[str] | None
+
+
+class PolicyConfig(AlgorithmConfig):
     """To be put before an algorithm's config."""
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """Return the spec of `PolicyModule`."""
+        return RLModuleSpec(module_class=PolicyModule)
 
     def update_from_dict(self, config_dict: Mapping[str, Any]) -> Self:
         """Set settings by their names; `model_config` is the one that `rl_module` sets."""

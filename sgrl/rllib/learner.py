@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +26,7 @@ from sgrl.nn.registry import mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+from sgrl.rllib.base import Components
 
 COMPONENT_KL = "kl_coefficients"
 COMPONENT_SCHEDULES = "schedules"
@@ -132,11 +133,7 @@ class PolicyLearner(ExactLearner):
             self.metrics.log_dict(measured, key=(module_id, "sgrl"), window=1)
 
     def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
+        self, components: Components = None, *, not_components: Components = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return RLlib's learner state, and what it forgets.
 

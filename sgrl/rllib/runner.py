@@ -6,7 +6,7 @@ remote runner the one that `num_gpus_per_env_runner` says, of the local one the 
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +32,7 @@ from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside
 from sgrl.reinforce.rollout import EVALUATION_SEED_OFFSET, Rollout
+from sgrl.rllib.base import Components
 from sgrl.rllib.module import PolicyModule
 
 COMPONENT_ROLLOUT = "rollout"
@@ -194,11 +195,7 @@ class EpisodeRunner(EnvRunner, Checkpointable):
         return self.metrics.reduce()
 
     def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
+        self, components: Components = None, *, not_components: Components = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return the module's weights and the rollout's batch counter and action generator."""
         state: dict[str, Any] = {}

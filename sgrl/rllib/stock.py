@@ -22,7 +22,7 @@ On the old API stack `PPOConfig` takes the models of `sgrl.rllib.recurrent_netwo
 predictors a parameter group of their own.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import gymnasium as gym
@@ -34,7 +34,6 @@ from ray.rllib.algorithms.appo.torch.appo_torch_learner import APPOTorchLearner
 from ray.rllib.algorithms.impala.torch.impala_torch_learner import IMPALATorchLearner
 from ray.rllib.algorithms.ppo.ppo_torch_policy import PPOTorchPolicy
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -51,9 +50,9 @@ from sgrl.nn.policy import Policy
 from sgrl.nn.registry import POLICIES
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
-from sgrl.rllib.base import DictConfig, PolicyCheckpoints
+from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
 from sgrl.rllib.learner import PolicyLearner
-from sgrl.rllib.module import PolicyModule, policy_arguments
+from sgrl.rllib.module import policy_arguments
 from sgrl.rllib.settings import BOUNDS, check_numbers, refuse_ignored, silence_notes
 
 COMPONENT_EPISODES = "episodes"
@@ -147,11 +146,7 @@ class StockRunner(SingleAgentEnvRunner):
         return super().get_metrics()
 
     def get_state(
-        self,
-        components: str | Collection[str] | None = None,
-        *,
-        not_components: str | Collection[str] | None = None,
-        **kwargs: Any,
+        self, components: Components = None, *, not_components: Components = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return RLlib's state, and what it forgets.
 
@@ -183,7 +178,7 @@ class StockRunner(SingleAgentEnvRunner):
             set_random_state(episodes)
 
 
-class PolicyAlgorithmConfig(DictConfig):
+class PolicyAlgorithmConfig(PolicyConfig):
     """What the configs below share; to be put before RLlib's config of the algorithm."""
 
     learner_class_of_policies: type[PolicyLearner]
@@ -214,10 +209,6 @@ class PolicyAlgorithmConfig(DictConfig):
         if not self.enable_env_runner_and_connector_v2 and self.env_runner_cls is StockRunner:
             self.env_runner_cls = None
         return self
-
-    def get_default_rl_module_spec(self) -> RLModuleSpec:
-        """Return the spec of `PolicyModule`."""
-        return RLModuleSpec(module_class=PolicyModule)
 
     def get_default_learner_class(self) -> type[PolicyLearner]:
         """Return the algorithm's learner with optimizers for policy and predictors."""

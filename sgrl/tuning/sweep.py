@@ -111,7 +111,10 @@ def resume_sweep(
     _check_is_sweep(store)
     with _locked(store):
         store.pull_reports()
-        experiment = _extended(store, iterations, additions, track, concurrency)
+        experiment = extend_experiment(
+            store.sweep.experiment, iterations, additions, track, concurrency=concurrency
+        )
+        _check_trials(store, experiment, iterations)
         check_tracker(experiment.file.track, store.location)
         requests = _resource_requests(experiment, resuming=True)
         _prepare_environments(experiment)
@@ -132,7 +135,8 @@ def resume_plan(
     _check_is_sweep(store)
     with _locked(store):
         store.pull_reports()
-        experiment = _extended(store, iterations, additions)
+        experiment = extend_experiment(store.sweep.experiment, iterations, additions)
+        _check_trials(store, experiment, iterations)
         todo = []
         for row in (read_progress(store.sweep, trial) for trial in experiment.trials):
             if not _is_settled(store, row):
@@ -141,16 +145,8 @@ def resume_plan(
     return experiment.trials, todo
 
 
-def _extended(
-    store: Store,
-    iterations: int | None,
-    additions: Sequence[str],
-    track: str | None = None,
-    concurrency: int | None = None,
-) -> Experiment:
-    experiment = extend_experiment(
-        store.sweep.experiment, iterations, additions, track, concurrency=concurrency
-    )
+def _check_trials(store: Store, experiment: Experiment, iterations: int | None) -> None:
+    """Refuse to change trials that have begun, or to end one before where it is."""
     for trial in experiment.trials:
         folder = store.sweep.trial(trial.name)
         _check_config(folder, trial)
@@ -160,7 +156,6 @@ def _extended(
                 f"{store}: {trial.name} has trained for {done} iterations already: "
                 f"--iterations must be at least {done}"
             )
-    return experiment
 
 
 def failed_trials(directory: str | Path) -> list[str]:
@@ -228,9 +223,7 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     with quiet(sweep.log) as console:
         record_start(sweep.provenance)
         prepare_tracker(experiment.file.track, sweep)
-        moved = {t.name for t in experiment.trials if _has_moved(folders[t.name], t)}
-        for trial in experiment.trials:
-            _write_config(folders[trial.name], trial)
+        moved = {t.name for t in experiment.trials if _write_config(folders[t.name], t)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
         for name, row in progress.items():
             if not _is_settled(store, row):
@@ -297,16 +290,14 @@ def _check_config(folder: TrialFolder, trial: Trial) -> None:
             )
 
 
-def _has_moved(folder: TrialFolder, trial: Trial) -> bool:
-    return folder.config.is_file() and folder.read_config().get("config") != trial.config.sections
-
-
-def _write_config(folder: TrialFolder, trial: Trial) -> None:
-    """Write a trial's config.yaml, where it is not there or says otherwise."""
+def _write_config(folder: TrialFolder, trial: Trial) -> bool:
+    """Write a trial's config.yaml; whether another one was there before, of other processes."""
+    before = folder.read_config() if folder.config.is_file() else {}
     config = trial.as_dict()
-    if not folder.config.is_file() or folder.read_config() != config:
+    if before != config:
         folder.path.mkdir(exist_ok=True)
         write_text(folder.config, dump_yaml(config))
+    return before.get("config", config["config"]) != config["config"]
 
 
 def _run_trials(
