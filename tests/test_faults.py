@@ -27,7 +27,7 @@ from sgrl.results.status import read_progress, sweep_status
 from sgrl.results.storage import Store
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
-from sgrl.tuning.progress import SweepView
+from sgrl.tuning.progress import SweepMonitor
 from sgrl.tuning.sweep import SweepError, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 
@@ -183,14 +183,16 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
 
 def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     trial = load_experiment(finished / "experiment.yaml").trials[0]
-    view = SweepView(Store(finished), {trial.name: read_progress(SweepFolder(finished), trial)})
+    monitor = SweepMonitor(
+        Store(finished), {trial.name: read_progress(SweepFolder(finished), trial)}
+    )
     metadata = SimpleNamespace(num_failures=0)
     tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
     result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}
     result |= {"disk_full": False, "done": False}
     for saved, failures in [(0, 2), (2, 0), (2, 2), (0, 2), (2, 2), (3, 0)]:
         metadata.num_failures = 2
-        view.on_trial_result(1, [], tune_trial, result | {"saved": saved})
+        monitor.on_trial_result(1, [], tune_trial, result | {"saved": saved})
         assert metadata.num_failures == failures
 
 

@@ -61,7 +61,7 @@ def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
 LINE_SECONDS = 20.0
 
 
-class SweepView(tune.Callback, tune.Stopper):
+class SweepMonitor(tune.Callback, tune.Stopper):
     """Follows the trials as Tune reports them, and stops them all once the disk is full.
 
     Shows the methods and trials in a view that fits the terminal, or, if stdout is not a terminal,

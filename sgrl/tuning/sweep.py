@@ -46,7 +46,7 @@ from sgrl.tuning.experiment.resources import (
     may_move,
     resource_request,
 )
-from sgrl.tuning.progress import SweepView, quiet, write_summary
+from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
@@ -249,12 +249,12 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
             hint = how_to_look(experiment.file.track, str(store))
             console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
         if todo:
-            view = SweepView(store, progress)
+            monitor = SweepMonitor(store, progress)
             try:
-                with view.shown_on(console):
-                    _run_trials(store, experiment, todo, requests, view)
+                with monitor.shown_on(console):
+                    _run_trials(store, experiment, todo, requests, monitor)
             finally:
-                for name, row in view.trials.items():
+                for name, row in monitor.trials.items():
                     if not row.is_over:
                         store.pull(folders[name].metrics, folders[name].status)
         progress = {t.name: read_stopped(sweep, t) for t in experiment.trials}
@@ -305,7 +305,7 @@ def _run_trials(
     experiment: Experiment,
     trials: Sequence[Trial],
     requests: dict[str, Any],
-    view: SweepView,
+    monitor: SweepMonitor,
 ) -> None:
     started_ray = not ray.is_initialized()
     interrupt = signal.getsignal(signal.SIGINT)
@@ -313,14 +313,14 @@ def _run_trials(
     try:
         check_visible(store)
         check_modules(experiment)
-        _tune(store, experiment, trials, requests, view)
+        _tune(store, experiment, trials, requests, monitor)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
             signal.signal(signal.SIGINT, interrupt)
         if started_ray:
             ray.shutdown()
-    if view.disk_full:
+    if monitor.disk_full:
         raise SweepError(_disk_full(store))
 
 
@@ -329,7 +329,7 @@ def _tune(
     experiment: Experiment,
     trials: Sequence[Trial],
     requests: dict[str, Any],
-    view: SweepView,
+    monitor: SweepMonitor,
 ) -> None:
     # Tune keeps notes of its own, which nothing reads.
     scratch = store.sweep.scratch
@@ -359,8 +359,8 @@ def _tune(
                 storage_path=str(scratch),
                 failure_config=tune.FailureConfig(max_failures=experiment.file.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[view],
-                stop=view,
+                callbacks=[monitor],
+                stop=monitor,
                 verbose=0,
             ),
         ).fit()
