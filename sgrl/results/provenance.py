@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import sgrl
 from sgrl.files import read_json, write_json
 
 PACKAGES = ("sgrl", "torch", "ray", "numpy", "gymnasium", "popgym")
@@ -65,7 +64,7 @@ def _version(package: str) -> str | None:
 
 @cache
 def _revision() -> str | None:
-    folder = Path(sgrl.__file__).parent
+    folder = Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
         return None  # an installed package inside another project's checkout is not ours
     try:
