@@ -3,18 +3,24 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from sweeps import METHODS, SPARSE, make_experiment, make_older, metrics_without_times, summary
 from typer.testing import CliRunner
 
 from sgrl.cli import app
+from sgrl.results.checkpoints import open_policy
 from sgrl.results.metrics import count_rows
 from sgrl.results.plan import ExperimentError
+from sgrl.results.runs import load_results
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import extend_experiment, load_experiment
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
+#: A sweep in float64 as the revision before `sgrl.results` left it when it was killed: four rows,
+#: and a checkpoint of the second iteration.
+OLDER = Path(__file__).parent / "older"
 BANDIT = {
     "environment": {"env": "mnist_bandit", "env_config": {"classes": [0, 1, 7]}},
     "env_runners": {"num_envs_per_env_runner": 8},
@@ -99,6 +105,21 @@ def test_an_extended_sweep_is_the_longer_and_wider_sweep(copied, tmp_path):
     )
     assert plan.output == f"{copied}: 12 trials, 0 to run\n"
     assert tree(copied) == before
+
+
+def test_a_sweep_of_an_older_revision_is_read_and_goes_on(tmp_path, ray_session):
+    directory = Path(shutil.copytree(OLDER, tmp_path / "older"))
+    (trial,) = load_results(directory).trials.to_dict("records")
+    assert (trial["state"], trial["iterations"]) == ("interrupted", 4)
+    policy, environment = open_policy(directory / trial["trial"] / "checkpoints" / "000002")
+    assert (policy.name, environment["env"]) == ("sparsenet", "labyrinth_escape")
+    resume_sweep(directory)
+    before, after = (
+        pd.read_csv(folder / trial["trial"] / "metrics.csv").drop(columns="iteration_seconds")
+        for folder in (OLDER, directory)
+    )
+    # On every processor: rounding errors of two iterations in double precision are small.
+    pd.testing.assert_frame_equal(after, before, rtol=1e-9, atol=0)
 
 
 def test_an_older_sweep_that_tells_too_little_is_refused(copied):
