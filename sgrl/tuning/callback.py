@@ -15,7 +15,6 @@ whatever has killed it.
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -123,6 +122,7 @@ class ResultsCallback(tune.Callback):
 
     def _open(self, trial: Trial) -> None:
         storage = trial.storage
+        assert storage is not None  # since the trial has started
         if not isinstance(storage.storage_filesystem, fs.LocalFileSystem):
             raise ValueError(
                 f"ResultsCallback writes to a folder, and {storage.storage_fs_path} is in object "
@@ -151,7 +151,8 @@ class ResultsCallback(tune.Callback):
 
 
 def _folder(trial: Trial) -> TrialFolder:
-    return TrialFolder(Path(trial.path))
+    assert trial.path is not None
+    return TrialFolder(trial.path)
 
 
 def _as_known(trial: Trial) -> TuneTrial:
