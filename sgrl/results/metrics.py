@@ -176,11 +176,7 @@ def read_metrics(path: Path) -> list[Row]:
 
     Empty fields read as NaN. A file that does not exist has no rows.
     """
-    columns, lines = _whole_lines(path)
-    rows = [
-        {column: _parse(column, field) for column, field in zip(columns, fields, strict=True)}
-        for fields in (line.split(",") for line in lines)
-    ]
+    columns, rows = _whole_rows(path)
     if not rows or NEW_COLUMNS[0] in rows[0]:
         return rows
     lists = {name: [row[name] for row in rows] for name in ("env_steps", "episode_length_mean")}
@@ -251,7 +247,7 @@ def old_counts(
 
 def count_rows(path: Path) -> int:
     """The number of iterations that `read_metrics` would return."""
-    return len(_whole_lines(path)[1])
+    return len(_whole_rows(path)[1])
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
@@ -348,8 +344,8 @@ def _header(path: Path) -> tuple[str, ...] | None:
         return None
 
 
-def _whole_lines(path: Path) -> tuple[tuple[str, ...], list[str]]:
-    """The columns, and the lines of iterations 1, 2, ..., without torn or out-of-order ones."""
+def _whole_rows(path: Path) -> tuple[tuple[str, ...], list[Row]]:
+    """The columns, and the rows of iterations 1, 2, ..., without torn or out-of-order ones."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -358,23 +354,16 @@ def _whole_lines(path: Path) -> tuple[tuple[str, ...], list[str]]:
     columns = known_columns(header)
     if columns is None:
         return COLUMNS, []
-    whole: list[str] = []
+    rows: list[Row] = []
     for line in lines:
-        if not _is_row(columns, line.split(","), len(whole) + 1):
+        fields = line.split(",")
+        if fields[0] != str(len(rows) + 1):
             break
-        whole.append(line)
-    return columns, whole
-
-
-def _is_row(columns: Sequence[str], fields: list[str], iteration: int) -> bool:
-    if len(fields) != len(columns) or fields[0] != str(iteration):
-        return False
-    try:
-        for column, field in zip(columns, fields, strict=True):
-            _parse(column, field)
-    except ValueError:
-        return False
-    return True
+        try:
+            rows.append({c: _parse(c, field) for c, field in zip(columns, fields, strict=True)})
+        except ValueError:  # no number, or not as many as columns
+            break
+    return columns, rows
 
 
 def _parse(column: str, field: str) -> float:
