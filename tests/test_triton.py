@@ -277,7 +277,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from sgrl.nn.kernels import triton_kernels, triton_layer
+from sgrl.nn.kernels import triton_kernels, triton_layer, triton_sums
 
 tile = triton_layer.time_loop_tile(128, 20)
 warps = tile.pop("num_warps")
@@ -289,7 +289,7 @@ values = dict(
 types = {"T": "i32", "C": "i32", "sources": "*i64", "edges": "*i64", "valid": "*u8"}
 
 def compiled(name):
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_kernels, name, None) or getattr(triton_sums, name)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in values else types.get(n, "*fp32") for n in names}
     constants = {(i,): values[n] for i, n in enumerate(names) if n in values}

@@ -278,7 +278,7 @@ def sums_over_samples(
         precision: of the products: "ieee", or "tf32x3", as exact but for the order of sums.
         tile: KB, CB and num_warps, in place of the usual.
     """
-    from sgrl.nn.kernels import triton_kernels
+    from sgrl.nn.kernels import triton_sums
 
     tile = tile or {"KB": 16, "CB": 64, "num_warps": 8}
     sizes = _sizes(layer, num_runs)
@@ -295,7 +295,7 @@ def sums_over_samples(
     missing = parts
     valid = None if measured is None else measured.valid
     groups = max(_power_of_two(1 + size), 16 // _power_of_two(sizes["M"]))
-    triton_kernels.sums_over_samples[(num_flat, tiles)](
+    triton_sums.sums_over_samples[(num_flat, tiles)](
         weight_h,
         weight_x,
         bias,
