@@ -5,7 +5,7 @@ stacked, and every product is one batched product over neurons. Without gradient
 in pieces small enough for the cache.
 
 Letters: W neurons of size N, M slots, R = M + M*N rows of the stacked weights, I = P*N numbers
-read by a neuron.
+read by a neuron. S runs may be stacked (`Layer.runs`): W neurons, w = W / S of each.
 """
 
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ from torch import Tensor
 from sgrl.nn.connectivity import sum_over_children
 from sgrl.nn.mixing import MIN_NORM, MixingRule, Moments, norm
 from sgrl.nn.neuron import Layer, Stack
-from sgrl.nn.sgprop import Mixing, mean_norms
+from sgrl.nn.sgprop import Mixing
 
+NORMS = ("received_grad_norm", "mixed_grad_norm", "prediction_norm")
 #: Samples run at once where no gradient is needed.
 CHUNK_SAMPLES = 256
 
@@ -33,8 +34,8 @@ class _Pass(NamedTuple):
     output: Tensor  # [W, N, B], before the residual
 
 
-def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "B F"]) -> Float[Tensor, "B W N"]:
-    """Run layers one after the other.
+def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "*S B F"]) -> Float[Tensor, "*S B w N"]:
+    """Run layers one after the other; where runs are stacked all shapes begin with S.
 
     Args:
         layers: of one size.
@@ -44,18 +45,26 @@ def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "B F"]) -> Float[Tenso
     Returns:
         The last layer's state [B, W, N].
     """
-    inputs = (x, *layers.parameters())
+    alone = layers.layers[0].runs is None
+    inputs = (x[None] if alone else x, *layers.parameters())
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-        return _Stack.apply(layers, mixing, *inputs)
-    pieces = [_forward(layers, piece)[0] for piece in x.split(CHUNK_SAMPLES)]
-    return torch.cat(pieces, dim=2).permute(2, 0, 1)
+        output = _Stack.apply(layers, mixing, *inputs)
+    else:
+        pieces = [_forward(layers, piece)[0] for piece in inputs[0].split(CHUNK_SAMPLES, dim=1)]
+        output = _by_run(torch.cat(pieces, dim=2), len(inputs[0]))
+    return output[0] if alone else output
+
+
+def _by_run(h: Tensor, runs: int) -> Tensor:
+    """States [W, N, B] -> [S, B, w, N]."""
+    return h.unflatten(0, (runs, -1)).permute(0, 3, 1, 2)
 
 
 def _forward(stack: Stack, x: Tensor) -> tuple[Tensor, list[_Pass]]:
-    """-> last state [W, N, B], and what all layers computed."""
-    batch = len(x)
+    """From x [S, B, F]: last state [W, N, B], and what all layers computed."""
+    batch = x.shape[1]
     passes = []
-    h = x.t().contiguous()
+    h = x.transpose(1, 2).reshape(-1, batch)
     for layer, residual in zip(stack.layers, stack.residual, strict=True):
         num_neurons, sources = layer.num_neurons, layer.sources.flatten()
         states = h.view(len(h), -1, batch)  # single inputs, or neurons
@@ -82,7 +91,7 @@ class _Stack(torch.autograd.Function):
         # The predictors are not saved: the policy step mixes in what they predict after their own
         # step, which changes them in place.
         ctx.save_for_backward(x, *weights, *(value for one in passes for value in one))
-        return h.permute(2, 0, 1).contiguous()
+        return _by_run(h, len(x)).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,7 +104,8 @@ class _Stack(torch.autograd.Function):
         grad_x: Tensor | None = None
         grads: list[Tensor | None] = [None] * (ctx.num_inputs - 1)
         sums: dict[str, Tensor] = {}
-        gradient = grad_output.permute(1, 2, 0).contiguous()
+        runs = len(x)
+        gradient = grad_output.permute(0, 2, 3, 1).flatten(0, 1).contiguous()
         if ctx.scratch is None:
             ctx.scratch = _Scratch(_Pass(*values[:5]))
         for index in range(depth - 1, -1, -1):
@@ -109,18 +119,19 @@ class _Stack(torch.autograd.Function):
             if mixing.settings.mixes:
                 prediction = offered = _predict(layer, done, slopes)
                 if mixing.permutation is not None:
-                    valid = x.new_ones(len(x), dtype=torch.bool)
+                    valid = x.new_ones(x.shape[1], dtype=torch.bool)
                     offered = prediction[..., mixing.permutation(valid)]
                 mixed = torch.lerp(offered, gradient, layer.mixing_weight.view(-1, 1, 1))
-                norms = mean_norms(gradient, mixed, prediction, dim=1)
-                measured = {name: value / depth for name, value in norms.items()}
+                vectors = (gradient, mixed, prediction)
+                norms = [_mean_of_runs(norm(value, dim=1), runs) / depth for value in vectors]
+                measured = dict(zip(NORMS, norms, strict=True))
                 if rule.phase != "policy":
                     received = mixing.settings.predictor_target == "received"
                     error = prediction - (gradient if received else mixed)
-                    measured["predictor_loss"] = error.square().mean()
+                    measured["predictor_loss"] = _mean_of_runs(error.square(), runs)
                     place = 2 * (depth + index)
                     grads[place : place + 2] = _predictor_gradients(
-                        done, slopes, error.mul_(2 / error.numel())
+                        done, slopes, error.mul_(2 * runs / error.numel())
                     )
                 for name, value in measured.items():
                     sums[name] = sums[name] + value if name in sums else value
@@ -139,21 +150,27 @@ class _Stack(torch.autograd.Function):
                 if index:
                     gradient = mixed.clone() if residual else torch.zeros_like(mixed)
                     total = gradient.view(layer.num_neurons, -1)
-                    _add_to_sources(total, layer.sources, grad_read.view(len(sources), -1))
+                    _add_to_sources(total, layer, grad_read.view(len(sources), -1))
                 else:
-                    grad_x = x.new_zeros(x.shape[1], len(x))
-                    _add_to_sources(grad_x, layer.sources, grad_read.flatten(0, 1))
-                    grad_x = grad_x.t()
-        mixing.statistics.update(sums)
+                    grad_x = x.new_zeros(runs * x.shape[2], x.shape[1])
+                    _add_to_sources(grad_x, layer, grad_read.flatten(0, 1))
+                    grad_x = grad_x.unflatten(0, (runs, -1)).transpose(1, 2)
+        for name, value in sums.items():
+            mixing.statistics[name] = value[0] if stack.layers[0].runs is None else value
         return (None, None, grad_x, *grads)
 
 
-def _add_to_sources(total: Tensor, sources: Tensor, values: Tensor) -> None:
-    """Add in place to every source [S, K] what its edges carry [W * P, K]; sources [W, P]."""
-    if total.is_cuda:
-        total += sum_over_children(values, sources, len(total))
+def _mean_of_runs(values: Tensor, runs: int) -> Tensor:
+    """Values [W, ...] -> mean of each run's, [S]."""
+    return values.reshape(runs, -1).mean(1)
+
+
+def _add_to_sources(total: Tensor, layer: Layer, values: Tensor) -> None:
+    """Add in place to every source [sources, K] what its edges carry [W * P, K]."""
+    if total.is_cuda or layer.edges is not None:
+        total += sum_over_children(values, layer.sources, len(total), layer.edges)
     else:
-        total.index_add_(0, sources.flatten(), values)
+        total.index_add_(0, layer.sources.flatten(), values)
 
 
 class _Scratch:
