@@ -17,6 +17,7 @@ NUM_ENVS, ITERATIONS = 5, 4
 CONFIGS = {
     "labyrinth_escape": {"maze_dims": [6, 6], "episode_length": 20},
     "labyrinth_explore": {"maze_dims": [6, 6], "episode_length": 12},
+    "mnist_bandit": {},
 }
 SPARSE = {"num_neurons": 24, "num_parents": 4, "num_slots": 3, "num_input_neurons": 6}
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,6 +39,17 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", {"hidden_size": 16, "value_head": True}),
     "mlp": ("mlp", {"hidden_size": 16}),
 }
+FEED_FORWARD = {"num_layers": 3, "num_neurons": 20, "num_parents": 3, "num_slots": 3}
+OF_BANDIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bandit, sgprop": ("sparse_mlp", FEED_FORWARD | {"neuron_size": 4}),
+    "bandit, sgprop on mixtures": (
+        "sparse_mlp",
+        FEED_FORWARD | {"residual": False, "predictor_target": "mixed", "mixing_rule": "running"},
+    ),
+    "bandit, backprop": ("sparse_mlp", FEED_FORWARD | {"propagation": "backprop"}),
+    "bandit, dense": ("dense", {"num_layers": 2, "hidden_size": 16}),
+}
+POLICIES |= OF_BANDIT
 RUNS = [
     RunSettings(3, 1e-3, 1e-4, UpdateSettings(0.9, 0.02, 0.05)),
     RunSettings(0, 4e-3, 1e-3, UpdateSettings(0.95, 0.0, None)),
@@ -49,7 +61,8 @@ def policies_of(
     kind: str, runs: Sequence[RunSettings], dtype: torch.dtype = torch.float64, **numbers: Any
 ) -> list[Policy]:
     name, settings = POLICIES[kind]
-    vector = make_vector("labyrinth_escape", 1, CONFIGS["labyrinth_escape"])
+    env = env_of(kind)
+    vector = make_vector(env, 1, CONFIGS[env])
     return [
         make_policy(
             name,
@@ -63,19 +76,24 @@ def policies_of(
     ]
 
 
+def env_of(kind: str) -> str:
+    return "mnist_bandit" if kind in OF_BANDIT else "labyrinth_escape"
+
+
 def pack_of(
     policies: Sequence[Policy],
     runs: Sequence[RunSettings],
-    env: str = "labyrinth_escape",
+    env: str | None = None,
     device: str = "cpu",
     capture: bool | None = None,
 ) -> Pack:
+    env = env or ("labyrinth_escape" if policies[0].observation_size < 100 else "mnist_bandit")
     return Pack(
         policies, make_device(env, len(runs), NUM_ENVS, CONFIGS[env], device), runs, capture
     )
 
 
-def unnormalized(runs: Sequence[RunSettings]) -> list[RunSettings]:
+def unnormalized(runs: Sequence[RunSettings], two_phase: bool = False) -> list[RunSettings]:
     # Means and deviations of returns are in float32 (as rewards are), and round in their order.
     return [
         RunSettings(
@@ -83,23 +101,28 @@ def unnormalized(runs: Sequence[RunSettings]) -> list[RunSettings]:
             r.lr,
             r.predictor_lr,
             UpdateSettings(
-                r.update.gamma, r.update.entropy_coeff, r.update.grad_clip, normalize_returns=False
+                r.update.gamma, r.update.entropy_coeff, r.update.grad_clip, False, two_phase
             ),
         )
         for r in runs
     ]
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("env", CONFIGS)
-@pytest.mark.parametrize("kind", POLICIES)
+CASES = [
+    *((kind, env, False) for kind in POLICIES if kind not in OF_BANDIT for env in [*CONFIGS][:2]),
+    *((kind, "labyrinth_escape", True) for kind in ("sgprop", "gru")),
+    *((kind, "mnist_bandit", False) for kind in OF_BANDIT),
+]
+
+
+@pytest.mark.parametrize(("kind", "env", "normalize"), CASES)
 def test_stacked_equals_separate(kind: str, env: str, normalize: bool) -> None:
     """Float64, rows to 1e-9 of training; where returns are normalised, to float32's rounding."""
-    runs = RUNS if normalize else unnormalized(RUNS)
-    if env == "labyrinth_explore" and normalize:
-        runs = runs[1:]
+    runs = RUNS if normalize else unnormalized(RUNS, two_phase=kind in OF_BANDIT)
     tolerance = {"rtol": 1e-9, "atol": 1e-14} if not normalize else {"rtol": 1e-4, "atol": 1e-5}
     numbers = {}
+    if kind in OF_BANDIT and "sgprop" in kind:
+        numbers = {"mixing_momentum": [0.9, 0.5, 0.8]}
     if kind.startswith("sgprop"):
         numbers = {"mixing_momentum": [0.9, 0.5, 0.8], "schedule_beta": [0.1, 0.3, 0.0]}
     policies = policies_of(kind, runs, **numbers)
@@ -149,7 +172,7 @@ def test_a_run_does_not_depend_on_its_pack(kind: str) -> None:
         assert all(torch.equal(value, state[name]) for name, value in other_state.items())
 
 
-@pytest.mark.parametrize("kind", ["sgprop, other settings", "lstm"])
+@pytest.mark.parametrize("kind", ["sgprop, other settings", "lstm", "bandit, sgprop on mixtures"])
 def test_resumed_alone_and_in_other_packs(kind: str) -> None:
     """Bitwise, in float32; also where the next batch was drawn when the state was asked for."""
     pack = pack_of(policies_of(kind, RUNS, torch.float32), RUNS)
@@ -206,15 +229,16 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_of([one, policies_of("sgprop", runs, torch.float32)[1]], runs)
     with pytest.raises(ValueError, match="shuffle_predictions does not stack"):
         pack_of(policies_of("sgprop", runs, shuffle_predictions=[True, True]), runs)
-    with pytest.raises(ValueError, match="'dense' does not stack; those that do: gru, lstm"):
-        pack_of([make_policy("dense", 56, 4)] * 2, runs)
     with pytest.raises(ValueError, match="one of each"):
         pack_of([one], runs)
     baseline = RunSettings(update=UpdateSettings(baseline="batch_mean"))
     with pytest.raises(ValueError, match="same baseline"):
         pack_of(policies_of("gru", runs), [runs[0], baseline])
-    with pytest.raises(ValueError, match="neither two_phase nor a baseline"):
+    with pytest.raises(ValueError, match="no baseline other than"):
         pack_of(policies_of("gru", runs), [baseline, baseline])
+    two_phase = RunSettings(update=UpdateSettings(two_phase=True))
+    with pytest.raises(ValueError, match="two_phase is not for the policy 'sparsenet'"):
+        pack_of(policies_of("sgprop", runs), [two_phase, two_phase])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,19 +1,8 @@
-"""Policies of several runs as one: every tensor has a leading axis of S runs.
+"""Stacked policies: what all kinds share, and those of the labyrinths (see `stacking.py`)."""
 
-    stacked = stack_policies([make_policy("sparsenet", 56, 4, seed=s) for s in range(30)])
-    logits = stacked(observations, mask).logits       # [T, S, B, F] -> [T, S, B, A]
-    stacked.unstack(policies)                         # the runs' parameters, back into policies
-
-One run computes what its policy would by itself, but many take hardly longer than one where time
-goes into launching small operations, as on a GPU. The runs share connectivity sizes and settings
-and differ in their numbers: parameters, which neurons are connected, mixing weights, and of the
-settings those in `PER_RUN`.
-"""
-
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
@@ -23,55 +12,14 @@ from torch.nn.functional import layer_norm, leaky_relu
 
 from sgrl.nn.connectivity import edge_table
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, is_published_encoder
-from sgrl.nn.feedforward_policies import MLPPolicy
 from sgrl.nn.kernels import torch_unroll, triton_layer, triton_unroll
+from sgrl.nn.kernels.plain import is_plain
 from sgrl.nn.kernels.torch_layer import Pass
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.policy import Policy, PolicyOutput
-from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SlotActor, SparseNetPolicy
+from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
 from sgrl.nn.sgprop import Mixing, temporal_schedule
-
-#: Settings in which stacked runs may differ. (Lambda's initial value is a number of the policy.)
-PER_RUN = ("mixing_weight", "mixing_momentum", "schedule_beta")
-#: Those that say how one policy is run by itself.
-IGNORED = ("backend",)
-
-
-def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu") -> "Stacked":
-    """Stack policies, which stay as they are.
-
-    Args:
-        policies: S of one kind, size and type; see `PER_RUN` for what may differ.
-        device: where the stacked tensors are.
-
-    Raises:
-        ValueError: they cannot be stacked; one line that says why.
-    """
-    first = policies[0]
-    kind = STACKED.get(type(first))
-    if kind is None:
-        names = ", ".join(policy.name for policy in STACKED)
-        raise ValueError(f"policy {first.name!r} does not stack; those that do: {names}")
-    for policy in policies:
-        differs = _difference(first, policy)
-        if differs is not None:
-            raise ValueError(f"runs that are stacked must have the same {differs}")
-    return kind(policies, torch.device(device))
-
-
-def _difference(one: Policy, other: Policy) -> str | None:
-    """Name of what keeps two policies from being stacked."""
-    if type(other) is not type(one):
-        return "policy"
-    a, b = (dataclasses.asdict(policy.settings) for policy in (one, other))
-    for name, value in a.items():
-        if name not in (*PER_RUN, *IGNORED) and b[name] != value:
-            return name
-    shapes = (
-        {name: (v.shape, v.dtype) for name, v in p.state_dict().items()} for p in (one, other)
-    )
-    return "sizes and type of numbers" if len({str(of_one) for of_one in shapes}) > 1 else None
 
 
 class Stacked(ABC):
@@ -82,11 +30,11 @@ class Stacked(ABC):
         parameters: [S, ...] by the name that they have in a policy, in its order; leaves, all of
             which are trained.
         buffers: likewise; changed in place.
+        rules: by which lambda follows the batches; none where nothing is mixed.
     """
 
     def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
         first = policies[0]
-        assert isinstance(first, EncodedPolicy)
         self.runs = len(policies)
         self.policy = first
         self.action_space = first.action_space
@@ -95,10 +43,14 @@ class Stacked(ABC):
             for name, _ in first.named_parameters()
         }
         self.buffers = {name: _stack(policies, name, device) for name, _ in first.named_buffers()}
-        if not is_published_encoder(
-            first.encoder, first.observation_size, first.settings.embedding_size
-        ):
-            raise ValueError("only policies with the published encoder stack")
+        self.rules: list[MixingRule] = []
+        if isinstance(first, EncodedPolicy):
+            size = first.settings.embedding_size
+            plain = is_published_encoder(first.encoder, first.observation_size, size)
+        else:
+            plain = is_plain(first.encoder, nn.Identity)
+        if not plain:
+            raise ValueError("only policies with the encoder that they were published with stack")
 
     def unstack(self, policies: Sequence[Policy]) -> None:
         """Copy each run's tensors into its policy, on whatever device that is."""
@@ -122,6 +74,8 @@ class Stacked(ABC):
 
     def encode(self, observations: Float[Tensor, "S K F"]) -> Float[Tensor, "S K E"]:
         """The encoder."""
+        if isinstance(self.policy.encoder, nn.Identity):
+            return observations
         features = self.linear("encoder.0", observations)
         features = layer_norm(features, features.shape[-1:], eps=1e-5)
         return leaky_relu(self.linear("encoder.2", features), 0.01)
@@ -165,6 +119,16 @@ class Stacked(ABC):
         """What the last backward pass measured, each [S], by name."""
         return {}
 
+    def mixing_weights(self) -> list[Float[Tensor, "S W"]]:
+        """Lambda of every layer; an empty list where nothing is mixed."""
+        return []
+
+    def per_run(self, values: Sequence[float], repeat: int = 1) -> Float[Tensor, " numbers"]:
+        """A number of each run, so often each."""
+        like = next(iter(self.parameters.values()))
+        tensor = torch.tensor(values, dtype=like.dtype, device=like.device)
+        return tensor.repeat_interleave(repeat)
+
 
 class Core(ABC):
     """The part of a policy that runs over time, for T steps of B episodes of each of S runs."""
@@ -200,8 +164,8 @@ class StackedActing:
         return self.stacked.run(self.core, observations, mask)
 
 
-class _SparseNet(Stacked):
-    """Recurrent SparseNets. Their cores' neurons are one layer, run after run (`Layer.runs`)."""
+class StackedSparseNet(Stacked):
+    """`SparseNetPolicy` of several runs: their cores' neurons are one layer, run after run."""
 
     policy: SparseNetPolicy  # the first run's
 
@@ -219,10 +183,11 @@ class _SparseNet(Stacked):
         self.buffers[name] = self.memory.unflatten(1, (self.runs, neurons)).transpose(0, 1)
         self.measured: dict[str, Tensor] = {}
         settings: list[Any] = [policy.settings for policy in policies]
-        of_neurons = partial(self._of_neurons, neurons)
-        self.beta = of_neurons([s.schedule_beta for s in settings])
-        self.rule: MixingRule = first.settings.make_rule()
-        self.rule.momentum = of_neurons([s.mixing_momentum for s in settings])  # type: ignore[assignment]
+        self.beta = self.per_run([s.schedule_beta for s in settings], neurons)
+        self.rule = copy(first.core.rule)
+        momentum = self.per_run([s.mixing_momentum for s in settings], neurons)
+        self.rule.momentum = momentum  # type: ignore[assignment]
+        self.rules = [self.rule]
         #: Whether the time loops run in Triton kernels: not with backend "torch".
         self.fused = triton_unroll.serves(self.layer()) and all(
             s.backend != "torch" for s in settings
@@ -233,12 +198,6 @@ class _SparseNet(Stacked):
         offset = neurons * torch.arange(self.runs, device=parents.device).view(-1, 1, 1)
         self.sources = (parents + offset).flatten(0, 1)
         self.edges = edge_table(self.sources, self.runs * neurons)
-
-    def _of_neurons(self, neurons: int, values: list[float]) -> Tensor:
-        weight = self.parameters["core.neurons.weight_h"]
-        return torch.tensor(values, dtype=weight.dtype, device=weight.device).repeat_interleave(
-            neurons
-        )
 
     def layer(self) -> Layer:
         """All runs' cores, as the kernels take them."""
@@ -281,9 +240,13 @@ class _SparseNet(Stacked):
     def statistics(self) -> dict[str, Tensor]:
         return self.measured
 
+    def mixing_weights(self) -> list[Tensor]:
+        mixes = self.policy.settings.mixes
+        return [self.buffers["core.neurons.mixing_weight"]] if mixes else []
+
 
 class _SparseNetCore(Core):
-    def __init__(self, stacked: _SparseNet, length: int, batch_size: int) -> None:
+    def __init__(self, stacked: StackedSparseNet, length: int, batch_size: int) -> None:
         self.stacked = stacked
         self.length = length
         self.steps = 0
@@ -319,7 +282,7 @@ class _SparseNetCore(Core):
 Cell = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-class _Dense(Stacked):
+class _DenseRNN(Stacked):
     """Policies whose core computes one step as a function of embedding and state."""
 
     #: How many tensors its state consists of.
@@ -344,7 +307,7 @@ class _Dense(Stacked):
 
 
 class _DenseCore(Core):
-    def __init__(self, stacked: _Dense, batch_size: int) -> None:
+    def __init__(self, stacked: _DenseRNN, batch_size: int) -> None:
         self.stacked = stacked
         first = next(iter(stacked.parameters.values()))
         settings = stacked.policy.settings
@@ -367,7 +330,9 @@ class _DenseCore(Core):
         return torch.stack(features, dim=1)
 
 
-class _GRU(_Dense):
+class StackedGRU(_DenseRNN):
+    """`GRUPolicy` of several runs."""
+
     state_size = 1
 
     def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -380,7 +345,9 @@ class _GRU(_Dense):
         return (new + update * (h - new),)
 
 
-class _LSTM(_Dense):
+class StackedLSTM(_DenseRNN):
+    """`LSTMPolicy` of several runs."""
+
     state_size = 2
 
     def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -388,24 +355,6 @@ class _LSTM(_Dense):
         put, forget, value, out = (embedded + self.recur(h)).chunk(4, -1)
         c = _sigmoid(forget) * c + _sigmoid(put) * value.tanh()
         return _sigmoid(out) * c.tanh(), c
-
-
-class _MLP(_Dense):
-    state_size = 0
-
-    def embed(self, embeddings: Tensor) -> Tensor:
-        return self.linear("core.0", embeddings)
-
-    def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (embedded.tanh(),)
-
-
-STACKED: dict[type[Policy], type[Stacked]] = {
-    GRUPolicy: _GRU,
-    LSTMPolicy: _LSTM,
-    MLPPolicy: _MLP,
-    SparseNetPolicy: _SparseNet,
-}
 
 
 def _sigmoid(x: Tensor) -> Tensor:

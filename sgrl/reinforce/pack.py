@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sgrl.envs.device import DeviceEnv
 from sgrl.nn.policy import Policy
-from sgrl.nn.stacked import Stacked, StackedActing, stack_policies
+from sgrl.nn.stacked import Stacked, StackedActing, StackedSparseNet
+from sgrl.nn.stacking import stack_policies
 from sgrl.reinforce.loss import discounted_returns
 from sgrl.reinforce.update import UpdateSettings
 
@@ -124,8 +125,11 @@ class Pack:
             for name in ("normalize_returns", "baseline", "two_phase"):
                 if getattr(run.update, name) != getattr(update, name):
                     raise ValueError(f"runs of a pack must have the same {name}")
-        if update.two_phase or update.baseline != "none":
-            raise ValueError('a pack takes neither two_phase nor a baseline other than "none"')
+        if update.baseline != "none":
+            raise ValueError('a pack takes no baseline other than "none"')
+        if update.two_phase and not policies[0].two_phase:
+            raise ValueError(f"two_phase is not for the policy {policies[0].name!r}")
+        self.two_phase = update.two_phase
         self.env = env
         self.stacked: Stacked = stack_policies(policies, env.device)
         self.capture = env.device.type == "cuda" if capture is None else capture
@@ -269,41 +273,61 @@ class Pack:
         loss = policy_loss - self.entropy_coeff * entropy
 
         buffers = [(buffer, buffer.clone()) for buffer in self.stacked.buffers.values()]
-        parameters = self.stacked.parameters
-        found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
-        gradients = {
-            name: torch.zeros_like(p) if gradient is None else gradient
-            for (name, p), gradient in zip(parameters.items(), found, strict=True)
-        }
+        self.failed |= ~torch.isfinite(loss.detach())
+        total = loss.sum()
+        if self.two_phase and "predictor" in self.optimizers:
+            for phase in ("predictor", "policy"):
+                for rule in self.stacked.rules:
+                    rule.phase = phase  # type: ignore[assignment]
+                norm = self._step(total, [phase])
+        else:
+            norm = self._step(total, list(self.optimizers))
+        for rule in self.stacked.rules:
+            rule.phase = "joint"
         with torch.no_grad():
-            norms = {
-                name: _norm([gradients[n] for n in optimizer.parameters])
-                for name, optimizer in self.optimizers.items()
-            }
-            finite = torch.isfinite(loss)
-            for norm in norms.values():
-                finite = finite & torch.isfinite(norm)
-            self.failed |= ~finite
             for buffer, before in buffers:
                 keeps = self.failed.view(-1, *(1,) * (buffer.dim() - 1))
                 buffer.copy_(torch.where(keeps, before, buffer))
-            for name, optimizer in self.optimizers.items():
-                scale = (self.grad_clip / (norms[name] + 1e-6)).clamp(max=1)
+            measured = {
+                "policy_loss": policy_loss.detach(),
+                "entropy": entropy.detach(),
+                "grad_norm": norm,
+                **self.stacked.statistics(),
+            }
+            weights = self.stacked.mixing_weights()
+            if weights:
+                measured["mixing_weight"] = torch.cat(weights, dim=1)
+        return measured
+
+    def _step(self, loss: Tensor, groups: Sequence[str]) -> Float[Tensor, " S"]:
+        """One backward pass, and the optimizers' steps; returns the policies' gradient norms.
+
+        Without those, the last group's.
+        """
+        optimizers = {group: self.optimizers[group] for group in groups}
+        parameters = {n: p for one in optimizers.values() for n, p in one.parameters.items()}
+        found = torch.autograd.grad(
+            loss, list(parameters.values()), allow_unused=True, retain_graph=self.two_phase
+        )
+        with torch.no_grad():
+            gradients = {
+                name: torch.zeros_like(p) if gradient is None else gradient
+                for (name, p), gradient in zip(parameters.items(), found, strict=True)
+            }
+            norms = {
+                group: _norm([gradients[name] for name in optimizer.parameters])
+                for group, optimizer in optimizers.items()
+            }
+            for norm in norms.values():
+                self.failed |= ~torch.isfinite(norm)
+            for group, optimizer in optimizers.items():
+                scale = (self.grad_clip / (norms[group] + 1e-6)).clamp(max=1)
                 clipped = {
                     n: gradients[n] * scale.view(-1, *(1,) * (gradients[n].dim() - 1))
                     for n in optimizer.parameters
                 }
                 optimizer.step(clipped, ~self.failed)
-            measured = {
-                "policy_loss": policy_loss.detach(),
-                "entropy": entropy.detach(),
-                "grad_norm": norms["policy"],
-                **self.stacked.statistics(),
-            }
-            weight = self.stacked.buffers.get("core.neurons.mixing_weight")
-            if weight is not None and "predictor" in self.optimizers:
-                measured["mixing_weight"] = weight.clone()
-        return measured
+        return norms.get("policy", norm)
 
     def unstack(self, policies: Sequence[Policy]) -> None:
         """Copy the runs' tensors into policies."""
@@ -385,11 +409,12 @@ class Pack:
             "episodes": episodes,
         }
         if weights.numel():
-            marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-            measured["mixing_weight_mean"] = weights.mean(1)
-            quantiles = torch.quantile(weights, marks, dim=1)
-            for name, values in zip(("min", "p25", "median", "p75", "max"), quantiles, strict=True):
-                measured[f"mixing_weight_{name}"] = values
+            of_layers = weights.tensor_split(len(self.stacked.mixing_weights()), dim=1)
+            summaries = {"": weights}
+            if len(of_layers) > 1 or not isinstance(self.stacked, StackedSparseNet):
+                summaries |= {f"layer{index}_": layer for index, layer in enumerate(of_layers)}
+            for prefix, values in summaries.items():
+                measured |= _mixing_summary(prefix, values)
         columns = {name: values.tolist() for name, values in measured.items()}
         return [
             counts
@@ -397,6 +422,17 @@ class Pack:
             | {name: values[run] for name, values in columns.items()}
             for run in range(len(self.settings))
         ]
+
+
+def _mixing_summary(prefix: str, weights: Float[Tensor, "S W"]) -> dict[str, Tensor]:
+    """As `mixing.mixing_summary`, of every run [S]."""
+    marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    names = ("min", "p25", "median", "p75", "max")
+    quantiles = torch.quantile(weights, marks, dim=1)
+    summary = {f"{prefix}mixing_weight_mean": weights.mean(1)}
+    for name, values in zip(names, quantiles, strict=True):
+        summary[f"{prefix}mixing_weight_{name}"] = values
+    return summary
 
 
 def _sum_of_runs(values: Float[Tensor, "T S B"]) -> Float[Tensor, " S"]:

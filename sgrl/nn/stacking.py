@@ -1,0 +1,71 @@
+"""Policies of several runs as one: every tensor has a leading axis of S runs.
+
+    stacked = stack_policies([make_policy("sparsenet", 56, 4, seed=s) for s in range(30)])
+    logits = stacked(observations, mask).logits       # [T, S, B, F] -> [T, S, B, A]
+    stacked.unstack(policies)                         # the runs' parameters, back into policies
+
+One run computes what its policy would by itself, but many take hardly longer than one where time
+goes into launching small operations, as on a GPU. The runs share connectivity sizes and settings
+and differ in their numbers: parameters, which neurons are connected, mixing weights, and of the
+settings those in `PER_RUN`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
+from sgrl.nn.policy import Policy
+from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
+from sgrl.nn.stacked import Stacked, StackedGRU, StackedLSTM, StackedSparseNet
+from sgrl.nn.stacked_feedforward import StackedDense, StackedMLP, StackedSparseMLP
+
+STACKED: dict[type[Policy], type[Stacked]] = {
+    GRUPolicy: StackedGRU,
+    LSTMPolicy: StackedLSTM,
+    MLPPolicy: StackedMLP,
+    SparseNetPolicy: StackedSparseNet,
+    DensePolicy: StackedDense,
+    SparseMLPPolicy: StackedSparseMLP,
+}
+#: Settings in which stacked runs may differ. (Lambda's initial value is a number of the policy.)
+PER_RUN = ("mixing_weight", "mixing_momentum", "schedule_beta")
+#: Those that say how one policy is run by itself.
+IGNORED = ("backend",)
+
+
+def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu") -> Stacked:
+    """Stack policies, which stay as they are.
+
+    Args:
+        policies: S of one kind, size and type; see `PER_RUN` for what may differ.
+        device: where the stacked tensors are.
+
+    Raises:
+        ValueError: they cannot be stacked; one line that says why.
+    """
+    first = policies[0]
+    kind = STACKED.get(type(first))
+    if kind is None:
+        names = ", ".join(policy.name for policy in STACKED)
+        raise ValueError(f"policy {first.name!r} does not stack; those that do: {names}")
+    for policy in policies:
+        differs = _difference(first, policy)
+        if differs is not None:
+            raise ValueError(f"runs that are stacked must have the same {differs}")
+    return kind(policies, torch.device(device))
+
+
+def _difference(one: Policy, other: Policy) -> str | None:
+    """Name of what keeps two policies from being stacked."""
+    if type(other) is not type(one):
+        return "policy"
+    a, b = (dataclasses.asdict(policy.settings) for policy in (one, other))
+    for name, value in a.items():
+        if name not in (*PER_RUN, *IGNORED) and b[name] != value:
+            return name
+    shapes = (
+        {name: (v.shape, v.dtype) for name, v in p.state_dict().items()} for p in (one, other)
+    )
+    return "sizes and type of numbers" if len({str(of_one) for of_one in shapes}) > 1 else None
