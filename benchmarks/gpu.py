@@ -32,6 +32,7 @@ import torch
 from gpu_kernels import measure_kernels
 
 from sgrl.bench import POLICIES, Contender, measure, places, processor, train
+from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import make_device, make_vector
 from sgrl.nn.registry import Policy, make_policy
 from sgrl.reinforce.device import prepare_device
@@ -357,14 +358,38 @@ def _packs(given: Given, every: dict[str, tuple[int, ...]], backend: str) -> dic
     return rows
 
 
+#: Policies of the bandit, as published.
+OF_BANDIT: dict[str, dict[str, Any]] = {
+    "bandit sgprop adaptive": {"name": "sparse_mlp"},
+    "bandit backprop": {"name": "sparse_mlp", "propagation": "backprop"},
+    "bandit dense": {"name": "dense"},
+}
+
+
+@stage
+def bandit_packs(given: Given) -> dict[str, Any]:
+    """As `packs`, an update on 64 images; needs MNIST's files in SGRL_DATA_DIR."""
+    try:
+        return _packs(given, dict.fromkeys(OF_BANDIT, (1, 30)), "torch")
+    except DataError as error:
+        return {"left_out": str(error)}
+
+
 def _pack(given: Given, label: str, size: int, capture: bool, backend: str) -> Pack:
-    arguments = POLICIES[label][0]
+    bandit = label in OF_BANDIT
+    arguments = OF_BANDIT[label] if bandit else POLICIES[label][0]
     if arguments["name"] == "sparsenet":
         arguments = arguments | {"backend": backend}
     arguments = arguments | given.settings(arguments["name"])
-    env = make_device("labyrinth_escape", size, given.batches[0], given.env_config, given.device)
+    if bandit:
+        env = make_device("mnist_bandit", size, 64, {}, given.device)
+        step = UpdateSettings(0.95, 0.0, None, normalize_returns=False, two_phase=True)
+    else:
+        batch = given.batches[0]
+        env = make_device("labyrinth_escape", size, batch, given.env_config, given.device)
+        step = UpdateSettings()
     rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    runs = [RunSettings(i // 5 * 10_000, rates[i % 5]) for i in range(size)]
+    runs = [RunSettings(i // 5 * 10_000, rates[i % 5], update=step) for i in range(size)]
     policies = [
         make_policy(
             observation_size=env.observation_size,

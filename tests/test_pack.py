@@ -1,6 +1,8 @@
 """Runs trained as a pack: each gets the numbers that it would get by itself."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +261,17 @@ def test_packs_on_cuda(kind: str) -> None:
         for row, of_cpu in zip(packed, expected, strict=True):
             for column, value in row.items():
                 assert value == pytest.approx(of_cpu[column], rel=1e-4, abs=1e-5), column
+
+
+def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "num_envs=20" in code
+    exec(compile(code.replace("num_envs=20", "num_envs=1"), "docs/gpu.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[0] for line in lines] == [
+        f"{seed} {lr} {iteration}"
+        for iteration in (1, 2)
+        for seed in (0, 10_000, 20_000)
+        for lr in (1e-3, 2e-3)
+    ]
