@@ -274,7 +274,7 @@ def test_slurm_runs_a_sweep_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
         used |= {
             host.name for host in slurm.hosts if "TrialRunner" in " ".join(command_lines(host))
         }
-        time.sleep(0.5)
+        time.sleep(0.2)
     assert job.returncode == 0, slurm.output()
     assert used == {host.name for host in slurm.hosts}
     assert {name: len(rows) for name, rows in metrics(tmp_path / "results" / "small").items()} == {
