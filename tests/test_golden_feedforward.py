@@ -16,12 +16,15 @@ from golden_cases import ATOL_TRAINED, Case, assert_close, golden_files, load_ca
 from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
+from sgrl.envs.registry import make_device
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
 from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import backward_phase
 from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.stacked import StackedActing
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import reinforce_loss
+from sgrl.reinforce.pack import Pack, PackBatch, RunSettings
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 from sgrl.rllib import ReinforceConfig
 from sgrl.rllib.learner import learner_batch
@@ -221,3 +224,28 @@ def test_golden_training_through_the_learner(file: Path, backend: str) -> None:
             columns.update(tree.map_structure(torch.Tensor.numpy, dict(columns)))
         learner.update(batch=batch)
     check_trained(policy, case)
+
+
+@pytest.mark.parametrize("file", golden_files("feedforward_*.npz"), ids=lambda file: file.stem)
+def test_golden_training_through_a_stack(file: Path) -> None:
+    """Between two runs of which one has other weights, the other another order of samples."""
+    case = load_case(file)
+    policies = [build_policy(case, "torch") for _ in range(3)]
+    with torch.no_grad():
+        for parameter in policies[0].parameters():
+            parameter.mul_(2)
+    batches = training_batches(case)
+    run = RunSettings(0, case.config["policy_lr"], case.config["sg_lr"], SETTINGS)
+    size = batches[0].num_episodes
+    pack = Pack(policies, make_device("labyrinth_escape", 3, size), [run] * 3)
+    for batch in batches:
+        values = {
+            name: torch.stack([value, value, value.roll(1, dims=1)], dim=1)
+            for name, value in batch.tensors().items()
+            if name in ("observations", "actions", "rewards", "mask")
+        }
+        success = torch.zeros(3, size, dtype=torch.bool)
+        acted = StackedActing(pack.stacked, 1, size)
+        pack.update(PackBatch(**values, success=success, acted=acted))
+    pack.unstack(policies)
+    check_trained(policies[1], case)

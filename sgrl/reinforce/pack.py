@@ -139,7 +139,8 @@ class Pack:
         def of_runs(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=self.dtype, device=env.device)
 
-        self.gamma = of_runs([s.update.gamma for s in settings]).float().unsqueeze(1)
+        self.gamma = torch.tensor([s.update.gamma for s in settings], dtype=torch.float64)
+        self.gamma = self.gamma.to(env.device).unsqueeze(1)
         self.entropy_coeff = of_runs([s.update.entropy_coeff for s in settings])
         clips = [s.update.grad_clip for s in settings]
         self.grad_clip = of_runs([float("inf") if clip is None else clip for clip in clips])
@@ -261,7 +262,8 @@ class Pack:
         def mean(values: Tensor) -> Tensor:
             return _sum_of_runs(torch.where(mask, values, 0.0)) / count
 
-        returns = discounted_returns(batch.rewards, mask, self.gamma)  # float32, as rewards are
+        gamma = self.gamma.to(batch.rewards.dtype)
+        returns = discounted_returns(batch.rewards, mask, gamma)
         if self.settings[0].update.normalize_returns:
             centred = returns - mean(returns).unsqueeze(1)
             deviation = mean(centred.square()).sqrt()
