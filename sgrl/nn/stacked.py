@@ -80,8 +80,14 @@ class Stacked(ABC):
         features = layer_norm(features, features.shape[-1:], eps=1e-5)
         return leaky_relu(self.linear("encoder.2", features), 0.01)
 
-    def act(self, features: Float[Tensor, "S K H"]) -> Float[Tensor, "S K A"]:
-        """The actor."""
+    def actor_rows(self) -> Float[Tensor, "S rows H"] | None:
+        """What `act` needs of the actor's parameters, the same at every step; None: nothing."""
+        return None
+
+    def act(
+        self, features: Float[Tensor, "S K H"], rows: Float[Tensor, "S rows H"] | None = None
+    ) -> Float[Tensor, "S K A"]:
+        """The actor; `rows` is what `actor_rows` returned."""
         for layer in ("actor.0", "actor.2"):
             features = leaky_relu(self.linear(layer, features), 0.01)
         return self.linear("actor.4", features)
@@ -151,11 +157,13 @@ class StackedActing:
         self.stacked = stacked
         with torch.no_grad():
             self.core = stacked.core(length, batch_size)
+            self.actor_rows = stacked.actor_rows()
 
     @torch.no_grad()
     def step(self, observations: Float[Tensor, "S B F"]) -> Float[Tensor, "S B A"]:
         """Observations -> logits."""
-        return self.stacked.act(self.core.step(self.stacked.encode(observations)))
+        features = self.core.step(self.stacked.encode(observations))
+        return self.stacked.act(features, self.actor_rows)
 
     def replay(
         self, observations: Float[Tensor, "T S B F"], mask: Bool[Tensor, "T S B"]
@@ -229,10 +237,13 @@ class StackedSparseNet(Stacked):
             )
         return temporal_schedule(weight, self.sources, length, self.beta, self.edges)
 
-    def act(self, features: Tensor) -> Tensor:
-        keys, values, bias = (self.parameters[f"actor.{name}"] for name in ("keys", "A", "b"))
-        scale = self.policy.actor.scale
-        rows = torch.cat([keys.flatten(1, 2) * scale, values.flatten(1, 2)], dim=1)
+    def actor_rows(self) -> Tensor:
+        keys, values = (self.parameters[f"actor.{name}"].flatten(1, 2) for name in ("keys", "A"))
+        return torch.cat([keys * self.policy.actor.scale, values], dim=1)
+
+    def act(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        bias = self.parameters["actor.b"]
+        rows = self.actor_rows() if rows is None else rows
         products = torch.bmm(features, rows.transpose(1, 2))
         scores, values = products.unflatten(-1, (2, *bias.shape[1:])).unbind(-3)
         return (scores.softmax(dim=-1) * (values + bias.unsqueeze(1))).sum(-1)

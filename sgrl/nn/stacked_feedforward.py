@@ -61,7 +61,7 @@ class StackedDense(_FeedForward):
             embeddings = self.linear(f"core.{2 * layer}", embeddings).tanh()
         return embeddings
 
-    def act(self, features: Tensor) -> Tensor:
+    def act(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         return self.linear("actor", features)
 
 
@@ -132,7 +132,7 @@ class StackedSparseMLP(_FeedForward):
         mixing = Mixing(self.policy.settings, self.rule, None, self.measured)
         return torch_stack.stack(self.layers(), mixing, embeddings).flatten(2)
 
-    def act(self, features: Tensor) -> Tensor:
+    def act(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         keys = self.parameters["actor.keys"]
         logits = torch.bmm(features, keys.transpose(1, 2)) * self.policy.actor.scale
         if self.policy.actor.has_predictor and torch.is_grad_enabled():
