@@ -17,7 +17,7 @@ def start_local_ray(num_cpus: int) -> None:
     that is told to form no clusters, which is its default on other systems, keeps to loopback.
 
     Raises LocalRayError where it cannot write what it needs: a token in the home folder, and its
-    session's files in the folder of temporary ones.
+    session's files in the folder of temporary ones, or where the machine is too busy to start it.
     """
     import ray
     from ray._private import ray_constants
@@ -40,6 +40,12 @@ def start_local_ray(num_cpus: int) -> None:
         where = f"{error.filename}: {error.strerror}" if error.filename else error
         raise LocalRayError(
             f"Ray cannot start here ({where}): set HOME, and TMPDIR, to folders that can be written"
+        ) from None
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no class for it
+            raise
+        raise LocalRayError(
+            "Ray did not start in time, as on a machine that has too much to do: try again"
         ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before

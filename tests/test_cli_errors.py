@@ -550,3 +550,16 @@ def test_help_is_light_and_evaluate_needs_no_ray(tmp_path, checkpoints):
     result = _sgrl(tmp_path, "evaluate", checkpoints / "000005", "--episodes", 1, code=code)
     assert result.returncode == 0, result.stderr
     assert json.loads((checkpoints / "000005" / "policy.json").read_text())["policy"] == "gru"
+
+
+def test_a_machine_too_busy_to_start_ray(run, monkeypatch) -> None:
+    import ray
+
+    def init(*args, **kwargs):
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    result = run("sweep", "experiment.yaml")
+    assert result.exit_code == 2
+    message = "Ray did not start in time, as on a machine that has too much to do: try again"
+    assert result.stderr.splitlines()[-1] == f"sgrl: {message}"
