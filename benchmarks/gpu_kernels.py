@@ -16,12 +16,12 @@ from sgrl.nn.recurrent import SparseRNN
 
 #: Of the time loops: samples of a tile and warps of a program, beside what the kernels choose.
 TILES = {"BT": 4, "num_warps": 4}
-#: Of the sums: how products are made, and samples of a tile and warps of a program.
+#: Of products over all samples: how they are made, tiles and warps beside what kernels choose.
 SUMS: list[dict[str, Any]] = [
-    {"precision": "tf32x3"},
-    {"tile": {"KB": 16, "CB": 32, "num_warps": 8}},
-    {"tile": {"KB": 16, "CB": 64, "num_warps": 16}},
+    {"precision": "ieee"},
+    {"tile": {"KB": 64, "CB": 64, "num_warps": 8}},
 ]
+PREDICT = [{"KB": 32, "CB": 64, "num_warps": 4}, {"KB": 64, "CB": 64, "num_warps": 8}]
 
 
 class Case:
@@ -136,8 +136,8 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
             weight, sources, case.length, 0.1, case.edges, case.num_runs
         )
 
-    def predict() -> Any:
-        return triton_layer.predict(*given, case.x, *made["forward"][:2])
+    def predict(**options: Any) -> Any:
+        return triton_layer.predict(*given, case.x, *made["forward"][:2], **options)
 
     def backward(**options: Any) -> Any:
         mixture = triton_layer.Mixture(made["schedule"], made["predict"])
@@ -162,6 +162,8 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     if case.num_runs > 2:
         for options in SUMS:
             every[f"sums, {options}"] = partial(sums, **options)
+        for other in PREDICT:
+            every[f"predict, {other}"] = partial(predict, tile=other)
     every[f"forward, {TILES}"] = partial(forward, tile=tile)
     every[f"backward, {TILES}"] = partial(backward, tile=tile)
     return every

@@ -62,10 +62,13 @@ def rows_of(
         at = states + (source.to(tl.int32) * (N * B))[:, None] + (k % N) * B + b[None, :]
         x = tl.load(at, mask=ok & is_input, other=1.0)
         column = weight + k * (rows * W) + w
+        # All loads before all sums: they wait for memory together.
+        value = ()
+        for r in tl.static_range(rows):
+            value += (tl.load(column + r * W, mask=known, other=0.0),)
         new = ()
         for r in tl.static_range(rows):
-            value = tl.load(column + r * W, mask=known, other=0.0)
-            new += (row[r] + value[:, None] * x,)
+            new += (row[r] + value[r][:, None] * x,)
         row = new
     return row
 
@@ -127,49 +130,6 @@ def forward_loop(
             tl.store(states + (flat * (N * B))[:, None] + n * B + b[None, :], output, mask=ok)
         slots += num_flat * (M * N * B)
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=("T",))
-@no_type_check
-def predict(
-    prediction,  # [T, F, N, B], written
-    states,  # [T+1, F, N, B]
-    attention,  # [T, F, M, B]
-    predictor,  # [S, L + 1, M*N, W], the last column the bias
-    external,  # [S, X, M*N, T, B], what predictor_x makes of the input
-    sources,  # [F, P]
-    T,
-    B: tl.constexpr,
-    W: tl.constexpr,
-    X: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    WB: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Predictions of one run, step and tile of samples."""
-    run = tl.program_id(0)
-    t = tl.program_id(1)
-    num_flat = tl.num_programs(0) * W
-    step = t.to(tl.int64) * num_flat
-    w = tl.arange(0, WB)
-    b = tl.program_id(2) * BT + tl.arange(0, BT)
-    flat = tl.where(w < W, run * W + w, -1)
-    ok = (w < W)[:, None] & (b < B)[None, :]
-    reads = (w < X)[:, None] & (b < B)[None, :]
-    given = external + run.to(tl.int64) * (X * M * N * B) * T
-    given = given + (w * (M * N * B))[:, None] * T + t * B + b[None, :]
-    predictor += run * ((P * N + 1) * M * N * W)
-    states += step * (N * B)
-    row = rows_of(states, predictor, given, sources, flat, w, b, ok, reads, T, M * N, B, W, P, N)
-    share = attention + step * (M * B) + (flat * (M * B))[:, None] + b[None, :]
-    made = prediction + step * (N * B) + (flat * (N * B))[:, None] + b[None, :]
-    for n in tl.static_range(N):
-        guess = tl.zeros((WB, BT), states.dtype.element_ty)
-        for m in tl.static_range(M):
-            guess += tl.load(share + m * B, mask=ok, other=0.0) * row[m * N + n]
-        tl.store(made + n * B, guess, mask=ok)
 
 
 @triton.jit

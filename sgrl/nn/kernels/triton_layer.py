@@ -19,6 +19,8 @@ from sgrl.nn.neuron import Layer
 
 #: Samples in the tile of a program of a time loop, at most.
 TILE_SAMPLES = 8
+#: Of products over all samples: "tf32x3" is as exact as "ieee" up to a few last digits.
+PRECISION = "tf32x3"
 
 
 def forward(
@@ -116,24 +118,31 @@ def predict(
     Returns:
         [T, F, N, B].
     """
-    from sgrl.nn.kernels import triton_kernels
+    from sgrl.nn.kernels import triton_sums
 
     assert layer.predictor_h is not None
     assert layer.predictor_x is not None
     assert layer.predictor_bias is not None
     sizes = _sizes(layer, num_runs)
-    length, batch = x.shape[1:3]
+    length, num_flat, _, batch = states[1:].shape
     prediction = torch.empty_like(states[1:])
-    tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.predict[(num_runs, length, -(-batch // tile["BT"]))](
+    tile = tile or {"KB": 64, "CB": 64, "num_warps": 4}
+    slots = max(_power_of_two(sizes["M"]), 16 // _power_of_two(sizes["N"]))
+    triton_sums.predict[(num_flat, -(-length * batch // tile["KB"]))](
         prediction,
         states,
         attention,
-        neurons_last(layer.predictor_h, layer.predictor_bias, num_runs),
-        external_rows(layer.predictor_x, x),
+        x.detach().contiguous(),
+        layer.predictor_h.detach().contiguous(),
+        layer.predictor_x.detach().contiguous(),
+        layer.predictor_bias.detach().contiguous(),
         layer.sources,
         length,
         B=batch,
+        E=x.shape[3],
+        PRECISION=PRECISION,
+        MP=slots,
+        NP=_power_of_two(sizes["N"]),
         **sizes,
         **tile,
     )
@@ -260,7 +269,7 @@ def sums_over_samples(
     passed: Passed,
     mixture: Mixture | None = None,
     measured: Measured | None = None,
-    precision: str = "ieee",
+    precision: str = PRECISION,
     tile: dict[str, int] | None = None,
 ) -> Sums:
     """Sum over all steps and samples, after `backward`.
@@ -275,12 +284,12 @@ def sums_over_samples(
         passed: from `backward`.
         mixture: as `backward` had it.
         measured: given if and only if `mixture` is.
-        precision: of the products: "ieee", or "tf32x3", as exact but for the order of sums.
+        precision: of the products, see `PRECISION`.
         tile: KB, CB and num_warps, in place of the usual.
     """
     from sgrl.nn.kernels import triton_sums
 
-    tile = tile or {"KB": 16, "CB": 64, "num_warps": 8}
+    tile = tile or {"KB": 32, "CB": 64, "num_warps": 8}
     sizes = _sizes(layer, num_runs)
     size, batch, external = sizes["N"], x.shape[2], x.shape[3]
     num_flat = len(layer.sources)
