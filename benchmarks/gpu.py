@@ -449,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the stages; returns the file that they are written to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to test the script")
-    parser.add_argument("--out", type=Path, default=Path(), help="the folder to write to")
+    parser.add_argument("--out", type=Path, default=Path(), help="the folder to write to; other stages there stay")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--minutes", type=float, default=7, help="none begins after as long")
     parser.add_argument("--tiny", action="store_true", help="small networks and short episodes")
@@ -459,6 +459,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     card = "cpu" if given.device.type == "cpu" else torch.cuda.get_device_name(given.device)
     file = arguments.out / f"gpu_{re.sub('[^a-z0-9]+', '_', card.lower()).strip('_')}.json"
     begun, results = time.perf_counter(), {}
+    if file.is_file():  # of other stages
+        results = json.loads(file.read_text())
     for name in arguments.stages:
         started = time.perf_counter()
         if started - begun > 60 * arguments.minutes:
