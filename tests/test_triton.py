@@ -19,7 +19,7 @@ from sgrl.nn.neuron import Layer
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import make_policy
 from sgrl.nn.sgprop import temporal_schedule
-from sgrl.nn.stacked import stack_policies
+from sgrl.nn.stacking import stack_policies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: On a GPU the kernels serve float32 alone.

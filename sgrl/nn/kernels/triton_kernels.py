@@ -56,20 +56,25 @@ def rows_of(
     row = ()
     for r in tl.static_range(rows):
         row += (tl.load(external + r * B * T, mask=reads, other=0.0),)
+    # What is read is asked for a round ahead, and where it is two rounds ahead.
+    source = tl.load(sources + flat * P, mask=known, other=0).to(tl.int32)
+    x = tl.load(states + (source * (N * B))[:, None] + b[None, :], mask=ok, other=0.0)
+    source = tl.load(sources + flat * P + 1 // N, mask=known & (P * N > 1), other=0).to(tl.int32)
     for k in tl.range(0, P * N + 1, num_stages=1):
-        is_input = k < P * N
-        source = tl.load(sources + flat * P + k // N, mask=known & is_input, other=0)
-        at = states + (source.to(tl.int32) * (N * B))[:, None] + (k % N) * B + b[None, :]
-        x = tl.load(at, mask=ok & is_input, other=1.0)
         column = weight + k * (rows * W) + w
         # All loads before all sums: they wait for memory together.
         value = ()
         for r in tl.static_range(rows):
             value += (tl.load(column + r * W, mask=known, other=0.0),)
+        at = states + (source * (N * B))[:, None] + ((k + 1) % N) * B + b[None, :]
+        following = tl.load(at, mask=ok & (k + 1 < P * N), other=1.0)
+        at = sources + flat * P + (k + 2) // N
+        source = tl.load(at, mask=known & (k + 2 < P * N), other=0).to(tl.int32)
         new = ()
         for r in tl.static_range(rows):
             new += (row[r] + value[r][:, None] * x,)
         row = new
+        x = following
     return row
 
 
@@ -277,10 +282,13 @@ def backward_loop(
         row = of_keys + of_slots
         for k in tl.range(0, P * N, num_stages=1):
             column = weight + k * (R * W) + w
-            passed = tl.zeros((WB, BT), dtype)
+            # All loads before all sums: they wait for memory together.
+            entry = ()
             for r in tl.static_range(R):
-                entry = tl.load(column + r * W, mask=known, other=0.0)
-                passed += entry[:, None] * row[r]
+                entry += (tl.load(column + r * W, mask=known, other=0.0),)
+            passed = entry[0][:, None] * row[0]
+            for r in tl.static_range(1, R):
+                passed += entry[r][:, None] * row[r]
             at = after + (flat * (P * N * B))[:, None] + k * B + b[None, :]
             tl.store(at, passed, mask=ok)
         tl.debug_barrier()
