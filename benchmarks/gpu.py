@@ -12,6 +12,7 @@ the CPU's figures.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -163,6 +164,8 @@ def cuda_tests(given: Given) -> dict[str, Any]:
     """The tests that need a GPU, but for those that need Ray."""
     files = [f"tests/test_{name}.py" for name in TESTS]
     options = ["-q", "-p", "no:cacheprovider", "-k", "cuda", "--durations=5"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "4", "--dist", "loadfile"]
     command = [sys.executable, "-m", "pytest", *options, *files]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     return {"exit": run.returncode, "tail": run.stdout[-2500:]}
@@ -449,7 +452,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the stages; returns the file that they are written to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to test the script")
-    parser.add_argument("--out", type=Path, default=Path(), help="the folder to write to; other stages there stay")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="where to write; other stages there stay"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--minutes", type=float, default=7, help="none begins after as long")
     parser.add_argument("--tiny", action="store_true", help="small networks and short episodes")

@@ -182,7 +182,11 @@ def estimate_mixing_weight(moments: Moments, previous: PerNeuron, eps: float) ->
 
 def several_samples(moments: Moments) -> Bool[Tensor, "..."]:
     """Whether there are samples enough for covariances, 0-dim or per neuron."""
-    return torch.as_tensor(moments.num_samples > 1, device=moments.mean_wu.device)
+    enough = moments.num_samples > 1
+    if isinstance(enough, Tensor):
+        return enough
+    # Made on the device: a copy to it could not be captured in a CUDA graph.
+    return torch.full((), enough, device=moments.mean_wu.device)
 
 
 def mean_covariances(moments: Moments) -> tuple[PerNeuron, PerNeuron, PerNeuron]:
