@@ -244,7 +244,9 @@ def test_what_cannot_be_packed_is_refused() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["sgprop", "backprop", "gru", "lstm", "mlp"])
+@pytest.mark.parametrize(
+    "kind", ["sgprop", "backprop", "gru", "lstm", "mlp", "bandit, sgprop", "bandit, dense"]
+)
 def test_packs_on_cuda(kind: str) -> None:
     """A captured iteration is bitwise one that is not, repeats itself, and is near the CPU's."""
     rows = {}
