@@ -15,7 +15,7 @@ from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.recurrent import SparseRNN
 
 #: Of the time loops: samples of a tile and warps of a program, beside what the kernels choose.
-TILES = {"BT": 4, "num_warps": 4}
+TILES = [{"BT": 4, "num_warps": 4}, {"BT": 8, "num_warps": 16}]
 #: Of products over all samples: how they are made, tiles and warps beside what kernels choose.
 SUMS: list[dict[str, Any]] = [
     {"precision": "ieee"},
@@ -124,7 +124,7 @@ def measure_kernels(
 def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Each kernel with what leads to its launch; later ones take what earlier ones `made`."""
     given = (case.layer, case.num_runs)
-    tile = {"WB": case.nets[0].num_neurons, **TILES}
+    width = case.nets[0].num_neurons
     every_step = torch.ones(case.x.shape[:3], dtype=torch.bool, device=case.x.device)
 
     def forward(**options: Any) -> Any:
@@ -164,8 +164,9 @@ def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
             every[f"sums, {options}"] = partial(sums, **options)
         for other in PREDICT:
             every[f"predict, {other}"] = partial(predict, tile=other)
-    every[f"forward, {TILES}"] = partial(forward, tile=tile)
-    every[f"backward, {TILES}"] = partial(backward, tile=tile)
+    for tile in TILES:
+        every[f"forward, {tile}"] = partial(forward, tile={"WB": width, **tile})
+        every[f"backward, {tile}"] = partial(backward, tile={"WB": width, **tile})
     return every
 
 
