@@ -353,8 +353,11 @@ AFTERWARDS: dict[str, dict[str, Change]] = {
         "policy_hook": lambda p: p.register_forward_hook(halve),
     },
 }
-SUBCLASSES = {kind.__name__: kind for kind in (*SparseNetPolicy.__subclasses__(),)}
-SUBCLASSES |= {kind.__name__: kind for kind in (*SparseMLPPolicy.__subclasses__(),)}
+SUBCLASSES = {
+    kind.__name__: kind
+    for kind in (*SparseNetPolicy.__subclasses__(), *SparseMLPPolicy.__subclasses__())
+    if kind.__module__ == __name__  # not those of other test files
+}
 #: What compiled code computes all the same.
 STILL_PUBLISHED = {"sparsenet", "SameEncoder", "TanhValues", "sparsenet/scale"}
 STILL_PUBLISHED |= {"sparse_mlp", "DenseHeadMLP", "sparse_mlp/actor_hook"}
