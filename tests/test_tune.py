@@ -28,7 +28,7 @@ from sgrl.tuning.sweep import run_sweep
 
 TEXT = (Path(__file__).parent.parent / "docs" / "tune.md").read_text()
 FILE, FROM_YAML = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
-SCRIPT, NEW_STACK, OLD_STACK = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+SCRIPT, NEW_STACK, OLD_STACK, _RACE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"^\.venv/bin/sgrl (.*)$", TEXT, flags=re.MULTILINE)
 KILLER = """
 import os, ray, signal
