@@ -78,6 +78,13 @@ def test_two_drop_out_in_one_round() -> None:
     assert race.out["0"] == Stopped("1", 8, pytest.approx(0.7), pytest.approx(second))
 
 
+@pytest.mark.parametrize(("count", "seeds"), [(2, 7), (4, 9), (25, 15)])
+def test_the_seeds_it_takes_to_stop_all_but_one(count: int, seeds: int) -> None:
+    race = Race(names(count), range(30))
+    assert run_race(race, np.outer(np.arange(count) == 0, np.ones(30))) == count * seeds
+    assert race.racing == ["0"]
+
+
 def test_an_opponent_that_is_out_leaves_its_capital() -> None:
     """The worst drops out early; what it won and lost against the others stays in the mean."""
     race = Race(names(3), range(40), first=1)
