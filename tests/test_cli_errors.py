@@ -57,7 +57,7 @@ def refused(result, *fragments):
 
 
 def test_the_good_file_is_good(run):
-    result = run("sweep", "experiment.yaml", "--dry-run")
+    result = run("sweep", "experiment.yaml", "--dry-run", "--no-estimate")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "good: 2 trials\n  gru_seed=0\n  sparse_seed=0\n"
 
@@ -313,7 +313,7 @@ def test_bad_override(run, override, message):
     ],
 )
 def test_some_methods_and_other_seeds(run, options, trials):
-    result = run("sweep", "experiment.yaml", "--dry-run", *options)
+    result = run("sweep", "experiment.yaml", "--dry-run", "--no-estimate", *options)
     assert (result.exit_code, result.stderr) == (0, "")
     assert [line.strip() for line in result.stdout.splitlines()[1:]] == trials
 

@@ -86,7 +86,7 @@ def test_what_to_do_instead(odd):
     assert words[3:] == ["--name", "NAME", "--set", "config.training.lr=VALUE"]
 
     (_, *words) = words_of(read_section(directory).commands[-1])
-    again = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
+    again = CliRunner().invoke(app, [*words, "--dry-run", "--no-estimate"], catch_exceptions=False)
     assert again.output.startswith("small_again: 4 trials\n")
 
 

@@ -102,7 +102,7 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
     for command in COMMANDS:
         arguments = shlex.split(command)[1:]
         if "--dry-run" in arguments or arguments[0] == "data":
-            run(arguments)
+            run([*arguments, *(["--no-estimate"] if arguments[0] == "sweep" else [])])
             continue
         if arguments[0] in ("evaluate", "render"):
             shutil.copytree(checkpoints / "000100", checkpoints / "moved", dirs_exist_ok=True)
@@ -143,7 +143,7 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
     assert commands
     for command in commands:
         arguments = shlex.split(command)[1:]
-        run([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])])
+        run([*arguments, "--dry-run", "--no-estimate"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
     (folder / "results").mkdir()
     (folder / "results" / "published").symlink_to(ROOT / "results" / "published")
     for command in commands:
-        run([*shlex.split(command), "--dry-run"])
+        run([*shlex.split(command), "--dry-run", "--no-estimate"])
 
 
 def test_commands_that_extend(folder: Path, ray_session: None) -> None:

@@ -496,7 +496,7 @@ def test_a_dry_run_says_all_before_it_leaves(tmp_path, override, code, stdout, s
     """It does not wait until its libraries are taken down."""
     path = tmp_path / "experiment.yaml"
     path.write_text(EXPERIMENT)
-    options = ["--dry-run", "--set", override]
+    options = ["--dry-run", "--no-estimate", "--set", override]
     result = in_a_process("from sgrl.cli import main; main()", "sweep", path, *options)
     stderr = stderr.replace("experiment.yaml", str(path))
     assert (result.returncode, result.stdout, result.stderr) == (code, stdout, stderr)

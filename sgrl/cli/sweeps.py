@@ -40,7 +40,11 @@ Jobs = Annotated[
     int | None,
     typer.Option(min=1, help="Trials at a time; as many as fit unless the file says otherwise."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and list its trials.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the file, list its trials, and estimate what they cost."),
+]
+NoEstimate = Annotated[bool, typer.Option("--no-estimate", help="With --dry-run: no estimate.")]
 Track = Annotated[
     str | None,
     typer.Option(metavar="TRACKER", help="tensorboard, wandb, mlflow or none."),
@@ -68,6 +72,7 @@ def sweep(
     track: Track = None,
     address: Address = None,
     dry_run: DryRun = False,
+    no_estimate: NoEstimate = False,
 ) -> None:
     """Run all trials of an experiment file into RESULTS/NAME."""
     with _without_collector() if dry_run else nullcontext():
@@ -86,6 +91,11 @@ def sweep(
         typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
         for trial in experiment.trials:
             typer.echo(f"  {trial.name}")
+        if not no_estimate:
+            from sgrl.tuning.estimate import estimate_lines
+
+            for line in estimate_lines(experiment):
+                typer.echo(line)
         return
 
     if client := _client_address(address):
