@@ -41,8 +41,8 @@ from sgrl.tuning.trial import first_line
 
 #: To be measured for so long: one kind of trials, and all of them.
 SECONDS, TOTAL_SECONDS = 3.0, 20.0
-#: Settings under config.training on which an iteration's time does not depend.
-FREE = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip")
+#: Settings of training and environments on which an iteration's time does not depend.
+FREE = ("lr", "predictor_lr", "gamma", "entropy_coeff", "grad_clip", "p_flip")
 
 
 # Which trials cost the same -------------------------------------------------------------------
@@ -76,8 +76,10 @@ def kinds_of(trials: Sequence[Trial]) -> list[Kind]:
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         content = trial.config.as_dict()
-        training = content["config"].get("training", {})
-        content["config"]["training"] = {k: v for k, v in training.items() if k not in FREE}
+        sections = content["config"]
+        for settings in (sections.get("training"), sections["environment"].get("env_config")):
+            for key in FREE if settings else ():
+                settings.pop(key, None)
         for key in ("seed", "stop", "checkpoint", "max_failures", "iteration_timeout"):
             del content[key]
         groups.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(trial)
