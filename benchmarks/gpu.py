@@ -184,6 +184,7 @@ class Run:
             observation_size=env.observation_size, num_actions=actions, **arguments
         ).to(device)
         self.rollout = Rollout(env, self.policy, 0, keep=True)
+        self.settings = UpdateSettings()
         self.optimizers = make_optimizers(self.policy, 2e-3, 1e-5)
         self.device = device
 
@@ -191,7 +192,7 @@ class Run:
         """Train; the loss and the gradient's norm of each iteration."""
         rows = []
         for _ in range(iterations):
-            row = update(self.policy, self.optimizers, self.rollout.collect(), UpdateSettings())
+            row = update(self.policy, self.optimizers, self.rollout.collect(), self.settings)
             rows.append((row["policy_loss"], row["grad_norm"]))
         return rows
 
