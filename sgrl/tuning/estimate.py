@@ -13,6 +13,7 @@ import dataclasses
 import heapq
 import itertools
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -292,7 +293,8 @@ def estimate_lines(
     """
     kinds, present = kinds_of(experiment.trials), machine_resources()
     width = max(len(kind.name) for kind in kinds)
-    yield "estimate, from a few iterations of each on this machine as busy as it is now:"
+    load = f"a load of {os.getloadavg()[0]:.1f} on {present['CPU']:g} CPUs"
+    yield f"estimate, from a few iterations of each on this machine as it is now, {load}:"
     yield f"  {'':{width}}  s/iteration  trials  core hours"
     hours = 0.0
     seconds_of: dict[str, float] = {}
@@ -326,10 +328,7 @@ def estimate_lines(
     )
     left_out = len(experiment.trials) - len(known)
     without = f", without {left_out} trials not measured" if left_out else ""
-    yield (
-        f"in all {_figure(hours)} core hours, {duration(end)} with {at_once} at a time on "
-        f"{present['CPU']:g} CPUs{without}"
-    )
+    yield (f"in all {_figure(hours)} core hours, {duration(end)} with {at_once} at a time{without}")
 
 
 def _check(experiment: Experiment, kind: Kind, present: Mapping[str, float]) -> None:
