@@ -462,6 +462,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments = parser.parse_args(argv)
     given = Given(prepare_device(arguments.device), arguments.tiny)
     torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     card = "cpu" if given.device.type == "cpu" else torch.cuda.get_device_name(given.device)
     file = arguments.out / f"gpu_{re.sub('[^a-z0-9]+', '_', card.lower()).strip('_')}.json"
     begun, results = time.perf_counter(), {}

@@ -237,7 +237,11 @@ def test_golden_training_through_a_stack(file: Path) -> None:
     batches = training_batches(case)
     run = RunSettings(0, case.config["policy_lr"], case.config["sg_lr"], SETTINGS)
     size = batches[0].num_episodes
-    pack = Pack(policies, make_device("labyrinth_escape", 3, size), [run] * 3)
+    env = make_device("labyrinth_escape", 3, size)
+    # Its batches are recorded: no environment is stepped.
+    env.observation_size = policies[0].observation_size
+    env.num_actions, env.episode_length = policies[0].num_actions, 1
+    pack = Pack(policies, env, [run] * 3)
     for batch in batches:
         values = {
             name: torch.stack([value, value, value.roll(1, dims=1)], dim=1)

@@ -92,6 +92,9 @@ def check_training(case: Case) -> None:
     length, batch_size = recorded[0]["actions"].shape
     env = make_device("labyrinth_escape", RUNS, batch_size, {"episode_length": length})
     policies = policies_of(case)
+    # Its batches are recorded: no environment is stepped.
+    env.observation_size = policies[0].observation_size
+    env.num_actions = policies[0].num_actions
     pack = Pack(policies, env, [run] * RUNS)
     for i, of_case in enumerate(recorded):
         batch = PackBatch(

@@ -1,7 +1,7 @@
 """Runs trained as a pack: each gets the numbers that it would get by itself."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sgrl.envs.registry import make_device, make_vector
+from sgrl.nn.actions import Box, MultiDiscrete
 from sgrl.nn.policy import Policy
 from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
@@ -200,24 +201,31 @@ def test_resumed_alone_and_in_other_packs(kind: str) -> None:
         again.set_state([later, states[1], states[2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["sgprop", "gru"])
-def test_a_run_that_diverges_is_frozen(kind: str) -> None:
+def test_a_run_that_diverges_is_frozen(kind: str, dtype: torch.dtype) -> None:
+    """Nothing of it is touched, nor of the others; not after its state was moved either."""
+
     def bad(policies: list[Policy]) -> list[Policy]:
         with torch.no_grad():
             policies[1].actor.get_parameter("b" if kind == "sgprop" else "4.bias").fill_(torch.inf)
         return policies
 
-    good = pack_of(policies_of(kind, RUNS), RUNS)
-    pack = pack_of(bad(policies_of(kind, RUNS)), RUNS)
+    good = pack_of(policies_of(kind, RUNS, dtype), RUNS)
+    pack = pack_of(bad(policies_of(kind, RUNS, dtype)), RUNS)
     for _ in range(2):
         expected, rows = good.train(), pack.train()
         assert [rows[0], rows[2]] == [expected[0], expected[2]]
-    assert pack.failed.tolist() == [False, True, False]
-    trained = policies_of(kind, RUNS)
-    pack.unstack(trained)
-    untouched = bad(policies_of(kind, RUNS))[1].state_dict()
-    for name, value in trained[1].state_dict().items():
-        torch.testing.assert_close(value, untouched[name], rtol=0, atol=0)
+    moved = pack_of(policies_of(kind, RUNS, dtype), RUNS)
+    moved.set_state([pack.get_state(run) for run in range(len(RUNS))])
+    expected = good.train()
+    for one in (pack, moved):
+        assert one.train()[2] == expected[2]
+        assert one.failed.tolist() == [False, True, False]
+        trained = policies_of(kind, RUNS, dtype)
+        one.unstack(trained)
+        untouched = bad(policies_of(kind, RUNS, dtype))[1].state_dict()
+        assert all(torch.equal(v, untouched[n]) for n, v in trained[1].state_dict().items())
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -241,6 +249,100 @@ def test_what_cannot_be_packed_is_refused() -> None:
     two_phase = RunSettings(update=UpdateSettings(two_phase=True))
     with pytest.raises(ValueError, match="two_phase is not for the policy 'sparsenet'"):
         pack_of(policies_of("sgprop", runs), [two_phase, two_phase])
+
+
+def test_policies_that_were_changed_are_refused() -> None:
+    """What is stacked is what their classes make; also where another than the first is changed."""
+
+    def refused(kind: str, change: Callable[[Policy], object], match: str) -> None:
+        policies = policies_of(kind, RUNS)
+        change(policies[1])
+        with pytest.raises(ValueError, match=match):
+            pack_of(policies, RUNS)
+
+    def replace(policy: Policy) -> None:
+        policy.core[1] = torch.nn.ReLU()
+
+    def soften(policy: Policy) -> None:
+        policy.actor[1].negative_slope = 0.2
+
+    def add_hook(policy: Policy) -> None:
+        policy.actor.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    refused("mlp", replace, "'mlp' does not stack: core.1 was replaced or changed, or has hooks")
+    refused("gru", soften, "actor.1 was replaced or changed")
+    for kind in ("lstm", "sgprop", "bandit, sgprop", "bandit, dense"):
+        refused(kind, add_hook, "actor was replaced or changed, or has hooks")
+    refused("gru", lambda p: p.encoder.requires_grad_(False), r"encoder.0.weight requires no grad")
+
+
+def test_policies_that_do_not_fit_the_environments_are_refused() -> None:
+    env, runs = make_device("labyrinth_escape", 2, 1), RUNS[:2]
+
+    def refused(name: str, sizes: Sequence[tuple[int, Any]], match: str, **settings: Any) -> None:
+        policies = [make_policy(name, *size, **settings) for size in sizes]
+        with pytest.raises(ValueError, match=match):
+            Pack(policies, env, runs)
+
+    refused("gru", [(57, 4)] * 2, "read 57 numbers, but an observation of the .* has 56")
+    refused("gru", [(56, 3)] * 2, r"actions are Discrete\(size=3\), the .* Discrete\(size=4\)")
+    refused("gru", [(56, Box(2))] * 2, r"actions are Box\(size=2\), the environments'")
+    refused("gru", [(56, 4), (56, MultiDiscrete((2, 2)))], "same action_space")
+    refused("sparse_mlp", [(56, 4), (55, 4)], "same observation_size")
+    refused("sparse_mlp", [(56, 4)] * 2, "'sparse_mlp' packs for episodes of one step only")
+
+
+def test_what_is_not_of_the_runs_is_refused() -> None:
+    """By `set_state` and `unstack`, which then change nothing."""
+    pack, other, double = (
+        pack_of(policies_of(kind, RUNS, dtype), RUNS)
+        for kind, dtype in (
+            ("sgprop", torch.float32),
+            ("backprop", torch.float32),
+            ("sgprop", torch.float64),
+        )
+    )
+    own, others, doubles = (
+        [one.get_state(run) for run in range(3)] for one in (pack, other, double)
+    )
+    before = pack.train()
+    states = [pack.get_state(run) for run in range(3)]
+    for given, match in (
+        (own[:2], "2 states are not one for each of 3"),
+        ([], "0 states are not"),
+        ([own[0], *others[1:]], "predictor_h is missing"),
+        ([own[0], *doubles[1:]], r"weight is \[128, 56\] float64, not \[128, 56\] float32"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pack.set_state(given)
+    with pytest.raises(ValueError, match="predictor_h is unknown"):
+        other.set_state(own)
+    for policies, match in (
+        (policies_of("sgprop", RUNS[:2]), "2 policies are not one for each of 3 runs"),
+        (policies_of("gru", RUNS, torch.float32), "'gru' is none of these runs': .* is missing"),
+        (policies_of("sgprop", RUNS), "float64, not"),
+    ):
+        kept = [value.clone() for policy in policies for value in policy.state_dict().values()]
+        with pytest.raises(ValueError, match=match):
+            pack.unstack(policies)
+        now = [value for policy in policies for value in policy.state_dict().values()]
+        assert all(map(torch.equal, now, kept))
+    continued = pack.train()
+    pack.set_state(states)
+    assert pack.train() == continued != before
+
+
+@pytest.mark.parametrize("kind", ["sgprop", "gru"])
+def test_packs_compute_in_their_own_precision(kind: str) -> None:
+    """Whatever autocast and torch's default type say."""
+    expected = pack_of(policies_of(kind, RUNS, torch.float32), RUNS).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pack_of(policies_of(kind, RUNS, torch.float32), RUNS).train() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert pack_of(policies_of(kind, RUNS, torch.float32), RUNS).train() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

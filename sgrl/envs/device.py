@@ -84,7 +84,7 @@ class DeviceEnv(ABC):
         shape = num_runs, self.num_envs
         self._all = torch.ones(shape, dtype=torch.bool, device=device)
         self._none = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._nothing = torch.zeros(shape, device=device)
+        self._nothing = torch.zeros(shape, dtype=torch.float32, device=device)
         self._steps = 0
 
     def _constant(self, array: NDArray[Any]) -> Tensor:
@@ -221,7 +221,7 @@ class DeviceEscape(DeviceLabyrinth):
         super().__init__(vector, num_runs, device)
         rewards = vector.rewards.astype(np.float32)
         self._step_reward, self._goal_reward = self._constant(rewards).unbind()
-        self._zero = torch.zeros((), device=device)
+        self._zero = torch.zeros_like(self._step_reward)
 
     def _lay_out(self, reached: Tensor) -> None:
         self._at_goal = (reached == Cell.GOAL).flatten()

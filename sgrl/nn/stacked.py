@@ -1,7 +1,7 @@
 """Stacked policies: what all kinds share, and those of the labyrinths (see `stacking.py`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, leaky_relu
 
 from sgrl.nn.connectivity import edge_table
-from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, is_published_encoder
+from sgrl.nn.encoder import DenseCoreSettings
 from sgrl.nn.kernels import torch_unroll, triton_layer, triton_unroll
-from sgrl.nn.kernels.plain import is_plain
 from sgrl.nn.kernels.torch_layer import Pass
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.policy import Policy, PolicyOutput
-from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
+from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.sgprop import Mixing, temporal_schedule
 
 
@@ -44,18 +43,24 @@ class Stacked(ABC):
         }
         self.buffers = {name: _stack(policies, name, device) for name, _ in first.named_buffers()}
         self.rules: list[MixingRule] = []
-        if isinstance(first, EncodedPolicy):
-            size = first.settings.embedding_size
-            plain = is_published_encoder(first.encoder, first.observation_size, size)
-        else:
-            plain = is_plain(first.encoder, nn.Identity)
-        if not plain:
-            raise ValueError("only policies with the encoder that they were published with stack")
 
     def unstack(self, policies: Sequence[Policy]) -> None:
-        """Copy each run's tensors into its policy, on whatever device that is."""
+        """Copy each run's tensors into its policy, on whatever device that is.
+
+        Raises:
+            ValueError: there is not one for each run, or one of another kind or type; none was
+                changed.
+        """
+        if len(policies) != self.runs:
+            raise ValueError(f"{len(policies)} policies are not one for each of {self.runs} runs")
+        tensors = self.parameters | self.buffers
+        for policy in policies:
+            own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+            reason = misfit(own, tensors)
+            if reason is not None:
+                raise ValueError(f"a policy {policy.name!r} is none of these runs': {reason}")
         with torch.no_grad():
-            for name, stacked in (self.parameters | self.buffers).items():
+            for name, stacked in tensors.items():
                 for policy, value in zip(policies, stacked, strict=True):
                     _find(policy, name).copy_(value)
 
@@ -180,8 +185,6 @@ class StackedSparseNet(Stacked):
     def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
         super().__init__(policies, device)
         first = self.policy
-        if not first.core_is_plain() or type(first.actor) is not SlotActor:
-            raise ValueError("only plain SparseNet policies stack")
         if first.settings.shuffle_predictions:
             raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
         neurons = first.settings.num_neurons
@@ -379,4 +382,16 @@ def _find(policy: nn.Module, name: str) -> Tensor:
 
 
 def _stack(policies: Sequence[Policy], name: str, device: torch.device) -> Tensor:
-    return torch.stack([_find(policy, name).detach() for policy in policies]).to(device)
+    return torch.stack([_find(policy, name).detach().to(device) for policy in policies])
+
+
+def misfit(tensors: Mapping[str, Tensor], stacked: Mapping[str, Tensor]) -> str | None:
+    """Why tensors by name are not those of one run of `stacked` [S, ...]; None if they are."""
+    for name in [*stacked, *tensors]:
+        if name not in tensors or name not in stacked:
+            return f"{name} is {'missing' if name in stacked else 'unknown'}"
+        one, run = tensors[name], stacked[name][0]
+        if (one.shape, one.dtype) != (run.shape, run.dtype):
+            sizes = [f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (one, run)]
+            return f"{name} is {sizes[0]}, not {sizes[1]}"
+    return None

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.nn.connectivity import edge_table
-from sgrl.nn.feedforward_policies import ActionHead, DensePolicy, SparseMLPPolicy
+from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
 from sgrl.nn.kernels import torch_stack
-from sgrl.nn.kernels.plain import is_plain
 from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import PARAMETERS, Stack
 from sgrl.nn.policy import Policy
@@ -73,8 +72,6 @@ class StackedSparseMLP(_FeedForward):
     def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
         super().__init__(policies, device)
         first = self.policy
-        if not first.core_is_plain() or not is_plain(first.actor, ActionHead):
-            raise ValueError("only plain SparseMLP policies stack")
         if first.settings.shuffle_predictions:
             raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
         self.memories = []

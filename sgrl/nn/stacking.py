@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
+from sgrl.nn.kernels.plain import is_plain
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
 from sgrl.nn.stacked import Stacked, StackedGRU, StackedLSTM, StackedSparseNet
@@ -39,12 +40,15 @@ def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu
     """Stack policies, which stay as they are.
 
     Args:
-        policies: S of one kind, size and type; see `PER_RUN` for what may differ.
+        policies: S of one kind, size and type, as their class makes them, with all parameters
+            trained; see `PER_RUN` for what may differ.
         device: where the stacked tensors are.
 
     Raises:
         ValueError: they cannot be stacked; one line that says why.
     """
+    if not policies:
+        raise ValueError("there are no policies to stack")
     first = policies[0]
     kind = STACKED.get(type(first))
     if kind is None:
@@ -54,6 +58,13 @@ def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu
         differs = _difference(first, policy)
         if differs is not None:
             raise ValueError(f"runs that are stacked must have the same {differs}")
+    dtype = next(first.parameters()).dtype
+    sizes = first.observation_size, first.action_space
+    fresh = type(first)(*sizes, first.settings, torch.Generator(), dtype)
+    for policy in policies:
+        changed = _change(fresh, policy)
+        if changed is not None:
+            raise ValueError(f"policy {policy.name!r} does not stack: {changed}")
     return kind(policies, torch.device(device))
 
 
@@ -65,7 +76,24 @@ def _difference(one: Policy, other: Policy) -> str | None:
     for name, value in a.items():
         if name not in (*PER_RUN, *IGNORED) and b[name] != value:
             return name
+    for name in ("observation_size", "action_space"):
+        if getattr(one, name) != getattr(other, name):
+            return name
     shapes = (
         {name: (v.shape, v.dtype) for name, v in p.state_dict().items()} for p in (one, other)
     )
     return "sizes and type of numbers" if len({str(of_one) for of_one in shapes}) > 1 else None
+
+
+def _change(fresh: Policy, policy: Policy) -> str | None:
+    """What of a policy is not as its class makes it: the stacked ones compute only that."""
+    made = dict(fresh.named_modules())
+    for name, module in policy.named_modules():
+        same = name in made and is_plain(module, type(made[name]))
+        is_leaf = next(module.children(), None) is None
+        if not same or (is_leaf and module.extra_repr() != made[name].extra_repr()):
+            return f"{name or 'it'} was replaced or changed, or has hooks"
+    frozen = [name for name, value in policy.named_parameters() if not value.requires_grad]
+    return (
+        f"{frozen[0]} requires no gradient, and all parameters would be trained" if frozen else None
+    )

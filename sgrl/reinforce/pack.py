@@ -1,6 +1,6 @@
 """Several runs of REINFORCE trained as one: a pack.
 
-    pack = Pack(policies, make_device("labyrinth_escape", 30, 20, {}, "cuda"), seeds, settings)
+    pack = Pack(policies, make_device("labyrinth_escape", 30, 20, {}, "cuda"), settings)
     for _ in range(300):
         rows = pack.train()                  # one row a run, with the columns of `loop.train`
 
@@ -20,14 +20,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sgrl.envs.device import DeviceEnv
+from sgrl.nn.actions import Discrete
 from sgrl.nn.policy import Policy
-from sgrl.nn.stacked import Stacked, StackedActing, StackedSparseNet
+from sgrl.nn.stacked import Stacked, StackedActing, StackedSparseNet, misfit
+from sgrl.nn.stacked_feedforward import StackedSparseMLP
 from sgrl.nn.stacking import stack_policies
+from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.loss import discounted_returns
+from sgrl.reinforce.stacked_adam import StackedAdam
 from sgrl.reinforce.update import UpdateSettings
-
-#: Adam's (see `make_optimizers`).
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
@@ -58,45 +59,12 @@ class PackBatch(NamedTuple):
     acted: StackedActing
 
 
-class StackedAdam:
-    """Adam on parameters [S, ...], with a learning rate and a number of steps of each run.
-
-    Args:
-        parameters: [S, ...] by name.
-        lr: [S].
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], lr: Float[Tensor, " S"]) -> None:
-        self.parameters = parameters
-        self.lr = lr
-        self.steps = torch.zeros_like(lr, dtype=torch.float64)
-        self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def step(self, gradients: dict[str, Tensor], moves: Bool[Tensor, " S"]) -> None:
-        """One step of the runs that move; all else of the others stays as it is."""
-        self.steps += moves
-        corrections = [1 - beta**self.steps for beta in BETAS]
-        rate = torch.where(moves, self.lr / corrections[0].clamp(min=1e-300), 0.0).to(self.lr.dtype)
-        root = corrections[1].clamp(min=1e-300).sqrt().to(self.lr.dtype)
-        shares = [moves.to(self.lr) * (1 - beta) for beta in BETAS]
-        for name, parameter in self.parameters.items():
-            shape = (-1, *(1,) * (parameter.dim() - 1))
-            gradient = torch.where(moves.view(shape), gradients[name], 0.0)
-            first, second = self.first[name], self.second[name]
-            first.lerp_(gradient, shares[0].view(shape).expand_as(first))
-            second.lerp_(gradient.square(), shares[1].view(shape).expand_as(second))
-            scale = second.sqrt().div_(root.view(shape)).add_(EPS)
-            parameter.sub_(rate.view(shape) * first / scale)
-
-
 class Pack:
     """S runs of the plain loop (`sgrl.reinforce.loop.train`) as one.
 
     Args:
         policies: of the runs; see `stack_policies`. They stay as they are until `unstack`.
-        env: S x B environments.
+        env: S x B environments. On a GPU the process is set up by `prepare_device`.
         settings: of the runs.
         capture: whether an iteration is captured as a CUDA graph; None: on a GPU.
 
@@ -114,6 +82,7 @@ class Pack:
         settings: Sequence[RunSettings],
         capture: bool | None = None,
     ) -> None:
+        prepare_device(env.device)
         if not len(policies) == len(settings) == env.num_runs:
             raise ValueError(
                 f"{len(policies)} policies, {len(settings)} settings and environments of "
@@ -132,6 +101,7 @@ class Pack:
         self.two_phase = update.two_phase
         self.env = env
         self.stacked: Stacked = stack_policies(policies, env.device)
+        self._check_fit(policies[0])
         self.capture = env.device.type == "cuda" if capture is None else capture
         first = next(iter(self.stacked.parameters.values()))
         self.dtype = first.dtype
@@ -166,6 +136,21 @@ class Pack:
         self.columns: list[str] = []
         self.measured = torch.empty(0)
 
+    def _check_fit(self, policy: Policy) -> None:
+        env = self.env
+        if policy.observation_size != env.observation_size:
+            raise ValueError(
+                f"the policies read {policy.observation_size} numbers, but an observation of the "
+                f"environments has {env.observation_size}"
+            )
+        if policy.action_space != Discrete(env.num_actions):
+            raise ValueError(
+                f"the policies' actions are {policy.action_space}, the environments' "
+                f"{Discrete(env.num_actions)}"
+            )
+        if isinstance(self.stacked, StackedSparseMLP) and env.episode_length > 1:
+            raise ValueError(f"policy {policy.name!r} packs for episodes of one step only")
+
     def draw(self) -> None:
         """Lay out the next episodes and the noise of their actions."""
         env, space = self.env, self.stacked.action_space
@@ -192,12 +177,13 @@ class Pack:
         """
         if self.drawn == self.batches:
             self.draw()
-        if not self.capture:
-            self.measured = self.iterate()
-        elif self.graph is None:
-            self._capture()
-        else:
-            self.graph.replay()
+        with torch.autocast(self.env.device.type, enabled=False):
+            if not self.capture:
+                self.measured = self.iterate()
+            elif self.graph is None:
+                self._capture()
+            else:
+                self.graph.replay()
         self.batches += 1
         if self.capture:  # while the device computes
             self.draw()
@@ -332,7 +318,7 @@ class Pack:
         return norms.get("policy", norm)
 
     def unstack(self, policies: Sequence[Policy]) -> None:
-        """Copy the runs' tensors into policies."""
+        """Copy the runs' tensors into policies; see `Stacked.unstack`."""
         self.stacked.unstack(policies)
 
     def get_state(self, run: int) -> dict[str, Any]:
@@ -352,8 +338,15 @@ class Pack:
         """Continue from the runs' `get_state`, wherever each was packed before.
 
         Raises:
-            ValueError: the runs have not made the same number of batches.
+            ValueError: there is not one for each run, one is of another kind of run, or they have
+                not made the same number of batches. The pack is as it was.
         """
+        if len(states) != len(self.settings):
+            raise ValueError(f"{len(states)} states are not one for each of {len(self.settings)}")
+        for state in states:
+            reason = misfit(state["tensors"], self._tensors())
+            if reason is not None:
+                raise ValueError(f"a state is none of a run of this pack: {reason}")
         batches = {state["batches"] for state in states}
         if len(batches) > 1:
             raise ValueError(
