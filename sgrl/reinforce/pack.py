@@ -5,7 +5,7 @@
         rows = pack.train()                  # one row a run, with the columns of `loop.train`
 
 Every run has its own seed, learning rates and numbers of the update, and gets the numbers that it
-would get by itself, up to rounding; what it is packed with changes nothing. A run whose loss or
+would get by itself, up to rounding, whatever it is packed with (docs/gpu.md). A run whose loss or
 gradient is no longer finite stays as it was before that update, is marked in `failed`, and the
 others go on. On a GPU an iteration is captured once as a CUDA graph, and then replayed.
 """
