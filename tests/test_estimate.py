@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import os
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from sgrl.cli import app
 from sgrl.envs.registry import make_vector
 from sgrl.reinforce import train
 from sgrl.tuning import estimate
-from sgrl.tuning.estimate import estimate_lines, kinds_of, measure, schedule
+from sgrl.tuning.estimate import beside_others, estimate_lines, kinds_of, measure, schedule
 from sgrl.tuning.experiment.sections import build_algorithm_config
 
 ENVS = {"num_envs_per_env_runner": {"grid": [2, 4]}}
@@ -96,8 +98,8 @@ def test_the_estimate_of_known_seconds(tmp_path, monkeypatch):
     )
     asked = []
 
-    def measured(trial, seconds):
-        asked.append((trial.method, trial.seed, seconds))
+    def measured(trial, seconds, others):
+        asked.append((trial.method, trial.seed, seconds, others))
         if trial.method == "diverging":
             raise FloatingPointError("the loss is nan")
         return {"sparsenet_sgprop": 3.6, "gru": 0.36}[trial.method]
@@ -111,7 +113,7 @@ def test_the_estimate_of_known_seconds(tmp_path, monkeypatch):
         "  diverging         not measured: FloatingPointError: the loss is nan",
         "in all 4.4 core hours, 66 min with 2 at a time, without 2 trials not measured",
     ]
-    assert asked == [(method, 0, 3.0) for method in ("sparsenet_sgprop", "gru", "diverging")]
+    assert asked == [(method, 0, 3.0, 1) for method in ("sparsenet_sgprop", "gru", "diverging")]
 
 
 def test_what_the_machine_cannot_hold(tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def test_many_kinds_share_the_time(tmp_path):
     config = CONFIG | {"env_runners": {"num_envs_per_env_runner": {"grid": [*range(1, 41)]}}}
     experiment = make_experiment(tmp_path / "e.yaml", ["gru"], config=config)
     asked = []
-    list(estimate_lines(experiment, lambda trial, seconds: asked.append(seconds) or 1.0))
+    list(estimate_lines(experiment, lambda trial, seconds, others: asked.append(seconds) or 1.0))
     assert asked == [0.5] * 40
 
 
@@ -162,6 +164,26 @@ def test_a_slow_first_step_is_the_measurement(tmp_path, a_second_a_call, updates
     assert len(updates.rows) == 1
     assert measure(trial, 1.0) == 1.0
     assert len(updates.rows) == 1 + 3
+
+
+def test_the_others_are_gone_when_all_is_measured(tmp_path):
+    """Each trains in a process of its own, which says so here."""
+    file = tmp_path / "others"
+
+    def step():
+        with file.open("a") as lines:
+            lines.write(f"{os.getpid()}\n")
+        time.sleep(0.01)
+
+    with beside_others(step, 2):
+        while not file.exists() or len(set(file.read_text().split())) < 2:
+            time.sleep(0.01)
+    pids = {int(pid) for pid in file.read_text().split()}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_evaluations_count_as_often_as_they_come(tmp_path, a_second_a_call, updates):

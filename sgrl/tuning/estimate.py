@@ -14,6 +14,7 @@ import heapq
 import itertools
 import json
 import os
+import signal
 import tempfile
 import time
 import warnings
@@ -139,7 +140,37 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(trial: TrialConfig, seconds: float = SECONDS) -> float:
+@contextlib.contextmanager
+def beside_others(step: Callable[[], object], others: int) -> Iterator[None]:
+    """Have copies of this process do the same over and over meanwhile, as trials side by side do.
+
+    Where processes cannot be copied there are none.
+
+    Args:
+        step: what they repeat.
+        others: how many.
+    """
+    parent, copies = os.getpid(), []
+    try:
+        for _ in range(others if hasattr(os, "fork") else 0):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of copies of a process that has threads
+                copy = os.fork()
+            if copy == 0:
+                try:
+                    while os.getppid() == parent:
+                        step()
+                finally:
+                    os._exit(0)
+            copies.append(copy)
+        yield
+    finally:
+        for copy in copies:
+            os.kill(copy, signal.SIGKILL)
+            os.waitpid(copy, 0)
+
+
+def measure(trial: TrialConfig, seconds: float = SECONDS, others: int = 0) -> float:
     """Measure what an iteration of a trial takes on this machine, evaluations included.
 
     The process keeps its random generators and its number of threads. A Ray that had to be started
@@ -148,6 +179,7 @@ def measure(trial: TrialConfig, seconds: float = SECONDS) -> float:
     Args:
         trial: what it is trained with.
         seconds: to measure for, about.
+        others: trials that run beside it; only where all of a trial is in one process.
 
     Returns:
         Seconds.
@@ -160,7 +192,10 @@ def measure(trial: TrialConfig, seconds: float = SECONDS) -> float:
         with warnings.catch_warnings(), generators_aside([trial.seed]):
             warnings.simplefilter("ignore")  # RLlib's, of what it does itself
             with work_of(trial, config) as work:
-                return seconds_per_iteration(work, seconds)
+                if work_of is not plain_work:
+                    return seconds_per_iteration(work, seconds)
+                with beside_others(work.step, others):
+                    return seconds_per_iteration(work, seconds)
     finally:
         torch.set_num_threads(threads)
 
@@ -278,7 +313,7 @@ def _fits(needs: Mapping[str, float], free: Mapping[str, float]) -> bool:
 
 
 def estimate_lines(
-    experiment: Experiment, measured: Callable[[TrialConfig, float], float] = measure
+    experiment: Experiment, measured: Callable[[TrialConfig, float, int], float] = measure
 ) -> Iterator[str]:
     """Estimate core hours and wall time of a sweep on this machine.
 
@@ -286,7 +321,8 @@ def estimate_lines(
 
     Args:
         experiment: what is to run.
-        measured: measures the seconds of an iteration, in about so many seconds.
+        measured: measures the seconds of an iteration, in about so many seconds and beside so many
+            other trials.
 
     Yields:
         The lines of the estimate, each as soon as it is known.
@@ -296,6 +332,15 @@ def estimate_lines(
     load = f"a load of {os.getloadavg()[0]:.1f} on {present['CPU']:g} CPUs"
     yield f"estimate, from a few iterations of each on this machine as it is now, {load}:"
     yield f"  {'':{width}}  s/iteration  trials  core hours"
+    limit = experiment.file.concurrency if isinstance(experiment.file.concurrency, int) else None
+    fitting = [
+        (1.0, kind.resources)
+        for kind in kinds
+        if _fits(kind.resources, present)
+        for _ in kind.trials
+    ]
+    others = max(0, schedule(fitting, present, limit)[1] - 1)
+    share = min(SECONDS, TOTAL_SECONDS / len(kinds))
     hours = 0.0
     seconds_of: dict[str, float] = {}
     had_ray = ray.is_initialized()
@@ -304,7 +349,7 @@ def estimate_lines(
             start = f"  {kind.name:<{width}}  "
             try:
                 _check(experiment, kind, present)
-                seconds = measured(kind.trials[0].config, min(SECONDS, TOTAL_SECONDS / len(kinds)))
+                seconds = measured(kind.trials[0].config, share, others)
             except Exception as error:
                 said = one_line(error) if isinstance(error, UserError) else first_line(error)
                 yield f"{start}not measured: {said}"
@@ -320,11 +365,10 @@ def estimate_lines(
     known = [trial for trial in experiment.trials if trial.name in seconds_of]
     if not known:
         return
-    limit = experiment.file.concurrency
     end, at_once = schedule(
         [(seconds_of[t.name] * t.config.stop.training_iteration, needs[t.name]) for t in known],
         present,
-        limit if isinstance(limit, int) else None,
+        limit,
     )
     left_out = len(experiment.trials) - len(known)
     without = f", without {left_out} trials not measured" if left_out else ""
