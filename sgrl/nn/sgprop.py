@@ -193,13 +193,12 @@ def mean_norms(
     gradient: Float[Tensor, " *S"],
     mixed: Float[Tensor, " *S"],
     prediction: Float[Tensor, " *S"],
-    dim: int = -1,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Mean norms of vectors along `dim`, under the names of the metrics columns."""
+    """Mean norms of vectors along the last axis, under the names of the metrics columns."""
     return {
-        "received_grad_norm": norm(gradient, dim).mean(),
-        "mixed_grad_norm": norm(mixed, dim).mean(),
-        "prediction_norm": norm(prediction, dim).mean(),
+        "received_grad_norm": norm(gradient).mean(),
+        "mixed_grad_norm": norm(mixed).mean(),
+        "prediction_norm": norm(prediction).mean(),
     }
 
 
