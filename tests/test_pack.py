@@ -1,5 +1,6 @@
 """Runs trained as a pack: each gets the numbers that it would get by itself."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -249,6 +250,9 @@ def test_what_cannot_be_packed_is_refused() -> None:
     two_phase = RunSettings(update=UpdateSettings(two_phase=True))
     with pytest.raises(ValueError, match="two_phase is not for the policy 'sparsenet'"):
         pack_of(policies_of("sgprop", runs), [two_phase, two_phase])
+    for name, value in (("seed", -1), ("seed", 2**30), ("lr", -1e-3), ("predictor_lr", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            RunSettings(**{name: value})
 
 
 def test_policies_that_were_changed_are_refused() -> None:

@@ -299,12 +299,16 @@ def batch_moments(
 def mixing_summary(mixing_weights: PerNeuron) -> Mapping[str, float]:
     """Mean, minimum, quartiles and maximum of lambda, under the names of the metrics columns."""
     values = mixing_weights.detach().flatten().double().cpu()
+    return {name: of_one.item() for name, of_one in mixing_summaries(values[None]).items()}
+
+
+def mixing_summaries(mixing_weights: Float[Tensor, "S W"]) -> dict[str, Float[Tensor, " S"]]:
+    """`mixing_summary` of several networks at once, from float64."""
     marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     names = ("min", "p25", "median", "p75", "max")
-    quantiles = torch.quantile(values, marks).tolist()
-    summary = {"mixing_weight_mean": values.mean().item()}
-    summary |= {f"mixing_weight_{n}": q for n, q in zip(names, quantiles, strict=True)}
-    return summary
+    quantiles = torch.quantile(mixing_weights, marks, dim=1)
+    summaries = {"mixing_weight_mean": mixing_weights.mean(1)}
+    return summaries | {f"mixing_weight_{n}": q for n, q in zip(names, quantiles, strict=True)}
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

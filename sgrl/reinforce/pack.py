@@ -10,6 +10,7 @@ gradient is no longer finite stays as it was before that update, is marked in `f
 others go on. On a GPU an iteration is captured once as a CUDA graph, and then replayed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from sgrl.envs.device import DeviceEnv
 from sgrl.nn.actions import Discrete
+from sgrl.nn.mixing import mixing_summaries
 from sgrl.nn.policy import Policy
 from sgrl.nn.stacked import Stacked, StackedActing, StackedSparseNet, misfit
 from sgrl.nn.stacked_feedforward import StackedSparseMLP
 from sgrl.nn.stacking import stack_policies
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.loss import discounted_returns
+from sgrl.reinforce.rollout import MAX_SEED
 from sgrl.reinforce.stacked_adam import StackedAdam
 from sgrl.reinforce.update import UpdateSettings
 
@@ -40,12 +43,22 @@ class RunSettings:
         lr: learning rate of the policy's parameters.
         predictor_lr: learning rate of the predictors of synthetic gradients.
         update: of each update; gamma, entropy_coeff and grad_clip may differ within a pack.
+
+    Raises:
+        ValueError: a seed or learning rate that is impossible; one line that names it.
     """
 
     seed: int = 0
     lr: float = 2e-3
     predictor_lr: float = 1e-5
     update: UpdateSettings = field(default_factory=UpdateSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1}, got {self.seed}")
+        for name in ("lr", "predictor_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
 
 
 class PackBatch(NamedTuple):
@@ -409,7 +422,8 @@ class Pack:
             if len(of_layers) > 1 or not isinstance(self.stacked, StackedSparseNet):
                 summaries |= {f"layer{index}_": layer for index, layer in enumerate(of_layers)}
             for prefix, values in summaries.items():
-                measured |= _mixing_summary(prefix, values)
+                summary = mixing_summaries(values)
+                measured |= {f"{prefix}{name}": value for name, value in summary.items()}
         columns = {name: values.tolist() for name, values in measured.items()}
         return [
             counts
@@ -417,17 +431,6 @@ class Pack:
             | {name: values[run] for name, values in columns.items()}
             for run in range(len(self.settings))
         ]
-
-
-def _mixing_summary(prefix: str, weights: Float[Tensor, "S W"]) -> dict[str, Tensor]:
-    """As `mixing.mixing_summary`, of every run [S]."""
-    marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    names = ("min", "p25", "median", "p75", "max")
-    quantiles = torch.quantile(weights, marks, dim=1)
-    summary = {f"{prefix}mixing_weight_mean": weights.mean(1)}
-    for name, values in zip(names, quantiles, strict=True):
-        summary[f"{prefix}mixing_weight_{name}"] = values
-    return summary
 
 
 def _sum_of_runs(values: Float[Tensor, "T S B"]) -> Float[Tensor, " S"]:
