@@ -163,3 +163,6 @@ def test_what_cannot_run_on_a_device_is_refused() -> None:
         make_device("labyrinth_escape", 0, 3)
     with pytest.raises(ValueError, match=r"needs 2 lists of 3 seeds, .*\[3, 2\]"):
         make_device("labyrinth_escape", 2, 3).load([[1, 2, 3], [4, 5]])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU for the device 'cuda': leave it at cpu"):
+            make_device("labyrinth_escape", 2, 3, device="cuda")

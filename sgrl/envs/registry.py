@@ -287,11 +287,15 @@ def make_device(
     """S = num_runs times B = num_envs environments as tensor code; see `sgrl.envs.device`.
 
     The episodes are those of `make_vector`. Raises ValueError as that does, if num_runs is not
-    positive, and for an environment that has no such version.
+    positive, for an environment that has no such version, and where there is no GPU.
     """
-    # Torch, which not all who look up environments need.
+    # Not all who look up environments need it.
+    import torch
+
     from sgrl.envs.device import DEVICE_ENVIRONMENTS
 
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"no GPU for the device {str(device)!r}: leave it at cpu")
     config = validate_env_config(env, env_config) | {"vectorized": True}
     if env not in DEVICE_ENVIRONMENTS:
         raise ValueError(
