@@ -32,13 +32,17 @@ class Pass:
         batch = h_0.shape[1]
         self.layer = layer
         self.parents = layer.sources.flatten()
-        self.weight_h = scale_keys(weight_h, num_slots, layer.scale)
         self.weight_x = weight_x
-        self.bias_rows = bias.view(num_neurons, -1, 1)
+        self.lay_out(weight_h, bias)
         self.states = h_0.new_empty(length + 1, num_neurons, size, batch)
         self.states[0] = h_0.permute(0, 2, 3, 1).flatten(0, 1)
         self.attention = h_0.new_empty(length, num_neurons, num_slots, batch)
         self.slots = h_0.new_empty(length, num_neurons, num_slots, size, batch)
+
+    def lay_out(self, weight_h: Tensor, bias: Tensor) -> None:
+        """Bring parameters into the form in which every step reads them."""
+        self.weight_h = scale_keys(weight_h, self.layer.num_slots, self.layer.scale)
+        self.bias_rows = bias.view(self.layer.num_neurons, -1, 1)
 
     def external(self, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
         """What the external inputs add to the rows of the input neurons."""

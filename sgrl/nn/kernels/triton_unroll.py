@@ -37,17 +37,8 @@ def _is_installed() -> bool:
 class Pass(torch_layer.Pass):
     """A forward pass, made step by step or at once."""
 
-    def __init__(
-        self,
-        layer: Layer,
-        length: int,
-        h_0: Float[Tensor, "S B w N"],
-        weight_h: Tensor,
-        weight_x: Tensor,
-        bias: Tensor,
-    ) -> None:
-        super().__init__(layer, length, h_0, weight_h, weight_x, bias)
-        self.columns = triton_layer.neurons_last(weight_h, bias, layer.num_runs)
+    def lay_out(self, weight_h: Tensor, bias: Tensor) -> None:
+        self.columns = triton_layer.neurons_last(weight_h, bias, self.layer.num_runs)
 
     def external(self, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
         """What the external inputs add to the rows of the input neurons, keys not scaled yet."""
