@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check study chaos bench asan clean
+.PHONY: quickstart test check docs study chaos bench asan clean
 
 quickstart: .venv/installed
 	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
@@ -21,6 +21,10 @@ check: .venv/installed-for-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# The documentation site, in build/site; it needs no network.
+docs: .venv/installed-for-tests
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests

@@ -126,7 +126,8 @@ class PythonVectorEnv(VectorEnv):
         envs: B environments of one kind. What of their endings is a success, `is_success` says.
             `get_state` and `set_state` are theirs, where they have both.
         episode_length: their configured length T.
-        seed_spacing, has_success: see `VectorEnv`.
+        seed_spacing: see `VectorEnv`.
+        has_success: see `VectorEnv`.
     """
 
     def __init__(
