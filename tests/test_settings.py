@@ -2,22 +2,29 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from sgrl.analysis.comparison import compare_methods, compare_pairs
 from sgrl.cli import app
 from sgrl.envs.registry import ENVIRONMENTS
-from sgrl.markdown import write_tables
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.registry import POLICIES
+from sgrl.results.columns import COMPARISON, METRICS, PAIRS, SUMMARY
+from sgrl.results.locations import reading
+from sgrl.results.metrics import columns_of
+from sgrl.results.runs import load_results
 from sgrl.tuning.experiment.file import ExperimentFile
 from sgrl.tuning.experiment.load import TRAINING
-from sgrl.tuning.experiment.settings import all_settings, described, settings_page
+from sgrl.tuning.experiment.settings import all_settings, described
 
-PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def listed(*words: str) -> str:
@@ -64,12 +71,42 @@ def test_docstrings_are_read() -> None:
     }
 
 
-def test_the_page_is_up_to_date(tmp_path: Path) -> None:
-    """`sgrl list settings --write docs/settings.md` would change nothing."""
-    page = tmp_path / "settings.md"
-    shutil.copy(PAGE, page)
-    assert write_tables(page, lambda mark: settings_page()) == 1
-    assert page.read_text() == PAGE.read_text()
+@pytest.mark.parametrize("name", ["settings", "columns"])
+def test_the_page_is_up_to_date(name: str, tmp_path: Path) -> None:
+    """`sgrl list NAME --write PAGE` would change nothing, with the page that says so."""
+    (written,) = (path for path in DOCS.glob("*.md") if f"<!-- {name} -->" in path.read_text())
+    command = f".venv/bin/sgrl list {name} --write docs/{written.name}\n"
+    assert command in written.read_text()
+    page = tmp_path / written.name
+    shutil.copy(written, page)
+    assert listed(name, "--write", str(page)) == f"written: {page}\n"
+    assert page.read_text() == written.read_text()
+
+
+def test_every_environment_variable_is_documented() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "sgrl").rglob("*.py"))
+    assert set(re.findall(r"SGRL_\w+", code)) == set(
+        re.findall(r"SGRL_\w+", (DOCS / "settings.md").read_text())
+    )
+
+
+def test_every_column_is_described() -> None:
+    """The tables of columns have those that the files have, in their order."""
+    assert columns_of(dict.fromkeys(METRICS, 0.0)) == tuple(METRICS)
+    with reading(ROOT / "results" / "published" / "escape_confirmation") as folder:
+        trials = load_results(folder).trials
+    summary = pd.read_csv(ROOT / "results/published/escape_confirmation/summary.csv").columns
+    assert [name.replace("success_rate", "MEASURE") for name in summary] == [
+        name for name in SUMMARY if name != "..."
+    ]
+    comparison = [
+        name.replace("final_success_rate_", "SCORE_").replace("success_rate", "MEASURE")
+        for name in compare_methods(trials)
+        if not name.startswith("auc_")
+    ]
+    assert sorted(comparison) == sorted(COMPARISON)
+    few = trials[trials["seed"] < 60_000]
+    assert list(compare_pairs(few, plan=0.5)) == list(PAIRS)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from sgrl.analysis.style import (
     seeds_note,
     split_panels,
 )
-from sgrl.results.metrics import EVALUATION_NAMES, MEASURE_NAMES
+from sgrl.results.columns import METRICS
+from sgrl.results.metrics import EVALUATION_COLUMNS, MEASURE_NAMES
 from sgrl.results.runs import Results
 
 #: What notes say where `comparison.BEST_RULE` selected what is shown.
@@ -67,10 +68,10 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
 
     add(f"{MEASURE_NAMES[measure].capitalize()} while training", measure, learning_curves)
     known = results.curves.dropna(axis=1, how="all")
-    evaluated = [name for name in EVALUATION_NAMES if name in known]
+    evaluated = [name for name in EVALUATION_COLUMNS if name in known]
     rates = [name for name in evaluated if name.endswith("success_rate")]
     for column in rates or evaluated:
-        add(EVALUATION_NAMES[column].capitalize(), column, learning_curves, column)
+        add(METRICS[column].name.capitalize(), column, learning_curves, column)
     if by_task(results.trials, f"final_{measure}"):
         add("Performance profiles", "performance_profiles", performance_profiles)
     numbers = [name for name in results.swept if _is_number(results.trials[name])]
@@ -102,7 +103,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
     Args:
         results: from `runs.load_results`.
         path: the PNG to write; an SVG of the same name is written beside it.
-        column: one of `EVALUATION_NAMES`, instead of the measure that trials are judged by.
+        column: one of `EVALUATION_COLUMNS`, instead of the measure that trials are judged by.
 
     Returns:
         `path`.
@@ -112,7 +113,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
     shown = best_learning_rates(compare_methods(results.trials))
     panels = split_panels(shown, [name for name in results.swept if name not in rates])
     styles = method_styles(results.trials["method"])
-    name = (MEASURE_NAMES | EVALUATION_NAMES)[column]
+    name = METRICS[column].name
     figure, axes = rows_of_three(panels, results.axis.name, name, fontsize="large")
     counts = []
     for axis, (_, panel) in zip(axes.flat, panels, strict=False):

@@ -1,4 +1,4 @@
-"""The command that lists what an experiment file can say."""
+"""The command that lists what an experiment file can say, and what its results hold."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,9 @@ from sgrl.cli.terminal import print_json, print_lines
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="envs, policies, rules or settings.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="envs, policies, rules, settings or columns.")
+    ],
     name: Annotated[
         str | None,
         typer.Argument(metavar="[NAME]", help="One of them; of settings, a key or a group."),
@@ -21,20 +23,20 @@ def list_names(
         typer.Option(callback=home, metavar="FILE", help="Page to bring up to date."),
     ] = None,
 ) -> None:
-    """List environments, policies, mixing rules or settings, with types and defaults."""
+    """List environments, policies, mixing rules, settings, or columns of metrics.csv."""
     from sgrl.tuning.experiment.settings import (
         check_kind,
         docstring_of,
         names_of,
+        page_table,
         settings_named,
-        settings_page,
     )
 
     check_kind(kind)
     if write is not None:
         from sgrl.markdown import write_tables
 
-        write_tables(write, lambda mark: settings_page())
+        write_tables(write, page_table)
         typer.echo(f"written: {write}")
         return
     if name is None and kind != "settings":

@@ -19,41 +19,20 @@ import yaml
 
 from sgrl.errors import UserError
 from sgrl.files import replacing
+from sgrl.results.columns import METRICS
 from sgrl.results.folder import TrialFolder
 
-COLUMNS = (
-    "iteration",
-    "env_steps",
-    "padded_env_steps",
-    "episodes",
-    "success_rate",
-    "episode_return_mean",
-    "episode_length_mean",
-    "eval_reward",
-    "policy_loss",
-    "entropy",
-    "grad_norm",
-    "predictor_loss",
-    "received_grad_norm",
-    "mixed_grad_norm",
-    "prediction_norm",
-    "mixing_weight_mean",
-    "mixing_weight_min",
-    "mixing_weight_p25",
-    "mixing_weight_median",
-    "mixing_weight_p75",
-    "mixing_weight_max",
-    "iteration_seconds",
+#: What evaluations apart from training add, before the last column (`sgrl.tuning.evaluation`).
+EVALUATION_COLUMNS = (
+    "eval_success_rate",
+    "eval_return",
+    "eval_greedy_success_rate",
+    "eval_greedy_return",
 )
-#: What evaluations apart from training add, before the last column, and what it is in words (see
-#: `sgrl.tuning.evaluation`).
-EVALUATION_NAMES = {
-    "eval_success_rate": "success rate in evaluation",
-    "eval_return": "episode return in evaluation",
-    "eval_greedy_success_rate": "success rate in evaluation, likeliest actions",
-    "eval_greedy_return": "episode return in evaluation, likeliest actions",
-}
-EVALUATION_COLUMNS = tuple(EVALUATION_NAMES)
+#: Columns that every file has.
+COLUMNS = tuple(
+    name for name in METRICS if name not in EVALUATION_COLUMNS and not name.startswith("layer")
+)
 INTEGER_COLUMNS = ("iteration", "env_steps", "padded_env_steps", "episodes")
 #: Columns that older files lack, and those that they have under another name.
 NEW_COLUMNS = ("padded_env_steps", "episodes")
@@ -71,18 +50,14 @@ class Axis(NamedTuple):
 
 #: Axes by column; hours are the sums of iteration_seconds.
 AXES = {
-    "env_steps": Axis("environment steps", "steps"),
-    "padded_env_steps": Axis("environment steps, padding included", "padded steps"),
+    "env_steps": Axis(METRICS["env_steps"].name, "steps"),
+    "padded_env_steps": Axis(METRICS["padded_env_steps"].name, "padded steps"),
     "iteration": Axis("iterations", "iterations"),
-    "episodes": Axis("episodes", "episodes"),
+    "episodes": Axis(METRICS["episodes"].name, "episodes"),
     "hours": Axis("hours of training", "hours"),
 }
 #: The measures in words.
-MEASURE_NAMES = {
-    "eval_reward": "test reward",
-    "success_rate": "success rate",
-    "episode_return_mean": "episode return",
-}
+MEASURE_NAMES = {name: METRICS[name].name for name in MEASURES}
 
 #: Other columns of ours that stand beside those of swept values.
 TAKEN = frozenset(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from sgrl.errors import UserError
 from sgrl.markdown import markdown_table
 from sgrl.names import did_you_mean
+from sgrl.results.columns import METRICS, columns_page
 from sgrl.results.plan import Checkpointing, Evaluating, Stop
 from sgrl.tuning.experiment.file import (
     CheckpointKeys,
@@ -29,9 +30,17 @@ from sgrl.tuning.experiment.file import (
 from sgrl.tuning.experiment.sections import in_words, section_arguments
 
 #: What can be listed.
-KINDS = ("envs", "policies", "rules", "settings")
+KINDS = ("envs", "policies", "rules", "settings", "columns")
 #: Sections of `config` whose settings are listed.
-SECTIONS = ("environment", "env_runners", "training", "learners")
+SECTIONS = (
+    "environment",
+    "env_runners",
+    "training",
+    "learners",
+    "evaluation",
+    "fault_tolerance",
+    "resources",
+)
 
 
 class ListError(UserError):
@@ -64,11 +73,13 @@ def names_of(kind: str) -> dict[str, str]:
     """Return what can be named in an experiment.
 
     Args:
-        kind: envs, policies or rules.
+        kind: envs, policies or rules; columns, of metrics.csv, are named in the results.
 
     Returns:
         By its name, what it is.
     """
+    if kind == "columns":
+        return {name: column.line for name, column in METRICS.items()}
     things = _things(kind)
     return {name: first_sentence(inspect.getdoc(thing) or "") for name, thing in things.items()}
 
@@ -94,6 +105,16 @@ def all_settings() -> dict[str, list[Setting]]:
     groups["checkpoint"] = list(_of_keys(CheckpointKeys, Checkpointing))
     groups["evaluate"] = list(_of_keys(EvaluateKeys, Evaluating))
     groups["methods.NAME"] = list(_of_keys(Method, Method))
+    groups["methods.NAME.model"] = [
+        Setting("policy", "text", "", "The network; the sections below have the settings of each."),
+        Setting("dtype", "text", "float32", "float32 or float64: of parameters and gradients."),
+        Setting(
+            "max_seq_len",
+            "a whole number",
+            "",
+            "Under PPO, APPO and IMPALA, steps of a training sequence; by default an episode's.",
+        ),
+    ]
     for section in SECTIONS:
         groups[f"config.{section}"] = list(_of_section(section))
     for name, policy in POLICIES.items():
@@ -115,10 +136,27 @@ def docstring_of(kind: str, name: str) -> str:
     """Return what an environment, a policy or a rule is, in full.
 
     Args:
-        kind: envs, policies or rules.
+        kind: envs, policies, rules or columns.
         name: one of `names_of`.
     """
+    if kind == "columns":
+        return METRICS[name].line
     return inspect.getdoc(_things(kind)[name]) or ""
+
+
+def page_table(name: str) -> str:
+    """Return what a page holds between two marks.
+
+    Args:
+        name: of the marks; settings (docs/settings.md) or columns (docs/metrics.md).
+
+    Raises:
+        ListError: there is no such table.
+    """
+    pages = {"settings": settings_page, "columns": columns_page}
+    if name not in pages:
+        raise ListError(f"no such table: {name!r}; {did_you_mean(name, pages)}")
+    return pages[name]()
 
 
 def settings_page() -> str:
@@ -137,7 +175,7 @@ def settings_named(kind: str, name: str | None) -> dict[str, list[Setting]]:
     """Return the settings of one environment or policy, those of one name or group, or all.
 
     Args:
-        kind: envs, policies, rules or settings.
+        kind: one of `KINDS`.
         name: of what is asked for; None, among settings, for all.
 
     Returns:
@@ -153,7 +191,7 @@ def settings_named(kind: str, name: str | None) -> dict[str, list[Setting]]:
     names = [*groups, *keys] if kind == "settings" else list(names_of(kind))
     if name not in names:
         raise ListError(f"no such name among the {kind}: {name!r}; {did_you_mean(name, names)}")
-    if kind == "rules":
+    if kind in ("rules", "columns"):
         return {}
     if kind != "settings":
         group = {"envs": "env", "policies": "policy"}[kind]
