@@ -153,7 +153,7 @@ def test_the_predictor_step_leaves_a_rule_alone(network: str, rule: str, backend
     buffers = copy.deepcopy(list(built.buffers()))
     with backward_phase(built, "predictor"):
         go_back(built, 1)
-    built.rule.update_enabled = False
+    built.rule.adaptive = False
     go_back(built, 1)
     assert all(map(torch.equal, built.buffers(), buffers))
 

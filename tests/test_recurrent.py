@@ -152,7 +152,7 @@ def test_switches(backend: str) -> None:
     weights = torch.randn(5, 4, 6, 2, generator=generator)
     mixed = run(rnn, x, h_0, None, weights)
     assert not torch.equal(mixed["lambda"], rnn.neurons.mixing_weight)
-    rnn.rule.update_enabled = False
+    rnn.rule.adaptive = False
     rnn.sgprop = dataclasses.replace(rnn.sgprop, predictor_target="received")
     received = run(rnn, x, h_0, None, weights)
     assert torch.equal(received["lambda"], rnn.neurons.mixing_weight)

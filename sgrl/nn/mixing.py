@@ -6,10 +6,10 @@ the others are in `mixing_rules.py`, the mixture itself in `sgprop.py`. Source: 
 4 and H.2.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,19 @@ class Moments(NamedTuple):
     mean_w_mean_u: PerNeuron  # <mean w, mean u>
     num_samples: int | PerNeuron  # B
 
+    @classmethod
+    def of_sums(cls, sums: Iterable[PerNeuron], num_samples: int | PerNeuron) -> Self:
+        """Take the means of sums over samples.
+
+        Args:
+            sums: of |u|^2 and of <w, u>; |sum of u|^2 and <sum of w, sum of u>.
+            num_samples: B; may be 0.
+        """
+        u_square, wu, square_sum_u, sum_w_sum_u = sums
+        count = num_samples.clamp(min=1) if isinstance(num_samples, Tensor) else max(num_samples, 1)
+        of_sums = square_sum_u / count**2, sum_w_sum_u / count**2
+        return cls(u_square / count, wu / count, *of_sums, num_samples)
+
 
 @dataclass
 class MixingRule:
@@ -49,8 +62,6 @@ class MixingRule:
         memory: names of what the rule remembers, one number per neuron each; the rows of
             the layer's `mixing_memory`.
         adaptive: lambda follows the estimate from each batch; otherwise it stays as it is.
-        update_enabled: switch of the adaptive update, for a backward pass that must leave
-            lambda alone (the predictor step of the two-phase update).
         momentum: m, weight of the past: lambda <- m * lambda + (1 - m) * estimate.
         eps: the estimate is used only where its denominator exceeds this. Made for vectors of
             length 1: without them 0 serves (the denominator is at least mean |u|^2 / B).
@@ -61,7 +72,6 @@ class MixingRule:
     memory: ClassVar[tuple[str, ...]] = ()
 
     adaptive: bool = True
-    update_enabled: bool = True
     momentum: float = 0.9
     eps: float = 1e-12
     phase: Literal["joint", "predictor", "policy"] = "joint"
@@ -69,7 +79,7 @@ class MixingRule:
     @property
     def updates(self) -> bool:
         """Whether a backward pass changes lambda."""
-        return self.adaptive and self.update_enabled and self.phase != "predictor"
+        return self.adaptive and self.phase != "predictor"
 
     @property
     def least_denominator(self) -> float:

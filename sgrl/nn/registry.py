@@ -23,6 +23,7 @@ from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
 from sgrl.nn.policy import Policy, PolicySettings
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
+from sgrl.nn.sgprop import NORMS
 
 FORMAT_VERSION = 1
 #: What a saved policy consists of.
@@ -122,7 +123,7 @@ def mixing_statistics(network: nn.Module) -> dict[str, float]:
     losses = [m.statistics["predictor_loss"] for m in modules if "predictor_loss" in m.statistics]
     if losses:
         measured["predictor_loss"] = sum(map(float, losses))
-    for name in ("received_grad_norm", "mixed_grad_norm", "prediction_norm"):
+    for name in NORMS:
         norms = [float(m.statistics[name]) for m in modules if name in m.statistics]
         counts = [sum(map(len, m.mixing_weights)) for m in modules if name in m.statistics]
         if norms:

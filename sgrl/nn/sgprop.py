@@ -25,6 +25,10 @@ from sgrl.nn.mixing import MIN_NORM, MixingRule, norm
 from sgrl.nn.mixing_rules import mixing_rule
 from sgrl.nn.neuron import predictor_generator
 
+#: Mean norms that a backward pass measures: of the received gradients, the mixture of them and the
+#: predictions, and the predictions.
+NORMS = ("received_grad_norm", "mixed_grad_norm", "prediction_norm")
+
 
 @dataclass(frozen=True)
 class SGPropSettings:
@@ -195,11 +199,8 @@ def mean_norms(
     prediction: Float[Tensor, " *S"],
 ) -> dict[str, Float[Tensor, ""]]:
     """Mean norms of vectors along the last axis, under the names of the metrics columns."""
-    return {
-        "received_grad_norm": norm(gradient).mean(),
-        "mixed_grad_norm": norm(mixed).mean(),
-        "prediction_norm": norm(prediction).mean(),
-    }
+    vectors = (gradient, mixed, prediction)
+    return {name: norm(v).mean() for name, v in zip(NORMS, vectors, strict=True)}
 
 
 class SampleShuffle(nn.Module):

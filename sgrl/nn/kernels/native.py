@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.kernels.compiler import SOURCE, CompileError, load_library
-from sgrl.nn.mixing import MixingRule, Moments
 from sgrl.nn.neuron import PARAMETERS, Layer
-from sgrl.nn.sgprop import Mixing
+from sgrl.nn.sgprop import NORMS, Mixing
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 #: What a backward pass measures, in the order of `Gradients.statistics` in slot_neurons.cpp.
-STATISTICS = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
+STATISTICS = ("predictor_loss", *NORMS)
 
 #: Types that declarations in slot_neurons.cpp may use, beside pointers.
 _TYPES: dict[str, Any] = {
@@ -228,16 +227,3 @@ def gradients_structure(parameters: Mapping[str, Tensor | None], moments: Tensor
         statistics=(ctypes.c_double * len(STATISTICS))(),
         moments=moments.data_ptr(),
     )
-
-
-def update_mixing_weight(rule: MixingRule, layer: Layer, sums: Tensor, num_valid: int) -> None:
-    """Update a layer's lambda; sums as `moments` in `Gradients` of slot_neurons.cpp."""
-    count = max(num_valid, 1)
-    moments = Moments(
-        mean_u_square=sums[0] / count,
-        mean_wu=sums[1] / count,
-        square_mean_u=sums[2] / count**2,
-        mean_w_mean_u=sums[3] / count**2,
-        num_samples=num_valid,
-    )
-    rule.update(layer, moments)

@@ -17,8 +17,8 @@ from sgrl.nn.kernels.native import (
     make_structure,
     mixing_structure,
     pointer,
-    update_mixing_weight,
 )
+from sgrl.nn.mixing import Moments
 from sgrl.nn.neuron import Stack
 from sgrl.nn.sgprop import Mixing
 
@@ -152,7 +152,7 @@ class _StackFunction(torch.autograd.Function):
             _write_statistics(mixing, grad_output.new_tensor([list(r.statistics) for r in results]))
             if rule.updates:
                 for layer, sums in zip(stack.layers, moments, strict=True):
-                    update_mixing_weight(rule, layer, sums, len(grad_output))
+                    rule.update(layer, Moments.of_sums(sums.unbind(), len(grad_output)))
         return (None, None, None, grad_x, *grads)
 
 

@@ -17,8 +17,8 @@ from sgrl.nn.kernels.native import (
     make_structure,
     mixing_structure,
     pointer,
-    update_mixing_weight,
 )
+from sgrl.nn.mixing import Moments
 from sgrl.nn.neuron import Layer
 from sgrl.nn.sgprop import Mixing
 
@@ -226,5 +226,5 @@ class _Unroll(torch.autograd.Function):
             mixing.statistics.update(zip(STATISTICS, measured.unbind(), strict=True))
             if mixing.rule.updates:
                 num_valid = length * batch if mask is None else int(mask.sum())
-                update_mixing_weight(mixing.rule, layer, moments, num_valid)
+                mixing.rule.update(layer, Moments.of_sums(moments.unbind(), num_valid))
         return (None, None, None, None, grad_x, grad_h0, *grads)

@@ -17,9 +17,8 @@ from torch import Tensor
 from sgrl.nn.connectivity import sum_over_children
 from sgrl.nn.mixing import MIN_NORM, MixingRule, Moments, norm
 from sgrl.nn.neuron import Layer, Stack
-from sgrl.nn.sgprop import Mixing
+from sgrl.nn.sgprop import NORMS, Mixing
 
-NORMS = ("received_grad_norm", "mixed_grad_norm", "prediction_norm")
 #: Samples run at once where no gradient is needed.
 CHUNK_SAMPLES = 256
 
