@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgrl.nn.connectivity import edge_table
-from sgrl.nn.kernels import triton_layer
+from sgrl.nn.kernels import triton_layer, triton_unroll
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.recurrent import SparseRNN
 
@@ -58,7 +58,6 @@ class Case:
         self.h_0 = torch.cat([h_0 for _, h_0, _ in inputs])
         self.gradient = torch.cat([gradient for _, _, gradient in inputs], dim=1)
         self.layer = stacked([net.layer() for net in self.nets])
-        self.edges = edge_table(self.layer.sources, len(self.layer.sources))
 
 
 def stacked(layers: list[Layer]) -> Layer:
@@ -69,7 +68,13 @@ def stacked(layers: list[Layer]) -> Layer:
         for name in (*PARAMETERS, "mixing_weight")
     }
     sources = torch.cat([layer.sources + s * width for s, layer in enumerate(layers)])
-    return layers[0]._replace(sources=sources, **values)
+    return layers[0]._replace(
+        num_neurons=len(sources),
+        sources=sources,
+        edges=edge_table(sources, len(sources)),
+        runs=len(layers),
+        **values,
+    )
 
 
 def measure_kernels(
@@ -123,33 +128,33 @@ def measure_kernels(
 
 def calls(case: Case, made: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Each kernel with what leads to its launch; later ones take what earlier ones `made`."""
-    given = (case.layer, case.num_runs)
-    width = case.nets[0].num_neurons
+    layer, width = case.layer, case.nets[0].num_neurons
+    beta = torch.full_like(layer.mixing_weight, 0.1)
     every_step = torch.ones(case.x.shape[:3], dtype=torch.bool, device=case.x.device)
 
     def forward(**options: Any) -> Any:
-        return triton_layer.forward(*given, case.x, case.h_0, **options)
+        h_0 = case.h_0.unflatten(0, (case.num_runs, -1)).permute(0, 3, 1, 2)
+        passed = triton_unroll.Pass(layer, case.length, h_0)
+        kept = (passed.states, passed.attention, passed.slots)
+        external = passed.external(case.x)
+        triton_layer.forward_steps(layer, passed.columns, external, *kept, **options)
+        return kept
 
     def schedule() -> Any:
-        weight, sources = case.layer.mixing_weight, case.layer.sources
-        return triton_layer.temporal_schedule(
-            weight, sources, case.length, 0.1, case.edges, case.num_runs
-        )
+        return triton_layer.temporal_schedule(layer, case.length, beta)
 
     def predict(**options: Any) -> Any:
-        return triton_layer.predict(*given, case.x, *made["forward"][:2], **options)
+        return triton_layer.predict(layer, case.x, *made["forward"][:2], **options)
 
     def backward(**options: Any) -> Any:
         mixture = triton_layer.Mixture(made["schedule"], made["predict"])
-        return triton_layer.backward(
-            *given, case.edges, case.gradient, *made["forward"], mixture, **options
-        )
+        return triton_layer.backward(layer, case.gradient, *made["forward"], mixture, **options)
 
     def sums(**options: Any) -> Any:
         mixture = triton_layer.Mixture(made["schedule"], made["predict"])
         measured = triton_layer.Measured(made["predict"], every_step)
         return triton_layer.sums_over_samples(
-            *given, case.x, *made["forward"], made["backward"], mixture, measured, **options
+            layer, case.x, *made["forward"], made["backward"], mixture, measured, **options
         )
 
     every: dict[str, Callable[[], Any]] = {

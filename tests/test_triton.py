@@ -87,7 +87,9 @@ class Case:
 def stacked(layers):
     """One layer that holds several, side by side."""
     width = len(layers[0].weight_h)
-    changed = {"sources": torch.cat([x.sources + s * width for s, x in enumerate(layers)])}
+    sources = torch.cat([x.sources + s * width for s, x in enumerate(layers)])
+    changed = {"sources": sources, "edges": edge_table(sources, len(sources))}
+    changed |= {"runs": len(layers), "num_neurons": len(sources)}
     for name in ("weight_h", "weight_x", "bias", "predictor_h", "predictor_x", "predictor_bias"):
         values = [getattr(layer, name) for layer in layers]
         changed[name] = None if values[0] is None else torch.cat([v.detach() for v in values])
@@ -108,6 +110,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(
         torch, "empty_like", lambda x, **kwargs: empty_like(x, **kwargs).fill_(torch.nan)
     )
+
+
+def forward(case):
+    """States, attention and slots of a whole pass."""
+    h_0 = case.h_0.unflatten(0, (case.num_runs, -1)).permute(0, 3, 1, 2)
+    passed = triton_unroll.Pass(case.layer, case.length, h_0)
+    passed.steps(0, passed.external(case.x))
+    return passed.states, passed.attention, passed.slots
 
 
 def close(actual, expected, tolerance=None):
@@ -136,9 +146,8 @@ def eager(case):
 @torch.no_grad()
 def test_forward_and_predictions_equal_eager(sizes, dtype):
     case = Case(sizes, dtype, propagation="sgprop")
-    given = (case.layer, case.num_runs, case.x)
-    states, attention, slots = triton_layer.forward(*given, case.h_0)
-    prediction = triton_layer.predict(*given, states, attention)
+    states, attention, slots = forward(case)
+    prediction = triton_layer.predict(case.layer, case.x, states, attention)
     close(states[0], case.h_0)
     made = (states[1:], attention, slots, prediction)
     for actual, expected in zip(made, eager(case), strict=True):
@@ -165,13 +174,11 @@ def test_backward_equals_the_torch_backend(sizes, settings):
     gradient = torch.randn(shape, generator=draw, dtype=torch.float64).to(DEVICE, dtype)
     mask = (torch.rand(case.x.shape[:3], generator=draw) < 0.7).to(DEVICE)
 
-    given = (case.layer, case.num_runs)
-    forward = triton_layer.forward(*given, case.x, case.h_0)
-    edges = edge_table(case.layer.sources, len(case.layer.sources))
+    kept = forward(case)
     mixture = measured = None
     if mixes:
         schedule = torch.cat([net.schedule(case.length) for net in case.nets], dim=1)
-        prediction = triton_layer.predict(*given, case.x, *forward[:2])
+        prediction = triton_layer.predict(case.layer, case.x, *kept[:2])
         projects = settings.get("positive_projection", False)
         passes = mask if settings.get("mask_predictions") else None
         mixture = triton_layer.Mixture(schedule, prediction, projects, passes)
@@ -181,8 +188,8 @@ def test_backward_equals_the_torch_backend(sizes, settings):
             on_received=settings.get("predictor_target") == "received",
             unit_gradients=case.nets[0].rule.unit_gradients,
         )
-    passed = triton_layer.backward(*given, edges, gradient, *forward, mixture)
-    sums = triton_layer.sums_over_samples(*given, case.x, *forward, passed, mixture, measured)
+    passed = triton_layer.backward(case.layer, gradient, *kept, mixture)
+    sums = triton_layer.sums_over_samples(case.layer, case.x, *kept, passed, mixture, measured)
 
     tolerance = 5e-6 if dtype == torch.float32 else None
     for s, net in enumerate(case.nets):
@@ -215,11 +222,8 @@ def test_backward_equals_the_torch_backend(sizes, settings):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_schedule_equals_that_of_separate_networks(sizes):
     case = Case(sizes, propagation="sgprop")
-    sources = case.layer.sources
-    edges = edge_table(sources, len(sources))
-    actual = triton_layer.temporal_schedule(
-        case.layer.mixing_weight, sources, 6, 0.1, edges, case.num_runs
-    )
+    beta = torch.full_like(case.layer.mixing_weight, 0.1)
+    actual = triton_layer.temporal_schedule(case.layer, 6, beta)
     expected = [
         temporal_schedule(net.neurons.mixing_weight, net.parents, 6, 0.1) for net in case.nets
     ]

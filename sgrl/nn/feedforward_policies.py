@@ -186,20 +186,34 @@ class ActionHead(nn.Module):
             logits = MixGradient.apply(logits, self._regress, seen, *predictor)
         return logits
 
-    def _regress(
-        self, gradient: Tensor, logits: Tensor, h: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _regress(self, gradient: Tensor, logits: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
         """The received gradient as it is, and those of the predictor's loss."""
         if self.rule.phase == "policy":
             return gradient, None, None
-        routing = logits.softmax(-1)
-        guesses = torch.einsum("bh,ahk->bak", h, self.predictor_A) + self.predictor_bias
-        prediction = torch.einsum("ba,bak->bk", routing, guesses)
-        residual = prediction - gradient.flatten(0, -2)
+        given = (gradient.flatten(0, -2), logits, h)
+        residual, *grads = regress_on_logits(*given, self.predictor_A, self.predictor_bias)
         self.statistics = {"predictor_loss": residual.square().mean()}
-        regression = 2 * residual / residual.numel()
-        routed = torch.einsum("ba,bk->bak", routing, regression)
-        return gradient, torch.einsum("bh,bak->ahk", h, routed), routed.sum(0)
+        return gradient, *grads
+
+
+def regress_on_logits(
+    gradient: Float[Tensor, "*S B A"],
+    logits: Float[Tensor, "*S B A"],
+    h: Float[Tensor, "*S B H"],
+    matrices: Float[Tensor, "*S A H A"],
+    bias: Float[Tensor, "*S A A"],
+) -> tuple[Float[Tensor, "*S B A"], Float[Tensor, "*S A H A"], Float[Tensor, "*S A A"]]:
+    """Regress predictions of the logits' gradient on it, by mean squared error.
+
+    Returns:
+        The residuals, and the gradients of the matrices and the biases.
+    """
+    routing = logits.softmax(-1)
+    guesses = torch.einsum("...bh,...ahk->...bak", h, matrices) + bias.unsqueeze(-3)
+    residual = torch.einsum("...ba,...bak->...bk", routing, guesses) - gradient
+    regression = 2 * residual / residual.shape[-2:].numel()
+    routed = torch.einsum("...ba,...bk->...bak", routing, regression)
+    return residual, torch.einsum("...bh,...bak->...ahk", h, routed), routed.sum(-3)
 
 
 class SparseMLPPolicy(Policy):

@@ -6,7 +6,7 @@ from copy import copy
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, leaky_relu
 
@@ -15,7 +15,7 @@ from sgrl.nn.encoder import DenseCoreSettings
 from sgrl.nn.kernels import torch_unroll, triton_layer, triton_unroll
 from sgrl.nn.kernels.torch_layer import Pass
 from sgrl.nn.mixing import MixingRule
-from sgrl.nn.neuron import PARAMETERS, Layer
+from sgrl.nn.neuron import Layer
 from sgrl.nn.policy import Policy, PolicyOutput
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.sgprop import Mixing, temporal_schedule
@@ -177,6 +177,57 @@ class StackedActing:
         return self.stacked.run(self.core, observations, mask)
 
 
+class StackedNeurons:
+    """`SlotNeurons` of several runs as one layer, run after run.
+
+    Args:
+        stacked: whose parameters and buffers they are.
+        name: of the neurons in a policy.
+    """
+
+    def __init__(self, stacked: Stacked, name: str) -> None:
+        self.stacked, self.name = stacked, name
+        kept = f"{name}.mixing_memory"  # changed in place, like its view by run
+        self.memory = stacked.buffers[kept].transpose(0, 1).flatten(1).contiguous()
+        stacked.buffers[kept] = self.memory.unflatten(1, (stacked.runs, -1)).transpose(0, 1)
+
+    def connect(
+        self, sources: Int64[Tensor, "S W read"], num_sources: int, with_edges: bool = True
+    ) -> None:
+        """Take what each run's neurons read of that run's sources.
+
+        Args:
+            sources: by run.
+            num_sources: of one run.
+            with_edges: whether the sources need a gradient.
+        """
+        runs = self.stacked.runs
+        offset = num_sources * torch.arange(runs, device=sources.device).view(-1, 1, 1)
+        self.sources = (sources + offset).flatten(0, 1)
+        self.edges = edge_table(self.sources, runs * num_sources) if with_edges else None
+
+    @property
+    def mixing_weight(self) -> Float[Tensor, "S W"]:
+        """Lambda of each run."""
+        return self.stacked.buffers[f"{self.name}.mixing_weight"]
+
+    def layer(self, plain: Layer) -> Layer:
+        """All runs' neurons as the kernels take them, given those of one policy."""
+        parameters = self.stacked.parameters
+        tensors: dict[str, Any] = {
+            name: parameters[f"{self.name}.{name}"].flatten(0, 1) for name in plain.parameters()
+        }
+        return plain._replace(
+            num_neurons=self.stacked.runs * plain.num_neurons,
+            sources=self.sources,
+            edges=self.edges,
+            runs=self.stacked.runs,
+            mixing_weight=self.mixing_weight.view(-1),
+            mixing_memory=self.memory,
+            **tensors,
+        )
+
+
 class StackedSparseNet(Stacked):
     """`SparseNetPolicy` of several runs: their cores' neurons are one layer, run after run."""
 
@@ -185,13 +236,9 @@ class StackedSparseNet(Stacked):
     def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
         super().__init__(policies, device)
         first = self.policy
-        if first.settings.shuffle_predictions:
-            raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
         neurons = first.settings.num_neurons
+        self.neurons = StackedNeurons(self, "core.neurons")
         self.connect()
-        name = "core.neurons.mixing_memory"  # changed in place, like its view by run
-        self.memory = self.buffers[name].transpose(0, 1).flatten(1).contiguous()
-        self.buffers[name] = self.memory.unflatten(1, (self.runs, neurons)).transpose(0, 1)
         self.measured: dict[str, Tensor] = {}
         settings: list[Any] = [policy.settings for policy in policies]
         self.beta = self.per_run([s.schedule_beta for s in settings], neurons)
@@ -205,40 +252,22 @@ class StackedSparseNet(Stacked):
         )
 
     def connect(self) -> None:
-        neurons, parents = self.policy.settings.num_neurons, self.buffers["core.parents"]
-        offset = neurons * torch.arange(self.runs, device=parents.device).view(-1, 1, 1)
-        self.sources = (parents + offset).flatten(0, 1)
-        self.edges = edge_table(self.sources, self.runs * neurons)
+        self.neurons.connect(self.buffers["core.parents"], self.policy.settings.num_neurons)
 
     def layer(self) -> Layer:
         """All runs' cores, as the kernels take them."""
-        core = self.policy.core
-        plain = core.layer()
-        tensors: dict[str, Any] = dict.fromkeys(PARAMETERS)
-        for name in PARAMETERS:
-            value = self.parameters.get(f"core.neurons.{name}")
-            tensors[name] = None if value is None else value.flatten(0, 1)
-        return plain._replace(
-            num_neurons=self.runs * plain.num_neurons,
-            sources=self.sources,
-            edges=self.edges,
-            runs=self.runs,
-            mixing_weight=self.buffers["core.neurons.mixing_weight"].view(-1),
-            mixing_memory=self.memory,
-            **tensors,
-        )
+        return self.neurons.layer(self.policy.core.layer())
 
     def core(self, length: int, batch_size: int) -> Core:
         return _SparseNetCore(self, length, batch_size)
 
     def schedule(self, length: int) -> Tensor:
         """Lambda at every step, [T, S * W]."""
-        weight = self.buffers["core.neurons.mixing_weight"].view(-1)
+        layer = self.layer()
         if self.fused:
-            return triton_layer.temporal_schedule(
-                weight, self.sources, length, self.beta, self.edges, self.runs
-            )
-        return temporal_schedule(weight, self.sources, length, self.beta, self.edges)
+            return triton_layer.temporal_schedule(layer, length, self.beta)
+        weight = layer.mixing_weight
+        return temporal_schedule(weight, layer.sources, length, self.beta, layer.edges)
 
     def actor_rows(self) -> Tensor:
         keys, values = (self.parameters[f"actor.{name}"].flatten(1, 2) for name in ("keys", "A"))
@@ -255,8 +284,7 @@ class StackedSparseNet(Stacked):
         return self.measured
 
     def mixing_weights(self) -> list[Tensor]:
-        mixes = self.policy.settings.mixes
-        return [self.buffers["core.neurons.mixing_weight"]] if mixes else []
+        return [self.neurons.mixing_weight] if self.policy.settings.mixes else []
 
 
 class _SparseNetCore(Core):
@@ -271,11 +299,9 @@ class _SparseNetCore(Core):
         self.passed: Pass | None = None
 
     def step(self, embeddings: Tensor) -> Tensor:
-        layer = self.stacked.layer()
         if self.passed is None:
-            parameters = list(layer.parameters().values())[:3]
             kind = triton_unroll.Pass if self.stacked.fused else Pass
-            self.passed = kind(layer, self.length, self.h_0, *parameters)
+            self.passed = kind(self.stacked.layer(), self.length, self.h_0)
         passed = self.passed
         passed.step(self.steps, passed.external(embeddings.unsqueeze(1))[:, :, :, 0])
         self.steps += 1

@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgrl.nn.connectivity import edge_table
-from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy
+from sgrl.nn.feedforward_policies import DensePolicy, SparseMLPPolicy, regress_on_logits
 from sgrl.nn.kernels import torch_stack
 from sgrl.nn.mixing import MixingRule
-from sgrl.nn.neuron import PARAMETERS, Stack
+from sgrl.nn.neuron import Stack
 from sgrl.nn.policy import Policy
 from sgrl.nn.sgprop import MixGradient, Mixing
-from sgrl.nn.stacked import Core, Stacked
+from sgrl.nn.stacked import Core, Stacked, StackedNeurons
 
 
 class _FeedForward(Stacked):
@@ -72,14 +71,8 @@ class StackedSparseMLP(_FeedForward):
     def __init__(self, policies: Sequence[Policy], device: torch.device) -> None:
         super().__init__(policies, device)
         first = self.policy
-        if first.settings.shuffle_predictions:
-            raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
-        self.memories = []
-        for layer in range(first.settings.num_layers):
-            name = f"core.layers.{layer}.mixing_memory"  # changed in place, like its view by run
-            memory = self.buffers[name].transpose(0, 1).flatten(1).contiguous()
-            self.memories.append(memory)
-            self.buffers[name] = memory.unflatten(1, (self.runs, -1)).transpose(0, 1)
+        names = [f"core.layers.{layer}" for layer in range(first.settings.num_layers)]
+        self.layers = [StackedNeurons(self, name) for name in names]
         self.connect()
         self.measured: dict[str, Tensor] = {}
         self.of_head: dict[str, Tensor] = {}
@@ -91,43 +84,21 @@ class StackedSparseMLP(_FeedForward):
         self.rules = [self.rule, self.head_rule] if first.settings.mixes else []
 
     def connect(self) -> None:
-        neurons, pixels = self.policy.settings.num_neurons, self.policy.observation_size
-        runs = torch.arange(self.runs, device=self.buffers["core.pixels"].device).view(-1, 1, 1)
-        parents = self.buffers["core.parents"].unbind(1)
-        self.sources = [
-            (self.buffers["core.pixels"] + pixels * runs).flatten(0, 1),
-            *((read + neurons * runs).flatten(0, 1) for read in parents),
-        ]
-        # Of the first layer's none is needed: pixels need no gradient.
-        of_neurons = [edge_table(read, self.runs * neurons) for read in self.sources[1:]]
-        self.edges = [None, *of_neurons]
+        first, *others = self.layers
+        # Pixels need no gradient.
+        first.connect(self.buffers["core.pixels"], self.policy.observation_size, with_edges=False)
+        for layer, parents in zip(others, self.buffers["core.parents"].unbind(1), strict=True):
+            layer.connect(parents, self.policy.settings.num_neurons)
 
-    def layers(self) -> Stack:
+    def stack(self) -> Stack:
         """All runs' layers, as the kernels take them."""
         plain = self.policy.core.stack()
-        layers = []
-        for index, layer in enumerate(plain.layers):
-            tensors: dict[str, Any] = dict.fromkeys(PARAMETERS)
-            for name in PARAMETERS:
-                value = self.parameters.get(f"core.layers.{index}.{name}")
-                tensors[name] = None if value is None else value.flatten(0, 1)
-            weight = self.buffers[f"core.layers.{index}.mixing_weight"].view(-1)
-            layers.append(
-                layer._replace(
-                    num_neurons=self.runs * layer.num_neurons,
-                    sources=self.sources[index],
-                    edges=self.edges[index],
-                    runs=self.runs,
-                    mixing_weight=weight,
-                    mixing_memory=self.memories[index],
-                    **tensors,
-                )
-            )
-        return Stack(layers, plain.residual)
+        layers = zip(self.layers, plain.layers, strict=True)
+        return Stack([stacked.layer(layer) for stacked, layer in layers], plain.residual)
 
     def features(self, embeddings: Tensor) -> Tensor:
         mixing = Mixing(self.policy.settings, self.rule, None, self.measured)
-        return torch_stack.stack(self.layers(), mixing, embeddings).flatten(2)
+        return torch_stack.stack(self.stack(), mixing, embeddings).flatten(2)
 
     def act(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         keys = self.parameters["actor.keys"]
@@ -140,18 +111,14 @@ class StackedSparseMLP(_FeedForward):
 
     def _regress(
         self, predictor: list[Tensor], gradient: Tensor, logits: Tensor, h: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """As `ActionHead` does, for every run."""
         if self.head_rule.phase == "policy":
             return gradient, None, None
-        routing = logits.softmax(-1)
-        matrices, bias = predictor
-        guesses = torch.einsum("sbh,sahk->sbak", h, matrices.detach()) + bias.detach().unsqueeze(1)
-        residual = torch.einsum("sba,sbak->sbk", routing, guesses) - gradient
+        given = (gradient, logits, h, *(parameter.detach() for parameter in predictor))
+        residual, *grads = regress_on_logits(*given)
         self.of_head = {"predictor_loss": residual.square().flatten(1).mean(1)}
-        regression = 2 * residual / residual[0].numel()
-        routed = torch.einsum("sba,sbk->sbak", routing, regression)
-        return gradient, torch.einsum("sbh,sbak->sahk", h, routed), routed.sum(1)
+        return gradient, *grads
 
     def statistics(self) -> dict[str, Tensor]:
         measured = dict(self.measured)
@@ -160,7 +127,5 @@ class StackedSparseMLP(_FeedForward):
         return measured
 
     def mixing_weights(self) -> list[Tensor]:
-        if not self.policy.settings.mixes:
-            return []
-        layers = range(self.policy.settings.num_layers)
-        return [self.buffers[f"core.layers.{layer}.mixing_weight"] for layer in layers]
+        mixes = self.policy.settings.mixes
+        return [layer.mixing_weight for layer in self.layers] if mixes else []

@@ -58,6 +58,8 @@ def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu
         differs = _difference(first, policy)
         if differs is not None:
             raise ValueError(f"runs that are stacked must have the same {differs}")
+    if getattr(first.settings, "shuffle_predictions", False):
+        raise ValueError("shuffle_predictions does not stack: draw each run's by itself")
     dtype = next(first.parameters()).dtype
     sizes = first.observation_size, first.action_space
     fresh = type(first)(*sizes, first.settings, torch.Generator(), dtype)

@@ -19,30 +19,24 @@ class Pass:
         slots: [T, W, M, N, B].
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        length: int,
-        h_0: Float[Tensor, "S B w N"],
-        weight_h: Tensor,
-        weight_x: Tensor,
-        bias: Tensor,
-    ) -> None:
+    def __init__(self, layer: Layer, length: int, h_0: Float[Tensor, "S B w N"]) -> None:
+        assert layer.weight_x is not None
         num_neurons, size, num_slots = layer.num_neurons, layer.neuron_size, layer.num_slots
         batch = h_0.shape[1]
         self.layer = layer
         self.parents = layer.sources.flatten()
-        self.weight_x = weight_x
-        self.lay_out(weight_h, bias)
+        self.weight_x = layer.weight_x
+        self.lay_out()
         self.states = h_0.new_empty(length + 1, num_neurons, size, batch)
         self.states[0] = h_0.permute(0, 2, 3, 1).flatten(0, 1)
         self.attention = h_0.new_empty(length, num_neurons, num_slots, batch)
         self.slots = h_0.new_empty(length, num_neurons, num_slots, size, batch)
 
-    def lay_out(self, weight_h: Tensor, bias: Tensor) -> None:
+    def lay_out(self) -> None:
         """Bring parameters into the form in which every step reads them."""
-        self.weight_h = scale_keys(weight_h, self.layer.num_slots, self.layer.scale)
-        self.bias_rows = bias.view(self.layer.num_neurons, -1, 1)
+        layer = self.layer
+        self.weight_h = scale_keys(layer.weight_h, layer.num_slots, layer.scale)
+        self.bias_rows = layer.bias.view(layer.num_neurons, -1, 1)
 
     def external(self, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
         """What the external inputs add to the rows of the input neurons."""
@@ -75,11 +69,9 @@ class Pass:
         return self.states[1:].unflatten(1, (self.layer.num_runs, -1)).permute(1, 0, 4, 2, 3)
 
 
-def forward_pass(
-    layer: Layer, x: Tensor, h_0: Tensor, weight_h: Tensor, weight_x: Tensor, bias: Tensor
-) -> Pass:
+def forward_pass(layer: Layer, x: Tensor, h_0: Tensor) -> Pass:
     """All steps over inputs x [S, T, B, E], from states h_0 [S, B, w, N]."""
-    passed = Pass(layer, x.shape[1], h_0, weight_h, weight_x, bias)
+    passed = Pass(layer, x.shape[1], h_0)
     external = passed.external(x)
     for t in range(x.shape[1]):
         passed.step(t, external[:, :, :, t])

@@ -34,7 +34,7 @@ from sgrl.nn.kernels.torch_layer import (
 )
 from sgrl.nn.mixing import Moments, norm, unit
 from sgrl.nn.neuron import Layer
-from sgrl.nn.sgprop import Mixing, positive_projection
+from sgrl.nn.sgprop import NORMS, Mixing, positive_projection
 
 #: Samples (steps x batch) that a chunk of the backward pass holds, for the processor's cache or the
 #: GPU's memory. Sums are taken by chunks, so it must not depend on how many runs are stacked.
@@ -71,7 +71,7 @@ def unroll(
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
         output = _Unroll.apply(layer, mixing, schedule, mask, passed, *inputs)
     else:
-        output = forward_pass(layer, x, h_0, *inputs[2:5]).output()
+        output = forward_pass(layer, x, h_0).output()
     return output[0] if layer.runs is None else output
 
 
@@ -91,7 +91,7 @@ class _Unroll(torch.autograd.Function):
         bias: Tensor,
         *predictor: Tensor,
     ) -> Tensor:
-        passed = passed or forward_pass(layer, x, h_0, weight_h, weight_x, bias)
+        passed = passed or forward_pass(layer, x, h_0)
         ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
         ctx.schedule = schedule(x.shape[1]) if mixing.settings.mixes else None
         kept = (passed.states, passed.attention, passed.slots)
@@ -239,8 +239,7 @@ class _Measured:
         self.num_valid = valid if mask is None else mask.sum((1, 2)).to(valid)
         self.terms = self.num_valid.clamp(min=1) * (layer.num_neurons // layer.num_runs)
         zero = torch.zeros_like(valid)
-        names = ("predictor_loss", "received_grad_norm", "mixed_grad_norm", "prediction_norm")
-        self.statistics = {name: zero.clone() for name in names}
+        self.statistics = {name: zero.clone() for name in ("predictor_loss", *NORMS)}
         self.u_square = torch.zeros_like(layer.mixing_weight)
         self.wu = torch.zeros_like(layer.mixing_weight)
         parameters = list(layer.parameters().values())[:3]
@@ -256,11 +255,8 @@ class _Measured:
         size = self.layer.neuron_size
         loss = self._sum_of_runs(residual.square()) / (self.terms * size)
         self.statistics["predictor_loss"] += loss
-        for name, vectors in (
-            ("received_grad_norm", mixture.received),
-            ("mixed_grad_norm", mixture.mixed),
-            ("prediction_norm", mixture.prediction),
-        ):
+        measured = (mixture.received, mixture.mixed, mixture.prediction)
+        for name, vectors in zip(NORMS, measured, strict=True):
             norms = norm(vectors, dim=2)
             if mixture.valid is not None:
                 norms = torch.where(mixture.valid, norms, 0.0)
@@ -332,16 +328,9 @@ class _Measured:
                 total.view(runs, -1)[:, : len(a) // runs] += products.view(runs, -1)
             return total
 
-        num_samples = self._of_neurons(self.num_valid)
-        count = num_samples.clamp(min=1)
-        moments = Moments(
-            mean_u_square=self.u_square / count,
-            mean_wu=self.wu / count,
-            square_mean_u=inner_of_sums(self.u_sum, self.u_sum) / count**2,
-            mean_w_mean_u=inner_of_sums(self.w_sum, self.u_sum) / count**2,
-            num_samples=num_samples,
-        )
-        self.mixing.rule.update(self.layer, moments)
+        of_means = (inner_of_sums(one, self.u_sum) for one in (self.u_sum, self.w_sum))
+        sums, num_samples = (self.u_square, self.wu, *of_means), self._of_neurons(self.num_valid)
+        self.mixing.rule.update(self.layer, Moments.of_sums(sums, num_samples))
 
 
 def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def sum_over_children(
 def backward_loop(
     received,  # [T, F, N, B], written if MIXES
     mixed,  # [T, F, N, B], written
-    grad_rows,  # [S, V, R, T, B], written: of the first V neurons of each run
+    grad_rows,  # [S, X, R, T, B], written
     grad_h0,  # [F, N, B], written
     scratch,  # [2, F, P, N, B]: for what edges carry back, at one step and the next
     gradient,  # [T, F, N, B], of the states after each step
@@ -190,7 +190,7 @@ def backward_loop(
     T,
     B: tl.constexpr,
     W: tl.constexpr,
-    V: tl.constexpr,
+    X: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -212,10 +212,10 @@ def backward_loop(
     known = w < W
     flat = tl.where(known, run * W + w, -1)
     ok = known[:, None] & (b < B)[None, :]
-    first = (w < V)[:, None] & (b < B)[None, :]
+    first = (w < X)[:, None] & (b < B)[None, :]
     here = (flat * (N * B))[:, None] + b[None, :]
     weight += run * ((P * N + 1) * R * W)
-    grad_rows += run.to(tl.int64) * (V * R * B) * T
+    grad_rows += run.to(tl.int64) * (X * R * B) * T
     for back in tl.range(0, T, num_stages=1):
         t = T - 1 - back
         # Neurons of all steps before.
@@ -272,12 +272,10 @@ def backward_loop(
                 y = tl.load(at + (m * N + n) * B, mask=ok, other=0.0)
                 value += feedback[n] * y
                 of_slots += ((1.0 - y * y) * a * feedback[n],)
-                if V > 0:
-                    at = grad_rows + (w * (R * B))[:, None] * T + t * B + b[None, :]
-                    tl.store(at + (M + m * N + n) * B * T, of_slots[m * N + n], mask=first)
-            if V > 0:
                 at = grad_rows + (w * (R * B))[:, None] * T + t * B + b[None, :]
-                tl.store(at + m * B * T, a * value, mask=first)
+                tl.store(at + (M + m * N + n) * B * T, of_slots[m * N + n], mask=first)
+            at = grad_rows + (w * (R * B))[:, None] * T + t * B + b[None, :]
+            tl.store(at + m * B * T, a * value, mask=first)
             of_keys += (a * value * SCALE,)
         row = of_keys + of_slots
         for k in tl.range(0, P * N, num_stages=1):

@@ -11,7 +11,7 @@ Triton is imported when a kernel is first called; with TRITON_INTERPRET=1 they r
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sgrl.nn.mixing import MIN_NORM
@@ -23,41 +23,8 @@ TILE_SAMPLES = 8
 PRECISION = "tf32x3"
 
 
-def forward(
-    layer: Layer,
-    num_runs: int,
-    x: Float[Tensor, "S T B E"],
-    h_0: Float[Tensor, "F N B"],
-    tile: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unroll forward over time.
-
-    Args:
-        layer: of all runs; of the parameters, only their values are used.
-        num_runs: S.
-        x: [S, T, B, E].
-        h_0: states before the first step.
-        tile: WB, BT and num_warps, in place of those that fit the sizes.
-
-    Returns:
-        states [T+1, F, N, B] (h_0 first), attention [T, F, M, B], slots [T, F, M, N, B].
-    """
-    assert layer.weight_x is not None
-    length, batch = x.shape[1:3]
-    num_flat, num_slots, size = layer.bias.shape
-    states = h_0.new_empty(length + 1, num_flat, size, batch)
-    states[0] = h_0
-    attention = h_0.new_empty(length, num_flat, num_slots, batch)
-    slots = h_0.new_empty(length, num_flat, num_slots, size, batch)
-    columns = neurons_last(layer.weight_h, layer.bias, num_runs)
-    external = external_rows(layer.weight_x, x)
-    forward_steps(layer, num_runs, columns, external, states, attention, slots, tile)
-    return states, attention, slots
-
-
 def forward_steps(
     layer: Layer,
-    num_runs: int,
     columns: Float[Tensor, "S C R W"],
     external: Float[Tensor, "S X R T B"],
     states: Float[Tensor, "steps F N B"],
@@ -68,21 +35,20 @@ def forward_steps(
     """Make steps in place, of which only the first state is given.
 
     Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
+        layer: of all runs; of the parameters, only their values are used.
         columns: from `neurons_last`.
         external: from `external_rows`.
         states: T+1 steps; written but for the first.
         attention: written.
         slots: written.
-        tile: see `forward`.
+        tile: WB, BT and num_warps, in place of those that fit the sizes.
     """
     from sgrl.nn.kernels import triton_kernels
 
-    sizes = _sizes(layer, num_runs)
+    sizes = _sizes(layer)
     length, batch = external.shape[3:]
     tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.forward_loop[(num_runs, -(-batch // tile["BT"]))](
+    triton_kernels.forward_loop[(layer.num_runs, -(-batch // tile["BT"]))](
         states,
         attention,
         slots,
@@ -99,21 +65,19 @@ def forward_steps(
 
 def predict(
     layer: Layer,
-    num_runs: int,
     x: Float[Tensor, "S T B E"],
     states: Float[Tensor, "T+1 F N B"],
     attention: Float[Tensor, "T F M B"],
     tile: dict[str, int] | None = None,
 ) -> Float[Tensor, "T F N B"]:
-    """Make all predictions, from what `forward` returned.
+    """Make all predictions, from what `forward_steps` made.
 
     Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
+        layer: of all runs.
         x: [S, T, B, E].
         states: [T+1, F, N, B].
         attention: [T, F, M, B].
-        tile: see `forward`.
+        tile: KB, CB and num_warps, in place of the usual.
 
     Returns:
         [T, F, N, B].
@@ -123,7 +87,7 @@ def predict(
     assert layer.predictor_h is not None
     assert layer.predictor_x is not None
     assert layer.predictor_bias is not None
-    sizes = _sizes(layer, num_runs)
+    sizes = _sizes(layer)
     length, num_flat, _, batch = states[1:].shape
     prediction = torch.empty_like(states[1:])
     tile = tile or {"KB": 64, "CB": 64, "num_warps": 4}
@@ -164,52 +128,44 @@ class Passed(NamedTuple):
 
     received: Float[Tensor, "T F N B"]  # gradients that arrive at the neurons
     mixed: Float[Tensor, "T F N B"]  # and what they use and pass on; the same if nothing is mixed
-    grad_rows: Float[Tensor, "S V R T B"]  # of the first V neurons of each run
+    grad_rows: Float[Tensor, "S X R T B"]  # of the neurons that read the input
     grad_h0: Float[Tensor, "F N B"]
 
 
 def backward(
     layer: Layer,
-    num_runs: int,
-    edges: Int64[Tensor, "F C"],
     gradient: Float[Tensor, "T F N B"],
     states: Float[Tensor, "T+1 F N B"],
     attention: Float[Tensor, "T F M B"],
     slots: Float[Tensor, "T F M N B"],
     mixture: Mixture | None = None,
-    num_rows: int | None = None,
     tile: dict[str, int] | None = None,
 ) -> Passed:
     """Pass gradients back through time.
 
     Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
-        edges: `connectivity.edge_table` of the layer's sources.
+        layer: of all runs, with its edges.
         gradient: of the states after each step.
-        states: from `forward`.
-        attention: from `forward`.
-        slots: from `forward`.
+        states: from `forward_steps`.
+        attention: from `forward_steps`.
+        slots: from `forward_steps`.
         mixture: what is mixed in; nothing if None.
-        num_rows: V, of how many neurons of each run gradients of the rows are wanted: the first
-            so many; if None, those of the neurons that read the input.
-        tile: see `forward`.
+        tile: see `forward_steps`.
     """
     from sgrl.nn.kernels import triton_kernels
 
-    sizes = _sizes(layer, num_runs)
-    num_input = sizes.pop("X")
+    assert layer.edges is not None
+    sizes = _sizes(layer)
     length, num_flat, size, batch = gradient.shape
     mixed = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     received = mixed if mixture is None else torch.empty_like(mixed)
-    num_rows = num_input if num_rows is None else num_rows
     rows = layer.weight_h.shape[1]
-    grad_rows = gradient.new_empty(num_runs, num_rows, rows, length, batch)
+    grad_rows = gradient.new_empty(layer.num_runs, sizes["X"], rows, length, batch)
     grad_h0 = gradient.new_empty(num_flat, size, batch)
     scratch = gradient.new_empty(2, num_flat, sizes["P"], size, batch)
     passes = None if mixture is None else mixture.passes
     tile = tile or time_loop_tile(sizes["W"], batch)
-    triton_kernels.backward_loop[(num_runs, -(-batch // tile["BT"]))](
+    triton_kernels.backward_loop[(layer.num_runs, -(-batch // tile["BT"]))](
         received,
         mixed,
         grad_rows,
@@ -219,16 +175,15 @@ def backward(
         states,
         attention,
         slots,
-        neurons_last(layer.weight_h, layer.bias, num_runs),
+        neurons_last(layer),
         states if mixture is None else mixture.offered,
         states if mixture is None else mixture.schedule,
         states if passes is None else passes.to(torch.uint8).contiguous(),
         layer.sources,
-        edges,
-        edges.shape[1],
+        layer.edges,
+        layer.edges.shape[1],
         length,
         B=batch,
-        V=num_rows,
         SCALE=layer.scale,
         MIXES=mixture is not None,
         PROJECTS=mixture is not None and mixture.positive_projection,
@@ -261,7 +216,6 @@ class Sums(NamedTuple):
 
 def sums_over_samples(
     layer: Layer,
-    num_runs: int,
     x: Float[Tensor, "S T B E"],
     states: Float[Tensor, "T+1 F N B"],
     attention: Float[Tensor, "T F M B"],
@@ -275,12 +229,11 @@ def sums_over_samples(
     """Sum over all steps and samples, after `backward`.
 
     Args:
-        layer: see `forward`.
-        num_runs: see `forward`.
+        layer: of all runs.
         x: [S, T, B, E].
-        states: from `forward`.
-        attention: from `forward`.
-        slots: from `forward`.
+        states: from `forward_steps`.
+        attention: from `forward_steps`.
+        slots: from `forward_steps`.
         passed: from `backward`.
         mixture: as `backward` had it.
         measured: given if and only if `mixture` is.
@@ -290,7 +243,7 @@ def sums_over_samples(
     from sgrl.nn.kernels import triton_sums
 
     tile = tile or {"KB": 32, "CB": 64, "num_warps": 8}
-    sizes = _sizes(layer, num_runs)
+    sizes = _sizes(layer)
     size, batch, external = sizes["N"], x.shape[2], x.shape[3]
     num_flat = len(layer.sources)
     gradients = {
@@ -321,7 +274,7 @@ def sums_over_samples(
         missing if measured is None else measured.prediction,
         missing if mixture is None else mixture.offered,
         missing if valid is None else valid.to(torch.uint8).contiguous(),
-        missing if measured is None else _loss_factor(layer, num_runs, x, valid),
+        missing if measured is None else _loss_factor(layer, x, valid),
         layer.sources,
         x.shape[1],
         B=batch,
@@ -347,65 +300,54 @@ def sums_over_samples(
     return Sums(gradients, torch.cat([moments, parts[:, 0, 4:]], dim=1))
 
 
-def _loss_factor(layer: Layer, num_runs: int, x: Tensor, valid: Tensor | None) -> Tensor:
+def _loss_factor(layer: Layer, x: Tensor, valid: Tensor | None) -> Tensor:
     """2 / number of terms in the predictor's loss of each run [S]."""
-    width, size = len(layer.sources) // num_runs, layer.bias.shape[2]
+    size = layer.num_neurons // layer.num_runs * layer.neuron_size
     if valid is None:
-        return x.new_full((num_runs,), 2 / (x.shape[1] * x.shape[2] * width * size))
-    return 2 / (valid.sum((1, 2)).clamp(min=1) * (width * size)).to(x.dtype)
+        return x.new_full((layer.num_runs,), 2 / (x.shape[1] * x.shape[2] * size))
+    return 2 / (valid.sum((1, 2)).clamp(min=1) * size).to(x.dtype)
 
 
 def temporal_schedule(
-    mixing_weight: Float[Tensor, " F"],
-    sources: Int64[Tensor, "F P"],
-    length: int,
-    beta: float | Float[Tensor, " F"],
-    edges: Int64[Tensor, "F C"],
-    num_runs: int,
+    layer: Layer, length: int, beta: Float[Tensor, " F"]
 ) -> Float[Tensor, "{length} F"]:
     """Lambda at every step in one launch, see `sgprop.temporal_schedule`.
 
     Args:
-        mixing_weight: lambda [F].
-        sources: what each neuron reads.
+        layer: of all runs, with its edges.
         length: T.
         beta: step of the schedule.
-        edges: `connectivity.edge_table` of the sources.
-        num_runs: S.
 
     Returns:
-        [T, F]; the last row is `mixing_weight`.
+        [T, F]; the last row is the layer's `mixing_weight`.
     """
     from sgrl.nn.kernels import triton_kernels
 
-    num_flat = len(mixing_weight)
-    schedule = mixing_weight.new_empty(length, num_flat)
-    if not isinstance(beta, Tensor):
-        beta = torch.full_like(mixing_weight, beta)
-    triton_kernels.schedule_loop[(num_runs,)](
+    assert layer.edges is not None
+    sizes = _sizes(layer)
+    schedule = layer.mixing_weight.new_empty(length, layer.num_neurons)
+    triton_kernels.schedule_loop[(layer.num_runs,)](
         schedule,
-        mixing_weight,
-        edges,
+        layer.mixing_weight,
+        layer.edges,
         beta,
-        edges.shape[1],
+        layer.edges.shape[1],
         length,
-        W=num_flat // num_runs,
-        P=sources.shape[1],
-        WB=_power_of_two(num_flat // num_runs),
+        W=sizes["W"],
+        P=sizes["P"],
+        WB=_power_of_two(sizes["W"]),
     )
     return schedule
 
 
-def _sizes(layer: Layer, num_runs: int) -> dict[str, Any]:
+def _sizes(layer: Layer) -> dict[str, Any]:
     """Sizes of one run as kernels take them."""
-    assert layer.weight_x is not None
-    num_slots, size = layer.bias.shape[1:]
     return {
-        "W": len(layer.weight_h) // num_runs,
-        "X": len(layer.weight_x) // num_runs,
-        "P": layer.weight_h.shape[2] // size,
-        "N": size,
-        "M": num_slots,
+        "W": layer.num_neurons // layer.num_runs,
+        "X": layer.num_input_neurons,
+        "P": layer.num_parents,
+        "N": layer.neuron_size,
+        "M": layer.num_slots,
     }
 
 
@@ -422,18 +364,17 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def neurons_last(
-    weight: Float[Tensor, "F R L"], bias: Float[Tensor, "F M N"], num_runs: int
-) -> Float[Tensor, "S L+1 R W"]:
+def neurons_last(layer: Layer) -> Float[Tensor, "S C R W"]:
     """Weights and biases in the order in which the threads, one for each neuron, read them.
 
-    The last column is the bias; it is 0 for the keys, which the predictor lacks.
+    The last column is the bias; it is 0 for the keys.
     """
-    rows, length = weight.shape[1:]
-    columns = weight.new_zeros(num_runs, length + 1, rows, len(weight) // num_runs)
-    columns[:, :-1] = weight.detach().unflatten(0, (num_runs, -1)).permute(0, 3, 2, 1)
-    slots = bias.detach().flatten(1).unflatten(0, (num_runs, -1)).transpose(1, 2)
-    columns[:, -1, rows - slots.shape[1] :] = slots
+    by_run = (layer.num_runs, layer.num_neurons // layer.num_runs)
+    rows, read = layer.weight_h.shape[1:]
+    columns = layer.weight_h.new_zeros(layer.num_runs, read + 1, rows, by_run[1])
+    columns[:, :-1] = layer.weight_h.detach().unflatten(0, by_run).permute(0, 3, 2, 1)
+    slots = layer.bias.detach().flatten(1).unflatten(0, by_run).transpose(1, 2)
+    columns[:, -1, layer.num_slots :] = slots
     return columns
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sgrl.nn.kernels import torch_layer, triton_layer
 from sgrl.nn.mixing import Moments
 from sgrl.nn.neuron import PARAMETERS, Layer
-from sgrl.nn.sgprop import Mixing
+from sgrl.nn.sgprop import NORMS, Mixing
 
 #: A thread holds so many rows of a neuron in its registers, at most.
 MAX_ROWS = 64
@@ -37,8 +37,8 @@ def _is_installed() -> bool:
 class Pass(torch_layer.Pass):
     """A forward pass, made step by step or at once."""
 
-    def lay_out(self, weight_h: Tensor, bias: Tensor) -> None:
-        self.columns = triton_layer.neurons_last(weight_h, bias, self.layer.num_runs)
+    def lay_out(self) -> None:
+        self.columns = triton_layer.neurons_last(self.layer)
 
     def external(self, x: Float[Tensor, "S T B E"]) -> Float[Tensor, "S X R T B"]:
         """What the external inputs add to the rows of the input neurons, keys not scaled yet."""
@@ -51,7 +51,6 @@ class Pass(torch_layer.Pass):
         """Make steps from t on; `external` of their inputs."""
         triton_layer.forward_steps(
             self.layer,
-            self.layer.num_runs,
             self.columns,
             external,
             self.states[t : t + external.shape[3] + 1],
@@ -74,7 +73,7 @@ def unroll(
     inputs = (x, h_0, *parameters.values())
     if passed is None:
         with torch.no_grad():
-            made = Pass(layer, x.shape[1], h_0, *inputs[2:5])
+            made = Pass(layer, x.shape[1], h_0)
             made.steps(0, made.external(x))
             passed = made
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
@@ -107,10 +106,10 @@ class _Unroll(torch.autograd.Function):
         x, states, attention, slots, *parameters = ctx.saved_tensors
         names = [name for name in PARAMETERS if getattr(ctx.layer, name) is not None]
         layer = ctx.layer._replace(**dict(zip(names, parameters, strict=True)))
-        given, kept = (layer, layer.num_runs), (states, attention, slots)
+        kept = (states, attention, slots)
         mixture = measured = None
         if mixing.settings.mixes:
-            prediction = triton_layer.predict(*given, x, states, attention)
+            prediction = triton_layer.predict(layer, x, states, attention)
             mixture = triton_layer.Mixture(
                 ctx.schedule,
                 prediction,
@@ -125,8 +124,8 @@ class _Unroll(torch.autograd.Function):
                 mixing.rule.unit_gradients,
             )
         gradient = grad_output.permute(1, 0, 3, 4, 2).flatten(1, 2)  # [T, W, N, B]
-        passed = triton_layer.backward(*given, layer.edges, gradient, *kept, mixture)
-        sums = triton_layer.sums_over_samples(*given, x, *kept, passed, mixture, measured)
+        passed = triton_layer.backward(layer, gradient, *kept, mixture)
+        sums = triton_layer.sums_over_samples(layer, x, *kept, passed, mixture, measured)
         if measured is not None:
             _finish(layer, mixing, x, mask, sums.parts)
         grad_x = grad_h0 = None
@@ -152,19 +151,11 @@ def _finish(
     terms = valid.clamp(min=1) * width
     statistics = _sum_of_neurons(parts[:, 4:].view(layer.num_runs, width, 4))
     mixing.statistics["predictor_loss"] = statistics[:, 0] / (terms * layer.neuron_size)
-    for i, name in enumerate(("received_grad_norm", "mixed_grad_norm", "prediction_norm")):
+    for i, name in enumerate(NORMS):
         mixing.statistics[name] = statistics[:, 1 + i] / terms
     if mixing.rule.updates:
-        num_samples = valid.repeat_interleave(width)
-        count = num_samples.clamp(min=1)
-        moments = Moments(
-            mean_u_square=parts[:, 0] / count,
-            mean_wu=parts[:, 1] / count,
-            square_mean_u=parts[:, 2] / count**2,
-            mean_w_mean_u=parts[:, 3] / count**2,
-            num_samples=num_samples,
-        )
-        mixing.rule.update(layer, moments)
+        sums = parts[:, :4].unbind(1)
+        mixing.rule.update(layer, Moments.of_sums(sums, valid.repeat_interleave(width)))
 
 
 def _sum_of_neurons(values: Float[Tensor, "S w K"]) -> Float[Tensor, "S K"]:
