@@ -19,10 +19,9 @@ from sgrl.analysis.figures import learning_curves, performance_profiles, scores_
 from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
 from sgrl.analysis.style import COLOURS, method_styles
-from sgrl.results.metrics import append_row, read_metrics, score
+from sgrl.results.metrics import DEFAULT_ENVIRONMENTS, append_row, read_metrics, score
 from sgrl.results.runs import (
     DEFAULT_BATCHES,
-    DEFAULT_ENVIRONMENTS,
     ResultsError,
     _planned_steps,
     load_results,

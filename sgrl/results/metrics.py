@@ -34,6 +34,8 @@ COLUMNS = tuple(
     name for name in METRICS if name not in EVALUATION_COLUMNS and not name.startswith("layer")
 )
 INTEGER_COLUMNS = ("iteration", "env_steps", "padded_env_steps", "episodes")
+#: Environments of Reinforce where its configuration leaves them unsaid.
+DEFAULT_ENVIRONMENTS = 20
 #: Columns that older files lack, and those that they have under another name.
 NEW_COLUMNS = ("padded_env_steps", "episodes")
 OLD_NAMES = {"true_grad_norm": "received_grad_norm"}
@@ -155,7 +157,7 @@ def read_metrics(path: Path) -> list[Row]:
     if not rows or NEW_COLUMNS[0] in rows[0]:
         return rows
     lists = {name: [row[name] for row in rows] for name in ("env_steps", "episode_length_mean")}
-    counts = old_counts(path, _config_beside(path), *lists.values())
+    counts = _old_counts(path, _config_beside(path), *lists.values())
     counted = [
         dict(zip(counts, values, strict=True)) for values in zip(*counts.values(), strict=True)
     ]
@@ -174,7 +176,13 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return {}
 
 
-def old_counts(
+def episodes_of_batch(runners: Mapping[str, Any]) -> int:
+    """How many episodes a batch of Reinforce has, by the section env_runners of its config."""
+    size = runners.get("num_envs_per_env_runner", DEFAULT_ENVIRONMENTS)
+    return size * max(1, runners.get("num_env_runners", 0))
+
+
+def _old_counts(
     path: Path, config: Mapping[str, Any], env_steps: Sequence[float], lengths: Sequence[float]
 ) -> dict[str, list[float]]:
     """What `env_steps`, `padded_env_steps` and `episodes` are in a file that has only the first.
@@ -197,10 +205,7 @@ def old_counts(
         unknown = [math.nan] * len(env_steps)
         return {"env_steps": [*env_steps], "padded_env_steps": unknown, "episodes": unknown}
     try:
-        runners = config["config"].get("env_runners") or {}
-        batch = runners.get("num_envs_per_env_runner", 20) * max(
-            1, runners.get("num_env_runners", 0)
-        )
+        batch = episodes_of_batch(config["config"].get("env_runners") or {})
         episodes = [batch * padded / env_steps[0] for padded in env_steps]
         ended = [later - before for before, later in itertools.pairwise([0.0, *episodes])]
         taken = [count * length for count, length in zip(ended, lengths, strict=True)]

@@ -11,6 +11,7 @@ that `experiment.yaml` plans, do not count. `problems` says so.
 import contextlib
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,10 @@ from sgrl.results.metrics import (
     MEASURES,
     NEW_COLUMNS,
     Axis,
-    columns_of,
     common_measure,
+    episodes_of_batch,
     is_taken,
     known_columns,
-    old_counts,
     read_metrics,
     score_of,
 )
@@ -42,8 +42,7 @@ from sgrl.results.plan import ExperimentError, planned_trials
 
 #: Columns of every row of metrics.csv that is whole; the others may be empty.
 FILLED = ("iteration", "env_steps", "iteration_seconds")
-#: What a configuration may leave unsaid: the environments of Reinforce, and a batch's steps.
-DEFAULT_ENVIRONMENTS = 20
+#: Steps of a batch where the configuration leaves them unsaid.
 DEFAULT_BATCHES = {"PPO": 4000, "APPO": 500, "IMPALA": 500}
 
 
@@ -162,7 +161,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
     several = len(folders) > 1
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
-    files: list[tuple[Path, dict[str, Any]]] = []
+    files: list[Path] = []
     swept: dict[str, None] = {"experiment": None} if several else {}
     for name, directory in zip(names, folders, strict=True):
         sweep = SweepFolder(directory)
@@ -186,14 +185,14 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
                     "notes": status.get("notes", []),
                 }
             )
-            files.append((folder.metrics, config))
+            files.append(folder.metrics)
     metrics = _read_all(files)
     for row, (frame, _) in zip(rows, metrics, strict=True):
         row["lacks_axis"] = len(frame) > 0 and bool(np.isnan(places(frame, x)).any())
     if rows and all(row["lacks_axis"] for row in rows):
         raise ResultsError(f"{folders[0]}: {_lacking(x)} in any trial: give another --x")
     measures = set()
-    for row, (frame, _) in zip(rows, metrics, strict=True):
+    for row, (frame, dropped) in zip(rows, metrics, strict=True):
         lists = {name: frame[name].tolist() for name in MEASURES if name in frame}
         measure, row["final"], row["auc"] = score_of(places(frame, x).tolist(), lists)
         row["iterations"] = len(frame)
@@ -201,7 +200,6 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
         row["env_steps"] = int(np.nan_to_num(frame["env_steps"].iloc[-1])) if len(frame) else 0
         row["seconds"] = float(frame["iteration_seconds"].sum())
         measures.add(measure)
-    for row, (_, dropped) in zip(rows, metrics, strict=True):
         problems += _problems(row, dropped)
         if row["lacks_axis"]:
             problems.append(f"{row['trial']}: {_lacking(x)}; left out of curves and AUC")
@@ -254,22 +252,21 @@ def _problems(row: dict[str, Any], dropped: int) -> list[str]:
     return found
 
 
-def _read_all(files: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[pd.DataFrame, int]]:
+def _read_all(paths: Sequence[Path]) -> list[tuple[pd.DataFrame, int]]:
     """Read many trials' metrics.csv, as `read_metrics` does.
 
     Returns:
-        For each file, given with its trial's config.yaml, its rows and the number of dropped lines.
+        For each file its rows and the number of dropped lines.
 
     Files with the same header are parsed in one go: two thousand of them take seconds. One that
-    is not as it should be is read again by `read_metrics`, line by line.
+    is not as it should be, or of an older version, is read by `read_metrics`, line by line.
     """
-    paths = [path for path, _ in files]
     texts = [_read_bytes(path) for path in paths]
     heads = [text.partition(b"\n")[0] for text in texts]
     frames: list[pd.DataFrame | None] = [None] * len(paths)
     for head in dict.fromkeys(heads):
         columns = known_columns(head.decode(errors="replace"))
-        if columns is None:
+        if columns is None or NEW_COLUMNS[0] not in columns:
             continue
         members = [i for i, other in enumerate(heads) if other == head]
         bodies = [texts[i][len(head) + 1 : texts[i].rfind(b"\n") + 1] for i in members]
@@ -286,7 +283,7 @@ def _read_all(files: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[pd.Dat
             for i, last, count in zip(members, np.cumsum(counts), counts, strict=True):
                 frame = whole[last - count : last]
                 if _is_sound(frame):
-                    frames[i] = _with_counts(frame, *files[i])
+                    frames[i] = frame
     read = []
     for path, text, sound in zip(paths, texts, frames, strict=True):
         frame = _line_by_line(path) if sound is None else sound
@@ -294,15 +291,6 @@ def _read_all(files: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[pd.Dat
         dropped = max(0, lines - 1 - len(frame)) if text else 0
         read.append((frame, dropped))
     return read
-
-
-def _with_counts(frame: pd.DataFrame, path: Path, config: dict[str, Any]) -> pd.DataFrame:
-    """A file's rows, of an older one with the columns that it lacks."""
-    if NEW_COLUMNS[0] in frame or not len(frame):
-        return frame
-    lists = (frame[name].tolist() for name in ("env_steps", "episode_length_mean"))
-    whole = frame.assign(**old_counts(path, config, *lists))
-    return whole[list(columns_of(dict.fromkeys(frame.columns, 0.0)))]
 
 
 def _line_by_line(path: Path) -> pd.DataFrame:
@@ -373,25 +361,18 @@ def _trial_folders(
 
 def _planned_steps(config: dict[str, Any]) -> dict[str, str | None]:
     """A trial's batch and budget in words; None where its configuration does not say."""
-    sections: dict[str, Any] = {
-        "environment": {},
-        "env_runners": {},
-        "training": {},
-        "learners": {},
-    }
-    sections |= config.get("config") or {}
-    runners, training = sections["env_runners"], sections["training"]
+    sections = defaultdict[str, dict[str, Any]](dict, config.get("config") or {})
+    training = sections["training"]
     iterations = (config.get("stop") or {}).get("training_iteration") or 0
     match config.get("algorithm"):
         case "Reinforce":
-            size = runners.get("num_envs_per_env_runner", DEFAULT_ENVIRONMENTS)
-            size *= max(1, runners.get("num_env_runners", 0))
-            episodes = size * _updates(iterations, training)
+            in_batch = episodes_of_batch(sections["env_runners"])
+            episodes = in_batch * _updates(iterations, training)
             length = _episode_length(sections["environment"])
             # How many of them are really taken shows only in the end.
             steps = f"{episodes * length:,} padded environment steps"
             budget = steps if length else f"{episodes:,} episodes"
-            return {"batch": f"{size:,} episodes", "budget": budget if episodes else None}
+            return {"batch": f"{in_batch:,} episodes", "budget": budget if episodes else None}
         case "PPO" | "APPO" | "IMPALA" as algorithm:
             size = training.get("train_batch_size_per_learner")
             if size is None:  # RLlib splits this one among the learners
