@@ -7,8 +7,8 @@ same code for every policy; predictors merely have an optimizer of their own.
 import ctypes
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -67,6 +67,11 @@ class UpdateSettings:
         if self.baseline not in BASELINES:
             known = ", ".join(BASELINES)
             raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Take the settings from an object that has them among its attributes."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:

@@ -38,7 +38,7 @@ from ray.rllib.utils.metrics import (
 from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
-from sgrl.reinforce.update import BASELINES
+from sgrl.reinforce.update import UpdateSettings
 from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
 from sgrl.rllib.module import policy_arguments
@@ -62,13 +62,8 @@ class ReinforceConfig(PolicyConfig):
         self.seed = 0
         self.lr = 2e-3
         self.predictor_lr = 1e-5
-        self.gamma = 0.95
-        self.entropy_coeff = 0.01
-        self.grad_clip = 0.5
-        self.normalize_returns = True
-        self.two_phase = False
-        self.baseline: Literal["none", "batch_mean", "value_head"] = "none"
-        self.value_coeff = 0.5
+        for setting in dataclasses.fields(UpdateSettings):
+            setattr(self, setting.name, setting.default)
         self.total_updates: int | None = None
         self.total_iterations: int | None = None
         self.batch_mode = "complete_episodes"
@@ -162,9 +157,7 @@ class ReinforceConfig(PolicyConfig):
         for name in ("normalize_returns", "two_phase"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.baseline not in BASELINES:
-            known = ", ".join(BASELINES)
-            raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
+        UpdateSettings.of(self)  # which checks them
         updates, iterations = self.total_updates, self.total_iterations
         if updates is None or iterations is None:
             if updates is not iterations:

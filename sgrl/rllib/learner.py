@@ -5,7 +5,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -215,7 +214,7 @@ class ReinforceLearner(ExactLearner):
             dict(self.get_optimizers_for_module(module_id)),
             batch.to(self._device),
             # A config holds each of them under the same name.
-            UpdateSettings(**{f.name: getattr(config, f.name) for f in fields(UpdateSettings)}),
+            UpdateSettings.of(config),
         )
 
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:

@@ -8,7 +8,7 @@ that they do not read.
 import functools
 import inspect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -208,15 +208,9 @@ def refuse_ignored(
         )
     for name, works, why in _conditions(config):
         changed = hasattr(defaults, name) and getattr(config, name) != getattr(defaults, name)
-        if changed and not works:
+        if changed and not works():
             section, key = sections[name]
             raise ValueError(f"{section}.{key} does nothing {why}: leave it out")
-    for name in ("normalize_actions", "clip_actions"):
-        if getattr(config, name) != getattr(defaults, name) and _has_discrete_actions(config):
-            section, key = sections[name]
-            raise ValueError(
-                f"{section}.{key} does nothing where actions are discrete: leave it out"
-            )
     shuffles = config.shuffle_batch_per_epoch and not defaults.shuffle_batch_per_epoch
     if shuffles and config.num_epochs == 1:
         raise _does_nothing(config, "training", "shuffle_batch_per_epoch")
@@ -240,22 +234,29 @@ def refuse_ignored(
                 raise _does_nothing(config, "model", key)
 
 
-def _conditions(config: AlgorithmConfig) -> list[tuple[str, bool, str]]:
+def _conditions(config: AlgorithmConfig) -> list[tuple[str, Callable[[], bool], str]]:
     """Settings that do something only beside others: name, whether it does, the reason if not."""
     connectors = (
         config._env_to_module_connector,
         config._module_to_env_connector,
         config._learner_connector,
     )
+    baseline = config.get("baseline")
+
+    def takes_numbers() -> bool:
+        return not _has_discrete_actions(config)
+
     return [
         (
             "train_batch_size",
-            config._train_batch_size_per_learner is None,
+            lambda: config._train_batch_size_per_learner is None,
             "beside train_batch_size_per_learner",
         ),
-        ("grad_clip_by", config.grad_clip is not None, "without grad_clip"),
-        ("value_coeff", config.get("baseline") == "value_head", "without baseline: value_head"),
-        ("episode_lookback_horizon", any(connectors), "without connectors that look back"),
+        ("grad_clip_by", lambda: config.grad_clip is not None, "without grad_clip"),
+        ("value_coeff", lambda: baseline == "value_head", "without baseline: value_head"),
+        ("episode_lookback_horizon", lambda: any(connectors), "without connectors that look back"),
+        ("normalize_actions", takes_numbers, "where actions are discrete"),
+        ("clip_actions", takes_numbers, "where actions are discrete"),
     ]
 
 

@@ -224,8 +224,7 @@ def plain_work(trial: TrialConfig, config: Any) -> Iterator[Work]:
         runner.share_module(runner.module)
         policy = runner.module.policy
         optimizers = make_optimizers(policy, config.lr, config.predictor_lr)
-        names = [field.name for field in dataclasses.fields(UpdateSettings)]
-        settings = UpdateSettings(**{name: getattr(config, name) for name in names})
+        settings = UpdateSettings.of(config)
 
         def step() -> None:
             [batch] = runner.sample()
