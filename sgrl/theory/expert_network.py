@@ -37,7 +37,7 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
-from sgrl.theory.tasks import TheoryError, run_pieces
+from sgrl.theory.tasks import TheoryError, check_at_least, run_pieces
 
 Array = NDArray[np.float64]
 
@@ -178,9 +178,7 @@ def simulate(
     Raises:
         TheoryError: trials < 2, seed < 0, parallel < 1, or no Ray cluster at RAY_ADDRESS.
     """
-    for name, value, least in (("trials", trials, 2), ("seed", seed, 0), ("parallel", parallel, 1)):
-        if value < least:
-            raise TheoryError(f"{name} must be at least {least}, got {value}")
+    check_at_least(trials=(trials, 2), seed=(seed, 0), parallel=(parallel, 1))
     pieces = [
         (cell, piece) for cell in cells for piece in _split(cell, range(trials), STATES_PER_TASK)
     ]

@@ -15,6 +15,17 @@ class TheoryError(UserError):
     """Settings that make no sense; the message is one line."""
 
 
+def check_at_least(**settings: tuple[int, int]) -> None:
+    """Check settings, each given with the least that it may be.
+
+    Raises:
+        TheoryError: one is less.
+    """
+    for name, (value, least) in settings.items():
+        if value < least:
+            raise TheoryError(f"{name.replace('_', ' ')} must be at least {least}, got {value}")
+
+
 def run_pieces(
     function: Callable[..., Any], pieces: Iterable[tuple], parallel: int
 ) -> Iterator[Any]:

@@ -25,7 +25,7 @@ from sgrl.theory.probe.labyrinth import (
     labyrinth_sums,
 )
 from sgrl.theory.probe.sufficiency import explain
-from sgrl.theory.tasks import TheoryError, run_pieces
+from sgrl.theory.tasks import TheoryError, check_at_least, run_pieces
 
 NUM_SHARDS = 24
 #: Steps of a recurrent network that are reported apart, as shares of the episode length.
@@ -99,16 +99,14 @@ def check_settings(
     samples = (960 if recurrent else 4800) if samples is None else samples
     trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
     batch_size = trained_batch if batch_size is None else batch_size
-    for name, value, least in (
-        ("samples", samples, 2 * NUM_SHARDS),
-        ("trained batch", trained_batch, 1),
-        ("batch size", batch_size, 1),
-        ("neurons", neurons, 0),
-        ("seed", seed, 0),
-        ("parallel", parallel, 1),
-    ):
-        if value < least:
-            raise TheoryError(f"{name} must be at least {least}, got {value}")
+    check_at_least(
+        samples=(samples, 2 * NUM_SHARDS),
+        trained_batch=(trained_batch, 1),
+        batch_size=(batch_size, 1),
+        neurons=(neurons, 0),
+        seed=(seed, 0),
+        parallel=(parallel, 1),
+    )
     return ProbeSettings(samples, batch_size, trained_batch, neurons, seed, parallel)
 
 
@@ -157,12 +155,8 @@ def probe(
         for index, group in enumerate(groups):
             of_layer = [of_shard[index] for of_shard in sums]
             numbers = neuron_numbers(moments(of_layer, counts), batch_size, group)
-            of_group = [of_shard[index] for of_shard in feedback]
-            explained = (
-                None
-                if of_group[0] is None
-                else explain([part for part in of_group if part is not None])
-            )
+            of_group = [part for of_shard in feedback if (part := of_shard[index]) is not None]
+            explained = explain(of_group) if of_group else None
             of_neurons, of_all = summarise(numbers, explained, test_counts, predictors)
             place: dict[str, object] = {"layer": group.layer}
             if isinstance(policy, SparseNetPolicy):
