@@ -13,7 +13,8 @@ import yaml
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn import POLICIES, SyntheticGradient
-from sgrl.nn.registry import make_policy, predictor_parameters
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce import Rollout, train
 from sgrl.tuning.experiment.load import load_experiment
 
@@ -57,7 +58,7 @@ def test_the_policy_trains(registered: dict) -> None:
     assert isinstance(policy.block, SyntheticGradient)
     for _ in train(policy, env, iterations=2):
         pass
-    assert all(parameter.any() for parameter in predictor_parameters(policy))
+    assert all(parameter.any() for parameter in split_parameters(policy)[1])
     assert (policy.block.mixing_weight < 1).any()
 
 

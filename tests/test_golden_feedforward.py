@@ -19,8 +19,8 @@ from torch import Tensor
 from sgrl.envs.registry import make_device
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
 from sgrl.nn.kernels.backends import BACKENDS
-from sgrl.nn.mixing import backward_phase
-from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.mixing import backward_phase, split_parameters
+from sgrl.nn.registry import make_policy
 from sgrl.nn.stacked import StackedActing
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import reinforce_loss
@@ -157,13 +157,13 @@ def check_forward_and_gradients(case: Case, backend: str) -> None:
 
     loss, _ = loss_of(policy, case)
     with backward_phase(policy, "predictor"):
-        torch.autograd.backward(loss, inputs=predictor_parameters(policy), retain_graph=True)
+        torch.autograd.backward(loss, inputs=split_parameters(policy)[1], retain_graph=True)
     check_gradients(policy, to_policy_names(case.group("sg_grad")))
     assert_close(policy.core.statistics["predictor_loss"], case["sg_losses"][:-1].sum())
     assert_close(policy.actor.statistics["predictor_loss"], case["sg_losses"][-1])
     assert_close(mixing_weights(policy), case["lambda_before"])
     with backward_phase(policy, "policy"):
-        torch.autograd.backward(loss, inputs=policy_parameters(policy))
+        torch.autograd.backward(loss, inputs=split_parameters(policy)[0])
     check_gradients(policy, to_policy_names(case.group("sgprop_grad")))
     assert_close(mixing_weights(policy), case["lambda_after"])
 

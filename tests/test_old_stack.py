@@ -13,7 +13,8 @@ from ray.rllib.examples.envs.classes.random_env import RandomEnv
 from sweeps import SPARSENET
 
 import sgrl
-from sgrl.nn.registry import make_policy, predictor_parameters
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.registry import make_policy
 from sgrl.results.evaluation import evaluate
 from sgrl.rllib import (
     GRUNetwork,
@@ -71,7 +72,7 @@ def test_ppo_trains_saves_and_restores(name: str, tmp_path: Path) -> None:
         algorithm.train()
     after = policy.state_dict()
     if name == "sparsenet":
-        assert all(p.grad.abs().max() > 0 for p in predictor_parameters(policy))
+        assert all(p.grad.abs().max() > 0 for p in split_parameters(policy)[1])
         mixing_weight = "core.neurons.mixing_weight"
         assert not torch.equal(after[mixing_weight], before[mixing_weight])
         assert ((after[mixing_weight] >= 0) & (after[mixing_weight] <= 1)).all()
@@ -106,7 +107,7 @@ def test_predictors_have_a_learning_rate_of_their_own(name: str, env: str, tmp_p
     algorithm = config.build_algo()
     rllib_policy = algorithm.get_policy()
     policy = rllib_policy.model.policy
-    predictors = predictor_parameters(policy)
+    predictors = split_parameters(policy)[1]
     before = {key: value.clone() for key, value in policy.state_dict().items()}
     for _ in range(3):
         algorithm.train()

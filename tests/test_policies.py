@@ -11,14 +11,12 @@ import torch
 
 from sgrl import load_policy
 from sgrl.nn import SyntheticGradient
-from sgrl.nn.mixing import mixing_modules, mixing_summary
+from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.registry import (
     POLICIES,
     make_policy,
     mixing_statistics,
-    policy_parameters,
-    predictor_parameters,
     save_policy,
 )
 from sgrl.results.metrics import columns_of
@@ -127,7 +125,7 @@ def test_published_sizes_and_initial_values() -> None:
     assert neurons.weight_x.shape == (16, 42, 128)
     for parameter in (neurons.weight_h, neurons.weight_x, neurons.bias):
         assert parameter.std().item() == pytest.approx(164**-0.5, rel=0.05)
-    assert not any(parameter.any() for parameter in predictor_parameters(policy))
+    assert not any(parameter.any() for parameter in split_parameters(policy)[1])
     assert torch.equal(neurons.mixing_weight, torch.ones(128))
     assert policy.actor.keys.shape == policy.actor.A.shape == (4, 6, 768)
     for parameter in (policy.actor.keys, policy.actor.A):
@@ -155,7 +153,7 @@ def test_published_sizes_and_initial_values() -> None:
 def test_published_sizes_of_the_bandits_policies() -> None:
     """2,818,000 policy parameters with nine actions; the dense network within 4,000 of it."""
     sparse, dense = make_policy("sparse_mlp", 784, 9), make_policy("dense", 784, 9)
-    count = sum(p.numel() for p in policy_parameters(sparse))
+    count = sum(p.numel() for p in split_parameters(sparse)[0])
     assert count == 2_818_000
     assert abs(sum(p.numel() for p in dense.parameters()) - count) <= 4_000
     expected = {"keys": 50, "predictor_A": 2000, "predictor_bias": 2000}
@@ -194,13 +192,13 @@ def test_feed_forward_policies_pass_over_masked_steps() -> None:
 
 def test_parameters_are_split() -> None:
     policy = small("sparsenet")
-    split = policy_parameters(policy) + predictor_parameters(policy)
+    split = split_parameters(policy)[0] + split_parameters(policy)[1]
     assert {id(p) for p in split} == {id(p) for p in policy.parameters()}
-    assert len(predictor_parameters(policy)) == 3
+    assert len(split_parameters(policy)[1]) == 3
     for name in ("gru", "lstm", "mlp", "dense"):
-        assert predictor_parameters(small(name)) == []
+        assert split_parameters(small(name))[1] == []
         assert mixing_statistics(small(name)) == {}
-    assert predictor_parameters(small("sparsenet", propagation="backprop")) == []
+    assert split_parameters(small("sparsenet", propagation="backprop"))[1] == []
 
 
 class TwoBlocks(SparseNetPolicy):

@@ -9,7 +9,8 @@ import torch
 
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels.backends import BACKENDS
-from sgrl.nn.registry import make_policy, policy_parameters, predictor_parameters
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.registry import make_policy
 from sgrl.reinforce.batch import concatenate
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.loss import (
@@ -217,8 +218,8 @@ def test_optimizers_step_their_own_parameters() -> None:
     before = copy.deepcopy(policy)
     metrics = update(policy, optimizers, batch, UpdateSettings())
     for parameters, old, lr in (
-        (policy_parameters(policy), policy_parameters(before), 1e-2),
-        (predictor_parameters(policy), predictor_parameters(before), 1e-3),
+        (split_parameters(policy)[0], split_parameters(before)[0], 1e-2),
+        (split_parameters(policy)[1], split_parameters(before)[1], 1e-3),
     ):
         change = max((p - o).abs().max().item() for p, o in zip(parameters, old, strict=True))
         assert change == pytest.approx(lr, rel=0.05)  # Adam's first step has the size of lr

@@ -20,7 +20,8 @@ from sgrl.analysis.outputs import write_expert_network
 from sgrl.analysis.report import read_section, write_report
 from sgrl.analysis.tables import cells
 from sgrl.cli import app
-from sgrl.nn.registry import load_policy, policy_parameters
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.registry import load_policy
 from sgrl.results.metrics import AXES, read_metrics
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.theory.expert_network import simulate, sweep_cells
@@ -179,7 +180,7 @@ def test_what_the_page_says(sweep):
         "parameters.",
     ]
     policy = load_policy(next(sweep.glob(f"{theirs['trial'].iloc[0]}/checkpoints/000006")))
-    count = sum(weights.numel() for weights in policy_parameters(policy))
+    count = sum(weights.numel() for weights in split_parameters(policy)[0])
     assert trials["parameters"].iloc[0] == count
     assert count < sum(weights.numel() for weights in policy.parameters())  # has predictors
     assert len(table(section, "All learning rates")) == 6

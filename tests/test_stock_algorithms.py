@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import sgrl
 from sgrl.cli import app
-from sgrl.nn.registry import predictor_parameters
+from sgrl.nn.mixing import split_parameters
 from sgrl.results.checkpoints import newest_valid_checkpoint
 from sgrl.results.evaluation import evaluate
 from sgrl.results.plan import ExperimentError
@@ -125,7 +125,7 @@ def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
     algorithm.stop()
     after = policy_state(algorithm)
     assert {key for key in before if torch.equal(before[key], after[key])} == {"core.parents"}
-    assert all(p.grad.abs().max() > 0 for p in predictor_parameters(module.policy))
+    assert all(p.grad.abs().max() > 0 for p in split_parameters(module.policy)[1])
     mixing_weight = after["core.neurons.mixing_weight"]
     assert ((mixing_weight >= 0) & (mixing_weight <= 1)).all()
     for column in ("policy_loss", "entropy", "grad_norm", "predictor_loss", "mixing_weight_mean"):
@@ -169,7 +169,7 @@ def test_lambda_one_is_backprop(grad_clip: float | None, model: dict[str, Any]) 
             algorithm.train()
         states.append(policy_state(algorithm))
         policy = learner_of(algorithm).module[DEFAULT_MODULE_ID].policy
-        predictors.append(len(predictor_parameters(policy)))
+        predictors.append(len(split_parameters(policy)[1]))
         algorithm.stop()
     sgprop, backprop = states
     still = {key for key in backprop if key.endswith(("parents", "pixels", "mixing_weight"))}

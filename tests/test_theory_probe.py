@@ -23,12 +23,11 @@ from sgrl.envs.mnist import load as load_mnist
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES
 from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent
-from sgrl.nn.mixing import unit
+from sgrl.nn.mixing import split_parameters, unit
 from sgrl.nn.registry import (
     SparseMLPPolicy,
     SparseNetPolicy,
     make_policy,
-    predictor_parameters,
     save_policy,
 )
 from sgrl.reinforce import Rollout, UpdateSettings, discounted_returns, reinforce_loss, train
@@ -276,7 +275,7 @@ def tiny_recurrent(**settings: object) -> SparseNetPolicy:
     )
     generator = torch.Generator().manual_seed(2)
     policy.core.neurons.mixing_weight.copy_(torch.rand(5, generator=generator))
-    for parameter in predictor_parameters(policy):
+    for parameter in split_parameters(policy)[1]:
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(0.02 * values)  # they start as zeros
     return policy

@@ -85,23 +85,13 @@ def make_policy(
     return POLICIES[name](observation_size, num_actions, checked, generator, dtype)
 
 
-def policy_parameters(policy: nn.Module) -> list[nn.Parameter]:
-    """All parameters but the predictors'."""
-    return split_parameters(policy)[0]
-
-
-def predictor_parameters(policy: nn.Module) -> list[nn.Parameter]:
-    """The predictors' parameters; empty unless the policy uses sgprop."""
-    return split_parameters(policy)[1]
-
-
 def count_parameters(path: str | Path) -> int:
     """Count the trainable parameters of a saved policy, without the predictors'.
 
     Args:
         path: as of `load_policy`, which says what is raised.
     """
-    return sum(weights.numel() for weights in policy_parameters(load_policy(path)))
+    return sum(weights.numel() for weights in split_parameters(load_policy(path))[0])
 
 
 def mixing_statistics(network: nn.Module) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sgrl.nn.mixing import Moments, gradient_moments, unit
+from sgrl.nn.mixing import gradient_moments, unit
 from sgrl.nn.neuron import PerNeuron
 from sgrl.nn.sgprop import MixGradient, SGPropSettings, mean_norms, mix
 
@@ -205,25 +205,8 @@ class SyntheticGradient(nn.Module):
             regression = torch.einsum(f"kwn,{axes}->wnc", residual, context), residual.sum(0)
         self.statistics = {**self.statistics, **measured}
         if rule.updates:
-            rule.update(self, output_moments(gradient, substitute, rule.unit_gradients))
+            # Of the neurons' output: their parameters are out of sight.
+            if rule.unit_gradients:
+                gradient, substitute = unit(gradient), unit(substitute)
+            rule.update(self, gradient_moments(gradient, substitute))
         return mixed, *regression
-
-
-def output_moments(
-    gradient: Float[Tensor, "K W N"],
-    prediction: Float[Tensor, "K W N"],
-    unit_gradients: bool = True,
-) -> Moments:
-    """Moments of one batch where a neuron's parameters are out of sight.
-
-    As `sgrl.nn.mixing.batch_moments`, with the gradients of the neuron's output in place of those
-    of its parameters. For neurons of one number unit length leaves their signs.
-
-    Args:
-        gradient: received gradient g [K, W, N].
-        prediction: s [K, W, N].
-        unit_gradients: see `MixingRule`.
-    """
-    if unit_gradients:
-        gradient, prediction = unit(gradient), unit(prediction)
-    return gradient_moments(gradient, prediction)

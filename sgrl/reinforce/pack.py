@@ -116,12 +116,8 @@ class Pack:
         self.stacked: Stacked = stack_policies(policies, env.device)
         self._check_fit(policies[0])
         self.capture = env.device.type == "cuda" if capture is None else capture
-        first = next(iter(self.stacked.parameters.values()))
-        self.dtype = first.dtype
-
-        def of_runs(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=self.dtype, device=env.device)
-
+        self.dtype = next(iter(self.stacked.parameters.values())).dtype
+        of_runs = self.stacked.per_run
         self.gamma = torch.tensor([s.update.gamma for s in settings], dtype=torch.float64)
         self.gamma = self.gamma.to(env.device).unsqueeze(1)
         self.entropy_coeff = of_runs([s.update.entropy_coeff for s in settings])
