@@ -74,8 +74,12 @@ class Stacked(ABC):
 
     def linear(self, name: str, x: Float[Tensor, "S K i"]) -> Float[Tensor, "S K o"]:
         """The linear layer of that name, of each run."""
-        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        return self.affine(f"{name}.weight", f"{name}.bias", x)
+
+    def affine(self, weight: str, bias: str, x: Float[Tensor, "S K i"]) -> Float[Tensor, "S K o"]:
+        """The same, of parameters of any names."""
+        matrices = self.parameters[weight].transpose(1, 2)
+        return torch.baddbmm(self.parameters[bias].unsqueeze(1), x, matrices)
 
     def encode(self, observations: Float[Tensor, "S K F"]) -> Float[Tensor, "S K E"]:
         """The encoder."""
@@ -333,13 +337,11 @@ class _DenseRNN(Stacked):
 
     def embed(self, embeddings: Float[Tensor, "S K E"]) -> Float[Tensor, "S K rows"]:
         """What the embeddings add to each step."""
-        weight, bias = (self.parameters[f"core.{name}_ih_l0"] for name in ("weight", "bias"))
-        return torch.baddbmm(bias.unsqueeze(1), embeddings, weight.transpose(1, 2))
+        return self.affine("core.weight_ih_l0", "core.bias_ih_l0", embeddings)
 
     def recur(self, h: Float[Tensor, "S B H"]) -> Float[Tensor, "S B rows"]:
         """What the state before adds to a step."""
-        weight, bias = (self.parameters[f"core.{name}_hh_l0"] for name in ("weight", "bias"))
-        return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+        return self.affine("core.weight_hh_l0", "core.bias_hh_l0", h)
 
     @abstractmethod
     def cell(self, embedded: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

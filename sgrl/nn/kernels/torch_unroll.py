@@ -126,8 +126,8 @@ class _Unroll(torch.autograd.Function):
         shuffled = None
         if mixing.permutation is not None:
             valid = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask[0]
-            order = mixing.permutation(valid)
-            shuffled = _shuffled_predictions(layer, order, predictor, states, x, attention)
+            predictions = _predict(predictor, *_inputs(layer, states[:-1], x), attention)
+            shuffled = _dealt_out(predictions, mixing.permutation(valid))
 
         # Chunk after chunk from the end, so that what is needed only for the sums over all
         # samples stays small enough for the cache and never fills the memory.
@@ -136,23 +136,13 @@ class _Unroll(torch.autograd.Function):
             steps = slice(max(0, stop - chunk), stop)
             count = steps.stop - steps.start
             a, y, h = attention[steps], slots[steps], states[1:][steps]
-            # Every neuron's inputs at these steps, [W, L, K] and [S, E, K].
-            before = states[steps].permute(1, 2, 0, 3).reshape(num_neurons, -1)
-            read = before.index_select(0, parents).view(num_neurons, -1, count * batch)
-            external = x[:, steps].permute(0, 3, 1, 2).reshape(runs, -1, count * batch)
+            inputs = _inputs(layer, states[steps], x[:, steps])
             grad_rows = x.new_empty(count, num_neurons, rows, batch)
             if measured is not None:
-                mixture = _Mixture(
-                    mixing,
-                    predictor,
-                    read,
-                    external,
-                    a,
-                    ctx.schedule[steps],
-                    mask,
-                    steps,
-                    shuffled,
-                )
+                offered = None if shuffled is None else shuffled[steps]
+                valid = None if mask is None else mask[:, steps]
+                prediction = _predict(predictor, *inputs, a)
+                mixture = _Mixture(mixing, prediction, ctx.schedule[steps], valid, offered)
             for t in range(count - 1, -1, -1):
                 feedback = grad_output[steps.start + t].reshape_as(carried) + carried
                 if measured is not None:
@@ -162,17 +152,17 @@ class _Unroll(torch.autograd.Function):
                 carried = sum_over_children(grad_read, layer.sources, num_neurons, edges)
                 carried = carried.view(num_neurons, -1, batch)
             by_neuron = grad_rows.permute(1, 2, 0, 3).reshape(num_neurons, rows, -1)
-            _add(grads, parameter_gradients(layer, by_neuron, read, external))
+            _add(grads, parameter_gradients(layer, by_neuron, *inputs))
             if grad_x is not None:
                 of_input = of_input_neurons(layer, by_neuron)
                 grad_external = torch.bmm(scaled_x.transpose(1, 2), of_input)
                 grad_x[:, steps] = grad_external.transpose(1, 2).unflatten(1, (count, batch))
             if measured is not None:
                 grad_prediction = measured.add(mixture)
-                parts = _predictor_gradients(layer, grad_prediction, a, read, external)
+                parts = _predictor_gradients(layer, grad_prediction, a, *inputs)
                 _add(grad_predictor, parts)
                 if mixing.rule.updates:
-                    measured.add_moments(mixture, a, y, h, read, external)
+                    measured.add_moments(mixture, a, y, h, *inputs)
         if measured is not None:
             measured.finish()
         grad_h0 = None
@@ -192,30 +182,26 @@ class _Mixture:
     def __init__(
         self,
         mixing: Mixing,
-        predictor: list[Tensor],
-        read: Tensor,
-        external: Tensor,
-        attention: Tensor,
+        prediction: Tensor,
         schedule: Tensor,
         mask: Tensor | None,
-        steps: slice,
-        shuffled: Tensor | None,
+        offered: Tensor | None,
     ) -> None:
         self.projects = mixing.settings.positive_projection
         self.valid = None  # [T, W or 1, 1, B]
         if mask is not None:
-            self.valid = mask[:, steps].transpose(0, 1).unsqueeze(2)
+            self.valid = mask.transpose(0, 1).unsqueeze(2)
             if len(mask) > 1:
                 self.valid = self.valid.repeat_interleave(schedule.shape[1] // len(mask), 1)
-        self.prediction = _predict(predictor, read, external, attention)
+        self.prediction = prediction
         self.weight = schedule.view(*schedule.shape, 1, 1)
         if mixing.settings.mask_predictions and self.valid is not None:
             self.weight = torch.where(self.valid, self.weight, 1.0)
-        self.offered = self.prediction if shuffled is None else shuffled[steps]
+        self.offered = prediction if offered is None else offered
         self.injected = (1 - self.weight) * self.offered
-        self.substitute = torch.empty_like(self.prediction) if self.projects else self.offered
-        self.received = torch.empty_like(self.prediction)
-        self.mixed = torch.empty_like(self.prediction)
+        self.substitute = torch.empty_like(prediction) if self.projects else self.offered
+        self.received = torch.empty_like(prediction)
+        self.mixed = torch.empty_like(prediction)
 
     def mix(self, t: int, gradient: Tensor) -> Tensor:
         """Received gradient of step t of the chunk [W, N, B] -> the gradient to pass on."""
@@ -333,6 +319,20 @@ class _Measured:
         self.mixing.rule.update(self.layer, Moments.of_sums(sums, num_samples))
 
 
+def _inputs(layer: Layer, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every neuron's inputs at some steps, [W, L, K] and [S, E, K].
+
+    Args:
+        layer: that reads them.
+        states: before each of the steps [T, W, N, B].
+        x: external inputs [S, T, B, E].
+    """
+    before = states.permute(1, 2, 0, 3).reshape(layer.num_neurons, -1)
+    read = before.index_select(0, layer.sources.flatten())
+    external = x.permute(0, 3, 1, 2).flatten(2)
+    return read.view(layer.num_neurons, -1, external.shape[2]), external
+
+
 def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention: Tensor) -> Tensor:
     """Predictions s of every neuron at every step, [T, W, N, B]."""
     predictor_h, predictor_x, predictor_bias = predictor
@@ -350,23 +350,11 @@ def _predict(predictor: list[Tensor], read: Tensor, external: Tensor, attention:
     return (guesses * weights).sum(1).permute(2, 0, 1, 3).contiguous()
 
 
-def _shuffled_predictions(
-    layer: Layer,
-    order: Tensor,
-    predictor: list[Tensor],
-    states: Tensor,
-    x: Tensor,
-    attention: Tensor,
-) -> Tensor:
+def _dealt_out(predictions: Tensor, order: Tensor) -> Tensor:
     """Predictions of all steps, dealt out anew among the samples, [T, W, N, B]."""
-    _, length, batch, _ = x.shape
-    read = states[:-1].permute(1, 2, 0, 3).reshape(layer.num_neurons, -1)
-    read = read.index_select(0, layer.sources.flatten())
-    read = read.view(layer.num_neurons, -1, length * batch)
-    external = x.permute(0, 3, 1, 2).reshape(1, -1, length * batch)
-    prediction = _predict(predictor, read, external, attention)
-    by_sample = prediction.permute(0, 3, 1, 2).flatten(0, 1)[order]
-    return by_sample.view(length, batch, *by_sample.shape[1:]).permute(0, 2, 3, 1).contiguous()
+    length, *_, batch = predictions.shape
+    by_sample = predictions.permute(0, 3, 1, 2).flatten(0, 1)[order]
+    return by_sample.unflatten(0, (length, batch)).permute(0, 2, 3, 1).contiguous()
 
 
 def _predictor_gradients(

@@ -290,20 +290,8 @@ def backward_loop(
             at = after + (flat * (P * N * B))[:, None] + k * B + b[None, :]
             tl.store(at, passed, mask=ok)
         tl.debug_barrier()
-    carried = sum_over_children(
-        scratch + ((T - 1) % 2) * (num_flat * (P * N * B)),
-        edges,
-        flat,
-        b,
-        ok,
-        C,
-        num_flat * P,
-        dtype,
-        WB,
-        BT,
-        N,
-        B,
-    )
+    after = scratch + ((T - 1) % 2) * (num_flat * (P * N * B))
+    carried = sum_over_children(after, edges, flat, b, ok, C, num_flat * P, dtype, WB, BT, N, B)
     for n in tl.static_range(N):
         tl.store(grad_h0 + here + n * B, carried[n], mask=ok)
 
