@@ -38,7 +38,8 @@ from sgrl.nn.mixing import batch_moments
 from sgrl.nn.neuron import Activation, PerNeuron, SlotNeurons, Stack, predictor_generator
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mean_norms, mix
 
-_SIZES = ("input_size", "num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
+#: Sizes of a network, beside that of its input.
+SIZES = ("num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
 
 
 class SparseMLP(nn.Module):
@@ -156,7 +157,7 @@ class SparseMLP(nn.Module):
         Raises:
             ValueError: one line that names the argument.
         """
-        for name in _SIZES:
+        for name in ("input_size", *SIZES):
             if settings[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {settings[name]}")
         if settings["num_layers"] > 1 and settings["num_parents"] > settings["num_neurons"]:

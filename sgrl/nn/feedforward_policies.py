@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy
-from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.feedforward import SIZES, SparseMLP
 from sgrl.nn.kernels.native_stack import StackForward, stack
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.mixing import MixingRule
@@ -130,8 +130,7 @@ class SparseMLPSettings(SGPropSettings, PolicySettings):
 
     def core_settings(self) -> dict[str, Any]:
         """The sizes and the backend that `SparseMLP` takes, with its names."""
-        names = ("num_layers", "num_neurons", "neuron_size", "num_parents", "num_slots")
-        return {name: getattr(self, name) for name in (*names, "residual", "backend")}
+        return {name: getattr(self, name) for name in (*SIZES, "residual", "backend")}
 
 
 class ActionHead(nn.Module):

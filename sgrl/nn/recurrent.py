@@ -35,14 +35,8 @@ from sgrl.nn.mixing import batch_moments
 from sgrl.nn.neuron import Activation, Layer, PerNeuron, SlotNeurons
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mix, temporal_schedule
 
-_SIZES = (
-    "input_size",
-    "num_neurons",
-    "neuron_size",
-    "num_parents",
-    "num_slots",
-    "num_input_neurons",
-)
+#: Sizes of a layer, beside that of its input.
+SIZES = ("num_neurons", "neuron_size", "num_parents", "num_slots", "num_input_neurons")
 
 
 class SparseRNN(nn.Module):
@@ -139,7 +133,7 @@ class SparseRNN(nn.Module):
         Raises:
             ValueError: one line that names the argument.
         """
-        for name in _SIZES:
+        for name in ("input_size", *SIZES):
             if settings[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {settings[name]}")
         num_neurons = settings["num_neurons"]

@@ -16,7 +16,7 @@ from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.policy import Acting, Policy, RecordingActing, State
-from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.recurrent import SIZES, SparseRNN
 from sgrl.nn.sgprop import Mixing, SGPropSettings
 
 
@@ -113,9 +113,8 @@ class SparseNetSettings(SGPropSettings, EncoderSettings):
 
     def core_settings(self) -> dict[str, Any]:
         """The sizes and the backend that `SparseRNN` takes, with its names."""
-        names = ("num_neurons", "neuron_size", "num_parents", "num_slots", "num_input_neurons")
-        sizes = {name: getattr(self, name) for name in (*names, "backend")}
-        return {"input_size": self.embedding_size, **sizes}
+        settings = {name: getattr(self, name) for name in (*SIZES, "backend")}
+        return {"input_size": self.embedding_size, **settings}
 
 
 class SlotActor(nn.Module):
