@@ -5,7 +5,7 @@ evaluations apart from training. A row is appended in one write, and the file is
 iteration of the checkpoint that a trial continues from, so it has neither gaps nor duplicates,
 whichever process was killed.
 
-Files from before there was `padded_env_steps` are read as if they had it (see `old_counts`).
+Files from before there was `padded_env_steps` are read as if they had it (see `_old_counts`).
 """
 
 import contextlib
@@ -234,7 +234,7 @@ def truncate_metrics(path: Path, iteration: int) -> None:
     """Keep the header and the rows of iterations 1 to `iteration`, atomically; no rows, no file.
 
     An older file becomes one with all columns. Raises ValueError where the file holds fewer whole
-    rows than that, and as `old_counts`.
+    rows than that, and as `_old_counts`.
     """
     rows = read_metrics(path)
     if len(rows) < iteration:
