@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from sgrl.envs.registry import make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
+from sgrl.nn.neuron import Activation
 from sgrl.nn.registry import SparseMLPPolicy
 from sgrl.nn.sgprop import mixture
 from sgrl.theory.probe.gradients import (
@@ -26,6 +28,17 @@ from sgrl.theory.probe.gradients import (
 
 #: Images worked on at once; no result depends on it but for rounding.
 CHUNK_IMAGES = 16
+
+
+class LayerFeedback(NamedTuple):
+    """Feedback of a layer's neurons, O gradients for each of K images."""
+
+    layer: int
+    activation: Activation  # [K, W, ...]
+    received: Float[Tensor, "W K O N"]
+    backprop: Float[Tensor, "W K O N"]
+    prediction: Float[Tensor, "W K 1 N"]
+    slope: Float[Tensor, "W K 1 N"]  # of the residual branch; ones where there is none
 
 
 def choose_neurons(policy: SparseMLPPolicy, count: int, seed: int) -> list[Group]:
@@ -49,6 +62,16 @@ def bandit_shard(
     shard: int,
 ) -> tuple[list[Sums], list[Feedback]]:
     """One shard of the sample: so many images of the training environment."""
+    images, right = bandit_images(env_config, seed, size, shard)
+    images = images.to(next(policy.parameters()).dtype)
+    p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
+    return bandit_sums(policy, images, right, p_flip, groups, trained_batch)
+
+
+def bandit_images(
+    env_config: dict, seed: int, size: int, shard: int
+) -> tuple[Float[Tensor, "K F"], Int64[Tensor, " K"]]:
+    """Images of one shard, float32, and the right action of each."""
     generator = np.random.default_rng([seed, shard])
     env = make_vector("mnist_bandit", size, env_config)
     seeds = generator.integers(2**63, size=size).tolist()
@@ -57,16 +80,7 @@ def bandit_shard(
         for action in range(env.num_actions):  # the environment tells which guess is right
             images = env.reset(seeds)
             right[env.step(np.full(size, action)).success] = action
-    dtype = next(policy.parameters()).dtype
-    p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
-    return bandit_sums(
-        policy,
-        torch.from_numpy(images).to(dtype),
-        torch.from_numpy(right),
-        p_flip,
-        groups,
-        trained_batch,
-    )
+    return torch.from_numpy(images), torch.from_numpy(right)
 
 
 def bandit_outcomes(
@@ -130,15 +144,20 @@ def bandit_sums(
     )
 
 
-def _bandit_chunk(
+def layer_feedback(
     policy: SparseMLPPolicy,
-    images: Tensor,
-    right: Tensor,
-    weights: Tensor,
-    p_flip: float,
-    groups: Sequence[Group],
+    images: Float[Tensor, "K F"],
+    by_logits: Float[Tensor, "K O A"],
     trained_batch: int,
-) -> tuple[list[Sums], list[Feedback]]:
+) -> Iterator[LayerFeedback]:
+    """Forward and both backward passes, with and without mixing, from the last layer down.
+
+    Args:
+        policy: under backprop it has no predictions, and s is 0.
+        images: [K, F].
+        by_logits: of each image, O gradients of the loss by the logits [K, O, A].
+        trained_batch: see `probe`.
+    """
     mlp: SparseMLP = policy.core
     h, activations = images, []
     for index, neurons in enumerate(mlp.layers):
@@ -149,15 +168,12 @@ def _bandit_chunk(
         output = activation.output
         h = torch.tanh(output) + h if mlp.is_residual(index) else output
         activations.append(activation)
-    head = policy.actor
-    probabilities, by_logits = bandit_outcomes(head(h.flatten(1)), right, p_flip)
-    num_outcomes = probabilities.shape[1]
+    head, count = policy.actor, by_logits.shape[1]
     by_state = (by_logits @ head.keys * head.scale).unflatten(2, h.shape[1:])
-    # Backprop's gradients [W, K, A + 1, N] and those that were mixed, side by side.
+    # Those that were mixed and backprop's [W, K, O, N], side by side.
     received = by_state.permute(2, 0, 1, 3).repeat(1, 1, 2, 1)
-    sums, feedback = [], []
     for index in range(len(mlp.layers) - 1, -1, -1):
-        neurons, activation, group = mlp.layers[index], activations[index], groups[index]
+        neurons, activation = mlp.layers[index], activations[index]
         prediction = torch.zeros_like(activation.output)
         if neurons.has_predictor:
             prediction = trained_batch * neurons.predict(activation)
@@ -165,26 +181,44 @@ def _bandit_chunk(
         slope = torch.ones_like(prediction)
         if mlp.is_residual(index):
             slope = 1 - torch.tanh(activation.output).square().transpose(0, 1).unsqueeze(2)
-        chosen = group.neurons
-        b, w = (received[chosen] * slope[chosen]).split(num_outcomes, dim=2)
-        s = (prediction[chosen] * slope[chosen]).expand_as(w)
-        seen = Seen.of(activation, neurons.scale, chosen)
-        sums.append(
-            sums_over_samples(
-                seen, w, s, b, group.mixing_weight.view(-1, 1, 1, 1), probabilities, weights
-            )
-        )
-        mean = torch.einsum("jkon,ko->jkn", received[chosen][:, :, :num_outcomes], probabilities)
-        feedback.append(
-            Feedback(seen.inputs, seen.attention, mean, mean, prediction[chosen].squeeze(2))
-        )
+        w, b = received.split(count, dim=2)
+        yield LayerFeedback(index, activation, w, b, prediction, slope)
         if index:
             share = neurons.mixing_weight.view(-1, 1, 1, 1)
-            passed = received.clone()
-            passed[:, :, num_outcomes:] = mixture(share, received[:, :, num_outcomes:], prediction)
+            passed = torch.cat([mixture(share, w, prediction), b], dim=2)
             everyone = Seen.of(activation, neurons.scale)
             read = backward_to_inputs(neurons, everyone, passed * slope)
             received = scatter(read, mlp.parents[index - 1], mlp.neuron_size)
             if mlp.is_residual(index):
                 received += passed
+
+
+def _bandit_chunk(
+    policy: SparseMLPPolicy,
+    images: Tensor,
+    right: Tensor,
+    weights: Tensor,
+    p_flip: float,
+    groups: Sequence[Group],
+    trained_batch: int,
+) -> tuple[list[Sums], list[Feedback]]:
+    logits = policy(images.unsqueeze(0)).logits[0]
+    probabilities, by_logits = bandit_outcomes(logits, right, p_flip)
+    sums, feedback = [], []
+    for of_layer in layer_feedback(policy, images, by_logits, trained_batch):
+        index, activation, received, backprop, prediction, slope = of_layer
+        group = groups[index]
+        chosen = group.neurons
+        w, b = received[chosen] * slope[chosen], backprop[chosen] * slope[chosen]
+        s = (prediction[chosen] * slope[chosen]).expand_as(w)
+        seen = Seen.of(activation, policy.core.layers[index].scale, chosen)
+        sums.append(
+            sums_over_samples(
+                seen, w, s, b, group.mixing_weight.view(-1, 1, 1, 1), probabilities, weights
+            )
+        )
+        mean = torch.einsum("jkon,ko->jkn", backprop[chosen], probabilities)
+        feedback.append(
+            Feedback(seen.inputs, seen.attention, mean, mean, prediction[chosen].squeeze(2))
+        )
     return sums[::-1], feedback[::-1]

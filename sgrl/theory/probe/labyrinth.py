@@ -116,6 +116,7 @@ class Unrolled(NamedTuple):
     synthetic: Float[Tensor, "T W K N"]
     mixed: Float[Tensor, "T W K N"]
     backprop: Float[Tensor, "T W K N"]
+    predicted: Float[Tensor, "T W K N"]  # synthetic, before any projection
 
     def seen(self, steps: Sequence[int], chosen: Int64[Tensor, " J"], scale: float) -> Seen:
         """Of the chosen neurons, K samples of each step after the other: [J, T * K, ...]."""
@@ -179,7 +180,8 @@ def unroll(
         seen = Seen.of(activations[t], neurons.scale)
         read = backward_to_inputs(neurons, seen, torch.stack([mixed[t], b], dim=2))
         carried = scatter(read, rnn.parents, size)
-    return Unrolled(kept, activations, received, synthetic, mixed, backprop)
+    predicted = torch.stack(predictions).transpose(1, 2)
+    return Unrolled(kept, activations, received, synthetic, mixed, backprop, predicted)
 
 
 class Shard(NamedTuple):
@@ -268,7 +270,7 @@ def _labyrinth_chunk(
             continue
         kinds = [
             [of_kind[t, chosen].unsqueeze(2) for of_kind in (u.received, u.synthetic, u.backprop)]
-            for u in (first, *(second[t],) * (t in second))
+            for u in (first, *([second[t]] if t in second else []))
         ]
         seen = first.seen([t], chosen, scale)
         share = schedule[t, chosen].view(-1, 1, 1, 1)
