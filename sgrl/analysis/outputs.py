@@ -9,6 +9,7 @@ from rich.console import Console
 from sgrl.analysis.comparison import by_task, compare_methods, confounding
 from sgrl.analysis.figures import learning_curves
 from sgrl.analysis.tables import (
+    bounds_table,
     comparison_table,
     few_seeds,
     print_table,
@@ -24,6 +25,7 @@ from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.runs import load_results
 from sgrl.theory.expert_network import Result
 from sgrl.theory.probe import Report
+from sgrl.theory.probe.bounds import BoundsReport
 
 
 def write_comparison(
@@ -104,6 +106,29 @@ def write_expert_network(
         f"({inside.mean():.1%})",
         *(f"written: {path}" for path in (folder.results, *figures)),
     )
+    return frame
+
+
+def write_bounds(report: BoundsReport, directory: Path, console: Console) -> pd.DataFrame:
+    """Print a table of what predictions could save, and write `bounds.csv`.
+
+    Args:
+        report: from `sgrl.theory.probe.measure_bounds`.
+        directory: an existing folder.
+        console: where to print.
+
+    Returns:
+        The frame that `bounds.csv` holds.
+    """
+    frame, path = pd.DataFrame(report.rows), ProbeFolder(directory).bounds
+    frame.to_csv(path, index=False)
+    say(
+        console,
+        f"Predictions fitted to m samples, tested on half of {report.samples}, and the mean of "
+        f"n = {report.batch_size}",
+    )
+    print_table(bounds_table(frame), console, turn=False)
+    say(console, f"written: {path}")
     return frame
 
 

@@ -386,3 +386,36 @@ def probe_table(layers: pd.DataFrame) -> Table:
             shown = ("" if pd.isna(low) else f"{low:.2g} to {high:.2g}" for low, high in intervals)
             table.add_row("", *shown, style="dim")
     return table
+
+
+#: Columns of `bounds.csv` that its table shows, by their titles there.
+BOUNDS_COLUMNS = {
+    "explained": "explained",
+    "MSE at 0": "synthetic_to_backprop",
+    "at best": "best_to_backprop",
+    "shrunk": "shrunk_to_backprop",
+    "cosine": "cosine_backprop",
+    "with s": "cosine_best",
+    "gain": "gain",
+}
+
+
+def bounds_table(rows: pd.DataFrame) -> Table:
+    """Tabulate what predictions could save, gains with their intervals.
+
+    Args:
+        rows: of `bounds.csv`.
+
+    Returns:
+        The table, one row for each layer, time step and fit.
+    """
+    table = Table("layer", "step", "m")
+    for title in (*BOUNDS_COLUMNS, "95%", "pooled"):
+        table.add_column(title, justify="right")
+    for row in rows.to_dict("records"):
+        shown = ["" if pd.isna(row[n]) else f"{row[n]:.3g}" for n in BOUNDS_COLUMNS.values()]
+        low, high = row["gain_ci_low"], row["gain_ci_high"]
+        interval = "" if pd.isna(low) else f"{low:.2g} to {high:.2g}"
+        pooled = "" if pd.isna(row["pooled"]) else f"{row['pooled']:.3g}"
+        table.add_row(row["layer"], row["step"], row["fitted"], *shown, interval, pooled)
+    return table

@@ -208,6 +208,7 @@ class ProbeFolder:
         path: the folder.
         neurons, layers: one row a neuron, and one a layer, at each time step, CSV.
         figure: of both.
+        bounds: what predictions could save, CSV.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -215,3 +216,4 @@ class ProbeFolder:
         self.neurons = self.path / "neurons.csv"
         self.layers = self.path / "layers.csv"
         self.figure = self.path / "probe.png"
+        self.bounds = self.path / "bounds.csv"

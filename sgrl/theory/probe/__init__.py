@@ -29,6 +29,7 @@ replacement, the same for all neurons; products of a shard with itself are left 
 Source: the paper, Sections 3 and 4.
 """
 
+from sgrl.theory.probe.bounds import measure_bounds
 from sgrl.theory.probe.run import NUM_SHARDS, Report, check_settings, fresh_policy, probe
 
-__all__ = ["NUM_SHARDS", "Report", "check_settings", "fresh_policy", "probe"]
+__all__ = ["NUM_SHARDS", "Report", "check_settings", "fresh_policy", "measure_bounds", "probe"]

@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sgrl.envs.registry import make_vector, validate_env_config
-from sgrl.nn.registry import SparseMLPPolicy, SparseNetPolicy
-from sgrl.theory.probe.bandit import bandit_images, bandit_outcomes, choose_neurons, layer_feedback
+from sgrl.envs.registry import make_vector
+from sgrl.nn.registry import Policy, SparseMLPPolicy, SparseNetPolicy
+from sgrl.theory.probe.bandit import choose_neurons
 from sgrl.theory.probe.estimates import (
     CONFIDENCE,
     Moments,
@@ -39,110 +39,14 @@ from sgrl.theory.probe.estimates import (
 )
 from sgrl.theory.probe.gradients import Group, Seen, Sums, row_gradients
 from sgrl.theory.probe.labyrinth import (
-    Episodes,
     Loss,
-    Shard,
     choose_recurrent_neurons,
     labyrinth_shard,
-    unroll,
 )
 from sgrl.theory.probe.run import NUM_SHARDS, STEP_SHARES, ProbeSettings, one_thread
 from sgrl.theory.probe.sufficiency import PENALTIES
+from sgrl.theory.probe.told import BanditTask, MazeTask, Task, Told
 from sgrl.theory.tasks import TheoryError, run_pieces
-
-#: Samples worked on at once; no result depends on it but for rounding.
-CHUNK = 10
-
-
-class Told(NamedTuple):
-    """What J neurons saw, and were told by backprop, in K samples of T steps (an image is one)."""
-
-    which: Int64[Tensor, " K"]  # places of the samples in their shard
-    seen: Seen  # [J, T * K, ...], steps first
-    backprop: Float[Tensor, "T J K N"]  # 0 where not valid
-    predicted: Float[Tensor, "T J K N"]  # by the trained predictor
-    slope: Float[Tensor, "T J K N"]  # of a residual branch behind the neuron
-    valid: Bool[Tensor, "T K"]
-
-    def features(self) -> Float[Tensor, "J TK D"]:
-        """What a predictor computes with, a (x) [x, 1]."""
-        inputs = torch.nn.functional.pad(self.seen.inputs, (0, 1), value=1.0)
-        return (self.seen.attention.unsqueeze(3) * inputs.unsqueeze(2)).flatten(2)
-
-
-class Task(Protocol):
-    """What is sampled, and how the neurons of each layer are told."""
-
-    def told(self, shard: Any, groups: Sequence[Group]) -> Iterator[list[Told]]:
-        """Some samples at a time, what each group's neurons saw; groups over all steps only."""
-        ...
-
-
-class MazeTask(NamedTuple):
-    """Episodes of a labyrinth, as `labyrinth_shard` plays them."""
-
-    policy: SparseNetPolicy
-    loss: Loss
-    trained_batch: int
-
-    @torch.no_grad()
-    def told(self, shard: Shard, groups: Sequence[Group]) -> Iterator[list[Told]]:
-        """Episodes of about one length together, so that few steps after their ends are made."""
-        episodes = shard.episodes
-        kept = torch.cat([group.neurons for group in groups]).unique()
-        scale = self.policy.core.neurons.scale
-        for which in episodes.mask.sum(0).argsort(stable=True).split(CHUNK):
-            length = int(episodes.mask[:, which].sum(0).max())
-            some = Episodes(*(value[:length, which] for value in episodes))
-            unrolled = unroll(self.policy, some, self.loss, self.trained_batch, kept)
-            valid = some.mask.view(length, 1, -1, 1)
-            yield [
-                Told(
-                    which,
-                    unrolled.seen(range(length), group.neurons, scale),
-                    torch.where(valid, unrolled.backprop[:, group.neurons], 0.0),
-                    unrolled.predicted[:, group.neurons],
-                    torch.ones_like(unrolled.backprop[:, group.neurons]),
-                    some.mask,
-                )
-                for group in groups
-            ]
-
-
-class BanditTask(NamedTuple):
-    """Images of the bandit, each with one guess and reward that followed it."""
-
-    policy: SparseMLPPolicy
-    env_config: dict
-    trained_batch: int
-    seed: int
-    size: int
-
-    @torch.no_grad()
-    def told(self, shard: int, groups: Sequence[Group]) -> Iterator[list[Told]]:
-        """A few images at a time."""
-        images, right = bandit_images(self.env_config, self.seed, self.size, shard)
-        images = images.to(next(self.policy.parameters()).dtype)
-        p_flip = validate_env_config("mnist_bandit", self.env_config)["p_flip"]
-        generator = torch.Generator().manual_seed(self.seed * NUM_SHARDS + shard)
-        for which in torch.arange(self.size).split(8 * CHUNK):
-            logits = self.policy(images[which].unsqueeze(0)).logits[0]
-            probabilities, by_logits = bandit_outcomes(logits, right[which], p_flip)
-            outcome = torch.multinomial(probabilities, 1, generator=generator)
-            drawn = by_logits.take_along_dim(outcome.unsqueeze(2), dim=1)
-            told: dict[int, Told] = {}
-            for of_layer in layer_feedback(self.policy, images[which], drawn, self.trained_batch):
-                chosen = groups[of_layer.layer].neurons
-                backprop, predicted, slope = (
-                    part[chosen].squeeze(2).unsqueeze(0)
-                    for part in (of_layer.backprop, of_layer.prediction, of_layer.slope)
-                )
-                seen = Seen.of(
-                    of_layer.activation, self.policy.core.layers[of_layer.layer].scale, chosen
-                )
-                valid = torch.ones(1, len(which), dtype=torch.bool)
-                told[of_layer.layer] = Told(which, seen, backprop, predicted, slope, valid)
-            yield [told[index] for index in range(len(groups))]
 
 
 class Regression(NamedTuple):
@@ -170,6 +74,7 @@ class Regression(NamedTuple):
         return self.square - 2 * (coefficients * self.cross).sum((1, 2)) + fitted
 
 
+@torch.no_grad()
 def regression_sums(
     task: Task, shard: object, groups: Sequence[Group], first: int, cuts: Sequence[int]
 ) -> dict[tuple[int, bool], list[Regression]]:
@@ -245,7 +150,8 @@ class Tested(NamedTuple):
     error: Float[Tensor, "kinds J"]  # sum of |g - s|^2; of backprop itself |g - mean|^2
 
 
-def tested_sums(
+@torch.no_grad()
+def sums_of_test(
     task: Task,
     shard: object,
     groups: Sequence[Group],
@@ -356,10 +262,9 @@ def _numbers(
     mixed = best.square() * var_w + 2 * best * rest * cov + rest.square() * var_s
     backprop = (var_w / n).mean(1)
     shrunk = target * var_w / n / (target + var_w / n)
-    first, second = (
-        moments([t.sums for t in tested], counts * (torch.arange(len(tested)) % 2 == k))
-        for k in range(2)
-    )
+    # A single shard is the whole population.
+    halves = [torch.arange(len(tested)) % 2 == k for k in range(2)] if len(tested) > 1 else [1, 1]
+    first, second = (moments([t.sums for t in tested], counts * half) for half in halves)
     cosine_backprop, _ = _cosines(m, m, kind, n)
     cosine_best = (_cosines(first, second, kind, n)[1] + _cosines(second, first, kind, n)[1]) / 2
     errors = counts @ torch.stack([t.error for t in tested]).sum(2).to(counts)
@@ -396,7 +301,9 @@ def _cosines(
         return (products - means) / n + means, means[:, 0]  # second moments, <., g*>
 
     second, along = of_layer(chosen_by)
-    combined = (torch.linalg.pinv(second) @ along.unsqueeze(2)).squeeze(2)
+    (a, b), (_, d) = second.movedim(0, -1)
+    inverse = torch.stack([torch.stack([d, -b]), torch.stack([-b, a])]) / (a * d - b * b)
+    combined = torch.einsum("abr,rb->ra", inverse, along)
     second, along = of_layer(m)
     target = along[:, 0]
     square = torch.einsum("ra,rab,rb->r", combined, second, combined)
@@ -404,14 +311,14 @@ def _cosines(
     return (target / second[:, 0, 0]).sqrt(), best
 
 
-def bounds(
-    policy: SparseNetPolicy | SparseMLPPolicy,
+def measure_bounds(
+    policy: Policy,
     env: str,
     env_config: dict | None,
     settings: ProbeSettings,
     fitted: Sequence[int] = (),
     advance: Callable[[], object] = lambda: None,
-) -> list[dict[str, object]]:
+) -> BoundsReport:
     """Measure what the best linear predictors of each layer's neurons would save.
 
     Args:
@@ -423,15 +330,12 @@ def bounds(
             the sample that is for fits comes last in any case.
         advance: called after each of `NUM_SHARDS` shards.
 
-    Returns:
-        Rows: layer, step ("all" or one), fitted (m, or "trained" for the policy's own predictor),
-        and `NUMBERS` with their intervals.
-
     Raises:
         TheoryError: a number of samples that cannot be.
         DataError: MNIST cannot be had.
     """
     samples, batch_size, trained_batch, neurons, seed, parallel = settings
+    assert isinstance(policy, SparseNetPolicy | SparseMLPPolicy)
     size = -(-samples // NUM_SHARDS)
     half = size * len(range(0, NUM_SHARDS, 2))
     if any(not 4 <= m <= half for m in fitted) or list(fitted) != sorted(set(fitted)):
@@ -468,7 +372,7 @@ def bounds(
         fits = [fit(segments, len(cuts), index) for index in range(len(groups))]
         tests = [(task, shard, groups, fits, steps) for shard in shards[1::2]]
         tested = []
-        for of_test in run_pieces(tested_sums, tests, parallel):
+        for of_test in run_pieces(sums_of_test, tests, parallel):
             tested.append(of_test)
             advance()
     counts = resampled_counts(len(tested), np.random.default_rng([seed, NUM_SHARDS]))
@@ -478,13 +382,31 @@ def bounds(
     for place, (layer, step) in enumerate(places):
         for kind, name in enumerate(kinds, 1):
             numbers = _numbers([of_test[place] for of_test in tested], kind, batch_size, counts)
+            pooled = (name + batch_size) / batch_size if isinstance(name, int) else math.nan
             row: dict[str, object] = {"layer": layer, "step": step, "fitted": str(name)}
+            row["pooled"] = pooled
             for key in NUMBERS:
                 low, high = _interval(numbers[key])
                 value = float(numbers[key][0])
                 row |= {key: value, f"{key}_ci_low": low, f"{key}_ci_high": high}
             rows.append(row)
-    return rows
+    return BoundsReport(rows, size * NUM_SHARDS, batch_size)
+
+
+class BoundsReport(NamedTuple):
+    """What was found.
+
+    Attributes:
+        rows: of every layer and step ("all" or one), and every fit: `fitted`, the m samples it was
+            made of, or "trained" for the policy's own predictor; `pooled`, (m + n) / n, the `gain`
+            of a mean over both samples; and `NUMBERS` with their intervals.
+        samples: of the large sample.
+        batch_size: n.
+    """
+
+    rows: list[dict[str, object]]
+    samples: int
+    batch_size: int
 
 
 def _interval(values: Float[Tensor, " R"]) -> tuple[float, float]:
