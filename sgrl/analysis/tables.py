@@ -395,7 +395,7 @@ BOUNDS_COLUMNS = {
     "at best": "best_to_backprop",
     "shrunk": "shrunk_to_backprop",
     "cosine": "cosine_backprop",
-    "with s": "cosine_best",
+    "of s": "cosine_synthetic",
     "gain": "gain",
 }
 

@@ -20,6 +20,8 @@ def train(
     *,
     lr: float = 2e-3,
     predictor_lr: float = 1e-5,
+    predictor_optimizer: str = "adam",
+    predictor_memory: float = 0.95,
     seed: int = 0,
     settings: UpdateSettings | None = None,
 ) -> Iterator[dict[str, float]]:
@@ -32,6 +34,8 @@ def train(
         iterations: number of batches.
         lr: learning rate of the policy's parameters.
         predictor_lr: learning rate of the predictors of synthetic gradients.
+        predictor_optimizer: how these learn (docs/predictors.md).
+        predictor_memory: weight of the past in what that averages.
         seed: of environments and actions.
         settings: of each update; the published ones if None.
 
@@ -50,7 +54,7 @@ def train(
     """
     prepare_device(next(policy.parameters()).device)
     rollout = Rollout(env, policy, seed, keep=True)
-    optimizers = make_optimizers(policy, lr, predictor_lr)
+    optimizers = make_optimizers(policy, lr, predictor_lr, predictor_optimizer, predictor_memory)
     counts = StepCounts()
     for iteration in range(1, iterations + 1):
         batch = rollout.collect()

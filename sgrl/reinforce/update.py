@@ -26,6 +26,7 @@ from sgrl.reinforce.loss import (
     subtract_batch_mean,
     value_loss,
 )
+from sgrl.reinforce.predictors import LeastSquares, make_predictor_optimizer
 
 #: Updates between two calls of `release_freed_memory`; at full size the heap grows by some 8 MB
 #: an update.
@@ -74,10 +75,32 @@ class UpdateSettings:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
-def make_optimizers(policy: nn.Module, lr: float, predictor_lr: float) -> dict[str, Optimizer]:
-    """Adam (betas 0.9 and 0.999, eps 1e-8) for "policy" and, where there are any, "predictor"."""
-    groups = zip(("policy", "predictor"), split_parameters(policy), (lr, predictor_lr), strict=True)
-    return {name: Adam(params, lr=rate, fused=True) for name, params, rate in groups if params}
+def make_optimizers(
+    policy: Policy,
+    lr: float,
+    predictor_lr: float,
+    predictor_optimizer: str = "adam",
+    predictor_memory: float = 0.95,
+) -> dict[str, Optimizer]:
+    """Adam (betas 0.9 and 0.999, eps 1e-8) for "policy", and where there are any "predictor".
+
+    Args:
+        policy: to train.
+        lr: learning rate of all parameters but the predictors'.
+        predictor_lr: learning rate of the predictors.
+        predictor_optimizer: how these learn, a name of `PREDICTOR_OPTIMIZERS`.
+        predictor_memory: weight of the past in what that averages.
+
+    Raises:
+        ValueError: an unknown optimizer of predictors, or one that is not for this policy.
+    """
+    optimizers: dict[str, Optimizer] = {}
+    if parameters := split_parameters(policy)[0]:
+        optimizers["policy"] = Adam(parameters, lr=lr, fused=True)
+    predictor = make_predictor_optimizer(
+        policy, predictor_optimizer, predictor_lr, predictor_memory
+    )
+    return optimizers if predictor is None else {**optimizers, "predictor": predictor}
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Float[Tensor, ""]:
@@ -166,6 +189,7 @@ def update(
             with backward_phase(policy, "predictor"):
                 inputs = _parameters(optimizers["predictor"])
                 _backward(terms.loss, inputs=inputs, retain_graph=True)
+            _observe(optimizers, policy, batch)
             _clip(optimizers["predictor"], settings.grad_clip)
             optimizers["predictor"].step()
             with backward_phase(policy, "policy"):
@@ -174,6 +198,7 @@ def update(
             optimizers["policy"].step()
         else:
             _backward(terms.loss)
+            _observe(optimizers, policy, batch)
             norms = {name: _clip(o, settings.grad_clip) for name, o in optimizers.items()}
             grad_norm = norms["policy"]
             for optimizer in optimizers.values():
@@ -192,6 +217,13 @@ def update(
     }
 
 
+def _observe(optimizers: Mapping[str, Optimizer], policy: Policy, batch: EpisodeBatch) -> None:
+    """Show the batch to predictors that are fitted to what their neurons saw in it."""
+    predictor = optimizers.get("predictor")
+    if isinstance(predictor, LeastSquares):
+        predictor.observe(batch.observations.to(next(policy.parameters()).dtype), batch.mask)
+
+
 def _backward(loss: Tensor, **how: Any) -> None:
     """Go back from a loss in the precision of the forward pass, also within `torch.autocast`."""
     with torch.autocast(loss.device.type, enabled=False):
@@ -208,6 +240,8 @@ def _clip(optimizer: Optimizer, max_norm: float | None) -> Tensor:
         # Fused Adam takes the elements of others in the wrong order, silently (torch 2.13, CPU).
         if parameter.grad is not None and not parameter.grad.is_contiguous():
             parameter.grad = parameter.grad.contiguous()
+    if isinstance(optimizer, LeastSquares):
+        max_norm = None  # its gradients stand for sums
     norm = clip_gradients(_parameters(optimizer), max_norm)
     if not torch.isfinite(norm):
         raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; try a smaller learning rate")

@@ -36,8 +36,10 @@ from ray.rllib.utils.metrics import (
 )
 
 from sgrl.envs.registry import check_flat, validate_env_config
+from sgrl.names import did_you_mean
 from sgrl.nn.registry import POLICIES, Policy
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
+from sgrl.reinforce.predictors import PREDICTOR_OPTIMIZERS
 from sgrl.reinforce.update import UpdateSettings
 from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
 from sgrl.rllib.learner import ReinforceLearner, learner_batch
@@ -62,6 +64,8 @@ class ReinforceConfig(PolicyConfig):
         self.seed = 0
         self.lr = 2e-3
         self.predictor_lr = 1e-5
+        self.predictor_optimizer = "adam"
+        self.predictor_memory = 0.95
         for setting in dataclasses.fields(UpdateSettings):
             setattr(self, setting.name, setting.default)
         self.total_updates: int | None = None
@@ -84,6 +88,8 @@ class ReinforceConfig(PolicyConfig):
         self,
         *,
         predictor_lr: float = NotProvided,
+        predictor_optimizer: Literal["adam", "scaled", "averaged", "least_squares"] = NotProvided,
+        predictor_memory: float = NotProvided,
         entropy_coeff: float = NotProvided,
         normalize_returns: bool = NotProvided,
         two_phase: bool = NotProvided,
@@ -97,6 +103,8 @@ class ReinforceConfig(PolicyConfig):
 
         Args:
             predictor_lr: learning rate of the predictors of synthetic gradients, default 1e-5.
+            predictor_optimizer: how these learn, default "adam"; docs/predictors.md has the others.
+            predictor_memory: weight of the past in what that averages, default 0.95.
             entropy_coeff: weight of the entropy bonus, default 0.01.
             normalize_returns: whether returns are normalised over the batch, default True.
             two_phase: whether the predictors take their step before the policy's backward pass,
@@ -116,6 +124,8 @@ class ReinforceConfig(PolicyConfig):
         super().training(**kwargs)
         own = {
             "predictor_lr": predictor_lr,
+            "predictor_optimizer": predictor_optimizer,
+            "predictor_memory": predictor_memory,
             "entropy_coeff": entropy_coeff,
             "normalize_returns": normalize_returns,
             "two_phase": two_phase,
@@ -158,6 +168,9 @@ class ReinforceConfig(PolicyConfig):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         UpdateSettings.of(self)  # which checks them
+        if self.predictor_optimizer not in PREDICTOR_OPTIMIZERS:
+            known = did_you_mean(self.predictor_optimizer, PREDICTOR_OPTIMIZERS)
+            raise ValueError(f"unknown predictor_optimizer {self.predictor_optimizer!r}; {known}")
         updates, iterations = self.total_updates, self.total_iterations
         if updates is None or iterations is None:
             if updates is not iterations:

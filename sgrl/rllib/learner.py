@@ -184,7 +184,13 @@ class ReinforceLearner(ExactLearner):
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
         policy = self.module[module_id].policy
-        optimizers = make_optimizers(policy, config.lr, config.predictor_lr)
+        optimizers = make_optimizers(
+            policy,
+            config.lr,
+            config.predictor_lr,
+            config.predictor_optimizer,
+            config.predictor_memory,
+        )
         for name, optimizer in optimizers.items():
             self.register_optimizer(
                 module_id=module_id,

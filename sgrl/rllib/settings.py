@@ -64,6 +64,7 @@ class Bounds(NamedTuple):
 BOUNDS = {
     "lr": Bounds(low_allowed=False),
     "predictor_lr": Bounds(),
+    "predictor_memory": Bounds(high=0.9999),
     "gamma": Bounds(high=1),
     "entropy_coeff": Bounds(),
     "grad_clip": Bounds(low_allowed=False, optional=True),
@@ -88,8 +89,9 @@ REINFORCE_READS = frozenset(
     validate_env_runners_after_construction restart_failed_env_runners
     ignore_env_runner_failures num_learners num_cpus_per_learner num_gpus_per_learner
     custom_resources_per_learner local_gpu_idx _learner_class learner_config_dict lr
-    predictor_lr gamma entropy_coeff grad_clip grad_clip_by normalize_returns two_phase baseline
-    value_coeff total_updates total_iterations num_epochs minibatch_size
+    predictor_lr predictor_optimizer predictor_memory gamma entropy_coeff grad_clip grad_clip_by
+    normalize_returns two_phase baseline value_coeff total_updates total_iterations num_epochs
+    minibatch_size
     algorithm_config_overrides_per_module _rl_module_spec _model_config seed log_level
     log_sys_usage logger_creator logger_config _validate_config _use_msgpack_checkpoints
     stats_cls_lookup evaluation_interval evaluation_duration evaluation_duration_unit

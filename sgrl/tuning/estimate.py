@@ -223,7 +223,13 @@ def plain_work(trial: TrialConfig, config: Any) -> Iterator[Work]:
         stack.callback(runner.env.close)
         runner.share_module(runner.module)
         policy = runner.module.policy
-        optimizers = make_optimizers(policy, config.lr, config.predictor_lr)
+        optimizers = make_optimizers(
+            policy,
+            config.lr,
+            config.predictor_lr,
+            config.predictor_optimizer,
+            config.predictor_memory,
+        )
         settings = UpdateSettings.of(config)
 
         def step() -> None:

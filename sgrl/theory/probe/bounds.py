@@ -242,7 +242,7 @@ NUMBERS = (
     "shrunk_to_backprop",
     "best_weight",
     "cosine_backprop",
-    "cosine_best",
+    "cosine_synthetic",
     "gain",
 )
 
@@ -262,11 +262,7 @@ def _numbers(
     mixed = best.square() * var_w + 2 * best * rest * cov + rest.square() * var_s
     backprop = (var_w / n).mean(1)
     shrunk = target * var_w / n / (target + var_w / n)
-    # A single shard is the whole population.
-    halves = [torch.arange(len(tested)) % 2 == k for k in range(2)] if len(tested) > 1 else [1, 1]
-    first, second = (moments([t.sums for t in tested], counts * half) for half in halves)
-    cosine_backprop, _ = _cosines(m, m, kind, n)
-    cosine_best = (_cosines(first, second, kind, n)[1] + _cosines(second, first, kind, n)[1]) / 2
+    cosine_backprop, cosine_synthetic = (_cosine(m, place, n) for place in (0, kind))
     errors = counts @ torch.stack([t.error for t in tested]).sum(2).to(counts)
     return {
         "explained": 1 - errors[:, kind] / errors[:, 0],
@@ -276,39 +272,28 @@ def _numbers(
         "shrunk_to_backprop": shrunk.mean(1) / backprop,
         "best_weight": best.mean(1),
         "cosine_backprop": cosine_backprop,
-        "cosine_best": cosine_best,
-        "gain": _signal(cosine_best) / _signal(cosine_backprop),
+        "cosine_synthetic": cosine_synthetic,
+        "gain": _signal(cosine_synthetic) / _signal(cosine_backprop),
     }
 
 
 def _signal(cosine: Float[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """Squared signal over squared noise, which grows as the number of samples; NaN if unknown."""
-    square = cosine.square()
-    return torch.where((cosine > 0) & (cosine < 1), square / (1 - square), math.nan)
+    """Squared signal over squared noise, which grows as the number of samples.
 
-
-def _cosines(
-    chosen_by: Moments, m: Moments, kind: int, n: int
-) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Cosines to the true gradient, a whole layer as one vector; NaN where not known.
-
-    Of the mean of n samples under backprop, and of its best linear combination with that of the
-    predictions, the same for the layer, chosen on other samples.
+    NaN where it is not known, 0 where there is none.
     """
+    square = cosine.clamp(min=0).square()
+    return torch.where(square < 1, square / (1 - square), math.nan)
 
-    def of_layer(moments: Moments) -> tuple[Tensor, Tensor]:
-        means, products = (p[..., [0, kind], :][..., [0, kind]].sum(1) for p in moments[:2])
-        return (products - means) / n + means, means[:, 0]  # second moments, <., g*>
 
-    second, along = of_layer(chosen_by)
-    (a, b), (_, d) = second.movedim(0, -1)
-    inverse = torch.stack([torch.stack([d, -b]), torch.stack([-b, a])]) / (a * d - b * b)
-    combined = torch.einsum("abr,rb->ra", inverse, along)
-    second, along = of_layer(m)
-    target = along[:, 0]
-    square = torch.einsum("ra,rab,rb->r", combined, second, combined)
-    best = (combined * along).sum(1) / (square * target).sqrt()
-    return (target / second[:, 0, 0]).sqrt(), best
+def _cosine(m: Moments, kind: int, n: int) -> Float[Tensor, " R"]:
+    """Cosine of the mean of n samples to the true gradient, a whole layer as one vector.
+
+    NaN where chance makes a squared length negative.
+    """
+    mean, products = (part.sum(1) for part in m[:2])
+    square = (products - mean)[:, kind, kind] / n + mean[:, kind, kind]
+    return mean[:, kind, 0] / (mean[:, 0, 0] * square).sqrt()
 
 
 def measure_bounds(
