@@ -12,7 +12,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sgrl.cli import app
-from sgrl.nn.registry import make_policy, predictor_parameters, save_policy
+from sgrl.nn.mixing import split_parameters
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.theory.estimation import mixing_error, optimal_mixing_weight, total_variance
 from sgrl.theory.probe import bounds
 from sgrl.theory.probe.bounds import fit, regression_sums, sums_of_test
@@ -161,7 +162,7 @@ def tiny_maze() -> tuple[MazeTask, Shard]:
         "sparsenet", 4, 3, seed=1, dtype=torch.float64, adaptive=False, backend="eager", **TINY
     )
     generator = torch.Generator().manual_seed(2)
-    for parameter in predictor_parameters(policy):
+    for parameter in split_parameters(policy)[1]:
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(0.02 * values)
     lengths = torch.randint(2, LENGTH + 1, (7,), generator=generator)
