@@ -6,6 +6,7 @@ The names that figures and tables give to columns come from here, and so does do
 from typing import NamedTuple
 
 from sgrl.markdown import markdown_table
+from sgrl.results.folder import SweepFolder, TrialFolder
 
 
 class Column(NamedTuple):
@@ -122,7 +123,7 @@ SUMMARY = {
     "...": "A column for every swept value, by the last part of its key.",
     "seed": "Its seed.",
     "state": "pending, running, interrupted, completed or failed.",
-    "iterations": "Rows of its metrics.csv.",
+    "iterations": "Rows of its table of metrics.",
     "final_MEASURE": "Final score; MEASURE is success_rate, eval_reward or episode_return_mean.",
     "auc": "Area under that measure's curve over `env_steps`, divided by its span.",
     "reason": "Why it failed.",
@@ -171,11 +172,12 @@ def columns_page() -> str:
     """Return the tables of all columns in Markdown, as docs/metrics.md holds them."""
     head = ("column", "name", "what it holds")
     rows = [(f"`{key}`", column.name, column.line) for key, column in METRICS.items()]
-    parts = ["## metrics.csv: a row an iteration\n\n" + markdown_table(head, rows)]
+    sweep, trial = SweepFolder(""), TrialFolder("")
+    parts = [f"## {trial.metrics.name}: a row an iteration\n\n" + markdown_table(head, rows)]
     for title, table in {
-        "summary.csv: a row a trial": SUMMARY,
-        "comparison.csv: a row a method and swept point": COMPARISON,
-        "pairs.csv: a row a pair of methods": PAIRS,
+        f"{sweep.summary.name}: a row a trial": SUMMARY,
+        f"{sweep.comparison.name}: a row a method and swept point": COMPARISON,
+        f"{sweep.pairs.name}: a row a pair of methods": PAIRS,
     }.items():
         lines = [(f"`{key}`", line) for key, line in table.items()]
         parts.append(f"## {title}\n\n" + markdown_table(("column", "what it holds"), lines))
