@@ -135,7 +135,7 @@ COMPARISON = {
     "trials": "Its completed trials, which the scores are of.",
     "failed": "Trials that failed.",
     "unfinished": "Trials that are neither.",
-    "final_MEASURE": "Mean final score over trials, as in summary.csv.",
+    "final_MEASURE": "Mean final score over trials.",
     "auc": "Mean AUC over trials. What follows is there of both scores, here as SCORE.",
     "SCORE_sem": "Standard error of that mean.",
     "SCORE_iqm": "Interquartile mean.",
