@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check docs study chaos bench asan clean
+.PHONY: quickstart test check docs study chaos bench asan dist test-dist clean
 
 quickstart: .venv/installed
 	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
@@ -28,7 +28,7 @@ docs: .venv/installed-for-tests
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests
-	$(BIN)/python -m pytest -m slow -s --ignore=tests/test_chaos.py
+	$(BIN)/python -m pytest -m slow -s --ignore=tests/test_chaos.py --ignore=tests/test_wheel.py
 
 # Sweeps under a random killer on a cluster of three nodes, ten kills of the driver, 500 trials, and
 # how busy the slots are: half an hour on two cores, a report at the end.
@@ -42,10 +42,27 @@ asan: .venv/installed-for-tests
 	tests/test_golden_recurrent.py tests/test_golden_feedforward.py tests/test_feedforward.py \
 	tests/test_native.py -k "native and not fallback and not compiling"
 
+# dist/: an sdist, and of it a wheel for this machine and for each of the others that there is a
+# cross compiler for (as Debian names them). The same bytes again from the same commit and compiler.
+WHEELS := x86_64 aarch64
+dist: .venv/installed-for-tests
+	rm -rf dist
+	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct); set -e; umask 022; \
+	$(BIN)/python setup.py -q sdist; \
+	for machine in $(WHEELS); do \
+	if [ $$machine = $$(uname -m) ] || command -v $$machine-linux-gnu-g++ >/dev/null; then \
+	SGRL_WHEEL=$$machine $(BIN)/pip -q wheel --no-deps --no-build-isolation --no-index -w dist dist/*.tar.gz; \
+	else echo "no wheel for $$machine: there is no $$machine-linux-gnu-g++"; fi; done; ls dist
+
+# Builds them anew, installs the wheel in a fresh environment and trains there without a compiler.
+test-dist: .venv/installed-for-tests
+	$(BIN)/python -m pytest -m slow -q tests/test_wheel.py
+
 bench: .venv/installed
 	$(BIN)/sgrl bench
 	$(BIN)/python benchmarks/speedup.py
 	$(BIN)/python benchmarks/backends.py
+	$(BIN)/python benchmarks/core_builds.py
 	$(BIN)/python benchmarks/rllib_overhead.py
 	$(BIN)/python benchmarks/mnist.py
 	$(BIN)/python benchmarks/expert_network.py

@@ -30,6 +30,8 @@ LOG = logging.getLogger("mkdocs.hooks.site_pages")
 #: Pages outside of docs/, by their path in the repository.
 OUTSIDE = {
     "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "cluster/README.md": "clusters.md",
     "benchmarks/README.md": "speed.md",
 }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sgrl.nn.policy import Policy
 
 __all__ = ["load_policy"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load_policy(path: str | Path) -> "Policy":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sgrl import __version__
+from sgrl.compiled.processor import processor
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels import native
 from sgrl.nn.kernels.backends import BACKENDS
@@ -29,7 +30,6 @@ from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
-from sgrl.results.provenance import processor
 
 BASELINES = Path(__file__).parents[1] / "benchmarks"
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sgrl.compiled.processor import processor_kind
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.registry import make_policy
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.update import UpdateSettings
-from sgrl.results.provenance import processor_kind
 
 FOLDER = Path(__file__).parent / "reference"
 ROWS, MACHINE = FOLDER / "rows.csv", FOLDER / "machine.json"

@@ -19,11 +19,11 @@ from sgrl.nn.registry import load_policy
 from sgrl.results.archive import ArchiveError, read_archive, write_archive
 from sgrl.results.locations import reading
 from sgrl.results.metrics import append_row
-from sgrl.results.provenance import describe
+from sgrl.results.provenance import describe, what_rounds_otherwise
 from sgrl.results.runs import load_results
 from sgrl.results.storage import is_archive
 from sgrl.tuning.sweep import run_sweep
-from sgrl.tuning.verify import _same_kind, compare_rows
+from sgrl.tuning.verify import compare_rows
 from sgrl.yaml_files import dump_yaml
 
 
@@ -224,6 +224,23 @@ def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
 def test_rows_repeat_on_the_processor_and_on_the_gpu_that_they_came_from() -> None:
     here = describe()
     other = here | {"machine": here["machine"] | {"gpus": ["another"]}}
-    assert _same_kind(here, here, on_gpus=True)
-    assert _same_kind(other, here, on_gpus=False)
-    assert not _same_kind(other, here, on_gpus=True)
+    assert what_rounds_otherwise(here, here, compiled=True, on_gpus=True) == []
+    assert what_rounds_otherwise(other, here, compiled=True, on_gpus=False) == []
+    assert what_rounds_otherwise(other, here, compiled=True, on_gpus=True) == ["other GPUs"]
+
+
+def test_rows_repeat_with_the_build_of_the_core_that_they_came_from() -> None:
+    here = describe()
+    wheel = here | {"core": "x86-64-v3, prebuilt by g++ 12.2.0"}
+    changed = "another build of the compiled core (x86-64-v3, prebuilt by g++ 12.2.0)"
+    assert what_rounds_otherwise(here, wheel, compiled=True, on_gpus=False) == [changed]
+    assert what_rounds_otherwise(here, wheel, compiled=False, on_gpus=False) == []
+    older = {key: value for key, value in here.items() if key != "core"}
+    assert what_rounds_otherwise(older, here, compiled=True, on_gpus=False) == []
+    assert what_rounds_otherwise(older, wheel, compiled=True, on_gpus=False) == [changed]
+    moved = here["machine"] | {"processor_kind": "another"}
+    elsewhere = here | {"machine": moved, "versions": here["versions"] | {"torch": "2.6.0"}}
+    assert what_rounds_otherwise(here, elsewhere, compiled=True, on_gpus=False) == [
+        "another kind of processor",
+        f"torch 2.6.0 instead of {here['versions']['torch']}",
+    ]

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sgrl.cli import app
+from sgrl.compiled.compiler import CompileError
 from sgrl.envs import mnist
-from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.registry import make_policy, save_policy
 from sgrl.results.checkpoints import write_checkpoint
 

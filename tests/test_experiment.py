@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sgrl.compiled.compiler import CompileError
 from sgrl.nn.kernels.backends import resolve_backend
-from sgrl.nn.kernels.compiler import CompileError
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.registry import POLICIES, policy_settings

@@ -18,9 +18,11 @@ from test_recurrent import make_problem, problems, run
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sgrl.compiled import compiler, library
+from sgrl.compiled.prebuilt import SOURCE
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
-from sgrl.nn.kernels import backends, compiler, native
+from sgrl.nn.kernels import backends, native
 from sgrl.nn.kernels.backends import BACKENDS, resolve_backend
 from sgrl.nn.neuron import Activation, SlotNeurons
 from sgrl.nn.recurrent import SparseRNN
@@ -295,10 +297,10 @@ def test_native_feedforward_on_uneven_sizes(
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SGRL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SGRL_CXXFLAGS", "-O0")  # what it compiles here is never run for long
-    for cached in (compiler.load_library, backends._warn):
+    for cached in (library.load_library, backends._warn):
         cached.cache_clear()
     yield tmp_path
-    for cached in (compiler.load_library, backends._warn):
+    for cached in (library.load_library, backends._warn):
         cached.cache_clear()
 
 
@@ -334,7 +336,7 @@ def test_fallback_without_a_compiler(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save_policy(sparsenet(), tmp_path)
-    compiler.load_library.cache_clear()
+    library.load_library.cache_clear()
     monkeypatch.setenv("SGRL_CACHE_DIR", str(empty_cache / "another"))
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
@@ -462,16 +464,16 @@ def test_compiling_anew_where_the_kept_library_is_damaged(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert native.unavailable(torch.float32) is None
-    [library] = (empty_cache / "cache").glob("*.so")
-    library.unlink()  # not written over: this process has it mapped
-    library.write_text("damaged")
-    compiler.load_library.cache_clear()
+    [kept] = (empty_cache / "cache").glob("*.so")
+    kept.unlink()  # not written over: this process has it mapped
+    kept.write_text("damaged")
+    library.load_library.cache_clear()
     assert native.unavailable(torch.float32) is None
 
 
 def _compile(barrier) -> bool:
     barrier.wait()
-    return isinstance(compiler.load_library("float"), ctypes.CDLL)
+    return isinstance(library.load_library("float"), ctypes.CDLL)
 
 
 def test_compiling_in_four_processes_at_once(empty_cache: Path) -> None:
@@ -495,8 +497,8 @@ def check_offsets(structures: dict[str, type[ctypes.Structure]], folder: Path) -
             checks.append(f"static_assert(offsetof({name}, {field}) == {offset});")
             checks.append(f"static_assert(sizeof({name}::{field}) == {size});")
     file = folder / "check.cpp"
-    file.write_text("\n".join(["#include <cstddef>", f'#include "{compiler.SOURCE}"', *checks]))
-    command = [*compiler._compiler(), "-std=gnu++17", "-w", "-fsyntax-only", str(file)]
+    file.write_text("\n".join(["#include <cstddef>", f'#include "{SOURCE}"', *checks]))
+    command = [*compiler.find_compiler(), "-std=gnu++17", "-w", "-fsyntax-only", str(file)]
     return subprocess.run(command, capture_output=True, text=True).stderr
 
 
@@ -504,7 +506,7 @@ def test_structures_are_those_of_the_source(tmp_path: Path) -> None:
     """They are read from it; the compiler lays them out the same, and finds one that differs."""
     assert check_offsets(native._STRUCTURES, tmp_path) == ""
     assert set(native._STRUCTURES) == {"Layer", "Policy", "Mixing", "Gradients", "Stack"}
-    source = compiler.SOURCE.read_text()
+    source = SOURCE.read_text()
     planted, _ = native.read_declarations(source.replace("std::int32_t residual", "Index residual"))
     assert "offsetof(Stack, residual)" not in check_offsets(planted, tmp_path)  # 4 bytes of padding
     assert "sizeof(Stack::residual)" in check_offsets(planted, tmp_path)
@@ -513,7 +515,7 @@ def test_structures_are_those_of_the_source(tmp_path: Path) -> None:
 
 
 def test_a_structure_that_native_does_not_know_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = compiler.SOURCE.read_text()
+    source = SOURCE.read_text()
     for old, new in (("double schedule_beta;", "float schedule_beta;"), ("scale; ", "scale{1}; ")):
         with pytest.raises(ValueError, match="cannot read the declaration"):
             native.read_declarations(source.replace(old, new))

@@ -3,10 +3,12 @@
 import ctypes
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -16,14 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
+from sgrl import __version__
 from sgrl.analysis.comparison import compare_methods
 from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
 from sgrl.analysis.tables import print_table
 from sgrl.cli import app
+from sgrl.compiled.library import core_build
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import append_row, is_taken
 from sgrl.results.plan import planned_trials
+from sgrl.results.provenance import revision
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.results.status import Progress, read_progress, sweep_view
 from sgrl.tuning.experiment.load import load_experiment
@@ -356,7 +361,14 @@ main()
 
 
 def test_version():
-    assert re.fullmatch(r"sgrl \d+\.\d+\.\d+\n", sgrl("--version").output)
+    first, *more = sgrl("--version").output.splitlines()
+    assert first == f"sgrl {__version__}"
+    said = dict(line.split(": ", 1) for line in more)
+    assert said["core"] == core_build()
+    assert said["packages"].startswith(
+        f"python {platform.python_version()}, torch {version('torch')}"
+    )
+    assert said.get("commit") == revision()
 
 
 def test_reading_needs_no_environment(results, tmp_path):

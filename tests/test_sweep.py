@@ -1,6 +1,7 @@
 """Sweeps on Ray Tune: killed and resumed, damaged, diverging and failing trials."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,11 +18,12 @@ import yaml
 from rich.console import Console
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
+from sgrl.compiled.processor import processor_kind
 from sgrl.results.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import count_rows
 from sgrl.results.plan import ExperimentError
-from sgrl.results.provenance import processor_kind, read_starts
+from sgrl.results.provenance import read_starts
 from sgrl.results.status import StatusError, sweep_status
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
@@ -133,11 +135,19 @@ def test_damaged_checkpoints_and_metrics_are_passed_over(copied, finished, capsy
         file.write(b"6,7,torn")
     torn = copied / "sparsenet_sgprop_seed=0" / "metrics.csv"
     torn.write_bytes(b"".join(torn.read_bytes().splitlines(keepends=True)[:5])[:-3])
+    # As if another build of the compiled core had trained one of them.
+    (before,) = read_starts(TrialFolder(torn.parent).provenance)
+    wheel = [before | {"core": "x86-64-v3, prebuilt by g++ 12.2.0"}]
+    TrialFolder(torn.parent).provenance.write_text(json.dumps(wheel))
 
     resume_sweep(copied)
     said = capsys.readouterr().out
     assert "000005 is damaged: algorithm_state.pkl is truncated or changed" in said
     assert "going on from iteration 4" in said
+    said_of = (
+        f"with another build of the compiled core ({before['core']}): no longer the same numbers"
+    )
+    assert " ".join(said.split()).count(said_of) == 1
     assert "000004 is damaged: policy.json is missing; going on from iteration 0" in said
     assert metrics_without_times(copied) == metrics_without_times(finished)
     for trial in ("gru_seed=0", "gru_seed=1", "sparsenet_sgprop_seed=0"):

@@ -14,6 +14,7 @@ import typer
 from sgrl import __version__
 from sgrl.cli import data, listing, policies, results, sweeps, theory
 from sgrl.cli.terminal import OneLineErrors
+from sgrl.errors import UserError
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -45,7 +46,19 @@ app.add_typer(data.app, name="data")
 
 def _version(asked: bool) -> None:
     if asked:
+        from sgrl.compiled.library import core_build
+        from sgrl.results.provenance import revision, versions
+
         typer.echo(f"sgrl {__version__}")
+        if commit := revision():
+            typer.echo(f"commit: {commit}")
+        try:
+            core = core_build()
+        except UserError as error:
+            core = f"none: {error}"
+        typer.echo(f"core: {core}")
+        found = (f"{name} {number}" for name, number in versions().items() if name != "sgrl")
+        typer.echo(f"packages: {', '.join(found)}")
         raise typer.Exit
 
 

@@ -47,7 +47,7 @@ FORMAT = 1
 #: Columns kept in double precision: with them, scores and steps to a threshold stay what they are.
 DOUBLE = (*MEASURES, *EVALUATION_COLUMNS, "episode_length_mean")
 #: What starts of many trials have in common.
-WHERE = ("versions", "revision", "machine")
+WHERE = ("versions", "core", "revision", "machine")
 
 
 class ArchiveError(StorageError):

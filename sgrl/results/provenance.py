@@ -6,24 +6,30 @@ They are kept in `provenance.json`.
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sgrl import __version__
+from sgrl.compiled.library import COMPILED_HERE, core_build
+from sgrl.compiled.processor import processor, processor_kind
 from sgrl.files import read_json, write_json
 
-PACKAGES = ("sgrl", "torch", "ray", "numpy", "gymnasium", "popgym")
+PACKAGES = ("torch", "ray", "numpy", "gymnasium", "popgym")
 
 
 def record_start(path: Path, **more: Any) -> None:
     """Add this start to the provenance of a sweep or a trial: a list, one mapping a start.
 
     Keys: those of `more` (of a trial `iteration`, the one it went on from), started (UTC),
-    versions (by package, and python), revision (git's, of the checkout that sgrl is imported from,
-    "-dirty" where it has changes; null without one), machine (processor, processor_kind, cpus,
-    memory_gb, gpus, system). Nothing in it names a user or a host.
+    versions (by package, and python), core (the build of the compiled core that this process uses
+    where it uses one), revision (git's, of the checkout that sgrl is imported from, "-dirty" where
+    it has changes; null without one), machine (processor, processor_kind, cpus, memory_gb, gpus,
+    system). Nothing in it names a user or a host.
     """
     write_json(path, [*read_starts(path), more | describe()])
 
@@ -41,9 +47,9 @@ def describe() -> dict[str, Any]:
 
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": _revision(),
-        "versions": {"python": platform.python_version()}
-        | {name: found for name in PACKAGES if (found := _version(name))},
+        "revision": revision(),
+        "versions": versions(),
+        "core": core_build(),
         "machine": {
             "processor": processor(),
             "processor_kind": processor_kind(),
@@ -55,15 +61,47 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def what_rounds_otherwise(
+    before: Mapping[str, Any], now: Mapping[str, Any], compiled: bool, on_gpus: bool
+) -> list[str]:
+    """What keeps two starts of a trial from yielding the same bits, in words; empty where nothing.
+
+    Args:
+        before: one start, see `record_start`.
+        now: the other.
+        compiled: whether the trial computes in the compiled core.
+        on_gpus: whether it computes on GPUs.
+    """
+    found = []
+    machines = [start.get("machine", {}) for start in (before, now)]
+    if on_gpus and machines[0].get("gpus") != machines[1].get("gpus"):
+        found.append("other GPUs")
+    kinds = [machine.get("processor_kind") for machine in machines]
+    if kinds[0] is None or kinds[0] != kinds[1]:
+        found.append("another kind of processor")
+    for package in ("torch", "numpy"):
+        used = [start.get("versions", {}).get(package) for start in (before, now)]
+        if used[0] != used[1]:
+            found.append(f"{package} {used[1]} instead of {used[0]}")
+    # Up to version 0.1.0 the machine itself compiled it, always, and nothing was recorded.
+    alike = now["core"].startswith(before.get("core", COMPILED_HERE))
+    if compiled and not alike:
+        found.append(f"another build of the compiled core ({now['core']})")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of sgrl and of installed packages that results depend on, by name."""
+    found = {"python": platform.python_version(), "sgrl": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @cache
-def _revision() -> str | None:
+def revision() -> str | None:
+    """Git's name of the checkout that sgrl is imported from; None where it is installed."""
     folder = Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
         return None  # an installed package inside another project's checkout is not ours
@@ -79,31 +117,3 @@ def _revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
-
-
-def processor() -> str:
-    """The processor's name."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def processor_kind() -> str:
-    """What rounding depends on: the processor's model and its vector instructions, in one line.
-
-    Results repeat exactly between processors of one kind, given the same versions and threads.
-    """
-    info = _cpuinfo()
-    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
-    model = [info[name] for name in names if name in info] or [platform.processor()]
-    flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()
-    vectors = sorted(flag for flag in flags if flag.startswith(("avx", "fma", "asimd", "sve")))
-    return " ".join([platform.machine(), *model, *vectors])
-
-
-def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor; empty elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}

@@ -35,11 +35,17 @@ from sgrl.results.metrics import (
     truncate_metrics,
 )
 from sgrl.results.plan import Trial
-from sgrl.results.provenance import record_start
+from sgrl.results.provenance import (
+    describe,
+    read_starts,
+    record_start,
+    what_rounds_otherwise,
+)
 from sgrl.results.rllib_metrics import metrics_row
 from sgrl.results.status import seconds_per_iteration
 from sgrl.results.storage import Store
 from sgrl.tuning.evaluation import Evaluation
+from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.experiment.sections import build_algorithm_config
 from sgrl.tuning.tracking import Tracking
 
@@ -154,9 +160,24 @@ class TrialRunner(tune.Trainable):
             self.folder, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
         )
         self.tracking.send(self.rows)
+        self._note_rounding()
         record_start(self.folder.provenance, iteration=self.saved)
         self._write_status("running")
         self.store.push_trial(self.name)
+
+    def _note_rounding(self) -> None:
+        """Say where a trial goes on that will not round as it did."""
+        starts = read_starts(self.folder.provenance)
+        if not (starts and self.saved):
+            return
+        config = self.trial.config
+        on_gpus = asks_for_gpus(config.sections) is True
+        compiled = config.model.get("backend") in ("native", "auto") and not on_gpus
+        if changes := what_rounds_otherwise(starts[-1], describe(), compiled, on_gpus):
+            self.notes.append(
+                f"going on from iteration {self.saved} with {' and '.join(changes)}: no longer the "
+                "same numbers to the last bit"
+            )
 
     def _train(self) -> None:
         config, deadline = self.trial.config, time.monotonic() + REPORT_SECONDS

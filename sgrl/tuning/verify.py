@@ -1,8 +1,8 @@
 """Check an archive by training some of its trials again.
 
-On the kind of processor, with the versions and the threads that a trial was trained with, every
-number must come out the same. Elsewhere single precision rounds differently: rows agree closely at
-first, until an action differs and the runs part.
+On the kind of processor, with the versions, the threads and the build of the compiled core that a
+trial was trained with, every number must come out the same. Elsewhere single precision rounds
+differently: rows agree closely at first, until an action differs and the runs part.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sgrl.names import did_you_mean
 from sgrl.results.archive import ArchivedTrial, ArchiveError, in_archive, read_archive
 from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import Row, read_metrics
 from sgrl.results.plan import Trial
-from sgrl.results.provenance import describe
+from sgrl.results.provenance import describe, what_rounds_otherwise
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.sweep import run_sweep
@@ -94,25 +94,16 @@ def verify_archive(
         rows = read_metrics(sweep.trial(trial.name).metrics)
         expected = min(iterations, len(trial.rows))
         on_gpus = asks_for_gpus(trial.config["config"]) is True
-        kinds = [_same_kind(start, here, on_gpus) for start in trial.starts]
-        exact = bool(kinds) and all(kinds)
+        compiled = trial.config["model"].get("backend") in ("native", "auto") and not on_gpus
+        exact = bool(trial.starts) and not any(
+            what_rounds_otherwise(start, here, compiled, on_gpus) for start in trial.starts
+        )
         verdicts.append(compare_rows(trial.name, trial.rows[:expected], rows, exact))
     return verdicts
 
 
 def _shortened(trial: ArchivedTrial, iterations: int) -> Trial:
     return Trial.from_dict(trial.config | {"stop": {"training_iteration": iterations}})
-
-
-def _same_kind(start: dict[str, Any], here: dict[str, Any], on_gpus: bool) -> bool:
-    """Whether a start rounded as this process does; of a trial on GPUs, on the same ones."""
-    if on_gpus and start["machine"].get("gpus") != here["machine"].get("gpus"):
-        return False
-    versions = [
-        (where["versions"].get("torch"), where["versions"].get("numpy")) for where in (start, here)
-    ]
-    kinds = [where["machine"].get("processor_kind") for where in (start, here)]
-    return versions[0] == versions[1] and kinds[0] is not None and kinds[0] == kinds[1]
 
 
 def compare_rows(trial: str, archived: Sequence[Row], again: Sequence[Row], exact: bool) -> Verdict:

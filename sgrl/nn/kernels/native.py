@@ -1,9 +1,9 @@
 """The compiled core of the "native" backend: compiled code for the CPU, and its view of a layer.
 
-The C++ is in `slot_neurons.cpp`, `compiler.py` builds it, this file declares it to ctypes;
-`native_unroll.py` and `native_stack.py` hand it torch's memory. It runs in one thread and releases
-the GIL. Structures and functions are declared in the C++ alone; `read_declarations` makes what
-ctypes needs of it.
+The C++ is in `slot_neurons.cpp`, `sgrl.compiled` has it as a library, this file declares it to
+ctypes; `native_unroll.py` and `native_stack.py` hand it torch's memory. It runs in one thread and
+releases the GIL. Structures and functions are declared in the C++ alone; `read_declarations` makes
+what ctypes needs of it.
 """
 
 import ctypes
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgrl.nn.kernels.compiler import SOURCE, CompileError, load_library
+from sgrl.compiled.compiler import CompileError
+from sgrl.compiled.library import load_library
+from sgrl.compiled.prebuilt import SOURCE
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.sgprop import NORMS, Mixing
 

@@ -14,17 +14,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
-from platformdirs import user_cache_path
+from sgrl.compiled.prebuilt import FLAGS, SOURCE
+from sgrl.compiled.processor import cpuinfo
 
-SOURCE = Path(__file__).with_name("slot_neurons.cpp")
-# No -ffast-math: it would change the rounding mode of the whole process, and hide NaN.
-FLAGS = (
-    *("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast"),
-    *("-fPIC", "-shared"),
-)
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -32,21 +26,14 @@ class CompileError(Exception):
     """There is no working compiler; the message says what is wrong, in one line."""
 
 
-@cache
-def load_library(real: str) -> ctypes.CDLL | CompileError:
-    """The compiled core for C++ type `real`, or what kept it from being compiled."""
-    try:
-        return _load(real)
-    except (CompileError, OSError) as error:
-        return CompileError(
-            f"sgrl's compiled core is not available ({error}): install a C++ compiler (g++ or "
-            "clang++, or name one in CXX) to have it"
-        )
+def compile_library(real: str) -> ctypes.CDLL:
+    """The compiled core for C++ type `real`, from the cache or compiled for this processor.
 
-
-def _load(real: str) -> ctypes.CDLL:
-    extra = os.environ.get("SGRL_CXXFLAGS", "").split()
-    command = [*_compiler(), *FLAGS, *extra, f"-DREAL={real}"]
+    Raises:
+        CompileError: there is no compiler, or it failed.
+        OSError: there is no folder to compile in, or the library cannot be loaded.
+    """
+    command = [*find_compiler(), *FLAGS, "-march=native", *extra_flags(), f"-DREAL={real}"]
     name = f"slot_neurons-{real}-{_fingerprint(command)}.so"
     folder = cache_folder()
     kept = folder / name
@@ -68,16 +55,40 @@ def _load(real: str) -> ctypes.CDLL:
 
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
+    from platformdirs import user_cache_path  # setup.py imports this file without it
+
     given = os.environ.get("SGRL_CACHE_DIR")
     return Path(given) if given else user_cache_path("sgrl")
 
 
-def _compiler() -> list[str]:
+def extra_flags() -> list[str]:
+    """Flags that the user adds."""
+    return os.environ.get("SGRL_CXXFLAGS", "").split()
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler.
+
+    Raises:
+        CompileError: there is none.
+    """
     given = os.environ.get("CXX", "").split()
     for candidate in [given] if given else [[name] for name in COMPILERS]:
         if path := shutil.which(candidate[0]):
             return [path, *candidate[1:]]
     raise CompileError(f"found no {given[0] if given else 'C++ compiler'}")
+
+
+def compiler_name(command: list[str]) -> str:
+    """A compiler's name and version, as in `g++ (Debian 12.2.0-14+deb12u1) 12.2.0`."""
+    said = _version(command)
+    first = said.split("\n", 1)[0]
+    # g++ says the name it was called by.
+    return "g++" + first[first.find(" (") :] if "Free Software" in said else first
+
+
+def _version(command: list[str]) -> str:
+    return subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
 
 
 def _compile(command: list[str], to: Path) -> Path:
@@ -92,16 +103,12 @@ def _compile(command: list[str], to: Path) -> Path:
 
 
 def _fingerprint(command: list[str]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    parts = [SOURCE.read_text(), *command, version, platform.machine(), _processor()]
+    parts = [SOURCE.read_text(), *command, _version(command), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
     """What -march=native depends on: the processor's model and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
     names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in lines if line.split("\t")[0].strip() in names)
+    info = {name: value for name, value in cpuinfo().items() if name in names}
+    return repr(info) if info else platform.processor()

@@ -1,0 +1,1 @@
+"""Where the library of the compiled core comes from: a wheel brings it, or it is compiled here."""
