@@ -72,7 +72,8 @@ def test_what_fails_the_build(tmp_path: Path) -> None:
         '"""Two parts."""\n\n\ndef bare() -> int:\n    return 1\n\n\n'
         'def said() -> int:\n    """Return one."""\n    return 1\n'
     )
-    for name in ("README.md", "cluster/README.md", "benchmarks/README.md"):
+    outside = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+    for name in (*outside, "cluster/README.md", "benchmarks/README.md"):
         (tmp_path / name).write_text("# Empty\n")
     (tmp_path / "docs" / "faults.md").write_text(
         "# Faults\n[a](nowhere.md) [b](../sgrl/parts.py#nothing) [c](#no) [d](../README.md)\n"

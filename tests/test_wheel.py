@@ -280,11 +280,12 @@ def test_sweeps_and_resumes_without_a_compiler(
         sgrl, "resume", "results/small", "--iterations", "5",
         cwd=tmp_path, **common, SGRL_CORE=HERE[-1],
     )  # fmt: skip
-    notes = [line for line in going_on.splitlines() if "going on from" in line]
-    assert len(notes) == 1  # of the network that computes in it; not of the GRU
-    assert notes[0].startswith(
+    # Of the network that computes in it, as it happens and at the end; not of the GRU.
+    note = (
         f"going on from iteration 3 with another build of the compiled core ({HERE[-1]}, prebuilt"
     )
+    said = [line.split("going on")[0] for line in going_on.splitlines() if note in line]
+    assert said == ["", "sparsenet_seed=0: "]
     (trial,) = (tmp_path / "results" / "small").glob("sparsenet*/provenance.json")
     recorded = re.findall(r'"core": "([\w-]+), prebuilt by', trial.read_text())
     assert recorded == [HERE[0], HERE[-1]]
