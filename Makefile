@@ -10,8 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: quickstart test check docs study chaos bench asan dist test-dist clean
 
 quickstart: .venv/installed
-	@if [ -f results/quickstart/experiment.yaml ]; then $(BIN)/sgrl resume results/quickstart; \
-	else $(BIN)/sgrl sweep tune_configs/quickstart.yaml; fi
+	@$(BIN)/python examples/quickstart.py
 
 test: .venv/installed-for-tests check
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
