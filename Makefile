@@ -46,7 +46,7 @@ asan: .venv/installed-for-tests
 WHEELS := x86_64 aarch64
 dist: .venv/installed-for-tests
 	rm -rf dist
-	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct); set -e; umask 022; \
+	@export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct); set -e; umask 022; \
 	$(BIN)/python setup.py -q sdist; \
 	for machine in $(WHEELS); do \
 	if [ $$machine = $$(uname -m) ] || command -v $$machine-linux-gnu-g++ >/dev/null; then \
