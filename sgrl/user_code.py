@@ -1,11 +1,21 @@
-"""Users' own code: importing the modules that experiment files name, and its errors in one line."""
+"""Users' own code: importing what experiment files name, and its errors in one line.
 
+A class of the user's is named `module:Class`, as in my_package.models:MyPolicy.
+"""
+
+import hashlib
 import importlib
+import importlib.metadata
 import sys
 import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
+
+from sgrl.names import did_you_mean
+
+Class = TypeVar("Class", bound=type)
 
 #: Packages through which a user's code is called: where an error of theirs shows up is not where
 #: its cause is.
@@ -16,7 +26,7 @@ FAILURES = (Exception, SystemExit)
 
 
 class UserCodeError(ValueError):
-    """A module that a user named cannot be imported; the message is one line."""
+    """What a user named cannot be imported, or is not what it must be; the message is one line."""
 
 
 def import_named(name: str) -> ModuleType:
@@ -39,6 +49,65 @@ def import_named(name: str) -> ModuleType:
                 f"no module named {name!r}: it is neither installed nor in the current folder"
             ) from error
         raise UserCodeError(f"the module {name} fails: {described(error)}") from error
+
+
+def module_of(name: Any) -> str | None:
+    """Return the module of a name as in module:Class; None of all others."""
+    return name.rpartition(":")[0] or None if isinstance(name, str) else None
+
+
+def named_class(name: str, base: Class) -> Class:
+    """Return the class that a user named, as in module:Class.
+
+    Args:
+        name: the name.
+        base: what it has to be derived from.
+
+    Raises:
+        UserCodeError: as `import_named`, or there is no such class.
+    """
+    module, _, attribute = name.rpartition(":")
+    try:
+        there = vars(import_named(module))
+    except UserCodeError as error:
+        raise UserCodeError(f"{name}: {error}") from error
+    needed = f"{base.__module__}.{base.__name__}"
+    if attribute not in there:
+        own = [f"{module}:{key}" for key, value in there.items() if _is_derived(value, base)]
+        hint = did_you_mean(name, own) if own else f"it has no class derived from {needed}"
+        raise UserCodeError(f"the module {module} has no {attribute}; {hint}")
+    found = there[attribute]
+    if not _is_derived(found, base):
+        raise UserCodeError(f"{name} is not derived from {needed}")
+    return found
+
+
+def _is_derived(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base) and value is not base
+
+
+def identity(name: str) -> dict[str, str]:
+    """Return what tells one state of a user's package from another.
+
+    Args:
+        name: of the package, or of a module in it.
+
+    Returns:
+        As far as it has them: version, of the distributions that it is installed from, and where
+        it is not installed or still to be edited, sha256, of its Python files. Raises as
+        `import_named`.
+    """
+    top = name.partition(".")[0]
+    texts, found = sources(top), {}
+    if installed := importlib.metadata.packages_distributions().get(top):
+        versions = (f"{each} {importlib.metadata.version(each)}" for each in sorted(set(installed)))
+        found["version"] = ", ".join(versions)
+    if texts:
+        digest = hashlib.sha256()
+        for file, text in texts.items():
+            digest.update(f"{file}\0{text}\0".encode())
+        found["sha256"] = digest.hexdigest()
+    return found
 
 
 def source_of(name: str) -> Path | None:

@@ -149,7 +149,7 @@ def test_every_machine_must_have_the_users_modules(ray_session, own_module, monk
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
     # This Ray was started in another folder, so its workers do not find the package.
-    refused = r"^the environment cannot be imported on .*: no module named 'own_envs.poles': "
+    refused = r"^the user's code cannot be imported on .*: no module named 'own_envs.poles': "
     with pytest.raises(sweep.SweepError, match=refused):
         cluster.check_modules(own_module)
     monkeypatch.setattr(cluster, "_try_import", lambda modules: "")

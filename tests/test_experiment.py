@@ -127,6 +127,7 @@ def test_a_trial_is_fully_resolved(load):
         "num_threads": 1,
         "max_failures": 2,
         "iteration_timeout": None,
+        "callbacks": None,
     }
 
 

@@ -240,7 +240,8 @@ def _starts(starts: Sequence[dict]) -> list[tuple[str, str]]:
     if not starts:
         return [("run on", "not recorded")]
     facts = [("started", ", ".join(start.get("started", "?") for start in starts))]
-    for name in ("revision", "versions", "core", "machine"):
+    own = ["parts"] if any("parts" in start for start in starts) else []
+    for name in ("revision", "versions", *own, "core", "machine"):
         said = list(dict.fromkeys(_words(start.get(name)) for start in starts))
         facts.append((name, "; then ".join(said)))
     return facts

@@ -1,7 +1,8 @@
 """Any environment that gymnasium knows by an id; POPGym's are registered here.
 
 Ids are gymnasium's, as in `popgym-RepeatPreviousEasy-v0` or `CartPole-v1`; of a module that
-registers its environments when imported, `module:Id-v0`. Observations are flattened to a Box [F]
+registers its environments when imported, `module:Id-v0`. A class that is registered nowhere is
+named `module:Class`. Observations are flattened to a Box [F]
 (Discrete and MultiDiscrete one-hot, the parts of a Tuple or Dict one after the other).
 
 Source of POPGym: Morad et al., "POPGym", ICLR 2023.
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import popgym.envs
+from gymnasium.envs.registration import EnvSpec
 from popgym.core.env import POPGymEnv
 
 from sgrl.envs.guard import Guard, failure
@@ -44,25 +46,30 @@ def known_ids() -> list[str]:
     return list(gym.registry)
 
 
-def module_of(env: str) -> str | None:
-    """The module of `module:Id-v0`."""
-    return env.rpartition(":")[0] or None
-
-
 def is_known(env: Any) -> bool:
-    """Whether gymnasium has an environment of that id.
+    """Whether gymnasium has an environment of that id, or a module such a class.
 
     Raises:
         UserCodeError: the module of `module:Id-v0` cannot be imported.
     """
-    if not isinstance(env, str):
-        return False
+    return isinstance(env, str) and _spec(env) is not None
+
+
+def _spec(env: str) -> EnvSpec | None:
+    """What gymnasium makes an environment from; None of one that is not known."""
     module, colon, name = env.rpartition(":")
-    if module:
-        before = set(gym.registry)
-        import_named(module)
-        _registered.setdefault(module, set()).update(gym.registry.keys() - before)
-    return name in gym.registry and bool(module) == bool(colon)
+    if not module:
+        return None if colon else gym.registry.get(name)
+    before = set(gym.registry)
+    there = vars(import_named(module))
+    _registered.setdefault(module, set()).update(gym.registry.keys() - before)
+    if name in gym.registry:
+        return gym.registry[name]
+    return EnvSpec(env, entry_point=there[name]) if _is_class(there.get(name)) else None
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, gym.Env)
 
 
 #: The ids that appeared when a module was imported.
@@ -74,10 +81,18 @@ def unknown_of_module(env: Any) -> str | None:
     module, _, name = str(env).rpartition(":")
     if not module:
         return None
+    there = vars(import_named(module))
+    if name in there:
+        return f"{name} of the module {module} is not derived from gymnasium.Env"
     own = [
         f"{module}:{known}"
         for known, spec in gym.registry.items()
         if known in _registered.get(module, ()) or _is_within(spec.entry_point, module)
+    ]
+    own += [
+        f"{module}:{key}"
+        for key, value in there.items()
+        if _is_class(value) and value.__module__ == module
     ]
     meant = f"; {did_you_mean(env, own)}" if own else ""
     return f"the module {module} registers no {name}{meant}"
@@ -112,9 +127,11 @@ def make(
         # popgym's medium and hard classes are fixed, and some swallow whatever they are given.
         key = next(iter(kwargs))
         raise ValueError(f"unknown env_config key {key!r}; {did_you_mean(key, DEFAULTS)}")
+    spec = _spec(env)
+    assert spec is not None  # since it is known
     try:
         # Time is limited outside of the guard, which sees what the environment itself returns.
-        made = gym.make(env, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+        made = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise ValueError(f"a package is missing: {one_line(error)}") from None
     except FAILURES as error:
@@ -124,7 +141,7 @@ def make(
         original = (reworded and error.__context__) or error
         raise ValueError(f"cannot be built: {failure(original)}") from original
     made = Guard(made)
-    length = episode_length or gym.registry[env.rpartition(":")[2]].max_episode_steps
+    length = episode_length or spec.max_episode_steps
     if length is not None:
         made = gym.wrappers.TimeLimit(made, length)
     if previous_action:

@@ -152,7 +152,7 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
             f"unknown environment {env!r}; "
             f"{did_you_mean(env, [*ENVIRONMENTS, *by_id.known_ids()])} (there are "
             f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
-            "yours registers is written module:Id-v0)"
+            "yours registers is written module:Id-v0, a class of yours module:Class)"
         )
     if not isinstance(env_config, Mapping | None):
         raise ValueError(f"{env}: env_config must hold keys and values, got {env_config!r}")

@@ -1,7 +1,8 @@
 """Mixing rules by name: how lambda follows what a batch says about the best one.
 
 The published rule is `MixingRule` itself, with the estimate it follows in `mixing.py`. A rule is
-added as a subclass and one line in `MIXING_RULES`; docs/mixing_rules.md tells how.
+added as a subclass, named `module:Class` or by a line in `MIXING_RULES`; docs/mixing_rules.md tells
+how.
 """
 
 import torch
@@ -17,6 +18,7 @@ from sgrl.nn.mixing import (
     several_samples,
 )
 from sgrl.nn.neuron import PerNeuron
+from sgrl.user_code import module_of, named_class
 
 
 class RunningRule(MixingRule):
@@ -78,11 +80,13 @@ MIXING_RULES: dict[str, type[MixingRule]] = {
 
 
 def mixing_rule(name: str) -> type[MixingRule]:
-    """The rule of that name.
+    """The rule of that name, or of the user's own, the class at `module:Class`.
 
     Raises:
         ValueError: there is none; one line that names those there are.
     """
-    if name not in MIXING_RULES:
-        raise ValueError(f"unknown mixing_rule {name!r}; {did_you_mean(name, MIXING_RULES)}")
-    return MIXING_RULES[name]
+    if name in MIXING_RULES:
+        return MIXING_RULES[name]
+    if module_of(name):
+        return named_class(name, MixingRule)
+    raise ValueError(f"unknown mixing_rule {name!r}; {did_you_mean(name, MIXING_RULES)}")

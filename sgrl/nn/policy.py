@@ -3,18 +3,19 @@
     output = policy(observations)                     # logits [T, B, A]
     output = policy.step(observations[0], state)      # logits [B, A], for acting
 
-A policy is added by subclassing `Policy`, giving it a `Settings` dataclass, and one line in
-`registry.POLICIES`.
+A policy is added by subclassing `Policy` and giving it a `Settings` dataclass. Its name is then
+`module:Class`, or one of its own by a line in `registry.POLICIES`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sgrl.annotations import accepts, in_words
 from sgrl.nn.actions import ActionSpace, Discrete
 
 State = dict[str, Tensor]
@@ -47,24 +48,15 @@ class PolicySettings:
         kinds = get_type_hints(type(self))
         for name in (field.name for field in fields(self)):
             kind, value = kinds[name], getattr(self, name)
-            if get_origin(kind) is Literal:
-                if value not in get_args(kind):
-                    choices = " or ".join(repr(choice) for choice in get_args(kind))
-                    raise ValueError(f"{name} must be {choices}, got {value!r}")
-            elif kind is float and type(value) is int:
+            if not accepts(kind, value):
+                raise ValueError(f"{name} must be {in_words(kind)}, got {value!r}")
+            if kind is float and type(value) is int:
                 object.__setattr__(self, name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(f"{name} must be {_type_words(kind)}, got {value!r}")
-            if name.endswith("_size") and value < 1:
+            if name.endswith("_size") and type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def check_observations(self, observation_size: int) -> None:
         """Raise ValueError where observations of this length cannot be read."""
-
-
-def _type_words(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    return names[kind]
 
 
 class Policy(nn.Module):

@@ -7,15 +7,17 @@ output = policy(observations)                     # logits [T, B, A]
 import dataclasses
 import json
 from collections.abc import Mapping
+from inspect import get_annotations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sgrl.annotations import accepts, in_words
 from sgrl.names import did_you_mean
 from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
@@ -24,6 +26,7 @@ from sgrl.nn.policy import Policy, PolicySettings
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.recurrent_policies import GRUPolicy, LSTMPolicy, SparseNetPolicy
 from sgrl.nn.sgprop import NORMS
+from sgrl.user_code import module_of, named_class
 
 FORMAT_VERSION = 1
 #: What a saved policy consists of.
@@ -42,19 +45,65 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def policy_class(name: Any) -> type[Policy]:
+    """Return the policy of that name, or of the user's own, the class at `module:Class`.
+
+    Raises:
+        ValueError: there is none; one line with the nearest name.
+    """
+    if isinstance(name, str) and name in POLICIES:
+        return POLICIES[name]
+    if not module_of(name):
+        raise ValueError(f"unknown policy {name!r}; {did_you_mean(name, POLICIES)}")
+    found = named_class(name, Policy)
+    kind = getattr(found, "Settings", None)
+    if not (isinstance(kind, type) and issubclass(kind, PolicySettings)):
+        raise ValueError(
+            f"{name}: Settings must be a dataclass derived from sgrl.nn.policy.PolicySettings"
+        )
+    try:
+        get_type_hints(kind)
+    except NameError as error:
+        raise ValueError(f"{name}: the types of its settings cannot be read: {error}") from None
+    undeclared = [key for key in get_annotations(kind) if key not in setting_defaults(kind)]
+    if "__dataclass_fields__" not in vars(kind) and undeclared:
+        raise ValueError(f"{name}: put @dataclass(frozen=True) before its settings")
+    return found
+
+
+def setting_defaults(kind: type[PolicySettings]) -> dict[str, Any]:
+    """Return the settings of a policy and their defaults; `dataclasses.MISSING` where none is."""
+    return {
+        field.name: field.default
+        if field.default_factory is dataclasses.MISSING
+        else field.default_factory()
+        for field in dataclasses.fields(kind)
+    }
+
+
+def name_of(policy: Policy) -> str:
+    """Return the name by which `policy_class` finds a policy's class."""
+    kind = type(policy)
+    name = getattr(kind, "name", "")
+    return name if POLICIES.get(name) is kind else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
     """Validated settings of the policy `name`, defaults filled in.
 
     Raises:
         ValueError: unknown policy, unknown setting, wrong type or impossible size.
     """
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; {did_you_mean(name, POLICIES)}")
-    kind = POLICIES[name].Settings
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in settings:
+    kind = policy_class(name).Settings
+    known, types = setting_defaults(kind), get_type_hints(kind)
+    for key, value in settings.items():
         if key not in known:
             raise ValueError(f"policy {name!r} has no setting {key!r}; {did_you_mean(key, known)}")
+        if not accepts(types[key], value):
+            raise ValueError(f"{key} must be {in_words(types[key])}, got {value!r}")
+    for key, default in known.items():
+        if default is dataclasses.MISSING and key not in settings:
+            raise ValueError(f"policy {name!r} needs the setting {key!r}")
     return kind(**settings)
 
 
@@ -70,7 +119,7 @@ def make_policy(
     """Build the policy `name`; the same seed gives the same connectivity and weights.
 
     Args:
-        name: a key of `POLICIES`.
+        name: a key of `POLICIES`, or a class as in my_package.models:MyPolicy.
         observation_size: F.
         num_actions: A of Discrete actions, or another kind of `sgrl.nn.actions`.
         seed: of connectivity and initial weights.
@@ -82,7 +131,7 @@ def make_policy(
     """
     checked = policy_settings(name, settings)
     generator = torch.Generator().manual_seed(seed)
-    return POLICIES[name](observation_size, num_actions, checked, generator, dtype)
+    return policy_class(name)(observation_size, num_actions, checked, generator, dtype)
 
 
 def count_parameters(path: str | Path) -> int:
@@ -141,7 +190,7 @@ def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
     description = {
         "format": FORMAT_VERSION,
-        "policy": policy.name,
+        "policy": name_of(policy),
         "observation_size": policy.observation_size,
         "action_space": policy.action_space.description(),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),

@@ -123,6 +123,7 @@ class TrialConfig:
         num_threads: torch threads.
         max_failures: restarts without a new checkpoint in between.
         iteration_timeout: seconds after which an iteration counts as hung; None is any.
+        callbacks: what of the user's own follows it, as in my_package:MyCallbacks, if anything.
     """
 
     algorithm: str
@@ -136,6 +137,7 @@ class TrialConfig:
     num_threads: int = 1
     max_failures: int = 2
     iteration_timeout: float | None = None
+    callbacks: str | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "TrialConfig":

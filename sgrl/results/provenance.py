@@ -6,7 +6,7 @@ They are kept in `provenance.json`.
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -18,26 +18,42 @@ from sgrl import __version__
 from sgrl.compiled.library import COMPILED_HERE, core_build
 from sgrl.compiled.processor import processor, processor_kind
 from sgrl.files import read_json, write_json
+from sgrl.user_code import identity
 
 PACKAGES = ("torch", "ray", "numpy", "gymnasium", "popgym")
 
 
-def record_start(path: Path, **more: Any) -> None:
+def record_start(path: Path, modules: Iterable[str] = (), **more: Any) -> None:
     """Add this start to the provenance of a sweep or a trial: a list, one mapping a start.
 
-    Keys: those of `more` (of a trial `iteration`, the one it went on from), started (UTC),
-    versions (by package, and python), core (the build of the compiled core that this process uses
-    where it uses one), revision (git's, of the checkout that sgrl is imported from, "-dirty" where
-    it has changes; null without one), machine (processor, processor_kind, cpus, memory_gb, gpus,
-    system). Nothing in it names a user or a host.
+    Keys: those of `more` (of a trial `iteration`, the one it went on from), parts (where there are
+    any: the user's own packages, each with its `sgrl.user_code.identity`), started (UTC), versions
+    (by package, and python), core (the build of the compiled core that this process uses where it
+    uses one), revision (git's, of the checkout that sgrl is imported from, "-dirty" where it has
+    changes; null without one), machine (processor, processor_kind, cpus, memory_gb, gpus, system).
+    Nothing in it names a user or a host.
+
+    Args:
+        path: provenance.json.
+        modules: of the user's own.
+        **more: further keys.
     """
-    write_json(path, [*read_starts(path), more | describe()])
+    parts = {name.partition(".")[0]: identity(name) for name in modules}
+    own = {"parts": parts} if parts else {}
+    write_json(path, [*read_starts(path), more | own | describe()])
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
     """The starts of a sweep or a trial, the first one first; none where nothing was recorded."""
     starts = read_json(path)
     return starts if isinstance(starts, list) else []
+
+
+def changed_parts(path: Path) -> list[str]:
+    """The user's own packages that are not what they were at the start before the last one."""
+    starts = [start.get("parts", {}) for start in read_starts(path)]
+    before, now = ([{}, {}, *starts])[-2:]
+    return [package for package in now if now[package] != before.get(package, now[package])]
 
 
 def describe() -> dict[str, Any]:

@@ -37,7 +37,7 @@ from ray.rllib.utils.metrics import (
 
 from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.names import did_you_mean
-from sgrl.nn.registry import POLICIES, Policy
+from sgrl.nn.registry import Policy, policy_class
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
 from sgrl.reinforce.predictors import PREDICTOR_OPTIMIZERS
 from sgrl.reinforce.update import UpdateSettings
@@ -208,7 +208,7 @@ class ReinforceConfig(PolicyConfig):
             policy = model["name"]
             if self.baseline == "value_head" and not model["value_head"]:
                 raise ValueError('value_head must be true for the baseline "value_head"')
-            if self.two_phase and not POLICIES[policy].two_phase:
+            if self.two_phase and not policy_class(policy).two_phase:
                 raise ValueError(f"two_phase must be false for the policy {policy!r}")
         silence_notes(self)
         super().validate()

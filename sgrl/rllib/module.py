@@ -33,10 +33,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     """A registered policy as an RLModule.
 
-    `model_config` holds "policy" (a name in `sgrl.nn.registry.POLICIES`), the policy's settings,
-    and optionally "seed" (of its initial weights and connections, default 0), "dtype" ("float32",
-    the default, or "float64") and RLlib's own "max_seq_len" (steps of the sequences that stock
-    algorithms cut episodes into for truncated BPTT, default 20, RLlib's own default).
+    `model_config` holds "policy" (a name in `sgrl.nn.registry.POLICIES`, or a class as in
+    my_package.models:MyPolicy), the policy's settings, and optionally "seed" (of its initial
+    weights and connections, default 0), "dtype" ("float32", the default, or "float64") and RLlib's
+    own "max_seq_len" (steps of the sequences that stock algorithms cut episodes into for truncated
+    BPTT, default 20, RLlib's own default).
 
     Observations are a Box of any shape (put RLlib's FlattenObservations connector before it for
     other spaces); actions are Discrete, MultiDiscrete or a Box on one axis. The state is a dict of

@@ -47,7 +47,7 @@ from sgrl.envs.registry import ENVIRONMENTS, has_success, validate_env_config
 from sgrl.envs.vector import is_success
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.policy import Policy
-from sgrl.nn.registry import POLICIES
+from sgrl.nn.registry import policy_class, setting_defaults
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.generators import generators_aside, get_random_state, set_random_state
 from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
@@ -251,13 +251,14 @@ class PolicyAlgorithmConfig(PolicyConfig):
         arguments = policy_arguments(model)
         if not arguments["value_head"]:
             raise ValueError(f"value_head must be true for {self.algo_class.__name__}")
-        default = getattr(POLICIES[arguments["name"]].Settings(), "propagation", "backprop")
+        kind = policy_class(arguments["name"])
+        default = setting_defaults(kind.Settings).get("propagation", "backprop")
         if self.num_learners > 1 and arguments.get("propagation", default) == "sgprop":
             raise ValueError(
                 f"num_learners must be 0 or 1 under sgprop, got {self.num_learners}: several "
                 "learners would each estimate mixing weights of their own"
             )
-        if POLICIES[arguments["name"]].initial_state is Policy.initial_state:
+        if kind.initial_state is Policy.initial_state:
             if "max_seq_len" in self._model_config:
                 raise ValueError(
                     f"max_seq_len does nothing for {arguments['name']}, a policy without memory: "

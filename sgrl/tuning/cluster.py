@@ -1,6 +1,6 @@
 """The Ray that a sweep runs on: this machine's own, or a cluster.
 
-Every machine of a cluster must see the results and import what the environments come from.
+Every machine of a cluster must see the results and import environments and the user's own parts.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def _look(location: str) -> tuple[str | None, str]:
 
 
 def check_modules(experiment: Experiment) -> None:
-    """Refuse a cluster of which some machine cannot import what the environments come from."""
+    """Refuse a cluster of which some machine cannot import environments or the user's own parts."""
     modules = user_modules(experiment)
     if not modules or len(_nodes()) == 1:
         return
@@ -89,7 +89,7 @@ def check_modules(experiment: Experiment) -> None:
     }
     if wrong:
         raise SweepError(
-            f"the environment cannot be imported on {', '.join(sorted(wrong))}: "
+            f"the user's code cannot be imported on {', '.join(sorted(wrong))}: "
             f"{min(wrong.items())[1]}; install what it needs on every machine of the cluster"
         )
 

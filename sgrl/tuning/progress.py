@@ -30,6 +30,7 @@ from sgrl.results.status import (
 )
 from sgrl.results.storage import Store
 from sgrl.tuning.trial import first_line, is_disk_full
+from sgrl.tuning.trial_callbacks import Following
 
 
 def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
@@ -134,7 +135,10 @@ class SweepMonitor(tune.Callback, tune.Stopper):
                 # The process was lost, and could not write down why.
                 text = "".join(traceback.format_exception(error))
                 write_text(folder.error, f"{text}\n{self.sweep.log.name} may say more.\n")
-            folder.write_status(state="failed", reason=self._reason(trial))
+            row, notes = self.trials[name], list[str]()
+            following = Following(row.trial, folder.path, notes)
+            following.call("on_trial_end", row.iteration, "failed")
+            folder.write_status(state="failed", reason=self._reason(trial), notes=notes)
             self.store.push(folder.status, *([folder.error] if folder.error.is_file() else []))
             self._end(self.trials[name].trial)
 

@@ -28,7 +28,7 @@ from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.locations import open_store
 from sgrl.results.metrics import read_metrics
 from sgrl.results.plan import Trial, TrialConfig, planned_trials
-from sgrl.results.provenance import record_start
+from sgrl.results.provenance import changed_parts, record_start
 from sgrl.results.status import Progress, read_progress, read_stopped
 from sgrl.results.storage import Store, display, is_archive, join
 from sgrl.tuning.cluster import (
@@ -45,6 +45,7 @@ from sgrl.tuning.experiment.resources import (
     check_resources,
     may_move,
     resource_request,
+    user_modules,
 )
 from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
@@ -58,7 +59,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 # What a trial's numbers do not depend on may change from one start to the next.
-CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout"}
+CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout", "callbacks"}
 
 
 def run_sweep(
@@ -221,7 +222,10 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
     sweep = store.sweep
     folders = {trial.name: sweep.trial(trial.name) for trial in experiment.trials}
     with quiet(sweep.log) as console:
-        record_start(sweep.provenance)
+        record_start(sweep.provenance, user_modules(experiment))
+        for package in changed_parts(sweep.provenance):
+            words = f"{package} is not what it was when the sweep was last started"
+            console.print(words, soft_wrap=True, highlight=False)
         prepare_tracker(experiment.file.track, sweep)
         moved = {t.name for t in experiment.trials if _write_config(folders[t.name], t)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}

@@ -46,8 +46,10 @@ from sgrl.results.status import seconds_per_iteration
 from sgrl.results.storage import Store
 from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment.method import asks_for_gpus
+from sgrl.tuning.experiment.resources import modules_of
 from sgrl.tuning.experiment.sections import build_algorithm_config
 from sgrl.tuning.tracking import Tracking
+from sgrl.tuning.trial_callbacks import Following
 
 LOCK_SECONDS = 60
 REPORT_SECONDS = 1.0
@@ -64,6 +66,7 @@ class TrialRunner(tune.Trainable):
     store: Store
     folder: TrialFolder
     evaluation: Evaluation
+    following: Following | None = None
     algorithm: Any = None
     lock: FileLock | None = None
     tracking: Tracking | None = None
@@ -78,6 +81,7 @@ class TrialRunner(tune.Trainable):
         self.saved = 0
         self.failure: list | None = None
         self.parameters: int | None = None
+        self.following = None
 
     def reset_config(self, new_config: dict) -> bool:
         self._release()
@@ -129,6 +133,7 @@ class TrialRunner(tune.Trainable):
         self._acquire()
         self.store.claim(self.name)
         self.trial = Trial.from_dict(self.folder.read_config())
+        self.following = Following(self.trial, self.folder.path, self.notes)
         config = self.trial.config
         self.last_iteration = config.stop.training_iteration
         status = self.folder.read_status()
@@ -155,13 +160,13 @@ class TrialRunner(tune.Trainable):
         truncate_metrics(metrics, self.saved)
         discard_after(checkpoints, self.saved)
         self.rows = read_metrics(metrics)
-        self.notes = [f"{problem}; going on from iteration {self.saved}" for problem in problems]
+        self.notes += [f"{problem}; going on from iteration {self.saved}" for problem in problems]
         self.tracking = Tracking(
             self.folder, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
         )
         self.tracking.send(self.rows)
         self._note_rounding()
-        record_start(self.folder.provenance, iteration=self.saved)
+        record_start(self.folder.provenance, modules_of(config), iteration=self.saved)
         self._write_status("running")
         self.store.push_trial(self.name)
 
@@ -192,6 +197,7 @@ class TrialRunner(tune.Trainable):
             # no checkpoint followed are cut off on restart.
             append_row(self.folder.metrics, row)
             self.rows.append(row)
+            self._follow("on_iteration", dict(row))
             if iteration % config.checkpoint.every == 0:
                 self._checkpoint()
             if time.monotonic() >= deadline:
@@ -239,12 +245,13 @@ class TrialRunner(tune.Trainable):
             return
         self.saved = len(self.rows)
         sync(self.folder.metrics)  # no checkpoint outlives the rows that led to it
-        write_checkpoint(
+        checkpoint = write_checkpoint(
             self.folder.checkpoints,
             self.saved,
             self._save,
             keep=self.trial.config.checkpoint.keep,
         )
+        self._follow("on_checkpoint", checkpoint)
         self.store.push_trial(self.name)
 
     def _save(self, directory: Path) -> None:
@@ -255,10 +262,15 @@ class TrialRunner(tune.Trainable):
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
         self.failure = None
+        self._follow("on_trial_end", state)
         self._write_status(state, reason=reason, **more)
         self._release(state)
         self.store.push_trial(self.name)
         self.store.leave(self.name)
+
+    def _follow(self, callback: str, *arguments: Any) -> None:
+        if self.following is not None:
+            self.following.call(callback, len(self.rows), *arguments)
 
     def _write_status(self, state: str, **more: Any) -> None:
         if self.failure is not None:

@@ -17,6 +17,7 @@
     num_threads: 1                       # torch threads of one trial
     concurrency: auto                    # trials at a time: as many as fit, or a number
     track: none                          # where else the curves go: tensorboard, wandb or mlflow
+    callbacks: null                      # or a class of your own, as in my_package:MyCallbacks
 
 `{grid: [...]}` anywhere under `config`, `stop` or a method's `model` and `config` sweeps that
 value; only a policy is not swept, as a method has one. One trial is one method, one grid point and

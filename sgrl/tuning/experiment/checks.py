@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sgrl.annotations import MAPPING
 from sgrl.errors import one_line
 from sgrl.results.plan import Point, Problem, TrialConfig
-from sgrl.tuning.experiment.file import ALIASES, MAPPING, check_known, stop_problems
+from sgrl.tuning.experiment.file import ALIASES, check_known, stop_problems
 from sgrl.tuning.experiment.sections import build_algorithm_config, section_problems
+from sgrl.user_code import FAILURES, described, module_of
 
 
 def point_problems(
@@ -78,20 +80,33 @@ def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _observation_problems(content: dict[str, Any]) -> Iterator[Problem]:
-    """Whether the policy can read what the environment shows."""
+    """Whether the policy can read what the environment shows.
+
+    One of the user's own is built and run for a step.
+    """
+    import torch
+
     from sgrl.envs.registry import observation_size
-    from sgrl.nn.registry import policy_settings
+    from sgrl.nn.registry import make_policy, policy_settings
     from sgrl.rllib.module import policy_arguments
 
     section = content["config"]["environment"]
     arguments = policy_arguments(content["model"])
     settings = {key: arguments[key] for key in arguments if key not in ("name", "seed", "dtype")}
+    name, size = arguments["name"], observation_size(section["env"], section.get("env_config"))
     try:
-        policy_settings(arguments["name"], settings).check_observations(
-            observation_size(section["env"], section.get("env_config"))
-        )
+        policy_settings(name, settings).check_observations(size)
     except ValueError as error:
         yield Problem("model", one_line(error))
+        return
+    if module_of(name):
+        try:
+            logits = make_policy(name, size, 2, **settings)(torch.zeros(1, 1, size)).logits
+            if logits.shape != (1, 1, 2):
+                shape = tuple(logits.shape)
+                yield Problem("model", f"{name} returns logits {shape} where [T, B, A] = (1, 1, 2)")
+        except FAILURES as error:
+            yield Problem("model", f"{name} fails: {described(error)}")
 
 
 def _rllib_problems(algorithm: str, point: Point) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 
+from sgrl.annotations import MAPPING
 from sgrl.names import did_you_mean, is_close, nearest
 from sgrl.results.plan import (
     Checkpointing,
@@ -49,6 +50,13 @@ def _check_concurrency(trials: Any) -> Any:
     if trials != "auto" and trials < 1:
         raise ValueError(f"must be at least 1, got {trials}")
     return trials
+
+
+def _check_callbacks(name: Any) -> Any:
+    from sgrl.tuning.trial_callbacks import callbacks_class
+
+    callbacks_class(name)
+    return name
 
 
 def _check_seeds(seeds: Any) -> Any:
@@ -128,6 +136,7 @@ class ExperimentFile(_Keys):
         num_threads: torch threads of one trial.
         concurrency: trials at a time; auto is as many as fit.
         track: where else the curves go: none, tensorboard, wandb or mlflow.
+        callbacks: a class of your own that follows each trial, as in my_package:MyCallbacks.
     """
 
     name: Name
@@ -145,6 +154,7 @@ class ExperimentFile(_Keys):
     track: Annotated[
         str, BeforeValidator(lambda n: check_known("track", "tracker", n, TRACKERS))
     ] = "none"
+    callbacks: Annotated[str, BeforeValidator(_check_callbacks)] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain YAML holds it, every default written out."""
@@ -224,7 +234,6 @@ ALIASES = {
     }.items()
     for alias in aliases.split()
 }
-MAPPING = "a mapping of keys to values"
 #: What was expected, by the kind of pydantic's error.
 EXPECTED = {
     "int_type": "a whole number",

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sgrl.errors import one_line
 from sgrl.results.plan import Problem
 from sgrl.tuning.experiment.file import check_known
+from sgrl.user_code import module_of
 
 ONE_POLICY = (
     "a method is one policy; compare several as methods of their own, "
@@ -26,7 +28,7 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
     Raises:
         Problem: there is no such policy.
     """
-    from sgrl.nn.registry import POLICIES
+    from sgrl.nn.registry import POLICIES, policy_class
 
     key = f"methods.{method}.model"
     if "policy" not in model:
@@ -35,7 +37,13 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
         raise Problem(f"{key}.policy", f"missing; one of {', '.join(POLICIES)}")
     if isinstance(model["policy"], dict):
         raise Problem(f"{key}.policy", f"expected the policy's name: {ONE_POLICY}")
-    check_known(f"{key}.policy", "policy", model["policy"], list(POLICIES))
+    if module_of(model["policy"]):
+        try:
+            policy_class(model["policy"])
+        except ValueError as error:
+            raise Problem(f"{key}.policy", one_line(error)) from None
+    else:
+        check_known(f"{key}.policy", "policy", model["policy"], list(POLICIES))
     model.update(with_defaults(model))
     backend = model.get("backend")
     if backend == "auto":
@@ -48,22 +56,22 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
 
 def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's model with the settings that it leaves to its policy's defaults."""
-    from sgrl.nn.registry import POLICIES
+    from sgrl.nn.registry import policy_class, setting_defaults
 
-    fields = dataclasses.fields(POLICIES[model["policy"]].Settings)
-    defaults = {field.name: field.default for field in fields}
+    defaults = setting_defaults(policy_class(model["policy"]).Settings)
     del defaults["value_head"]  # it depends on the algorithm
-    return {**model, **{name: defaults[name] for name in defaults if name not in model}}
+    given = {key: value for key, value in defaults.items() if value is not dataclasses.MISSING}
+    return {**model, **{key: given[key] for key in given if key not in model}}
 
 
 def _automatic_backend(model: Mapping[str, Any], configs: Sequence[Any]) -> str:
     """What `backend: auto` stands for in a model; "auto" itself where only a trial can tell."""
     from sgrl.nn.kernels.backends import resolve_backend
-    from sgrl.nn.registry import POLICIES
+    from sgrl.nn.registry import policy_class
 
     # Compiled code may not know what is new in a policy from elsewhere.
     on_gpus = asks_for_gpus(*configs)
-    if on_gpus is None or not POLICIES[model["policy"]].__module__.startswith("sgrl.nn."):
+    if on_gpus is None or not policy_class(model["policy"]).__module__.startswith("sgrl.nn."):
         return "auto"
     # Runners on CPUs compute as a learner on a GPU does.
     compiled = not on_gpus and not model.get("shuffle_predictions")

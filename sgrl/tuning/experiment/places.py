@@ -1,5 +1,6 @@
 """Where the keys of an experiment stand, for hints about keys that stand in a wrong place."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ def places_of(content: Mapping[str, Any], config_class: Any) -> dict[str, str]:
         several methods that have a setting, the first is named.
     """
     from sgrl.envs.registry import ENVIRONMENTS
-    from sgrl.nn.registry import POLICIES
+    from sgrl.nn.registry import policy_class
 
     methods = _mapping(content, "methods")
     first = next(iter(methods), "NAME")
@@ -36,9 +37,11 @@ def places_of(content: Mapping[str, Any], config_class: Any) -> dict[str, str]:
     for method in methods:
         places.setdefault(str(method), f"methods.{method}")
         policy = _mapping(methods, method, "model").get("policy")
-        if isinstance(policy, str) and policy in POLICIES:
-            for field in dataclasses.fields(POLICIES[policy].Settings):
-                places.setdefault(field.name, f"methods.{method}.model.{field.name}")
+        settings: tuple[Any, ...] = ()
+        with contextlib.suppress(ValueError):
+            settings = dataclasses.fields(policy_class(policy).Settings)
+        for field in settings:
+            places.setdefault(field.name, f"methods.{method}.model.{field.name}")
     env = _mapping(content, "config", "environment").get("env")
     if isinstance(env, str) and env in ENVIRONMENTS:
         for name in ENVIRONMENTS[env].defaults:

@@ -8,6 +8,7 @@ from sgrl.results.plan import ExperimentError, Problem, Trial, TrialConfig
 from sgrl.tuning.experiment.load import Experiment
 from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.experiment.sections import algorithm_class, build_algorithm_config
+from sgrl.user_code import module_of
 
 #: Sections of the keys that say in which processes a trial computes.
 PROCESSES = {
@@ -21,11 +22,15 @@ PROCESSES = {
 
 
 def user_modules(experiment: Experiment) -> list[str]:
-    """Return the user's modules that the experiment's environments come from."""
-    from sgrl.envs.by_id import module_of
+    """Return the modules that the experiment's environments and the user's own parts are in."""
+    return list(dict.fromkeys(m for t in experiment.trials for m in modules_of(t.config)))
 
-    envs = (trial.config.sections["environment"]["env"] for trial in experiment.trials)
-    return [module for module in dict.fromkeys(map(module_of, envs)) if module is not None]
+
+def modules_of(trial: TrialConfig) -> list[str]:
+    """Return the modules that a trial's environment and the user's own parts are in."""
+    names = [trial.sections["environment"]["env"], trial.callbacks]
+    names += [trial.model.get(key) for key in ("policy", "mixing_rule")]
+    return [module for name in names if (module := module_of(name)) is not None]
 
 
 def resource_request(trial: Trial) -> Any:

@@ -1,19 +1,14 @@
-"""The sections of `config`: methods of RLlib's AlgorithmConfig, and their arguments as keys.
-
-Whether a value fits an argument is told from RLlib's annotations by hand: pydantic would refuse
-lists where they say tuple, and cannot build a validator of those that name RLlib's own classes.
-"""
+"""The sections of `config`: methods of RLlib's AlgorithmConfig, and their arguments as keys."""
 
 import functools
 import inspect
 import logging
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from sgrl.annotations import MAPPING, accepts, in_words
 from sgrl.results.plan import Problem, TrialConfig
-from sgrl.tuning.experiment.file import MAPPING, check_known, unknown_key
+from sgrl.tuning.experiment.file import check_known, unknown_key
 
 
 def algorithm_class(name: str) -> Any:
@@ -95,10 +90,10 @@ def section_problems(
                     yield Problem(place, unknown_key(name, list(arguments), places=places))
                 elif place == "config.debugging.seed":
                     yield Problem(place, "seeds belong under 'seeds'")
-                elif not _accepts(arguments[name], value):
+                elif not accepts(arguments[name], value):
                     expected = in_words(arguments[name])
                     yield Problem(place, f"expected {expected}, got {value!r}")
-                elif name in BOUNDS and _accepts(float, value) and not BOUNDS[name].allow(value):
+                elif name in BOUNDS and accepts(float, value) and not BOUNDS[name].allow(value):
                     yield Problem(place, f"must be {BOUNDS[name].limits}, got {value}")
 
 
@@ -155,43 +150,3 @@ def section_arguments(config_class: Any, section: str) -> dict[str, Any]:
             # RLlib annotates these as whole numbers and takes fractions.
             arguments[name] = float | str if "str" in str(kind) else float
     return {name: kind for name, kind in arguments.items() if name not in ("self", "kwargs")}
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    """Whether a YAML value fits a type annotation (True where the annotation is no help)."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(argument, value) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    kind = origin or annotation
-    if kind is types.NoneType:
-        return value is None
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str, dict):
-        return isinstance(value, kind)
-    if kind in (list, tuple, Sequence):
-        items = [argument for argument in arguments if argument is not Ellipsis]
-        if not isinstance(value, list):
-            return False
-        if kind is tuple and Ellipsis not in arguments:
-            return len(value) == len(items) and all(map(_accepts, items, value))
-        return not items or all(_accepts(items[0], item) for item in value)
-    # YAML holds no classes and no functions.
-    return kind not in (type, Callable)
-
-
-def in_words(annotation: Any) -> str:
-    """Return the values that fit an annotation in words."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        words = [in_words(a) for a in arguments if a is not types.NoneType]
-        return " or ".join(dict.fromkeys(words))
-    if origin is typing.Literal:
-        return " or ".join(repr(argument) for argument in arguments)
-    plain = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    plain |= {dict: MAPPING, list: "a list", tuple: "a list"}
-    return plain.get(origin or annotation, "something a YAML file cannot hold")

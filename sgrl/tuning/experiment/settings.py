@@ -15,7 +15,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sgrl.errors import UserError
+from sgrl.annotations import in_words
+from sgrl.errors import UserError, one_line
 from sgrl.markdown import markdown_table
 from sgrl.names import did_you_mean
 from sgrl.results.columns import METRICS, columns_page
@@ -27,7 +28,8 @@ from sgrl.tuning.experiment.file import (
     Method,
     StopKeys,
 )
-from sgrl.tuning.experiment.sections import in_words, section_arguments
+from sgrl.tuning.experiment.sections import section_arguments
+from sgrl.user_code import module_of
 
 #: What can be listed.
 KINDS = ("envs", "policies", "rules", "settings", "columns")
@@ -118,11 +120,7 @@ def all_settings() -> dict[str, list[Setting]]:
     for section in SECTIONS:
         groups[f"config.{section}"] = list(_of_section(section))
     for name, policy in POLICIES.items():
-        kinds, lines = typing.get_type_hints(policy.Settings), described(*policy.Settings.__mro__)
-        groups[f"policy {name}"] = [
-            Setting(f.name, type_words(kinds[f.name]), _in_yaml(f.default), lines.get(f.name, ""))
-            for f in dataclasses.fields(policy.Settings)
-        ]
+        groups[f"policy {name}"] = list(_of_policy(policy))
     for name, entry in ENVIRONMENTS.items():
         lines = described(*entry.vector.__mro__, entry.single)
         defaults = {**entry.defaults, "vectorized": True}
@@ -137,11 +135,23 @@ def docstring_of(kind: str, name: str) -> str:
 
     Args:
         kind: envs, policies, rules or columns.
-        name: one of `names_of`.
+        name: one of `names_of`, or a policy or rule of the user's own, as in module:Class.
     """
     if kind == "columns":
         return METRICS[name].line
-    return inspect.getdoc(_things(kind)[name]) or ""
+    things = _things(kind)
+    return inspect.getdoc(things[name] if name in things else _own(kind, name)) or ""
+
+
+def _own(kind: str, name: str) -> Any:
+    """The user's own policy or rule."""
+    from sgrl.nn.mixing_rules import mixing_rule
+    from sgrl.nn.registry import policy_class
+
+    try:
+        return policy_class(name) if kind == "policies" else mixing_rule(name)
+    except ValueError as error:
+        raise ListError(one_line(error)) from None
 
 
 def page_table(name: str) -> str:
@@ -184,6 +194,9 @@ def settings_named(kind: str, name: str | None) -> dict[str, list[Setting]]:
     Raises:
         ListError: there is no such thing.
     """
+    if name is not None and module_of(name) and kind in ("policies", "rules"):
+        thing = _own(kind, name)
+        return {f"policy {name}": list(_of_policy(thing))} if kind == "policies" else {}
     groups = all_settings()
     if name is None:
         return groups
@@ -251,6 +264,15 @@ def _of_keys(model: Any, documented: Any) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         default = "" if field.is_required() else _in_yaml(field.default)
         yield Setting(name, type_words(field.annotation), default, lines.get(name, ""))
+
+
+def _of_policy(policy: Any) -> Iterator[Setting]:
+    from sgrl.nn.registry import setting_defaults
+
+    kinds, lines = typing.get_type_hints(policy.Settings), described(*policy.Settings.__mro__)
+    for name, default in setting_defaults(policy.Settings).items():
+        written = "" if default is dataclasses.MISSING else _in_yaml(default)
+        yield Setting(name, type_words(kinds[name]), written, lines.get(name, ""))
 
 
 def _of_section(section: str) -> Iterator[Setting]:
