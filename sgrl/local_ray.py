@@ -2,8 +2,23 @@
 
 import logging
 import os
+from typing import Any
 
 from sgrl.errors import UserError
+
+#: Set by `sgrl --verbose`: Ray's own messages, and those of its processes, are shown.
+VERBOSE = "SGRL_VERBOSE"
+
+
+def is_verbose() -> bool:
+    """Return whether the user wants to see what Ray says."""
+    return os.environ.get(VERBOSE) == "1"
+
+
+def ray_logging() -> dict[str, Any]:
+    """Return the arguments of `ray.init` that say what it shows."""
+    level = logging.INFO if is_verbose() else logging.ERROR
+    return {"log_to_driver": is_verbose(), "logging_level": level}
 
 
 class LocalRayError(UserError):
@@ -31,8 +46,7 @@ def start_local_ray(num_cpus: int) -> None:
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            **ray_logging(),
         )
     except OSError as error:
         if isinstance(error, ConnectionError):

@@ -1,6 +1,7 @@
 """Bad input: one clear line on stderr, exit status 2, no traceback, and Ray never started."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 from sgrl.cli import app
 from sgrl.compiled.compiler import CompileError
 from sgrl.envs import mnist
+from sgrl.local_ray import VERBOSE, ray_logging
 from sgrl.nn.registry import make_policy, save_policy
 from sgrl.results.checkpoints import write_checkpoint
+from sgrl.tuning.progress import quiet
 
 GOOD = """\
 name: good
@@ -358,9 +361,37 @@ def test_tracebacks(run):
     """Only where they are asked for; the line comes last."""
     line = "sgrl: nowhere.yaml: no such file"
     said = run("--verbose", "sweep", "nowhere.yaml")
+    assert VERBOSE not in os.environ
     assert (said.exit_code, said.stdout) == (2, "")
     assert said.stderr.startswith("Traceback (most recent call last):\n")
     assert said.stderr.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_ray_says_is_shown_where_that_is_asked_for(verbose, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(VERBOSE, str(int(verbose)))
+    assert ray_logging()["log_to_driver"] == verbose
+    with quiet(tmp_path / "sweep.log"):
+        subprocess.run(["sh", "-c", "echo from a process"], check=True)
+        print("from here")
+    said = "from a process\nfrom here\n"
+    assert (tmp_path / "sweep.log").read_text() == said
+    assert capfd.readouterr().err == (said if verbose else "")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.lr", "config.training.lr"),
+        ("lr", "config.training.lr"),
+        ("env_config.maze_dims", "config.environment.env_config.maze_dims"),
+        ("stp.training_iteration", "stop.training_iteration"),
+    ],
+)
+def test_the_whole_key_that_was_meant(run, key, meant):
+    """Of what --set gives without its section, or in a misspelled one."""
+    said = run("sweep", "experiment.yaml", "--set", f"{key}=1", text=GOOD)
+    refused(said, f"experiment.yaml with --set {key}: {key}: unknown key; did you mean '{meant}'?")
 
 
 def test_bad_name(run):

@@ -1,6 +1,7 @@
 """Every script of examples/ runs, cut short; a new one is tested by being there."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_it_trains(
         page = (folder / "report.html").read_text()
         assert all(policy in page for policy in ("gru", "lstm", "sparsenet"))
         assert "3 completed" in page
+        saved = [
+            file.parent
+            for file in sorted(folder.glob("*/checkpoint_*/policy.json"))
+            if json.loads(file.read_text())["policy"] == "sparsenet"
+        ]
+        for command, *options in (
+            ("evaluate", "--episodes", "2"),
+            ("render", "--out", "episode.png"),
+            ("probe", "--samples", "48", "--neurons", "1", "--out", "probe"),
+        ):
+            read = CliRunner().invoke(app, [command, str(saved[-1]), *options])
+            assert read.exit_code == 0, read.output
 
 
 def test_quickstart(

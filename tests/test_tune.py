@@ -240,6 +240,25 @@ def test_what_tune_left_is_read_as_far_as_it_goes(left: Path) -> None:
     assert "too steep" in (left / "report.html").read_text()
 
 
+def test_what_needs_an_experiment_file_says_so(left: Path, tmp_path: Path) -> None:
+    restore = "run its script again, with Tuner.restore (docs/tune.md)"
+
+    def refused(*words: object) -> str:
+        said = CliRunner().invoke(app, list(map(str, words)))
+        assert said.exit_code == 2
+        return said.stderr
+
+    packed = tmp_path / "packed"
+    assert refused("resume", left) == f"sgrl: {left} is not of a sweep: {restore}\n"
+    assert refused("archive", left, "--out", packed) == f"sgrl: b is not over: {restore}\n"
+    shutil.rmtree(left / "b")
+    run(f"archive {left} --out {packed}")
+    with reading(packed) as folder:
+        found = load_results(folder).trials.set_index("trial")
+    assert dict(found["iterations"]) == {"a": 4, "c": 1, "d": 2}
+    assert refused("verify", packed).startswith(f"sgrl: {packed} holds no experiment.yaml, as ")
+
+
 def test_trials_are_called_as_a_sweep_calls_them() -> None:
     def trial(model: dict[str, Any], **config: Any) -> TuneTrial:
         return TuneTrial("Reinforce", {"env": "x", "_model_config": model, **config})

@@ -34,6 +34,7 @@ from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES
 from sgrl.results.runs import Results, ResultsError, load_results
+from sgrl.results.selection import ALL, Selection
 
 
 def compare(
@@ -41,6 +42,7 @@ def compare(
     second: str | Path | None = None,
     plan: float | None = None,
     x: str = "env_steps",
+    only: Selection = ALL,
 ) -> tuple[pd.DataFrame, list[Titled]]:
     """Compare the methods of an experiment, or each method of one experiment with that of another.
 
@@ -51,6 +53,7 @@ def compare(
         second: other ones.
         plan: a difference of AUC for which to estimate the seeds needed.
         x: the axis of areas under curves, a key of `AXES`.
+        only: the trials to compare.
 
     Returns:
         The frame of `comparison.compare_pairs` or, for two experiments, that of
@@ -67,7 +70,7 @@ def compare(
     names = [str(first)] if second is None else [str(first), str(second)]
     with ExitStack() as stack:
         folders = [stack.enter_context(reading(name)) for name in names]
-        return _compared([load_results(folder, x=x) for folder in folders], plan, names)
+        return _compared([load_results(folder, x=x, only=only) for folder in folders], plan, names)
 
 
 def _compared(

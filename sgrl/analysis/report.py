@@ -47,6 +47,7 @@ from sgrl.results.locations import is_copied, reading
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
 from sgrl.results.runs import Results, ResultsError, load_results, places
+from sgrl.results.selection import ALL, Selection
 from sgrl.results.storage import is_address
 
 THRESHOLD = 0.5
@@ -59,12 +60,13 @@ def write_report(
     threshold: float = THRESHOLD,
     advance: Callable[[str], object] = lambda title: None,
     x: str = "env_steps",
+    only: Selection = ALL,
 ) -> Path:
     """Report on results.
 
     Figures are written to each folder's `figures/`, a sweep's numbers to its `comparison.csv` and
-    `pairs.csv`. If a folder is read-only and `out` lies elsewhere, they are written to
-    `<out>_files/<folder>/` beside the page.
+    `pairs.csv`. If a folder is read-only and `out` lies elsewhere, or the report is on some of the
+    trials, they are written to `<out>_files/<folder>/` beside the page.
 
     Args:
         locations: folders, archives or addresses, at least one.
@@ -75,6 +77,7 @@ def write_report(
         threshold: the score that sample efficiency counts to.
         advance: called with the name of each folder once it is done.
         x: the axis of curves, areas and sample efficiency, a key of `AXES`.
+        only: the trials to report on; for some, `out` has to be given.
 
     Returns:
         The file written.
@@ -88,6 +91,8 @@ def write_report(
     suffix, render = FORMATS[format]
     if out is None and any(map(is_address, locations)):
         raise ResultsError("say with --out where on this machine the report goes")
+    if out is None and only != ALL:
+        raise ResultsError("say with --out where the report on some of the trials goes")
     if format != "html" and any(map(is_copied, locations)):
         raise ResultsError(f"a report in {format} refers to figures in the results: use html")
     elsewhere = out is not None
@@ -103,7 +108,7 @@ def write_report(
         written = {folder: folder for folder in folders}
         names = [folder.resolve().name for folder in folders]
         for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
-            if elsewhere and not _can_be_written(folder):
+            if elsewhere and (only != ALL or not _can_be_written(folder)):
                 alone = names.count(name) == 1
                 home = out.with_name(f"{out.stem}_files")
                 written[folder] = home / (name if alone else f"{name}_{i}")
@@ -112,7 +117,8 @@ def write_report(
             sections = []
             for folder, place in zip(folders, locations, strict=True):
                 written[folder].mkdir(parents=True, exist_ok=True)
-                sections.append(read_section(folder, threshold, written[folder], x, Path(place)))
+                home = written[folder]
+                sections.append(read_section(folder, threshold, home, x, Path(place), only))
                 advance(sections[-1].title)
             out.write_text(render(sections, out), encoding="utf-8")
         except OSError as error:
@@ -136,6 +142,7 @@ def read_section(
     home: Path | None = None,
     x: str = "env_steps",
     called: Path | None = None,
+    only: Selection = ALL,
 ) -> Section:
     """Read one folder, and write its figures and CSVs.
 
@@ -145,6 +152,7 @@ def read_section(
         home: where to write; the folder itself by default.
         x: the axis of curves, areas and sample efficiency, a key of `AXES`.
         called: what commands call the folder, if it is a copy.
+        only: of a sweep, the trials to report on.
 
     Returns:
         The section of the report.
@@ -159,11 +167,13 @@ def read_section(
         return _expert_network(simulated, home)
     if probed.neurons.is_file() and probed.layers.is_file():
         return _probe(probed, home)
-    return _sweep(directory, threshold, home, x, called or directory)
+    return _sweep(directory, threshold, home, x, called or directory, only)
 
 
-def _sweep(directory: Path, threshold: float, home: Path, x: str, called: Path) -> Section:
-    results = load_results(directory, x=x)
+def _sweep(
+    directory: Path, threshold: float, home: Path, x: str, called: Path, only: Selection
+) -> Section:
+    results = load_results(directory, x=x, only=only)
     comparison = compare_methods(results.trials)
     best = best_learning_rates(comparison)
     chosen = at_points(results.trials, best)

@@ -15,6 +15,7 @@ from sgrl import __version__
 from sgrl.cli import data, listing, policies, results, sweeps, theory
 from sgrl.cli.terminal import OneLineErrors
 from sgrl.errors import UserError
+from sgrl.local_ray import VERBOSE
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -64,15 +65,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_version, help="Say which this is."),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show the traceback of what went wrong too.")
+        bool, typer.Option("--verbose", help="Show Ray's logs, and tracebacks of what went wrong.")
     ] = False,
 ) -> None:
-    pass
+    if verbose:
+        os.environ[VERBOSE] = "1"
+        context.call_on_close(lambda: os.environ.pop(VERBOSE, None))
 
 
 def main() -> None:

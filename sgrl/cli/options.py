@@ -34,6 +34,12 @@ def homes(paths: list[str]) -> list[str]:
 
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts (docs/results.md).")]
+Methods = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Of these methods alone, as in gru,lstm.")
+]
+Seeds = Annotated[
+    str | None, typer.Option(metavar="SEEDS", help="Of these seeds alone, as in 0..5 or 0,2,4.")
+]
 Experiment = Annotated[
     str, typer.Argument(metavar="DIR", callback=home, help="As in results/quickstart.")
 ]

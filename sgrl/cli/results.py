@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sgrl.cli.options import JSON, Experiment, home, homes
+from sgrl.cli.options import JSON, Experiment, Methods, Seeds, home, homes
 from sgrl.cli.terminal import print_json
 
 Axis = Annotated[
@@ -31,12 +31,21 @@ def report(
         float, typer.Option(help="Score that sample efficiency is counted to.")
     ] = 0.5,
     x: Axis = "env_steps",
+    methods: Methods = None,
+    seeds: Seeds = None,
 ) -> None:
     """Report on results folders, finished or not: tables, figures, and how to run them again."""
     from sgrl.analysis.report import write_report
+    from sgrl.results.selection import Selection
 
     path = write_report(
-        directories, out, format, threshold, lambda title: typer.echo(f"read: {title}"), x
+        directories,
+        out,
+        format,
+        threshold,
+        lambda title: typer.echo(f"read: {title}"),
+        x,
+        Selection.of(methods, seeds),
     )
     typer.echo(f"written: {path}")
 
@@ -52,6 +61,8 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(callback=home, help="CSV to write too.")] = None,
     x: Axis = "env_steps",
+    methods: Methods = None,
+    seeds: Seeds = None,
     json: JSON = False,
 ) -> None:
     """Compare the methods of an experiment, or those of two, each with itself."""
@@ -59,8 +70,9 @@ def compare(
 
     from sgrl.analysis.compare import compare as compare_results
     from sgrl.analysis.tables import print_table
+    from sgrl.results.selection import Selection
 
-    frame, tables = compare_results(first, second, plan, x)
+    frame, tables = compare_results(first, second, plan, x, Selection.of(methods, seeds))
     if out is not None:
         out.write_text(frame.to_csv(index=False), encoding="utf-8")
     if json:

@@ -6,13 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from sgrl.cli.options import JSON, Experiment, home
+from sgrl.cli.options import Methods as OfMethods
+from sgrl.cli.options import Seeds as OfSeeds
 from sgrl.cli.terminal import print_json
 from sgrl.commands import command
+
+if TYPE_CHECKING:
+    from sgrl.results.selection import Selection
 
 Config = Annotated[
     Path,
@@ -220,6 +225,8 @@ def _compare(location: str | Path) -> None:
 
 def status(
     directory: Experiment,
+    methods: OfMethods = None,
+    seeds: OfSeeds = None,
     json: JSON = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it again and again until the sweep ends.")
@@ -228,11 +235,13 @@ def status(
     """Show how far each trial of a sweep is."""
     from rich.console import Console
 
+    from sgrl.results.selection import Selection
     from sgrl.results.status import sweep_status
 
+    only = Selection.of(methods, seeds)
     if watch:
-        _watch(directory)
-    found = sweep_status(directory)
+        _watch(directory, only)
+    found = sweep_status(directory, only)
     if json:
         print_json(found.as_dict())
         return
@@ -248,7 +257,7 @@ def status(
 WATCH_SECONDS, LINE_SECONDS = 3.0, 20.0
 
 
-def _watch(directory: str) -> None:
+def _watch(directory: str, only: "Selection") -> None:
     """Show where a sweep stands until it ends."""
     from rich.console import Console
     from rich.live import Live
@@ -257,7 +266,7 @@ def _watch(directory: str) -> None:
 
     console, next_line = Console(), 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        while (found := sweep_status(directory)).goes_on:
+        while (found := sweep_status(directory, only)).goes_on:
             if console.is_terminal:
                 live.update(sweep_view(found.rows, found.name, console.height), refresh=True)
             elif time.monotonic() >= next_line:

@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from sgrl.commands import command
 from sgrl.files import write_text
+from sgrl.results import tune_folder
 from sgrl.results.checkpoints import newest_valid_checkpoint, write_checkpoint
 from sgrl.results.folder import SweepFolder, TrialFolder
 from sgrl.results.metrics import (
@@ -91,6 +93,11 @@ def write_archive(
         ArchiveError: the folder holds no sweep, a trial is missing or not over, a policy is
             missing, or `out` holds other files.
     """
+    if tune_folder.is_tune_folder(sweep):
+        with tempfile.TemporaryDirectory(prefix="sgrl-") as home:
+            copy = Path(home) / sweep.resolve().name
+            tune_folder.unpack(sweep, copy)
+            return write_archive(copy, out, policies, half)
     folder = SweepFolder(sweep)
     folders = folder.trials()
     if not folders or is_archive(sweep):
@@ -107,8 +114,10 @@ def write_archive(
     trials = [_read_trial(trial) for trial in folders]
     for trial in trials:
         if trial.status.get("state") not in ("completed", "failed"):
-            again = command("sgrl", "resume", sweep)
-            raise ArchiveError(f"{trial.name} is not over: go on with {again}")
+            again = f"go on with {command('sgrl', 'resume', sweep)}"
+            if not folder.experiment.is_file():
+                again = tune_folder.RESTORE
+            raise ArchiveError(f"{trial.name} is not over: {again}")
     for name in policies:
         if name not in {trial.name for trial in trials}:
             raise ArchiveError(f"{sweep} has no trial {name!r}")

@@ -39,6 +39,7 @@ from sgrl.results.metrics import (
     score_of,
 )
 from sgrl.results.plan import ExperimentError, planned_trials
+from sgrl.results.selection import ALL, Selection
 
 #: Columns of every row of metrics.csv that is whole; the others may be empty.
 FILLED = ("iteration", "env_steps", "iteration_seconds")
@@ -141,14 +142,16 @@ def places(rows: pd.DataFrame, x: str) -> NDArray[np.float64]:
     return rows[x].to_numpy(float) if x in rows else np.full(len(rows), np.nan)
 
 
-def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
+def load_results(*directories: str | Path, x: str = "env_steps", only: Selection = ALL) -> Results:
     """Read results folders, each of one experiment.
 
     Args:
         directories: the folders.
         x: what areas and curves are taken against, a key of `AXES`.
+        only: the trials to read.
 
     Raises:
+        SelectionError: there is no such trial.
         ResultsError: a folder holds no trial, or no trial has that axis.
         OldMetricsError: an older metrics.csv does not tell how many steps were taken.
     """
@@ -159,6 +162,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     several = len(folders) > 1
+    there: list[tuple[str, Any]] = []
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
     files: list[Path] = []
@@ -166,7 +170,10 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
     for name, directory in zip(names, folders, strict=True):
         sweep = SweepFolder(directory)
         found, running = _trial_folders(sweep, problems), sweep.is_running()
+        there += [(config["method"], config["seed"]) for _, config in found]
         for folder, config in found:
+            if not only.holds(config["method"], config["seed"]):
+                continue
             label = f"{name}/{config['name']}" if several else config["name"]
             values = {_column(key): _value(value) for key, value in config["swept"].items()}
             swept.update(dict.fromkeys(values))
@@ -186,6 +193,7 @@ def load_results(*directories: str | Path, x: str = "env_steps") -> Results:
                 }
             )
             files.append(folder.metrics)
+    only.check(there)
     metrics = _read_all(files)
     for row, (frame, _) in zip(rows, metrics, strict=True):
         row["lacks_axis"] = len(frame) > 0 and bool(np.isnan(places(frame, x)).any())

@@ -20,6 +20,7 @@ from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
 from sgrl.results.plan import Trial, planned_trials
+from sgrl.results.selection import ALL, Selection
 from sgrl.results.storage import is_address
 
 #: Of trials, in the order in which a table that is cut shows them.
@@ -210,14 +211,16 @@ class SweepStatus:
         }
 
 
-def sweep_status(location: str | Path) -> SweepStatus:
+def sweep_status(location: str | Path, only: Selection = ALL) -> SweepStatus:
     """Read where a sweep stands.
 
     Args:
         location: its folder, or address.
+        only: the trials to tell of.
 
     Raises:
         StatusError: there is no sweep.
+        SelectionError: there is no such trial.
         ExperimentError: its experiment.yaml is not an experiment.
         StorageError: as `storage.open_store`.
     """
@@ -230,9 +233,11 @@ def sweep_status(location: str | Path) -> SweepStatus:
         # Object storage has no locks that would tell whether the sweep is running.
         is_running = None if is_address(location) else sweep.is_running()
         read = read_stopped if is_running is False else read_progress
+        only.check((trial.method, trial.seed) for trial in trials)
         rows = [
             read(sweep, trial) if sweep.trial(trial.name).config.is_file() else Progress(trial)
             for trial in trials
+            if only.holds(trial.method, trial.seed)
         ]
         problems = sweep.problems(trial.name for trial in trials)
         return SweepStatus(location, sweep.name, is_running, rows, problems)

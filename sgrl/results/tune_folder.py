@@ -34,6 +34,8 @@ SECTIONS = {
         *("train_batch_size", "train_batch_size_per_learner", "total_updates", "total_iterations"),
     ),
 }
+#: How an experiment of Tune's goes on.
+RESTORE = "run its script again, with Tuner.restore (docs/tune.md)"
 SECTION_OF = {key: section for section, keys in SECTIONS.items() for key in keys}
 #: How the old API stack calls the models of `sgrl.rllib.recurrent_network`.
 PREFIX = "sgrl_"
@@ -200,6 +202,12 @@ def _points(described: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]
 
 
 # Reading --------------------------------------------------------------------------------------
+
+
+def is_of_tuner(folder: str | Path) -> bool:
+    """Whether a script's `Tuner` made a folder, with `ResultsCallback` or without."""
+    folder = Path(folder)
+    return not SweepFolder(folder).experiment.is_file() and any(folder.glob(STATE_FILES))
 
 
 def is_tune_folder(location: str | Path) -> bool:

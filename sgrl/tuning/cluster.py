@@ -4,7 +4,6 @@ Every machine of a cluster must see the results and import environments and the 
 """
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sgrl.errors import UserError
-from sgrl.local_ray import start_local_ray
+from sgrl.local_ray import ray_logging, start_local_ray
 from sgrl.results.mirror import Mirror
 from sgrl.results.storage import Store, is_address
 from sgrl.tuning.client import reach
@@ -130,8 +129,7 @@ def start_ray(experiment: Experiment) -> None:
             # Other machines may lack what is in the current folder of this one.
             places = [place for m in user_modules(experiment) if (place := source_of(m))]
             ray.init(
-                log_to_driver=False,
-                logging_level=logging.ERROR,
+                **ray_logging(),
                 runtime_env={"py_modules": list(map(str, places))} if places else None,
             )
         except (OSError, ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from sgrl.files import write_text
+from sgrl.local_ray import is_verbose
 from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import MEASURE_NAMES, Score
 from sgrl.results.plan import Trial
@@ -224,11 +226,33 @@ class _LogFile(io.FileIO):
 
 
 @contextlib.contextmanager
+def _shown(log: Path, descriptor: int) -> Iterator[None]:
+    """Write what is appended to a log to a file descriptor as well."""
+    over = threading.Event()
+    with log.open("rb") as file:
+        file.seek(0, io.SEEK_END)
+
+        def follow() -> None:
+            ended = False
+            while not ended:
+                ended = over.wait(0.2)
+                os.write(descriptor, file.read())
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextlib.contextmanager
 def quiet(log: Path) -> Iterator[Console]:
     """Send all that this process and its libraries print to a log file.
 
     Ray also writes from C++, so the file descriptors themselves are redirected. Yields a console on
-    the original stdout.
+    the original stdout. With `sgrl --verbose` all that goes into the log is shown on stderr too.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -243,8 +267,13 @@ def quiet(log: Path) -> Iterator[Console]:
         try:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                yield Console(file=screen)
+            with (
+                contextlib.redirect_stdout(file),
+                contextlib.redirect_stderr(file),
+                _shown(log, stderr) if is_verbose() else contextlib.nullcontext(),
+            ):
+                # Lines of the log would tear a view that is drawn again and again.
+                yield Console(file=screen, force_terminal=False if is_verbose() else None)
         finally:
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)

@@ -31,6 +31,7 @@ from sgrl.results.plan import Trial, TrialConfig, planned_trials
 from sgrl.results.provenance import changed_parts, record_start
 from sgrl.results.status import Progress, read_progress, read_stopped
 from sgrl.results.storage import Store, display, is_archive, join
+from sgrl.results.tune_folder import RESTORE, is_of_tuner
 from sgrl.tuning.cluster import (
     SweepError,
     check_modules,
@@ -174,6 +175,8 @@ def is_sweep(store: Store) -> bool:
 def _check_is_sweep(store: Store) -> None:
     if is_archive(store.location):
         raise SweepError(f"{store} is an archive, which cannot be resumed: resume what it is of")
+    if is_of_tuner(store.folder):
+        raise SweepError(f"{store} is not of a sweep: {RESTORE}")
     if not is_sweep(store):
         what = "holds no sweep" if store.folder.exists() else "does not exist"
         raise SweepError(f"{store} {what}: give a folder such as results/quickstart")

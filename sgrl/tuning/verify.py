@@ -18,6 +18,7 @@ from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import Row, read_metrics
 from sgrl.results.plan import Trial
 from sgrl.results.provenance import describe, what_rounds_otherwise
+from sgrl.results.storage import is_archive
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.sweep import run_sweep
@@ -72,7 +73,13 @@ def verify_archive(
             repeats.
         ExperimentError, SweepError: its trials cannot be run here.
     """
-    experiment = load_experiment(SweepFolder(archive).experiment, name="verify", track="none")
+    plan = SweepFolder(archive).experiment
+    if is_archive(archive) and not plan.is_file():
+        raise ArchiveError(
+            f"{archive} holds no {plan.name}, as results of a Tuner script do not: what its trials "
+            "would be trained with again is not known"
+        )
+    experiment = load_experiment(plan, name="verify", track="none")
     if experiment.file.algorithm in NEVER_REPEAT:
         raise ArchiveError(
             f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "

@@ -87,19 +87,6 @@ def _check_method(content: Mapping[str, Any], name: str, key: str) -> None:
         raise Problem(key, f"unknown method {name!r}; {hint}")
 
 
-def parse_seeds(text: str) -> list[Any]:
-    """Return the seeds of a text such as 0..5 or 0,2,7..9.
-
-    Raises:
-        Problem: it is not YAML, or a range is none.
-    """
-    seeds: list[Any] = []
-    for part in text.split(","):
-        value = expand_range(_value("seeds", part))
-        seeds += value if isinstance(value, list) else [value]
-    return seeds
-
-
 def add(content: dict[str, Any], addition: str, path: Path) -> None:
     """Add values to the seeds, or to the grid at a key; those that are there already stay.
 

@@ -7,6 +7,7 @@ Ray is imported but never started.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from sgrl.results.plan import (
     read_experiment,
     trials_of,
 )
+from sgrl.results.selection import parse_seeds
 from sgrl.tuning.experiment.checks import point_problems
-from sgrl.tuning.experiment.edits import add, keep_methods, override, parse_seeds
+from sgrl.tuning.experiment.edits import add, keep_methods, override
 from sgrl.tuning.experiment.file import ExperimentFile, validate_file
 from sgrl.tuning.experiment.method import complete_model
 from sgrl.tuning.experiment.places import places_of
@@ -182,7 +184,8 @@ def _load(
             trials = trials_of(resolved, points)
             problems += _trial_problems(file, trials)
     if problems:
-        raise ExperimentError(path, _with_grids_meant(content, problems), changed)
+        problems = _with_whole_keys(_with_grids_meant(content, problems), changed or {})
+        raise ExperimentError(path, problems, changed)
     assert file is not None
     return Experiment(path, file, trials)
 
@@ -195,6 +198,19 @@ def _with_grids_meant(content: Mapping[str, Any], problems: list[Problem]) -> li
         if len(others) < len(problems):
             problems = [*others, Problem(key, f"unknown key; {did_you_mean(key[-1], ['grid'])}")]
     return problems
+
+
+def _with_whole_keys(problems: Iterable[Problem], changed: Iterable[str]) -> list[Problem]:
+    """The problems; where an option made an unknown section, with the whole key that was meant."""
+    found = []
+    for problem in problems:
+        meant = re.fullmatch(r"(unknown key; did you mean '.*)'\?", problem.message)
+        for key in changed if meant else ():
+            if meant and key.startswith(f"{problem.key}."):
+                rest = key[len(problem.key) :]
+                problem = Problem(key, f"{meant[1]}{rest}'?")
+        found.append(problem)
+    return found
 
 
 def _complete(file: ExperimentFile) -> Iterator[Problem]:
