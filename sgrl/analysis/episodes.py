@@ -19,6 +19,7 @@ from sgrl.envs.registry import ENVIRONMENTS, evaluation_config, make_vector, val
 from sgrl.errors import UserError
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.registry import name_of
 from sgrl.results.checkpoints import open_policy
 from sgrl.results.evaluation import EVALUATION_BATCH, evaluation_rollout
 
@@ -195,7 +196,8 @@ def method_name(policy: Policy) -> str:
     Returns:
         The name of the method.
     """
-    name = {"sparse_mlp": "sparse"}.get(policy.name, policy.name)
+    own = name_of(policy).rpartition(":")[2]
+    name = {"sparse_mlp": "sparse"}.get(own, own)
     propagation = getattr(policy.settings, "propagation", None)
     return f"{name}_{propagation}" if propagation else name
 

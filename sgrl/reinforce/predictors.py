@@ -28,6 +28,7 @@ from sgrl.nn.mixing import MixingModule, mixing_modules, split_parameters
 from sgrl.nn.neuron import Activation, SlotNeurons
 from sgrl.nn.policy import Mask, Policy
 from sgrl.nn.recurrent import SparseRNN
+from sgrl.nn.registry import name_of
 
 #: Steps of a recurrent network that `LeastSquares` looks at together.
 CHUNK_STEPS = 8
@@ -133,7 +134,7 @@ class LeastSquares(Adam):
         core = policy.core
         if not isinstance(core, SparseRNN | SparseMLP):
             raise ValueError(
-                f"least_squares is for the policies sparsenet and sparse_mlp, not {policy.name}"
+                f"least_squares is for the policies sparsenet and sparse_mlp, not {name_of(policy)}"
             )
         self.policy, self.core, self.memory = policy, core, memory
         self.layers = [core.neurons] if isinstance(core, SparseRNN) else list(core.layers)

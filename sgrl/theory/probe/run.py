@@ -14,7 +14,7 @@ import torch
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward_policies import ActionHead
 from sgrl.nn.kernels.plain import is_plain
-from sgrl.nn.registry import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy
+from sgrl.nn.registry import Policy, SparseMLPPolicy, SparseNetPolicy, make_policy, name_of
 from sgrl.theory.probe.bandit import bandit_shard, choose_neurons
 from sgrl.theory.probe.estimates import moments, neuron_numbers, resampled_counts, summarise
 from sgrl.theory.probe.gradients import Feedback, Group, Sums
@@ -89,7 +89,7 @@ def check_settings(
         case _:
             raise TheoryError(
                 "the probe is for sparse_mlp on mnist_bandit and sparsenet on a labyrinth; "
-                f"this is {policy.name} on {env}"
+                f"this is {name_of(policy)} on {env}"
             )
     if not known:
         raise TheoryError(
@@ -190,7 +190,7 @@ def _probe_labyrinth(
 def fresh_policy(policy: Policy, seed: int) -> Policy:
     """A policy of the same kind and settings with initial weights and connections of its own."""
     return make_policy(
-        policy.name,
+        name_of(policy),
         policy.observation_size,
         policy.num_actions,
         seed=seed,
