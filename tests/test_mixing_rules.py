@@ -21,7 +21,7 @@ from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels.backends import BACKENDS
 from sgrl.nn.mixing import Moments, backward_phase, split_parameters, unit
-from sgrl.nn.mixing_rules import MIXING_RULES, RunningRule
+from sgrl.nn.mixing_rules import MIXING_RULES, EpisodesRule, RunningRule
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import load_policy, make_policy, save_policy
@@ -177,6 +177,21 @@ def test_a_single_sample_tells_nothing(network: str, rule: str, backend: str) ->
         torch.testing.assert_close(value, before, rtol=1e-12, atol=0)  # m * x + (1 - m) * x
 
 
+@pytest.mark.parametrize("rule", [n for n, r in MIXING_RULES.items() if r.samples == "episodes"])
+@every_backend
+def test_a_single_episode_tells_nothing(rule: str, backend: str) -> None:
+    rnn = build("recurrent", rule, backend)
+    assert isinstance(rnn, SparseRNN)
+    before = copy.deepcopy(list(rnn.buffers()))
+    x = torch.randn(4, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rnn(x[:, :1])[0].square().sum().backward()
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[:, 1] = True
+    rnn(x, None, mask)[0].square().sum().backward()
+    for value, other in zip(rnn.buffers(), before, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=0)
+
+
 @every_network
 @every_rule
 def test_momentum_of_one_keeps_lambda(network: str, rule: str) -> None:
@@ -330,6 +345,8 @@ DEFINITIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "running": (averaged, True),
     "raw": (smoothed, False),
     "running_raw": (averaged, False),
+    "episodes": (smoothed, False),
+    "running_episodes": (averaged, False),
 }
 
 
@@ -424,8 +441,87 @@ def test_rule_of_a_recurrent_layer_by_its_definition(rule: str, backend: str) ->
     assert inside
 
 
+class UnitEpisodes(EpisodesRule):
+    """Not offered: sums over episodes, of vectors of length 1."""
+
+    unit_gradients = True
+
+
+@pytest.mark.parametrize("rule", ["episodes", "running_episodes", "unit"])
+@pytest.mark.parametrize("num_episodes", [2, 7, 21])
+@every_backend
+def test_rules_on_episodes_by_their_definition(
+    rule: str, num_episodes: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each episode's own gradients by autograd: of its loss, and of its predictions.
+
+    At lambda 1, so that what the neurons receive is the loss's gradient. Episodes end at different
+    steps, after which there is no loss, and one has no valid step at all.
+    """
+    monkeypatch.setitem(MIXING_RULES, "unit", UnitEpisodes)
+    follow = averaged if rule == "running_episodes" else smoothed
+    unit_gradients = rule == "unit"
+    settings = {"mixing_weight": 1.0, "mixing_momentum": 0.6, "schedule_beta": 0.0}
+    rnn = build("recurrent", rule, backend, **settings)
+    assert isinstance(rnn, SparseRNN)
+    neurons, first = rnn.neurons, rnn.neurons.mixing_weight.numpy().copy()
+    parameters = [neurons.weight_h, neurons.weight_x, neurons.bias]
+    generator = torch.Generator().manual_seed(3)
+    batches: list[Samples] = []
+    moved = False
+    for _ in range(2):
+        x = torch.randn(9, num_episodes, 4, generator=generator, dtype=torch.float64)
+        shape = (9, num_episodes, 5, 3)
+        loss = torch.randn(shape, generator=generator, dtype=torch.float64)
+        lengths = torch.randint(1, 10, (num_episodes,), generator=generator)
+        lengths[1:2] = 0 if num_episodes > 2 else 4
+        valid = torch.arange(9).unsqueeze(1) < lengths
+        loss = torch.where(valid[..., None, None], loss, 0)
+        w, s = [], []
+        for b in lengths.nonzero().flatten():
+            h, states, activations = torch.zeros(1, 5, 3, dtype=torch.float64), [], []
+            for t in range(int(lengths[b])):
+                activations.append(neurons(neurons.read(h, rnn.parents, x[t, b : b + 1])))
+                h = activations[-1].output
+                states.append(h)
+            objective = (torch.cat(states) * loss[: len(states), b]).sum()
+            received = torch.autograd.grad(objective, states, retain_graph=True)
+            local = [neurons(activation.inputs.detach()) for activation in activations]
+            output = torch.stack([activation.output for activation in local])
+            with torch.no_grad():
+                predicted = torch.stack([neurons.predict(activation) for activation in local])
+            vectors = [torch.stack(received), predicted]
+            if unit_gradients:
+                vectors = [unit(v) for v in vectors]
+            sums = [per_sample(output[None], v[None], parameters, 5)[0] for v in vectors]
+            if not unit_gradients:  # the steps' sum is the gradient through time
+                through_time = per_sample(objective[None], torch.ones(1), parameters, 5)
+                np.testing.assert_allclose(sums[0], through_time[0], rtol=1e-10, atol=1e-12)
+            w.append(sums[0])
+            s.append(sums[1])
+        batches.append((np.stack(w), np.stack(s)))
+        neurons.mixing_weight.fill_(1.0)
+        (rnn(x, None, valid)[0] * loss).sum().backward()
+        seen = batches[-1:] if follow is smoothed else batches  # each from lambda 1
+        expected = follow(seen, first, 0.6, 1e-12 if unit_gradients else 0)
+        np.testing.assert_allclose(neurons.mixing_weight, expected, rtol=1e-10, atol=1e-12)
+        moved |= bool((expected < 0.99).any())
+    assert moved
+
+
+@every_backend
+def test_without_time_episodes_are_samples(backend: str) -> None:
+    found = []
+    for rule in ("raw", "episodes"):
+        mlp = build("feedforward", rule, backend)
+        for seed in range(3):
+            go_back(mlp, seed)
+        found.append([*mlp.buffers(), *(p.grad for p in mlp.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 @every_network
-@pytest.mark.parametrize("rule", ["raw", "running_raw"])
+@pytest.mark.parametrize("rule", [n for n, r in MIXING_RULES.items() if not r.unit_gradients])
 @every_backend
 def test_raw_rules_know_no_unit_of_the_gradients(network: str, rule: str, backend: str) -> None:
     """Gradients and predictions a hundred million times smaller give the same lambda."""

@@ -82,8 +82,9 @@ def test_native_on_uneven_sizes(problem: dict, precision: tuple[torch.dtype, flo
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_native_over_several_chunks_of_time(dtype: torch.dtype, tolerance: float) -> None:
     sizes = {**SMALL, "input_size": 4, "num_input_neurons": 2}
-    problem = {"sizes": sizes, "options": {}, "length": 70, "batch": 29, "masked": True, "seed": 1}
-    assert_native_equals_eager(problem, dtype, tolerance)
+    for rule in ("published", "episodes"):
+        problem = {"sizes": sizes, "options": {"mixing_rule": rule}, "length": 70, "batch": 29}
+        assert_native_equals_eager(problem | {"masked": True, "seed": 1}, dtype, tolerance)
 
 
 def test_native_passes_nan_on() -> None:
@@ -528,7 +529,7 @@ def test_a_structure_that_native_does_not_know_is_an_error(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_memory_is_never_read_before_it_is_written(dtype: torch.dtype) -> None:
-    """With all fresh memory full of NaN, nothing that comes out is NaN."""
+    """With all fresh memory full of NaN, nothing that comes out is NaN, or other than without."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(9).isnan().all()
@@ -536,17 +537,25 @@ def test_memory_is_never_read_before_it_is_written(dtype: torch.dtype) -> None:
             for length in (1, 5, 33):
                 problem = {
                     "sizes": {"input_size": 5, "num_neurons": 7, "num_input_neurons": 3},
-                    "options": {},
                     "length": length,
                     "batch": batch,
                     "masked": True,
                     "seed": batch,
                 }
-                rnn, arguments = make_problem(problem, dtype)
-                rnn.backend = "native"
-                native._spare.clear()
-                for name, value in run(rnn, *arguments).items():
-                    assert value.isfinite().all(), (name, batch, length)
+                for rule in ("published", "episodes"):
+                    rnn, arguments = make_problem(
+                        problem | {"options": {"mixing_rule": rule}}, dtype
+                    )
+                    rnn.backend = "native"
+                    found = []
+                    for full_of_nan in (True, False):
+                        torch.utils.deterministic.fill_uninitialized_memory = full_of_nan
+                        native._spare.clear()
+                        found.append(run(rnn, *arguments))
+                    torch.utils.deterministic.fill_uninitialized_memory = True
+                    for name, value in found[0].items():
+                        assert value.isfinite().all(), (name, batch, length)
+                        assert torch.equal(value, found[1][name]), (name, batch, length)
             mlp = SparseMLP(40, 3, **SMALL, dtype=dtype, backend="native")
             native._spare.clear()
             mlp(torch.randn(batch, 40, dtype=dtype)).sum().backward()
@@ -554,4 +563,5 @@ def test_memory_is_never_read_before_it_is_written(dtype: torch.dtype) -> None:
                 assert parameter.grad.isfinite().all()
             assert all(neurons.mixing_weight.isfinite().all() for neurons in mlp.layers)
     finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(False)

@@ -11,8 +11,11 @@ import torch
 
 from sgrl.envs.registry import make_device, make_vector
 from sgrl.nn.actions import Box, MultiDiscrete
+from sgrl.nn.kernels import triton_unroll
 from sgrl.nn.policy import Policy
 from sgrl.nn.registry import make_policy
+from sgrl.nn.sgprop import Mixing
+from sgrl.nn.stacked import StackedSparseNet
 from sgrl.reinforce.loop import train
 from sgrl.reinforce.pack import Pack, RunSettings
 from sgrl.reinforce.update import UpdateSettings
@@ -36,6 +39,10 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
             "predictor_target": "received",
             "mixing_weight": 0.5,
         },
+    ),
+    "sgprop, episodes": (
+        "sparsenet",
+        SPARSE | {"mixing_rule": "running_episodes", "mixing_weight": 0.5},
     ),
     "sgprop, fixed": ("sparsenet", SPARSE | {"adaptive": False, "mixing_weight": 0.5}),
     "backprop": ("sparsenet", SPARSE | {"propagation": "backprop"}),
@@ -157,6 +164,19 @@ def test_stacked_equals_separate(kind: str, env: str, normalize: bool) -> None:
     for policy, trained in zip(unstacked, policies, strict=True):
         for name, value in policy.state_dict().items():
             torch.testing.assert_close(value, trained.state_dict()[name], msg=name, **tolerance)
+
+
+def test_rules_on_episodes_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the Triton kernels would serve, stacked layers run in torch."""
+    monkeypatch.setattr(triton_unroll, "serves", lambda layer: True)
+    pair = [policies_of("sgprop, episodes", RUNS[:2]), policies_of("sgprop", RUNS[:2])]
+    stacked, fused = (StackedSparseNet(policies, torch.device("cpu")) for policies in pair)
+    assert fused.fused
+    assert not stacked.fused
+    mixing = Mixing(stacked.policy.settings, stacked.rule, None, {})
+    x, h_0 = torch.zeros(2, 3, 5, 7), torch.zeros(2, 5, 24, 6)
+    with pytest.raises(ValueError, match="know no rule on episodes: use torch_unroll"):
+        triton_unroll.unroll(stacked.layer(), mixing, stacked.schedule, x, h_0, None)
 
 
 @pytest.mark.parametrize("kind", POLICIES)

@@ -52,6 +52,7 @@ def problems(draw: st.DrawFn) -> dict:
         "options": {
             "propagation": draw(st.sampled_from(["sgprop", "sgprop", "backprop"])),
             "adaptive": draw(st.booleans()),
+            "mixing_rule": draw(st.sampled_from(["published", "episodes"])),
             "schedule_beta": draw(st.sampled_from([0.0, 0.1, 1.0])),
             "positive_projection": draw(st.booleans()),
             "predictor_target": draw(st.sampled_from(["mixed", "received"])),

@@ -512,6 +512,16 @@ def test_impossible_inputs(x: tuple, context: tuple, context_size: int, message:
         block(torch.zeros(x), None if context is None else torch.zeros(context))
 
 
+def test_rules_on_episodes_want_one_axis_of_samples() -> None:
+    block = SyntheticGradient(WIDTH, SIZE, mixing_rule="episodes")
+    message = (
+        "'episodes' takes each row of x for an episode: flatten its leading axes or take another"
+    )
+    with pytest.raises(ValueError, match=message):
+        block(torch.zeros(3, 2, 12))
+    assert block(torch.zeros(2, 12)).shape == (2, 12)
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(2)])
 def test_impossible_masks(mask: Tensor) -> None:

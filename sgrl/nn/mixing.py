@@ -53,12 +53,15 @@ class MixingRule:
     """How lambda follows what the batches tell: as published.
 
     The other rules are its subclasses (`mixing_rules.py`). A rule says what lambda becomes after a
-    batch (`next_weight`), of which gradients it wants the moments (`unit_gradients`), and what it
-    remembers between batches (`memory`).
+    batch (`next_weight`), of which gradients it wants the moments (`unit_gradients`, `samples`),
+    and what it remembers between batches (`memory`).
 
     Attributes:
-        unit_gradients: whether each sample's received gradient and prediction are brought to
+        unit_gradients: whether each step's received gradient and prediction are brought to
             length 1 before the moments are taken.
+        samples: what is taken for an independent sample: every valid "steps" of every sequence, or
+            the sequences themselves ("episodes"), each with the sum of its valid steps' parameter
+            gradients. A sequence without valid step is no sample. The same where there is no time.
         memory: names of what the rule remembers, one number per neuron each; the rows of
             the layer's `mixing_memory`.
         adaptive: lambda follows the estimate from each batch; otherwise it stays as it is.
@@ -69,6 +72,7 @@ class MixingRule:
     """
 
     unit_gradients: ClassVar[bool] = True
+    samples: ClassVar[Literal["steps", "episodes"]] = "steps"
     memory: ClassVar[tuple[str, ...]] = ()
 
     adaptive: bool = True
@@ -268,18 +272,12 @@ def batch_moments(
         scale: 1 / sqrt(I).
         unit_gradients: see `MixingRule`.
     """
-    inputs, attention, slots, _ = activation
+    inputs = activation.inputs
     if unit_gradients:
         gradient, prediction = unit(gradient), unit(prediction)
-
-    def parameter_gradient(feedback: Tensor) -> tuple[Tensor, Tensor]:
-        t = attention.unsqueeze(-1) * feedback.unsqueeze(2) * (1 - slots.square())
-        v = torch.einsum("kwn,kwmn->kwm", feedback, slots)
-        dq = attention * (v - (attention * v).sum(-1, keepdim=True))
-        return t, dq
-
-    t_w, dq_w = parameter_gradient(gradient)
-    t_u, dq_u = (s - w for s, w in zip(parameter_gradient(prediction), (t_w, dq_w), strict=True))
+    t_w, dq_w = _row_gradients(activation, gradient)
+    of_s = _row_gradients(activation, prediction)
+    t_u, dq_u = (s - w for s, w in zip(of_s, (t_w, dq_w), strict=True))
     x_square = inputs.square().sum(-1)
 
     def inner(t: Tensor, dq: Tensor, t_other: Tensor, dq_other: Tensor) -> Tensor:
@@ -304,6 +302,56 @@ def batch_moments(
         mean_w_mean_u=(w_bar * u_bar).sum(1),
         num_samples=len(inputs),
     )
+
+
+def _row_gradients(
+    activation: Activation, feedback: Float[Tensor, "K W N"]
+) -> tuple[Float[Tensor, "K W M N"], Float[Tensor, "K W M"]]:
+    """Gradients t of the b_m and dq of the slots' scores, from that of the output."""
+    _, attention, slots, _ = activation
+    t = attention.unsqueeze(-1) * feedback.unsqueeze(2) * (1 - slots.square())
+    v = torch.einsum("kwn,kwmn->kwm", feedback, slots)
+    dq = attention * (v - (attention * v).sum(-1, keepdim=True))
+    return t, dq
+
+
+def episode_moments(
+    activation: Activation,
+    gradient: Float[Tensor, "T B W N"],
+    prediction: Float[Tensor, "T B W N"],
+    valid: Bool[Tensor, "T B"],
+    scale: float,
+    unit_gradients: bool = True,
+) -> Moments:
+    """Moments of the parameter gradients of B episodes, each the sum over its valid steps.
+
+    Args:
+        activation: of all steps, each tensor [T, B, ...].
+        gradient: received gradient g.
+        prediction: s.
+        valid: True at valid steps; an episode without any is left out.
+        scale: 1 / sqrt(I).
+        unit_gradients: see `MixingRule`.
+    """
+
+    def sums(feedback: Tensor) -> Tensor:
+        feedback = unit(feedback) if unit_gradients else feedback
+        episodes = []
+        for b in valid.any(0).nonzero().flatten().tolist():
+            steps = Activation(*(value[valid[:, b], b] for value in activation))
+            t, dq = _row_gradients(steps, feedback[valid[:, b], b])
+            parts = [
+                t.sum(0).flatten(1),
+                torch.einsum("kwmn,kwi->wmni", t, steps.inputs).flatten(1),
+                scale * torch.einsum("kwm,kwi->wmi", dq, steps.inputs).flatten(1),
+            ]
+            episodes.append(torch.cat(parts, dim=1))
+        return torch.stack(episodes)
+
+    if not valid.any():
+        zero = torch.zeros_like(gradient[0, 0, :, 0])
+        return Moments(zero, zero, zero, zero, num_samples=0)
+    return gradient_moments(sums(gradient), sums(prediction))
 
 
 def mixing_summary(mixing_weights: PerNeuron) -> Mapping[str, float]:

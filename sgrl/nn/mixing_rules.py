@@ -71,11 +71,31 @@ class RunningRawRule(RunningRule, RawRule):
     """`RunningRule` on the gradients of `RawRule`: batches, too, count by their feedback's size."""
 
 
+class EpisodesRule(RawRule):
+    """The estimate of `RawRule` from whole episodes, the independent samples of a batch.
+
+    What is mixed and averaged is the mean over a batch of B episodes, and its variance is that of
+    an episode's sum of parameter gradients, divided by B. The steps of one episode share its
+    return, its maze and its states: taken for independent samples, as by the rules on steps, they
+    make the mean look more certain than it is, by up to the length of an episode, and lambda come
+    out too close to 1. Where an episode is one step, as for feed-forward networks, this is
+    `RawRule`.
+    """
+
+    samples = "episodes"
+
+
+class RunningEpisodesRule(RunningRule, EpisodesRule):
+    """`RunningRule` on the episodes of `EpisodesRule`."""
+
+
 MIXING_RULES: dict[str, type[MixingRule]] = {
     "published": MixingRule,
     "running": RunningRule,
     "raw": RawRule,
     "running_raw": RunningRawRule,
+    "episodes": EpisodesRule,
+    "running_episodes": RunningEpisodesRule,
 }
 
 

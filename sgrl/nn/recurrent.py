@@ -31,7 +31,7 @@ from sgrl.nn.connectivity import random_connectivity
 from sgrl.nn.kernels import native, native_unroll, torch_unroll
 from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
-from sgrl.nn.mixing import batch_moments
+from sgrl.nn.mixing import batch_moments, episode_moments
 from sgrl.nn.neuron import Activation, Layer, PerNeuron, SlotNeurons
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings, mix, temporal_schedule
 
@@ -316,8 +316,11 @@ class _BackwardRecord:
         """Statistics, and the update of lambda from all valid steps, after the last mixture."""
         rnn, valid = self.rnn, self.mask
 
+        def stack(steps: dict[int, Tensor]) -> Tensor:
+            return torch.stack([steps[t] for t in range(self.length)])
+
         def gather(steps: dict[int, Tensor]) -> Tensor:
-            return torch.stack([steps[t] for t in range(self.length)])[valid]
+            return stack(steps)[valid]
 
         def mean_norm(vectors: Tensor) -> Tensor:
             return vectors.norm(dim=-1).sum() / max(vectors[..., 0].numel(), 1)
@@ -331,9 +334,12 @@ class _BackwardRecord:
         }
         if not rnn.rule.updates:
             return
-        activation = Activation(
-            *(torch.stack(values)[valid] for values in zip(*self.activations, strict=True))
-        )
+        every = Activation(*(torch.stack(values) for values in zip(*self.activations, strict=True)))
         scale, unit_gradients = rnn.neurons.scale, rnn.rule.unit_gradients
-        moments = batch_moments(activation, gradient, substitute, scale, unit_gradients)
+        if rnn.rule.samples == "episodes":
+            given = every, stack(self.gradients), stack(self.substitutes), valid
+            moments = episode_moments(*given, scale, unit_gradients)
+        else:
+            activation = Activation(*(values[valid] for values in every))
+            moments = batch_moments(activation, gradient, substitute, scale, unit_gradients)
         rnn.rule.update(rnn.neurons, moments)

@@ -251,8 +251,10 @@ class StackedSparseNet(Stacked):
         self.rule.momentum = momentum  # type: ignore[assignment]
         self.rules = [self.rule]
         #: Whether the time loops run in Triton kernels: not with backend "torch".
-        self.fused = triton_unroll.serves(self.layer()) and all(
-            s.backend != "torch" for s in settings
+        self.fused = (
+            triton_unroll.serves(self.layer())
+            and self.rule.samples == "steps"
+            and all(s.backend != "torch" for s in settings)
         )
 
     def connect(self) -> None:

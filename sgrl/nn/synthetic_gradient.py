@@ -127,7 +127,8 @@ class SyntheticGradient(nn.Module):
 
         Raises:
             ValueError: x, context or mask of another shape, a mask that is not bool, a context but
-                no `context_size`, or the reverse.
+                no `context_size`, or the reverse; or a mixing rule on episodes, but more than one
+                axis of samples, so that it cannot be told which steps make an episode.
         """
         shape = (self.num_neurons, self.neuron_size)
         # In this order, since the [1, N] of a single neuron is a batch of one sample.
@@ -139,6 +140,11 @@ class SyntheticGradient(nn.Module):
             raise ValueError(
                 f"x must be [..., {shape[0] * shape[1]}] or [..., {shape[0]}, {shape[1]}], "
                 f"got {list(x.shape)}"
+            )
+        if self.rule.samples == "episodes" and len(leading) > 1:
+            raise ValueError(
+                f"mixing_rule {self.sgprop.mixing_rule!r} takes each row of x for an episode: "
+                f"flatten its leading axes or take another rule, got {list(x.shape)}"
             )
         if context is not None and self.context_size is None:
             raise ValueError("a context needs a block with its context_size")

@@ -177,7 +177,11 @@ def layer_structure(layer: Layer, parameters: Mapping[str, Tensor | None]) -> An
 
 
 def mixing_structure(
-    mixing: Mixing, mixing_weight: Tensor, schedule_beta: float = 0.0, for_predictor: bool = True
+    mixing: Mixing,
+    mixing_weight: Tensor,
+    schedule_beta: float = 0.0,
+    for_predictor: bool = True,
+    episodes: bool = False,
 ) -> Any:
     """How a layer mixes in a backward pass.
 
@@ -186,6 +190,7 @@ def mixing_structure(
         mixing_weight: lambda [W], which must live as long as the structure is used.
         schedule_beta: step of lambda's schedule over time.
         for_predictor: whether the predictor's gradients are wanted.
+        episodes: whether the moments' samples are sequences, not their steps.
     """
     settings, rule = mixing.settings, mixing.rule
     return make_structure(
@@ -198,6 +203,7 @@ def mixing_structure(
         moments=rule.updates,
         for_predictor=for_predictor,
         unit_gradients=rule.unit_gradients,
+        episodes=episodes,
     )
 
 

@@ -211,10 +211,11 @@ class _Unroll(torch.autograd.Function):
         grads = [torch.empty_like(parameter) for parameter in parameters]
         moments = torch.zeros(4, layer.num_neurons, dtype=torch.float64)
         results = gradients_structure(dict(zip(layer.parameters(), grads, strict=True)), moments)
-        how = None
+        how, episodes = None, mixing.rule.samples == "episodes"
         if mixing.settings.mixes:
             beta = mixing.settings.schedule_beta
-            how = ctypes.byref(mixing_structure(mixing, ctx.mixing_weight, beta))
+            structure = mixing_structure(mixing, ctx.mixing_weight, beta, episodes=episodes)
+            how = ctypes.byref(structure)
         core.sgrl_backward(
             ctypes.byref(_structure(layer, parameters)),
             *(length, batch, x.data_ptr(), pointer(mask), how, grad_output.data_ptr()),
@@ -225,6 +226,7 @@ class _Unroll(torch.autograd.Function):
             measured = x.new_tensor(list(results.statistics))
             mixing.statistics.update(zip(STATISTICS, measured.unbind(), strict=True))
             if mixing.rule.updates:
-                num_valid = length * batch if mask is None else int(mask.sum())
-                mixing.rule.update(layer, Moments.of_sums(moments.unbind(), num_valid))
+                samples = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask
+                samples = samples.any(0) if episodes else samples
+                mixing.rule.update(layer, Moments.of_sums(moments.unbind(), int(samples.sum())))
         return (None, None, None, None, grad_x, grad_h0, *grads)

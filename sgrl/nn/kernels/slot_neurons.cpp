@@ -15,6 +15,8 @@
 //   is overwritten by the next row, and each step ends with one vector of slack. Lanes past a
 //   row's end therefore hold other numbers, which are computed on but never looked at.
 // - by neuron, [rows][K]: what the products over all samples read, rows padded to whole vectors.
+//   Where each sequence's own sums are wanted it is cut into `Group`s of sequences, one after the
+//   other.
 // Memory comes from the caller as one block, cut up by `Workspace`; nothing is allocated here but
 // short lists of row pointers, and there is no global state.
 
@@ -152,6 +154,19 @@ inline vec sum_lanes(const vec* values) {
                 upper<H>(values[i], values[i + H], Lanes{});
     return sum_lanes<H / 2>(half);
   }
+}
+
+// Every lane becomes the sum of all lanes that are a multiple of `apart` from it, a power of two.
+template <int H, int... I>
+inline vec exchange(vec a, std::integer_sequence<int, I...>) {
+  return SHUFFLE(a, a, (I ^ H)...);
+}
+template <int H = V / 2>
+inline vec fold_lanes(vec value, Index apart) {
+  if constexpr (H > 0) {
+    if (H >= apart) return fold_lanes<H / 2>(value + exchange<H>(value, Lanes{}), apart);
+  }
+  return value;
 }
 
 // Swap rows and columns of V vectors.
@@ -304,6 +319,55 @@ void dot(Index rows, Index columns, Index samples, const real* a, Index a_length
   });
 }
 
+// One tile: out[r][c] = sum over vectors of a[r] * b[c], added to what out holds if `add`.
+template <int S, int C>
+void lanes_tile(Index count, const real* a, Index a_length, const real* const* rows, real* out,
+                Index out_length, bool add) {
+  vec total[S][C];
+#pragma GCC unroll 6
+  for (int r = 0; r < S; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      total[r][c] = add ? load(out + (r * out_length + c) * V) : vec{};
+  for (Index k = 0; k < count * V; k += V) {
+    vec column[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) column[c] = load(rows[c] + k);
+#pragma GCC unroll 6
+    for (int r = 0; r < S; ++r) {
+      const vec row = load(a + r * a_length + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) total[r][c] += row * column[c];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < S; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(out + (r * out_length + c) * V, total[r][c]);
+}
+
+using LanesTile = void (*)(Index, const real*, Index, const real* const*, real*, Index, bool);
+
+template <int... I>
+constexpr LanesTile choose_lanes(Index rows, Index columns, std::integer_sequence<int, I...>) {
+  constexpr LanesTile table[] = {lanes_tile<I / dot_columns + 1, I % dot_columns + 1>...};
+  return table[(rows - 1) * dot_columns + columns - 1];
+}
+
+// As `dot`, but without the sum over lanes: out is [rows][columns] vectors.
+void dot_lanes(Index rows, Index columns, Index samples, const real* a, Index a_length,
+               const real* const* b, real* out, bool add) {
+  constexpr auto shapes = std::make_integer_sequence<int, dot_rows * dot_columns>{};
+  for_tiles(rows, dot_rows, [&](Index row, Index row_count) {
+    for_tiles(columns, dot_columns, [&](Index column, Index column_count) {
+      choose_lanes(row_count, column_count, shapes)(vectors(samples), a + row * a_length, a_length,
+                                                    b + column,
+                                                    out + (row * columns + column) * V, columns,
+                                                    add);
+    });
+  });
+}
+
 // ---------------------------------------------------------------------------- moving numbers
 
 // to[c][r] = from[r][c] for r < rows, c < columns. Only these are read; with `pad` zeros follow in
@@ -345,16 +409,17 @@ void transpose(real* to, Index to_length, const real* from, Index from_length, I
   }
 }
 
-// By step -> by neuron: rows from[t][r][B], r < rows, become to[r][t * B + b], one vector of zeros
-// after each.
-void gather_steps(real* to, Index to_length, const real* from, Index step_length, Index rows,
-                  Index steps, Index batch) {
+// By step -> by neuron: rows from[t][r], `from_length` apart, of which the first `batch` numbers are
+// wanted, become to[r][t * batch + b], one vector of zeros after each.
+void gather_steps(real* to, Index to_length, const real* from, Index step_length,
+                  Index from_length, Index rows, Index steps, Index batch) {
   // Few rows at a time, since each lies in a page of its own.
   for (Index first = 0; first < rows; first += 36)
     for (Index t = 0; t < steps; ++t)
       for (Index r = first; r < std::min<Index>(rows, first + 36); ++r)
         for (Index b = 0; b < batch; b += V)
-          store(to + r * to_length + t * batch + b, load(from + t * step_length + r * batch + b));
+          store(to + r * to_length + t * batch + b,
+                load(from + t * step_length + r * from_length + b));
   for (Index r = 0; r < rows; ++r) store(to + r * to_length + steps * batch, vec{});
 }
 
@@ -388,10 +453,11 @@ struct Mixing {
   double schedule_beta;
   std::int32_t positive_projection, target_received, mask_predictions, moments, for_predictor;
   std::int32_t unit_gradients;  // the moments are of vectors brought to length 1
+  std::int32_t episodes;        // the moments' samples are sequences, not their steps
 };
 
-// Gradients of the parameters (null: not wanted); statistics are means, moments sums over all valid
-// samples.
+// Gradients of the parameters (null: not wanted); statistics are means over all valid samples,
+// moments sums over these or over sequences.
 struct Gradients {
   real *weight_h, *weight_x, *bias, *predictor_h, *predictor_x, *predictor_bias;
   double statistics[4];  // predictor_loss, received_grad_norm, mixed_grad_norm, prediction_norm
@@ -457,15 +523,15 @@ struct Workspace {
   real *panel_rows;                            // all row gradients of a neuron [<= 3 R + M N]
   real *panel_guesses, *panel_weight, *panel_vectors;
   real *sums;                                  // [<= 3 R + M N][L + E + 1]
-  Index steps_kept, row, states_row, panel, chunk;
+  real *sums_by_lane;                          // [2 R][L + E + 1][V]
+  Index steps_kept, row, panel, chunk;
   Index total;
 
   Workspace(const Shape& s, bool keep, real* block) {
     Cutter take(block);
     steps_kept = keep ? s.T : 1;
     const Index K = s.T * s.B;
-    row = row_length(K);
-    states_row = row_length(K + s.B);
+    row = row_length(K + s.B);  // the states before the first step are there too
     chunk = std::max<Index>(1, std::min(s.T, chunk_samples / s.B));
     // Chunks of equal length.
     chunk = (s.T + (s.T + chunk - 1) / chunk - 1) / ((s.T + chunk - 1) / chunk);
@@ -479,7 +545,7 @@ struct Workspace {
     if (keep) {
       received = take(s.T * s.state_step());
       predicted = take(s.T * s.state_step());
-      states_by_neuron = take(s.W * s.N * states_row);
+      states_by_neuron = take(s.W * s.N * row);
       inputs_by_neuron = take(s.E * row);
       inputs_gradient = take(s.E * row);
       ones = take(row);
@@ -497,6 +563,7 @@ struct Workspace {
       panel_vectors = take(3 * s.N * panel);
       panel_weight = take(panel);
       sums = take((3 * s.R + s.M * s.N) * (s.L + s.E + 1));
+      sums_by_lane = take(2 * s.R * (s.L + s.E + 1) * V);
     }
     total = take.total();
   }
@@ -756,41 +823,93 @@ void make_schedule(const Layer& layer, const Shape& s, const Mixing& mixing, rea
   }
 }
 
+// Sequences [first, first + count), which lie together by neuron: step t of all of them at
+// `offset + t * count`, and after the last step as many places more.
+struct Group {
+  Index first, count, offset;
+};
+
+// All sequences; or, where each one's own sums are wanted, as many as a vector has lanes, or half as
+// many and so on for the last ones: a lane then never sees more than one of a group.
+std::vector<Group> make_groups(const Shape& s, bool by_lane) {
+  std::vector<Group> groups;
+  for (Index first = 0, count = by_lane ? V : s.B; first < s.B; first += count) {
+    while (first + count > s.B) count /= 2;
+    groups.push_back({first, count, first * (s.T + 1)});
+  }
+  return groups;
+}
+
+bool sums_episodes(const Mixing* mixing) {
+  return mixing && mixing->moments && mixing->episodes;
+}
+
 // What the products over all samples read, by neuron.
-void arrange_samples(const Shape& s, Workspace& w, const real* x,
-                     const std::uint8_t* mask) {
+void arrange_samples(const Shape& s, Workspace& w, const std::vector<Group>& groups,
+                     const real* x, const std::uint8_t* mask) {
   const Index K = s.T * s.B;
-  gather_steps(w.states_by_neuron, w.states_row, w.states, s.state_step(), s.W * s.N, s.T + 1,
-               s.B);
+  for (const Group& g : groups)
+    gather_steps(w.states_by_neuron + g.offset, w.row, w.states + g.first, s.state_step(), s.B,
+                 s.W * s.N, s.T + 1, g.count);
   if (s.X) {
-    transpose<true>(w.inputs_by_neuron, w.row, x, s.E, K, s.E);
-    for (Index e = 0; e < s.E; ++e)
-      store(w.inputs_by_neuron + e * w.row + vectors(K) * V, vec{});
+    if (groups.size() == 1) {
+      transpose<true>(w.inputs_by_neuron, w.row, x, s.E, K, s.E);
+      for (Index e = 0; e < s.E; ++e)
+        store(w.inputs_by_neuron + e * w.row + vectors(K) * V, vec{});
+    } else {
+      std::fill(w.inputs_by_neuron, w.inputs_by_neuron + s.E * w.row, real(0));
+      for (const Group& g : groups)
+        for (Index t = 0; t < s.T; ++t)
+          transpose<false>(w.inputs_by_neuron + g.offset + t * g.count, w.row,
+                           x + (t * s.B + g.first) * s.E, s.E, g.count, s.E);
+    }
     std::fill(w.inputs_gradient, w.inputs_gradient + s.E * w.row, real(0));
   }
   std::fill(w.ones, w.ones + w.row, real(1));
   std::fill(w.valid, w.valid + w.row, real(0));
-  for (Index k = 0; k < K; ++k) w.valid[k] = !mask || mask[k];
+  for (const Group& g : groups)
+    for (Index t = 0; t < s.T; ++t)
+      for (Index b = 0; b < g.count; ++b)
+        w.valid[g.offset + t * g.count + b] = !mask || mask[t * s.B + g.first + b];
+}
+
+// Gradient of the inputs from by neuron to [T][B][E].
+void write_inputs_gradient(const Shape& s, const Workspace& w, const std::vector<Group>& groups,
+                           real* grad_x) {
+  if (groups.size() == 1) {
+    transpose<false>(grad_x, s.E, w.inputs_gradient, w.row, s.E, s.T * s.B);
+    return;
+  }
+  for (const Group& g : groups)
+    for (Index t = 0; t < s.T; ++t)
+      transpose<false>(grad_x + (t * s.B + g.first) * s.E, s.E,
+                       w.inputs_gradient + g.offset + t * g.count, w.row, s.E, g.count);
 }
 
 // The rows that neuron j reads, by neuron: its parents' states before, its external inputs.
 void list_inputs(const Layer& layer, const Shape& s, const Workspace& w, Index j, Rows& rows) {
   rows.resize(s.depth(j));
-  list_parents(layer, s, j, w.states_by_neuron, w.states_row, rows.data());
+  list_parents(layer, s, j, w.states_by_neuron, w.row, rows.data());
   for (Index e = s.L; e < s.depth(j); ++e)
     rows[e] = w.inputs_by_neuron + (e - s.L) * w.row;
 }
 
-// Steps [first, first + steps) of a chunk.
+// Steps [first, first + steps) of a group's `batch` sequences from `sequence` on; `offset` by
+// neuron.
 struct Chunk {
-  Index first, steps, offset, samples;
+  Index first, steps, sequence, batch, offset, samples;
 };
 
 template <class F>
-void for_chunks(const Shape& s, const Workspace& w, F f) {
-  for (Index first = 0; first < s.T; first += w.chunk) {
-    const Index steps = std::min(w.chunk, s.T - first);
-    f(Chunk{first, steps, first * s.B, steps * s.B});
+void for_chunks(const Shape& s, const Workspace& w, const std::vector<Group>& groups, F f) {
+  for (const Group& g : groups) {
+    // As many samples as a chunk of all sequences has, at most; of equal length.
+    const Index most = std::min(s.T, w.chunk * s.B / g.count), count = (s.T + most - 1) / most;
+    const Index length = (s.T + count - 1) / count;
+    for (Index first = 0; first < s.T; first += length) {
+      const Index steps = std::min(length, s.T - first);
+      f(Chunk{first, steps, g.first, g.count, g.offset + first * g.count, steps * g.count});
+    }
   }
 }
 
@@ -814,24 +933,31 @@ void predict(const Layer& layer, const Shape& s, Index j, const real* const* inp
 }
 
 // Predictions of every neuron at every step, into w.predicted.
-void predict_all(const Layer& layer, const Shape& s, Workspace& w) {
+void predict_all(const Layer& layer, const Shape& s, Workspace& w,
+                 const std::vector<Group>& groups) {
   Rows inputs, shifted;
   std::vector<real*> guesses;
   list_rows(guesses, w.panel_guesses, s.M * s.N, w.panel);
   for (Index j = 0; j < s.W; ++j) {
     list_inputs(layer, s, w, j, inputs);
-    for_chunks(s, w, [&](Chunk c) {
+    for_chunks(s, w, groups, [&](Chunk c) {
       shifted = inputs;
       for (const real*& row : shifted) row += c.offset;
-      gather_steps(w.panel_attention, w.panel, w.attention + (c.first * s.W + j) * s.M * s.B,
-                   s.W * s.M * s.B, s.M, c.steps, s.B);
+      gather_steps(w.panel_attention, w.panel,
+                   w.attention + (c.first * s.W + j) * s.M * s.B + c.sequence, s.W * s.M * s.B,
+                   s.B, s.M, c.steps, c.batch);
       predict(layer, s, j, shifted.data(), w.panel_attention, w.panel,
               c.samples, guesses.data(), w.panel_prediction);
       for (Index t = 0; t < c.steps; ++t)
         for (Index n = 0; n < s.N; ++n) {
-          real* to = w.predicted + (c.first + t) * s.state_step() + (j * s.N + n) * s.B;
-          for (Index b = 0; b < s.B; b += V)
-            store(to + b, load(w.panel_prediction + n * w.panel + t * s.B + b));
+          const real* from = w.panel_prediction + n * w.panel + t * c.batch;
+          real* to = w.predicted + (c.first + t) * s.state_step() + (j * s.N + n) * s.B +
+                     c.sequence;
+          // What spills over reaches rows that other groups have written, and will not again.
+          if (groups.size() > 1)
+            std::memcpy(to, from, c.batch * sizeof(real));
+          else
+            for (Index b = 0; b < s.B; b += V) store(to + b, load(from + b));
         }
     });
   }
@@ -985,6 +1111,7 @@ void fill_rows(const Shape& s, real scale, const Mixing* mixing, real per_term, 
     }
     rows_of(w_rows, at.w, k);
     rows_of(u_rows, at.u, k);
+    if (mixing->episodes) continue;
     vec x_square = {};
     for (Index d = 0; d < x.depth; ++d) {
       const vec input = load(x.inputs[d] + k);
@@ -1050,14 +1177,47 @@ void take_means(const Shape& s, double num_valid, double* statistics) {
   for (int i = 0; i < 4; ++i) statistics[i] /= num_valid * s.W * (i ? 1 : s.N);
 }
 
+// Of a group of `count` sequences: adds their parameter gradients w and u = s - w, of one neuron, to
+// `products`, and the moments of each to `sums`. `by_lane` is [2 R][columns][V], keys first, the
+// last column the bias.
+void sum_episodes(const Shape& s, const Stacked& at, Index count, Index columns,
+                  const real* by_lane, real* products, Sums& sums) {
+  const real share = real(count) / V;  // each sequence has so many lanes, all of them alike
+  for (Index r = 0; r < s.R; ++r) {
+    const real *w_row = by_lane + r * columns * V, *u_row = w_row + s.R * columns * V;
+    const Index end = r < s.M ? columns - 1 : columns;  // keys have no bias
+    vec u_square = {}, wu = {};
+    for (Index first = 0; first < end; first += V) {
+      const Index width = std::min<Index>(V, end - first);
+      vec w[V] = {}, u[V] = {};
+      for (Index i = 0; i < width; ++i) {
+        w[i] = load(w_row + (first + i) * V);
+        u[i] = load(u_row + (first + i) * V);
+        const vec of_one = fold_lanes(u[i], count);
+        u_square += of_one * of_one;
+        wu += fold_lanes(w[i], count) * of_one;
+      }
+      const vec w_sums = sum_lanes(w), u_sums = sum_lanes(u);
+      for (Index i = 0; i < width; ++i) {
+        products[(at.w + r) * columns + first + i] += w_sums[i];
+        products[(at.u + r) * columns + first + i] += u_sums[i];
+      }
+    }
+    sums.u_square += u_square * share;
+    sums.wu += wu * share;
+  }
+}
+
 // Everything that is a sum over all samples, once the received gradients are known: neuron by
 // neuron, chunk by chunk, all row gradients of a neuron stacked so that one product serves all.
-void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing* mixing,
-                 bool needs_x, Gradients& out) {
+void sum_samples(const Layer& layer, const Shape& s, Workspace& w,
+                 const std::vector<Group>& groups, const Mixing* mixing, bool needs_x,
+                 Gradients& out) {
   const Index MN = s.M * s.N;
   const Stacked at(s, mixing);
+  const bool episodes = sums_episodes(mixing);
   double num_valid = 0;
-  for (Index k = 0; k < s.T * s.B; ++k) num_valid += w.valid[k];
+  for (Index k = 0; k < w.row; ++k) num_valid += w.valid[k];
   num_valid = std::max(num_valid, 1.0);
   const real per_term = real(2 / (num_valid * s.W * s.N));
   Rows inputs, shifted, output(s.N);
@@ -1070,25 +1230,26 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
     inputs.push_back(w.ones);
     std::fill(w.sums, w.sums + at.end * (depth + 1), real(0));
     Sums sums;
-    for_chunks(s, w, [&](Chunk c) {
-      const Index first = c.first * s.W + j, state = c.first * s.state_step() + j * s.N * s.B;
-      gather_steps(w.panel_attention, w.panel, w.attention + first * s.M * s.B, s.W * s.M * s.B,
-                   s.M, c.steps, s.B);
-      gather_steps(w.panel_slots, w.panel, w.slots + first * MN * s.B, s.W * MN * s.B, MN,
-                   c.steps, s.B);
-      gather_steps(w.panel_gradient, w.panel, w.received + state, s.state_step(), s.N, c.steps,
-                   s.B);
+    for_chunks(s, w, groups, [&](Chunk c) {
+      const Index first = c.first * s.W + j;
+      const Index state = c.first * s.state_step() + j * s.N * s.B + c.sequence;
+      const auto gather = [&](real* to, const real* from, Index step_length, Index rows) {
+        gather_steps(to, w.panel, from, step_length, s.B, rows, c.steps, c.batch);
+      };
+      gather(w.panel_attention, w.attention + first * s.M * s.B + c.sequence, s.W * s.M * s.B,
+             s.M);
+      gather(w.panel_slots, w.slots + first * MN * s.B + c.sequence, s.W * MN * s.B, MN);
+      gather(w.panel_gradient, w.received + state, s.state_step(), s.N);
       if (mixing) {
-        gather_steps(w.panel_prediction, w.panel, w.predicted + state, s.state_step(), s.N,
-                     c.steps, s.B);
+        gather(w.panel_prediction, w.predicted + state, s.state_step(), s.N);
         for (Index t = 0; t < c.steps; ++t)
-          for (Index b = 0; b < s.B; b += V)
-            store(w.panel_weight + t * s.B + b, splat(w.schedule[(c.first + t) * s.W + j]));
+          for (Index b = 0; b < c.batch; b += V)
+            store(w.panel_weight + t * c.batch + b, splat(w.schedule[(c.first + t) * s.W + j]));
         // Lanes past the last sample count as zeros below: they must not hold NaN.
         store(w.panel_weight + c.samples, vec{});
       }
       for (Index n = 0; n < s.N; ++n)
-        output[n] = w.states_by_neuron + (j * s.N + n) * w.states_row + c.offset + s.B;
+        output[n] = w.states_by_neuron + (j * s.N + n) * w.row + c.offset + c.batch;
       shifted = inputs;
       for (const real*& row : shifted) row += c.offset;
       const Samples samples{c.samples, w.panel, w.panel_attention, w.panel_slots, w.panel_gradient,
@@ -1096,7 +1257,14 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w, const Mixing*
                             output.data(), shifted.data(), depth};
       fill_rows(s, real(layer.scale), mixing, per_term, samples, w.panel_rows, w.panel_vectors,
                 sums);
-      dot(at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(), w.sums);
+      dot(episodes ? at.w : at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(),
+          w.sums);
+      if (episodes) {
+        dot_lanes(2 * s.R, depth + 1, c.samples, w.panel_rows + at.w * w.panel, w.panel,
+                  shifted.data(), w.sums_by_lane, c.first > 0);
+        if (c.first + c.steps == s.T)
+          sum_episodes(s, at, c.batch, depth + 1, w.sums_by_lane, w.sums, sums);
+      }
       if (j < s.X && needs_x) {
         list_rows(inputs_gradient, w.inputs_gradient + c.offset, s.E, w.row);
         multiply<true>(s.E, s.R, layer.weight_x + j * s.R * s.E, rows.data(), c.samples,
@@ -1314,15 +1482,16 @@ void sgrl_backward(const Layer* layer, Index steps, Index batch, const real* x,
                    const std::uint8_t* mask, const Mixing* mixing, const real* grad_output,
                    real* grad_x, real* grad_h0, Gradients* out, real* block) {
   const Shape s(*layer, steps, batch);
+  const std::vector<Group> groups = make_groups(s, sums_episodes(mixing));
   Workspace w(s, true, block);
-  arrange_samples(s, w, x, mask);
+  arrange_samples(s, w, groups, x, mask);
   if (mixing) {
     make_schedule(*layer, s, *mixing, w.schedule);
-    predict_all(*layer, s, w);
+    predict_all(*layer, s, w, groups);
   }
   carry_back(*layer, s, w, mixing, mask, grad_output, grad_h0);
-  sum_samples(*layer, s, w, mixing, grad_x, *out);
-  if (grad_x) transpose<false>(grad_x, s.E, w.inputs_gradient, w.row, s.E, steps * batch);
+  sum_samples(*layer, s, w, groups, mixing, grad_x, *out);
+  if (grad_x) write_inputs_gradient(s, w, groups, grad_x);
 }
 
 Index sgrl_stack_workspace(const Stack* stack, Index batch, std::int32_t keep) {

@@ -39,6 +39,8 @@ from sgrl.nn.sgprop import NORMS, Mixing, positive_projection
 #: Samples (steps x batch) that a chunk of the backward pass holds, for the processor's cache or the
 #: GPU's memory. Sums are taken by chunks, so it must not depend on how many runs are stacked.
 CHUNK_SAMPLES = {"cpu": 160, "cuda": 800}
+#: Numbers that the gradients of a chunk of neurons fill, where lambda is estimated from episodes.
+CHUNK_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 
 
 def unroll(
@@ -164,7 +166,7 @@ class _Unroll(torch.autograd.Function):
                 if mixing.rule.updates:
                     measured.add_moments(mixture, a, y, h, *inputs)
         if measured is not None:
-            measured.finish()
+            measured.finish(x, states, attention, slots)
         grad_h0 = None
         if ctx.needs_input_grad[6]:
             grad_h0 = carried.unflatten(0, (runs, -1)).permute(0, 3, 1, 2)
@@ -215,11 +217,13 @@ class _Mixture:
 class _Measured:
     """Sums over all valid samples of an unroll: statistics, and the moments behind lambda*.
 
-    The same sums as `mixing.batch_moments`, as products over all samples of a chunk.
+    The same sums as `mixing.batch_moments`, as products over all samples of a chunk. Where samples
+    are episodes (`mixing.episode_moments`) the vectors of all chunks are kept (`episodes`), and
+    their gradients made at the end.
     """
 
     def __init__(self, layer: Layer, mixing: Mixing, mask: Tensor | None, samples: int) -> None:
-        self.layer, self.mixing = layer, mixing
+        self.layer, self.mixing, self.mask = layer, mixing, mask
         valid = torch.full_like(layer.mixing_weight[: layer.num_runs], samples)
         #: Valid samples of each run [S].
         self.num_valid = valid if mask is None else mask.sum((1, 2)).to(valid)
@@ -231,6 +235,8 @@ class _Measured:
         parameters = list(layer.parameters().values())[:3]
         self.w_sum = [torch.zeros_like(p) for p in parameters]
         self.u_sum = [torch.zeros_like(p) for p in parameters]
+        #: Received gradient and its difference to the prediction at chunks of steps, from the end.
+        self.episodes: list[tuple[Tensor, Tensor]] = []
 
     def add(self, mixture: _Mixture) -> Tensor:
         """Add a chunk's statistics; returns the gradient of its predictions [T, W, N, B]."""
@@ -276,6 +282,9 @@ class _Measured:
         if mixture.valid is not None:
             gradient = torch.where(mixture.valid, gradient, 0.0)
             difference = torch.where(mixture.valid, difference, 0.0)
+        if self.mixing.rule.samples == "episodes":
+            self.episodes.append((gradient, difference))
+            return
 
         def rows_of(feedback: Tensor) -> Tensor:
             count, num_neurons, _, batch = feedback.shape
@@ -299,13 +308,25 @@ class _Measured:
         _add(self.w_sum, parameter_gradients(layer, rows_w, read, external))
         _add(self.u_sum, parameter_gradients(layer, rows_u, read, external))
 
-    def finish(self) -> None:
+    def finish(
+        self,
+        x: Float[Tensor, "S T B E"],
+        states: Float[Tensor, "T+1 W N B"],
+        attention: Float[Tensor, "T W M B"],
+        slots: Float[Tensor, "T W M N B"],
+    ) -> None:
         """Hand over the statistics and, if lambda is adaptive, update it."""
         for name, value in self.statistics.items():
             self.mixing.statistics[name] = value[0] if self.layer.runs is None else value
         if not self.mixing.rule.updates:
             return
+        if self.mixing.rule.samples == "episodes":
+            moments = self._episode_moments(x, states, attention, slots)
+        else:
+            moments = self._step_moments()
+        self.mixing.rule.update(self.layer, moments)
 
+    def _step_moments(self) -> Moments:
         def inner_of_sums(one: list[Tensor], other: list[Tensor]) -> Tensor:
             total = torch.zeros_like(self.u_square)
             for a, b in zip(one, other, strict=True):
@@ -316,7 +337,65 @@ class _Measured:
 
         of_means = (inner_of_sums(one, self.u_sum) for one in (self.u_sum, self.w_sum))
         sums, num_samples = (self.u_square, self.wu, *of_means), self._of_neurons(self.num_valid)
-        self.mixing.rule.update(self.layer, Moments.of_sums(sums, num_samples))
+        return Moments.of_sums(sums, num_samples)
+
+    def _episode_moments(
+        self, x: Tensor, states: Tensor, attention: Tensor, slots: Tensor
+    ) -> Moments:
+        """Those of the sums over each episode, some neurons of every run at a time."""
+        layer = self.layer
+        runs, length, batch, size_x = x.shape
+        width, num_input = layer.num_neurons // runs, layer.num_input_neurons
+        received, difference = (
+            torch.cat(chunks[::-1]) for chunks in zip(*self.episodes, strict=True)
+        )
+        sources = layer.sources.unflatten(0, (runs, -1))
+        external = x.permute(1, 0, 3, 2)  # [T, S, E, B]
+        sums = x.new_empty(4, runs, width)
+        for first, stop, size in ((0, num_input, size_x), (num_input, width, 0)):
+            rows, columns = layer.weight_h.shape[1], layer.weight_h.shape[2] + size + 1
+            numbers = runs * batch * (2 * length * (rows + columns) + 4 * rows * columns)
+            chunk = max(1, CHUNK_NUMBERS.get(x.device.type, 2**20) // numbers)
+            for part in (slice(i, min(i + chunk, stop)) for i in range(first, stop, chunk)):
+                gradient, other, a, y, h = (
+                    values.unflatten(1, (runs, -1))[:, :, part].flatten(1, 2)
+                    for values in (received, difference, attention, slots, states[1:])
+                )
+                read = states[:-1].index_select(1, sources[:, part].flatten())
+                inputs = [read.view(length, len(a[0]), -1, batch)]
+                if size:
+                    inputs.append(external.repeat_interleave(part.stop - part.start, 1))
+                inputs.append(torch.ones_like(inputs[0][:, :, :1]))
+                columns_of_x = torch.cat(inputs, dim=2).permute(1, 3, 0, 2)  # [.., B, T, columns]
+                w, u = (
+                    _episode_gradients(layer, feedback, a, y, h, columns_of_x)
+                    for feedback in (gradient, other)
+                )
+                w_sum, u_sum = w.sum(1), u.sum(1)
+                found = [(u * u).sum(2).sum(1), (w * u).sum(2).sum(1)]
+                found += [(u_sum * u_sum).sum(1), (w_sum * u_sum).sum(1)]
+                sums[:, :, part] = torch.stack(found).unflatten(1, (runs, -1))
+        num_episodes = self.num_valid.new_full((runs,), batch)
+        if self.mask is not None:
+            num_episodes = self.mask.any(1).sum(1).to(num_episodes)
+        return Moments.of_sums(sums.flatten(1), self._of_neurons(num_episodes))
+
+
+def _episode_gradients(
+    layer: Layer, feedback: Tensor, attention: Tensor, slots: Tensor, output: Tensor, inputs: Tensor
+) -> Float[Tensor, "W B numbers"]:
+    """Parameter gradients, summed over each episode, of some neurons.
+
+    From feedback [T, W, N, B], the record of the forward pass, and what the neurons read, with a 1
+    at the end for the bias [W, B, T, columns].
+    """
+    length, count, _, batch = feedback.shape
+    rows = feedback.new_empty(length, count, layer.weight_h.shape[1], batch)
+    row_gradients(rows, feedback, attention, slots, output)
+    rows[:, :, : layer.num_slots] *= layer.scale
+    gradients = torch.matmul(rows.permute(1, 3, 2, 0), inputs)
+    gradients[:, :, : layer.num_slots, -1] = 0  # keys have no bias
+    return gradients.flatten(2)
 
 
 def _inputs(layer: Layer, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

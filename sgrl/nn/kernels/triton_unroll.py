@@ -68,7 +68,13 @@ def unroll(
     mask: Bool[Tensor, "S T B"] | None,
     passed: torch_layer.Pass | None = None,
 ) -> Float[Tensor, "S T B w N"]:
-    """Unroll a layer of stacked runs over time; see `torch_unroll.unroll`."""
+    """Unroll a layer of stacked runs over time; see `torch_unroll.unroll`.
+
+    Raises:
+        ValueError: the mixing rule's samples are episodes, of which the kernels make no sums.
+    """
+    if mixing.rule.samples != "steps":
+        raise ValueError("the Triton kernels know no rule on episodes: use torch_unroll.unroll")
     parameters = layer.parameters()
     inputs = (x, h_0, *parameters.values())
     if passed is None:
