@@ -13,7 +13,14 @@ from popgym.envs.labyrinth_explore import LabyrinthExplore
 from popgym.wrappers import Antialias, Flatten, PreviousAction
 
 from sgrl.envs.labyrinth import make_layout
-from sgrl.envs.registry import VectorEnv, make_single, make_vector, validate_env_config
+from sgrl.envs.registry import (
+    VectorEnv,
+    evaluation_config,
+    make_device,
+    make_single,
+    make_vector,
+    validate_env_config,
+)
 from sgrl.envs.wrappers import preserved_random_state
 
 LABYRINTHS = {"labyrinth_escape": LabyrinthEscape, "labyrinth_explore": LabyrinthExplore}
@@ -254,6 +261,34 @@ def test_single_env_episodes_follow_from_the_last_seed(name: str) -> None:
     assert len(set(mazes(disturb=False))) == 5
 
 
+@pytest.mark.parametrize("name", ["labyrinth_escape", "labyrinth_explore"])
+def test_noisy_rewards(name: str) -> None:
+    """The same episodes; each step's reward has noise of its own on it, none in evaluation."""
+    rng = np.random.default_rng(0)
+    seeds, actions = rng.integers(2**32, size=60).tolist(), rng.integers(4, size=(40, 60))
+    clean, *noisy = (
+        play(make_vector(name, 60, {"episode_length": 40, **config}), seeds, actions)
+        for config in (
+            {},
+            {"reward_noise": 0.5},
+            {"reward_noise": 0.5, "vectorized": False},
+        )
+    )
+    assert_equal_episodes(noisy[0], noisy[1])
+    added = []
+    for (observations, rewards, *ends), (same, other, *same_ends) in zip(
+        clean, noisy[0], strict=True
+    ):
+        np.testing.assert_array_equal(observations, same)
+        assert all((a == b).all() for a, b in zip(ends, same_ends, strict=True))
+        added.append(other - rewards)
+    everything = np.concatenate(added)
+    assert len(set(everything.round(4))) > 0.9 * len(everything)
+    assert everything.mean() == pytest.approx(0, abs=4 * 0.5 / len(everything) ** 0.5)
+    assert everything.std() == pytest.approx(0.5, rel=0.1)
+    assert evaluation_config(name, {"reward_noise": 0.5})["reward_noise"] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
@@ -270,6 +305,8 @@ def test_single_env_episodes_follow_from_the_last_seed(name: str) -> None:
         ("labyrinth_explore", {"episode_length": True}, ["episode_length", "got True"]),
         ("labyrinth_explore", {"zero_reward_probability": 1.5}, ["zero_reward", "got 1.5"]),
         ("labyrinth_explore", {"zero_reward_probability": "a"}, ["zero_reward", "got 'a'"]),
+        ("labyrinth_explore", {"reward_noise": -1}, ["reward_noise", "got -1"]),
+        ("labyrinth_explore", {"reward_noise": float("inf")}, ["reward_noise", "got inf"]),
         ("labyrinth_explore", [6, 6], ["env_config", "got [6, 6]"]),
         ("labyrinth_explore", {"vectorized": "no"}, ["vectorized", "got 'no'"]),
     ],
@@ -291,11 +328,18 @@ def test_settings_come_back_with_their_defaults() -> None:
     assert validate_env_config("labyrinth_escape", {"maze_dims": [8, 6]}) == {
         "maze_dims": [8, 6],
         "episode_length": 80,
+        "reward_noise": 0.0,
         "vectorized": True,
     }
     assert validate_env_config("labyrinth_explore") == {
         "maze_dims": [6, 6],
         "episode_length": 40,
         "zero_reward_probability": 0.75,
+        "reward_noise": 0.0,
         "vectorized": True,
     }
+
+
+def test_no_noise_on_a_device() -> None:
+    with pytest.raises(ValueError, match="labyrinth_escape has no reward_noise on a device"):
+        make_device("labyrinth_escape", 1, 2, {"reward_noise": 0.1})

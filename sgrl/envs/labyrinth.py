@@ -32,7 +32,7 @@ from popgym.envs.labyrinth_explore import LabyrinthExplore
 from popgym.wrappers import Antialias, Flatten, PreviousAction
 
 from sgrl.envs.vector import Observations, StepResult, VectorEnv
-from sgrl.envs.wrappers import IsolateRandomState
+from sgrl.envs.wrappers import IsolateRandomState, NoisyReward, reward_noise_of
 
 # ---------------------------------------------------------------- popgym's own environments
 
@@ -60,6 +60,10 @@ class SparseReward(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
+def _noisy(env: gym.Env, std: float) -> gym.Env:
+    return NoisyReward(env, std) if std else env
+
+
 def _wrap(
     labyrinth: Callable[..., gym.Env], maze_dims: Sequence[int], episode_length: int
 ) -> gym.Env:
@@ -71,18 +75,25 @@ def _wrap(
     return Flatten(Antialias(PreviousAction(env)), flatten_action=False)
 
 
-def make_escape(maze_dims: Sequence[int], episode_length: int) -> gym.Env:
+def make_escape(
+    maze_dims: Sequence[int], episode_length: int, reward_noise: float = 0.0
+) -> gym.Env:
     """Make popgym's LabyrinthEscape, wrapped to Box(56, int64) observations and 4 actions.
 
     Args:
         maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
         episode_length: T; popgym truncates after T - 1 steps.
+        reward_noise: standard deviation of the noise on every step's reward.
     """
-    return IsolateRandomState(_wrap(LabyrinthEscape, maze_dims, episode_length))
+    env = _wrap(LabyrinthEscape, maze_dims, episode_length)
+    return IsolateRandomState(_noisy(env, reward_noise))
 
 
 def make_explore(
-    maze_dims: Sequence[int], episode_length: int, zero_reward_probability: float
+    maze_dims: Sequence[int],
+    episode_length: int,
+    zero_reward_probability: float,
+    reward_noise: float = 0.0,
 ) -> gym.Env:
     """Make popgym's LabyrinthExplore under the sparse-reward rule; otherwise as `make_escape`.
 
@@ -90,9 +101,10 @@ def make_explore(
         maze_dims: (height, width) of the maze, even, at least 6; borders add one cell to each.
         episode_length: T; popgym truncates after T - 1 steps.
         zero_reward_probability: how often a step's reward is replaced by the penalty of a step.
+        reward_noise: standard deviation of the noise on every step's reward.
     """
-    env = _wrap(LabyrinthExplore, maze_dims, episode_length)
-    return IsolateRandomState(SparseReward(env, zero_reward_probability))
+    env = SparseReward(_wrap(LabyrinthExplore, maze_dims, episode_length), zero_reward_probability)
+    return IsolateRandomState(_noisy(env, reward_noise))
 
 
 # ---------------------------------------------------------------- maze generation
@@ -244,6 +256,8 @@ class VectorLabyrinth(VectorEnv):
         num_envs: B.
         maze_dims: (height, width) of the maze, even, at least 6.
         episode_length: T; episodes are truncated after T - 1 steps.
+        reward_noise: standard deviation of the noise on every step's reward (`NoisyReward`); none in
+            evaluation.
 
     Attributes:
         max_steps: T - 1.
@@ -257,8 +271,16 @@ class VectorLabyrinth(VectorEnv):
     num_actions = len(Actions) - 1
     observation_size = VIEW_SIZE + ACTION_BLOCKS.shape[1]
 
-    def __init__(self, num_envs: int, maze_dims: Sequence[int], episode_length: int) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        maze_dims: Sequence[int],
+        episode_length: int,
+        reward_noise: float = 0.0,
+    ) -> None:
         self.num_envs = num_envs
+        self.reward_noise = reward_noise
+        self._noise = np.zeros((num_envs, episode_length))
         self.episode_length = episode_length
         self.max_steps = episode_length - 1
         self.height, self.width = maze_dims
@@ -279,6 +301,10 @@ class VectorLabyrinth(VectorEnv):
         self.positions[:] = [layout.start for layout in layouts]
         self.cells[self._everyone, self.positions] = Cell.START
         self._begin(layouts, seeds)
+        if self.reward_noise:
+            shape = self.episode_length
+            draws = {seed: reward_noise_of(int(seed)).standard_normal(shape) for seed in set(seeds)}
+            self._noise[:] = [self.reward_noise * draws[seed] for seed in seeds]
         self._steps = 0
         self._finished[:] = False
         self._observe(self._everyone, np.full(self.num_envs, Actions.NONE))
@@ -295,7 +321,8 @@ class VectorLabyrinth(VectorEnv):
             there = self.neighbours[here, actions]
             here = np.where(self.cells[running, there] == Cell.OBSTACLE, here, there)
             self.positions[running] = here
-            rewards[running], terminated[running] = self._judge(running, here)
+            earned, terminated[running] = self._judge(running, here)
+            rewards[running] = earned + self._noise[running, self._steps]
             self._steps += 1
             truncated[running] = self._steps == self.max_steps
             self._finished |= terminated | truncated
@@ -343,8 +370,14 @@ class VectorEscape(VectorLabyrinth):
         rewards: of a step, by whether it terminated the episode, float64 [2].
     """
 
-    def __init__(self, num_envs: int, maze_dims: Sequence[int], episode_length: int) -> None:
-        super().__init__(num_envs, maze_dims, episode_length)
+    def __init__(
+        self,
+        num_envs: int,
+        maze_dims: Sequence[int],
+        episode_length: int,
+        reward_noise: float = 0.0,
+    ) -> None:
+        super().__init__(num_envs, maze_dims, episode_length, reward_noise)
         self.rewards = -1 / episode_length + np.array([0.0, 1.0])
 
     def _begin(self, layouts: Sequence[Layout], seeds: Sequence[int]) -> None:
@@ -375,8 +408,9 @@ class VectorExplore(VectorLabyrinth):
         maze_dims: Sequence[int],
         episode_length: int,
         zero_reward_probability: float,
+        reward_noise: float = 0.0,
     ) -> None:
-        super().__init__(num_envs, maze_dims, episode_length)
+        super().__init__(num_envs, maze_dims, episode_length, reward_noise)
         self.zero_reward_probability = zero_reward_probability
         self.rewards = np.zeros((num_envs, 2, 2))
         self.pays = np.zeros((num_envs, episode_length), bool)

@@ -5,6 +5,7 @@ Of those, "success" is unknown: a policy is judged by the return of its episodes
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,9 @@ def _check_labyrinth(config: Mapping[str, Any]) -> None:
     if not _is_int(length) or length < 2:
         raise ValueError(f"episode_length must be a whole number of at least 2, got {length!r}")
     _check_probability("zero_reward_probability", config.get("zero_reward_probability", 0))
+    noise = config["reward_noise"]
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise ValueError(f"reward_noise must be a number of at least 0, got {noise!r}")
 
 
 def _check_bandit(config: Mapping[str, Any]) -> None:
@@ -92,16 +96,23 @@ def _check_bandit(config: Mapping[str, Any]) -> None:
 
 ENVIRONMENTS: dict[str, EnvEntry] = {
     "labyrinth_escape": EnvEntry(
-        defaults={"maze_dims": [6, 6], "episode_length": 80},
+        defaults={"maze_dims": [6, 6], "episode_length": 80, "reward_noise": 0.0},
         single=make_escape,
         vector=VectorEscape,
         check=_check_labyrinth,
+        evaluation={"reward_noise": 0.0},
     ),
     "labyrinth_explore": EnvEntry(
-        defaults={"maze_dims": [6, 6], "episode_length": 40, "zero_reward_probability": 0.75},
+        defaults={
+            "maze_dims": [6, 6],
+            "episode_length": 40,
+            "zero_reward_probability": 0.75,
+            "reward_noise": 0.0,
+        },
         single=make_explore,
         vector=VectorExplore,
         check=_check_labyrinth,
+        evaluation={"reward_noise": 0.0},
     ),
     "mnist_bandit": EnvEntry(
         defaults={
@@ -301,6 +312,8 @@ def make_device(
         raise ValueError(
             f"{env} does not run on a device; there are {', '.join(DEVICE_ENVIRONMENTS)}"
         )
+    if config.get("reward_noise"):
+        raise ValueError(f"{env} has no reward_noise on a device: leave it at 0")
     if num_runs < 1 or num_envs < 1:
         raise ValueError(f"num_runs and num_envs must be at least 1, got {num_runs}, {num_envs}")
     vector = make_vector(env, num_runs * num_envs, config)

@@ -133,3 +133,38 @@ class PlainActions(gym.ActionWrapper):
         elif isinstance(space, gym.spaces.Box):
             action = np.clip(action, space.low, space.high)
         return action.astype(space.dtype)
+
+
+#: Apart from an environment's other random numbers of the same seed.
+_REWARD_NOISE_STREAM = 1
+
+
+def reward_noise_of(seed: int | None) -> np.random.Generator:
+    """Source of the standard normal numbers, one a step, behind an episode's `NoisyReward`."""
+    return np.random.default_rng(None if seed is None else [seed, _REWARD_NOISE_STREAM])
+
+
+class NoisyReward(gym.Wrapper):
+    """Gaussian noise on every step's reward, from a generator of the episode's seed.
+
+    What a policy earns in expectation stays as it is, and so does success: feedback merely tells
+    less of it (the paper's condition A.1).
+    """
+
+    def __init__(self, env: gym.Env, std: float) -> None:
+        super().__init__(env)
+        self.std = std
+        self._draws: np.random.Generator | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is not None or self._draws is None:
+            self._draws = reward_noise_of(seed)
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        assert self._draws is not None
+        noisy = float(reward) + self.std * self._draws.standard_normal()
+        return observation, noisy, terminated, truncated, info
