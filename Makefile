@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check docs study chaos bench asan dist test-dist clean
+.PHONY: quickstart test check docs tutorials study chaos bench asan dist test-dist clean
 
 quickstart: .venv/installed
 	@$(BIN)/python examples/quickstart.py
@@ -24,6 +24,14 @@ check: .venv/installed-for-tests
 # The documentation site, in build/site; it needs no network.
 docs: .venv/installed-for-tests
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Run the notebooks, a few minutes; the site then shows what came out of them.
+tutorials: $(patsubst docs/%,build/%,$(wildcard docs/tutorials/*.ipynb))
+
+build/tutorials/%.ipynb: docs/tutorials/%.ipynb .venv/installed-for-tests
+	rm -rf build/tutorials/$* && mkdir -p build/tutorials/$* && cp $< build/tutorials/$*
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter-execute --inplace build/tutorials/$*/$*.ipynb
+	mv build/tutorials/$*/$*.ipynb $@
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests

@@ -4,17 +4,20 @@
   the code host these links lead into the repository, on the site to a page that holds the file, or
   to the API reference.
 - The API reference, a page for every folder of `sgrl/`, and the commands.
+- The source of functions below the lines `Code: [name](file#name)` of docs/method.md.
 - The tutorials, from their notebooks: with outputs where `make docs` has run them.
 - Equations as MathML, which browsers draw without scripts or fonts of ours.
 
 A public name without a docstring is a warning, as a broken link is; mkdocs.yml makes them errors.
 """
 
+import functools
 import html
 import json
 import logging
 import posixpath
 import re
+import textwrap
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +44,7 @@ LANGUAGES |= {".cpp": "cpp", ".json": "json"}
 EXECUTED = ROOT / "build" / "tutorials"
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+_SHOWN = re.compile(r"^Code: \[(sgrl[\w.]+)\]\(.*\)$", flags=re.MULTILINE)
 _FENCE = re.compile(r"^ *(```+).*?^ *\1 *$", flags=re.MULTILINE | re.DOTALL)
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
@@ -68,8 +72,9 @@ def _add(files: Files, config: MkDocsConfig, *pages: tuple[str, str | bytes]) ->
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links into the repository lead to pages of the site."""
-    return replace_links(markdown, page.file)
+    """Show the code that pages ask for, and let links into the repository lead to the site."""
+    shown = _SHOWN.sub(lambda found: f"{found[0]}\n\n{source_of(found[1])}", markdown)
+    return replace_links(shown, page.file)
 
 
 def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -127,7 +132,8 @@ def site_uri(path: str) -> str:
     """The source on the site of a path in the repository."""
     if path in OUTSIDE:
         return OUTSIDE[path]
-    return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}.md"
+    inside = path.removeprefix("docs/").replace(".ipynb", ".md")
+    return inside if path.startswith("docs/") else f"files/{path}.md"
 
 
 def _parts(markdown: str) -> Iterator[tuple[bool, str]]:
@@ -167,11 +173,33 @@ def api_pages() -> Iterator[tuple[str, str]]:
         yield f"api/{name}.md", "\n\n".join(parts) + "\n"
 
 
+@functools.cache
+def package() -> griffe.Module:
+    """All of sgrl, read and not imported."""
+    loaded = griffe.load("sgrl", search_paths=[ROOT])
+    assert isinstance(loaded, griffe.Module)
+    return loaded
+
+
+def source_of(name: str) -> str:
+    """The code of a function, without its docstring; folded where it is long."""
+    function = package()[name.removeprefix("sgrl.")]
+    lines = list(function.lines)
+    if function.docstring:
+        first, last = (
+            line - function.lineno
+            for line in (function.docstring.lineno, function.docstring.endlineno)
+        )
+        del lines[first : last + 1]
+    code = f"```python\n{textwrap.dedent(chr(10).join(lines))}\n```"
+    return f'{"???" if len(lines) > 15 else "???+"} quote "{name}"\n' + textwrap.indent(
+        code, "    "
+    )
+
+
 def undocumented_names() -> None:
     """Warn of public names that have no docstring."""
-    package = griffe.load("sgrl", search_paths=[ROOT])
-    assert isinstance(package, griffe.Module)
-    for found in _without_docstring(package):
+    for found in _without_docstring(package()):
         LOG.warning(f"{found.path} has no docstring")
 
 
@@ -250,14 +278,21 @@ def notebook_pages(uri: str) -> Iterator[tuple[str, str | bytes]]:
         if cell["cell_type"] == "markdown":
             parts.append(text)
             continue
-        parts.append(f"```python\n{text}\n```")
+        language = "bash" if text.startswith("%%bash\n") else "python"
+        parts.append(f"```{language}\n{text.removeprefix('%%bash' + chr(10))}\n```")
+        printed = ""
         for output in cell["outputs"]:
             data = output.get("data", {})
+            table = re.search(r"<table.*</table>", "".join(data.get("text/html", "")), re.DOTALL)
             if "image/png" in data:
                 parts.append(f"![]({posixpath.basename(stem)}_{len(images)}.png)")
                 images.append(b64decode(data["image/png"]))
-            elif shown := "".join(output.get("text", data.get("text/plain", ""))):
-                parts.append(f"```text\n{shown.rstrip()}\n```")
+            elif table:
+                parts.append(re.sub(r"<(table|tr)[^>]*>", r"<\1>", table[0]))
+            elif output.get("name") != "stderr":
+                printed += "".join(output.get("text", "")) or "".join(data.get("text/plain", ""))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
     yield f"{stem}.md", "\n\n".join(parts) + "\n"
     for number, image in enumerate(images):
         yield f"{stem}_{number}.png", image

@@ -1,4 +1,4 @@
-"""Every example and command of the README runs, cut down where it would take long."""
+"""Every command and example of README and docs runs, cut down where it would take long."""
 
 import re
 import shlex
@@ -13,8 +13,16 @@ from sgrl.cli import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-COMMANDS = [line for line in TEXT.split("\n") if line.startswith(".venv/bin/sgrl ")]
+#: Read from the first to the last: later ones use what earlier ones leave in results/.
+IN_ORDER = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("getting_started", "experiments", "results")),
+)
+PAGES = [(ROOT / name).read_text() for name in IN_ORDER]
+PYTHON = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+COMMANDS = [
+    line for page in PAGES for line in page.split("\n") if line.startswith(".venv/bin/sgrl ")
+]
 CONFIGS = sorted(path.name for path in (ROOT / "tune_configs").glob("*.yaml"))
 
 #: What a full experiment is cut down to.
@@ -93,8 +101,8 @@ def test_it_opens_with_the_two_commands() -> None:
 
 
 def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
-    """In the README's order: later ones use what earlier ones leave in results/."""
-    assert len(COMMANDS) >= 5
+    assert len(COMMANDS) >= 25
+    assert len(PYTHON) >= 5
     # `make quickstart` comes before all of them.
     run(cut_down(["sweep", "tune_configs/quickstart.yaml"]))
     checkpoints = folder / "results/quickstart/sparsenet_sgprop_seed=0/checkpoints"
@@ -108,16 +116,10 @@ def test_commands_and_python_examples(folder: Path, ray_session: None) -> None:
             shutil.copytree(checkpoints / "000100", checkpoints / "moved", dirs_exist_ok=True)
             arguments[1] = str(checkpoints / "moved")  # the manifest knows its iteration
         run(cut_down(arguments) if arguments[0] in ("sweep", "resume") else arguments)
-    docs = (ROOT / "docs" / "results.md").read_text()
-    commands = [line for line in docs.split("\n") if line.startswith(".venv/bin/sgrl ")]
-    assert len(commands) >= 4
-    for command in commands:
-        run(shlex.split(command)[1:])
-    assert PYTHON
-    for code in [*PYTHON, *re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)]:
+    for code in PYTHON:
         small = code.replace("num_envs_per_env_runner=20", "num_envs_per_env_runner=2")
         small = small.replace('"labyrinth_escape", 20', '"labyrinth_escape", 2')
-        exec(compile(small, "README.md", "exec"), {})
+        exec(compile(small, "a page", "exec"), {})
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -202,6 +204,25 @@ def test_rllib(folder: Path, ray_session: None) -> None:
         small = small.replace("1600", "130")
         small = small.replace("lr=5e-4,", "lr=5e-4, num_epochs=1,")
         exec(compile(small, "docs/rllib.md", "exec"), {})
+
+
+def test_the_findings_are_those_of_the_study() -> None:
+    """Every probability with its interval, and every score, stands in the page that it is from."""
+    text, study, learned = (
+        " ".join(page.split())
+        for page in (
+            TEXT,
+            *((ROOT / "docs" / f"{name}.md").read_text() for name in ("study", "learning")),
+        )
+    )
+    chances = re.findall(r"0\.\d\d \([\d.]+ to [\d.]+\)|1\.00 \([\d.]+ to [\d.]+\)", text)
+    assert len(chances) == 6
+    for found in (*chances, "91.0% of 468 cells", "185 seeds"):
+        assert found in text
+        assert found in study
+    scores = re.findall(r"0\.\d+ ± 0\.\d+", text)
+    assert len(scores) == 2
+    assert all(score in learned for score in scores)
 
 
 def test_links_lead_somewhere() -> None:

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from sgrl.analysis.published import PURPOSE, table_named, write_into
+from sgrl.analysis.published import PURPOSE, draw_study, table_named, write_into
 from sgrl.analysis.study import CLAIMS, judge_claims
 from sgrl.cli import app
 from sgrl.results.archive import write_archive
 from sgrl.results.locations import reading
 from sgrl.results.metrics import write_rows
-from sgrl.results.runs import load_results
+from sgrl.results.runs import ResultsError, load_results
 from sgrl.results.storage import is_archive
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -283,6 +283,28 @@ def test_tables(published: Path, tmp_path: Path) -> None:
     rows = table_named("escape_confirmation", published).splitlines()[2:]
     assert rows[0].startswith("| sparsenet_backprop | 5 | 1 |")
     assert rows[1] == "| sparsenet_sgprop | 6 | 0 | 0.600 ± 0.006 | 0.600 ± 0.006 |"
+
+
+def test_the_figure(published: Path, tmp_path: Path) -> None:
+    """A panel for each task with archives of confirmation runs, a line for each method."""
+    with pytest.raises(ResultsError, match="holds no archives of confirmation runs"):
+        draw_study(published, tmp_path / "study.png")
+    publish(published, "escape_confirmation", {"sparsenet_sgprop": spread(0.6, 6)})
+    publish(published, "escape_confirmation_baselines", {"gru": spread(0.5, 5)})
+    publish(published, "mnist_confirmation", {"dense": spread(0.7, 6)}, measure="eval_reward")
+    arguments = ["study", str(published), "--figure", str(tmp_path / "study.png")]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.output) == (0, f"written: {tmp_path / 'study.png'}\n")
+    drawn = (tmp_path / "study.svg").read_text()
+    for text in (
+        "LabyrinthEscape",
+        "MNIST bandit",
+        "sparsenet_sgprop, n=6",
+        "gru, n=5",
+        "dense, n=6",
+    ):
+        assert f"<!-- {text} -->" in drawn or f">{text}<" in drawn, text
+    assert "LabyrinthExplore" not in drawn
 
 
 def test_the_command(published: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables of the docs that come from the published archives: claims, scores and costs.
+"""What the docs take from the published archives: claims, scores, costs and the study's figure.
 
 `sgrl study --write PAGE` brings those of a page up to date (see `sgrl.markdown`).
 """
@@ -9,12 +9,14 @@ import pandas as pd
 
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
 from sgrl.analysis.study import judge_claims
+from sgrl.analysis.style import draw_mean, method_styles, rows_of_three, save, seeds_note
 from sgrl.analysis.tables import cells, comparison_table
 from sgrl.markdown import markdown_table, write_tables
 from sgrl.results.archive import read_archive
 from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import reading
-from sgrl.results.runs import ResultsError, load_results
+from sgrl.results.metrics import MEASURE_NAMES
+from sgrl.results.runs import Results, ResultsError, load_results
 from sgrl.results.storage import is_archive
 
 #: What each archive stands beside: figures of the paper, or what else it is for.
@@ -36,6 +38,50 @@ PURPOSE = {
     "mnist_placebo": "control",
     "ppo_memory": "memory under PPO",
 }
+
+#: Confirmation runs of each task, in the figure of the study.
+CONFIRMATION = {
+    "LabyrinthEscape": ("escape_confirmation", "escape_confirmation_baselines"),
+    "LabyrinthExplore": ("explore_confirmation", "explore_confirmation_baselines"),
+    "MNIST bandit": ("mnist_confirmation",),
+}
+
+
+def draw_study(published: Path, path: Path) -> Path:
+    """Draw the learning curves of the confirmation runs, a panel a task that has been run.
+
+    Args:
+        published: folder of the archives.
+        path: the PNG to write; an SVG of the same name is written beside it.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ResultsError: there are none of their archives; one line.
+        StorageError: an archive is damaged.
+    """
+    tasks: dict[str, list[Results]] = {}
+    for task, names in CONFIRMATION.items():
+        for name in filter(lambda name: is_archive(published / name), names):
+            with reading(published / name) as folder:
+                tasks.setdefault(task, []).append(load_results(folder))
+    if not tasks:
+        raise ResultsError(f"{published} holds no archives of confirmation runs")
+    measures = {MEASURE_NAMES[results.measure] for runs in tasks.values() for results in runs}
+    panels = [(task, pd.DataFrame()) for task in tasks]
+    figure, axes = rows_of_three(panels, "environment steps", " or ".join(sorted(measures)))
+    counts = []
+    for axis, runs in zip(axes.flat, tasks.values(), strict=False):
+        styles = method_styles(m for results in runs for m in results.trials["method"].unique())
+        for results in runs:
+            for method, trials in results.trials.groupby("method", sort=False):
+                lines = results.curves_of(trials, results.measure)
+                counts.append(lines.shape[1])
+                draw_mean(axis, lines, f"{method}, n={counts[-1]}", styles[str(method)])
+        axis.set_ylim(-0.02, 1.02)
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+    return save(figure, path, seeds_note(counts))
 
 
 def write_into(page: Path, published: Path) -> int:

@@ -127,19 +127,25 @@ def study(
         Path | None,
         typer.Option(callback=home, metavar="FILE", help="Page whose tables to bring up to date."),
     ] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(callback=home, metavar="FILE", help="PNG to draw the learning curves into."),
+    ] = None,
 ) -> None:
     """Judge the paper's claims from the published archives, as docs/study.md says.
 
     Prints the claims and what each archive cost.
     """
-    from sgrl.analysis.published import table_named, write_into
+    from sgrl.analysis.published import draw_study, table_named, write_into
     from sgrl.results.runs import ResultsError
 
     if not published.is_dir():
         raise ResultsError(f"{published} does not exist: give the folder of the archives")
-    if write is None:
+    if figure is not None:
+        typer.echo(f"written: {draw_study(published, figure)}")
+    if write is None and figure is None:
         typer.echo("\n".join(table_named(name, published) for name in ("findings", "cost")))
-    else:
+    elif write is not None:
         typer.echo(f"written: {write_into(write, published)} tables of {write}")
 
 
