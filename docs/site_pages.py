@@ -82,7 +82,11 @@ def on_page_content(html_text: str, page: Page, config: MkDocsConfig, files: Fil
 
     def draw(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
-        return convert(html.unescape(found[2]), display=display)
+        drawn = convert(html.unescape(found[2]), display=display)
+        if "\\" in drawn:
+            LOG.warning(f"{page.file.src_uri}: TeX that MathML lacks in {found[2]}")
+        # Names of functions, which browsers would space like operators.
+        return re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", drawn)
 
     return _MATH.sub(draw, html_text)
 
