@@ -152,10 +152,10 @@ def test_added_trials_leave_the_finished_ones_alone(copied, monkeypatch):
     )
     assert tree(copied) == before
     started = []
-    monkeypatch.setattr(sweep, "_run_trials", lambda d, e, trials, *more: started.extend(trials))
+    monkeypatch.setattr(sweep, "_run_trials", lambda d, e, course, legs, *_: started.extend(legs))
     with pytest.raises(KeyboardInterrupt):  # nothing was run, so the sweep is not over
         resume_sweep(copied, additions=["seeds=7"])
-    assert [trial.name for trial in started] == [
+    assert [leg.trial.name for leg in started] == [
         f"{method}_seed=7" for method in ("sparsenet_sgprop", "gru", "diverging")
     ]
     after = tree(copied)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from sweeps import make_experiment, metrics_without_times, summary
 
 from sgrl.results.checkpoints import (
@@ -183,9 +184,8 @@ def test_trials_that_hang_or_fail_for_their_own_reason(tmp_path, finished, monke
 
 def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     trial = load_experiment(finished / "experiment.yaml").trials[0]
-    monitor = SweepMonitor(
-        Store(finished), {trial.name: read_progress(SweepFolder(finished), trial)}
-    )
+    progress = {trial.name: read_progress(SweepFolder(finished), trial)}
+    monitor = SweepMonitor(Store(finished), progress, Console())
     metadata = SimpleNamespace(num_failures=0)
     tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
     result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}

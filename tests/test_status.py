@@ -215,7 +215,9 @@ def test_json(results):
         "failed": 1,
         "interrupted": 1,
         "completed": 2,
+        "stopped": 0,
         "pending": 0,
+        "skipped": 0,
     }
     first, _, failed, interrupted = found["trials"]
     assert first == {

@@ -421,8 +421,9 @@ def test_fractions_of_a_gpu_are_requested(tmp_path, monkeypatch):
     experiment = load_experiment(tmp_path / "small.yaml", overrides)
     monkeypatch.setattr(sweep.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(sweep, "machine_resources", lambda: {"CPU": 2, "GPU": 1})
-    requests = sweep._resource_requests(experiment)
-    assert requests["gru_seed=0"].required_resources == {"CPU": 1, "GPU": 0.25}
+    sweep._check_resources(experiment)
+    (trial,) = (trial for trial in experiment.trials if trial.name == "gru_seed=0")
+    assert sweep.resource_request(trial).required_resources == {"CPU": 1, "GPU": 0.25}
 
 
 def test_ctrl_c_stops_the_trials_and_leaves_a_sweep_to_resume(tmp_path, ray_session):

@@ -164,7 +164,8 @@ def leave_trial(folder: Path, params: dict[str, Any], results: list[dict], torn:
 
 @pytest.fixture
 def left(tmp_path: Path) -> Path:
-    """One trial complete, restored on its way; one killed in a line; one failed; one a table."""
+    """One trial complete, restored on its way; one killed in a line; one failed; one a table; and
+    one that a scheduler stopped."""
     experiment = tmp_path / "left"
     common = {"env": "labyrinth_escape", "env_config": {"episode_length": 20}, "seed": 1}
 
@@ -188,12 +189,10 @@ def left(tmp_path: Path) -> Path:
         for i in (1, 2):
             writer.writerow([10 * i, 20 * i, i, 0.1 * i, i, 0.25, i == 2])
         file.write("30,60,3")
-    state = {
-        "trainable_name": "Reinforce",
-        "relative_logdir": "a",
-        "stopping_criterion": {"training_iteration": 4},
-    }
-    snapshot = {"trial_data": [[json.dumps(state), "{}"]]}
+    leave_trial(experiment / "e", params("gru", 0.5), [result(1, 0.5), result(2, 0.5, done=True)])
+    stop = {"trainable_name": "Reinforce", "stopping_criterion": {"training_iteration": 4}}
+    states = [json.dumps({**stop, "relative_logdir": name}) for name in "ae"]
+    snapshot = {"trial_data": [[state, "{}"] for state in states]}
     (experiment / "experiment_state-2026-01-01_00-00-00.json").write_text(json.dumps(snapshot))
     (experiment / "experiment_state-2026-01-02_00-00-00.json").write_text(json.dumps(snapshot)[:9])
     return experiment
@@ -209,12 +208,14 @@ def test_what_tune_left_is_read_as_far_as_it_goes(left: Path) -> None:
         "b": "gru",
         "c": "sparsenet_sgprop",
         "d": "sparsenet_backprop",
+        "e": "gru",
     }
     assert {name: trial["state"] for name, trial in trials.items()} == {
         "a": "completed",
         "b": "interrupted",
         "c": "failed",
         "d": "completed",
+        "e": "stopped",
     }
     assert trials["c"]["reason"] == "ValueError: too steep"
     assert [trials[name]["lr"] for name in "ab"] == [0.1, 0.2]
@@ -235,7 +236,7 @@ def test_what_tune_left_is_read_as_far_as_it_goes(left: Path) -> None:
     with reading(left) as folder:
         again = load_results(folder).trials.set_index("trial")
     assert again.loc["b", "reason"] == "by hand"
-    assert dict(again["iterations"]) == {"a": 4, "b": 2, "c": 1, "d": 2}
+    assert dict(again["iterations"]) == {"a": 4, "b": 2, "c": 1, "d": 2, "e": 2}
     assert str(left / "report.html") in run(f"report {left}").replace("\n", "")
     assert "too steep" in (left / "report.html").read_text()
 

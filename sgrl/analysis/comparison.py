@@ -23,7 +23,10 @@ from sgrl.analysis.statistics import (
     sem,
     win_share,
 )
+from sgrl.results.folder import OVER
 
+#: States of trials that are over and have no final score.
+LOST = tuple(state for state in OVER if state != "completed")
 #: A method's trials by task.
 Tasks = Mapping[str, pd.DataFrame]
 BEST_RULE = (
@@ -95,10 +98,10 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per method and swept point, in the order of `trials`: method, the swept columns,
-        trials (completed ones), failed, unfinished, then for final_success_rate (or the final value
-        of another measure) and auc the mean under that name, and columns with the suffixes _sem,
-        _iqm, _median, _median_ci_low and _median_ci_high (NaN for fewer than five seeds); last x,
-        the axis of auc.
+        trials (completed ones), those in each state of `LOST`, unfinished, then for
+        final_success_rate (or the final value of another measure) and auc the mean under that name,
+        and columns with the suffixes _sem, _iqm, _median, _median_ci_low and _median_ci_high (NaN
+        for fewer than five seeds); last x, the axis of auc.
     """
     final = f"final_{measure_of(trials)}"
     swept = trials.attrs.get("swept", [])
@@ -108,8 +111,9 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
         completed = group[states == "completed"]
         row = dict(zip(["method", *swept], key, strict=True))
         row["trials"] = len(completed)
-        row["failed"] = int((states == "failed").sum())
-        row["unfinished"] = len(group) - row["trials"] - row["failed"]
+        for state in LOST:
+            row[state] = int((states == state).sum())
+        row["unfinished"] = int((~states.isin(OVER)).sum())
         for measure in (final, "auc"):
             scores = completed[measure].dropna()
             row[measure] = scores.mean()

@@ -122,6 +122,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
             if lines.empty:
                 continue
             used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
+            used += ["stopped early"] if row["stopped"] and not row["trials"] else []
             label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
             counts.append(lines.shape[1])
             draw_mean(axis, lines, f"{label}, n={counts[-1]}", styles[row["method"]])
@@ -345,6 +346,11 @@ def mixing_points(results: Results) -> pd.DataFrame:
 
 
 def _trials_at(results: Results, row: pd.Series) -> pd.DataFrame:
-    """The trials of one method and swept point that did not fail."""
+    """The trials of one method and swept point to draw: no failed ones.
+
+    Those that were stopped early are drawn, as far as they go, only where no other has begun.
+    """
     trials = at_points(results.trials, pd.DataFrame([row]))
-    return trials[trials["state"] != "failed"]
+    trials = trials[~trials["state"].isin(["failed", "skipped"])]
+    stopped = trials["state"] == "stopped"
+    return trials if stopped.all() else trials[~stopped]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from sgrl.analysis.comparison import (
     BEST_RULE,
+    LOST,
     at_points,
     best_learning_rates,
     by_task,
@@ -293,7 +294,7 @@ def _comparison_table(results: Results, points: pd.DataFrame, threshold: float) 
         table.add_column(header)
     records, efficiency = points.to_dict("records"), _efficiency(results, points, threshold)
     for row, (_, point), needed in zip(records, points.iterrows(), efficiency, strict=True):
-        lost = [f"{row[key]} {key}" for key in ("failed", "unfinished") if row[key]]
+        lost = [f"{row[key]} {key}" for key in (*LOST, "unfinished") if row[key]]
         table.add_row(
             row["method"],
             *("" if pd.isna(row[key]) else plain(row[key]) for key in results.swept),

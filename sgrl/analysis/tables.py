@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from sgrl.analysis.comparison import at_points, measure_of, plain
+from sgrl.analysis.comparison import LOST, at_points, measure_of, plain
 from sgrl.analysis.rank_test import MOST_SEEDS
 from sgrl.analysis.statistics import INTERVAL_SEEDS, sem
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
@@ -104,7 +104,7 @@ def comparison_table(comparison: pd.DataFrame, trials: pd.DataFrame) -> Table:
         The table, one row per method and swept point.
     """
     swept = comparison.attrs.get("swept", [])
-    counts = ["trials", "failed"] if comparison["failed"].any() else ["trials"]
+    counts = ["trials", *(state for state in LOST if comparison[state].any())]
     table = Table("method")
     measure = measure_of(comparison)
     for name in [*swept, *counts, MEASURE_NAMES[measure], "AUC"]:

@@ -172,8 +172,8 @@ def resume(
         if dry_run:
             trials, todo = resume_plan(directory, iterations, add or [])
             typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
-            for row in todo:
-                typer.echo(f"  {row.trial.name}: from {row.iteration} to {row.last_iteration}")
+            for row, until in todo:
+                typer.echo(f"  {row.trial.name}: from {row.iteration} to {until}")
             return
         resume_sweep(directory, iterations, add or [], track, jobs)
     _compare(directory)

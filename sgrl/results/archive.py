@@ -30,7 +30,7 @@ from sgrl.commands import command
 from sgrl.files import write_text
 from sgrl.results import tune_folder
 from sgrl.results.checkpoints import newest_valid_checkpoint, write_checkpoint
-from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.folder import OVER, SweepFolder, TrialFolder
 from sgrl.results.metrics import (
     COLUMNS,
     EVALUATION_COLUMNS,
@@ -113,7 +113,7 @@ def write_archive(
         folders = [trial for trial in folders if trial.name in names]
     trials = [_read_trial(trial) for trial in folders]
     for trial in trials:
-        if trial.status.get("state") not in ("completed", "failed"):
+        if trial.status.get("state") not in OVER:
             again = f"go on with {command('sgrl', 'resume', sweep)}"
             if not folder.experiment.is_file():
                 again = tune_folder.RESTORE
@@ -205,7 +205,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def _copy_kept(source: SweepFolder, target: SweepFolder) -> None:
     """Copy what an archive holds of a sweep as it is."""
-    for file in (source.experiment, source.provenance, source.summary):
+    for file in (source.experiment, source.provenance, source.summary, source.rounds):
         if file.is_file():
             shutil.copyfile(file, target.path / file.name)
 

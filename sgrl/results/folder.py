@@ -29,6 +29,10 @@ YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = ".lock"
 EVENT_FILES = "events.out.tfevents.*"
+#: Of trials, in the order in which a table that is cut shows them.
+STATES = ("running", "failed", "interrupted", "completed", "stopped", "pending", "skipped")
+#: Of trials that are not trained any further.
+OVER = ("completed", "failed", "stopped", "skipped")
 #: What makes a folder an archive.
 ARCHIVED_TRIALS_FILE = "trials.json"
 
@@ -93,7 +97,8 @@ class TrialFolder:
     def read_status(self) -> dict[str, Any]:
         """Read the trial's state file; empty before its first start.
 
-        It holds the state (running, completed or failed), the reason of a failure, whether it
+        It holds the state (running, completed, failed, stopped or skipped), the reason of the
+        latter three, whether it
         diverged, notes on damaged checkpoints, the number of trainable parameters without the
         predictors' (from the first checkpoint on), and the iteration and text of an error that
         would be the trial's own if it happened again.
@@ -115,6 +120,7 @@ class SweepFolder:
         experiment: what was asked for, with every default written out, YAML.
         provenance: what each of its starts ran on, JSON.
         summary: one row a trial, CSV.
+        rounds: how far a sweep has got whose results decide on what is trained, JSON.
         log: what the driver and its libraries printed.
         scratch: folder of Tune's own notes, while the sweep runs.
         mlflow_database, mlflow_artifacts: where MLflow keeps runs unless told otherwise.
@@ -129,6 +135,7 @@ class SweepFolder:
         self.experiment = self.path / "experiment.yaml"
         self.provenance = self.path / PROVENANCE_FILE
         self.summary = self.path / "summary.csv"
+        self.rounds = self.path / "rounds.json"
         self.log = self.path / "sweep.log"
         self.scratch = self.path / ".tune"
         self.mlflow_database = self.path / "mlflow.db"

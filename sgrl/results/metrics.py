@@ -66,7 +66,7 @@ TAKEN = frozenset(
     {"trial", "method", "experiment", "seed", "state", "iterations", "planned", "final", "auc"}
     | {"batch", "budget", "parameters"}
     | {"env_steps", "padded_env_steps", "seconds", "reason", "notes"}
-    | {"trials", "failed", "unfinished", "failing", "x"}
+    | {"trials", "failed", "stopped", "skipped", "unfinished", "failing", "x"}
 )
 
 Row = dict[str, float]
@@ -267,6 +267,16 @@ def score(rows: Sequence[Row]) -> Score:
     """Judge a trial by its rows; see `score_of`."""
     columns = {name: [row.get(name, math.nan) for row in rows] for name in MEASURES}
     return score_of([row["env_steps"] for row in rows], columns)
+
+
+def final_of(rows: Sequence[Row], column: str) -> float:
+    """Return a column's final value: the mean of its last five values that are not NaN.
+
+    Of a test reward it is the last one; NaN where there is none.
+    """
+    values = [row[column] for row in rows if not math.isnan(row.get(column, math.nan))]
+    last = values[-MEASURES.get(column, 5) :]
+    return sum(last) / len(last) if last else math.nan
 
 
 def score_of(axis: Sequence[float], columns: Mapping[str, Sequence[float]]) -> Score:

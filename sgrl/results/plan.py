@@ -201,6 +201,11 @@ class Point(NamedTuple):
     swept: dict[str, Any]
     content: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Method and swept values, as trials' names begin."""
+        return "_".join([self.method, *(f"{name}={label(v)}" for name, v in self.swept.items())])
+
 
 # Reading --------------------------------------------------------------------------------------
 
@@ -312,12 +317,10 @@ def trials_of(experiment: Mapping[str, Any], points: Iterable[Point]) -> list[Tr
     """Return the trials at the points, one for each seed."""
     trials = []
     for point in points:
-        labels = [f"{name}={label(value)}" for name, value in point.swept.items()]
         for seed in expand_range(experiment.get("seeds", [0])):
             own = {"method": point.method, "seed": seed, **point.content}
             config = TrialConfig.from_dict({"algorithm": "Reinforce", **experiment, **own})
-            name = "_".join([point.method, *labels, f"seed={seed}"])
-            trials.append(Trial(name, point.swept, config))
+            trials.append(Trial(f"{point.name}_seed={seed}", point.swept, config))
     return trials
 
 

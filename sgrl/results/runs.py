@@ -58,12 +58,12 @@ class Results:
     Attributes:
         directories: the folders, in the order given.
         trials: one row a trial, in the experiment's order. Columns: trial, method, one for each
-            swept value, seed, state (pending, running, interrupted, completed or failed),
-            iterations, planned (iterations when complete), batch and budget (what a batch and a
-            complete trial take, in words), parameters (trainable ones without the predictors', NaN
-            where not recorded), final_success_rate (mean over the last
-            five batches), where trials evaluate final_eval_reward (of the last evaluation), where
-            the environment knows no success final_episode_return_mean (over five batches),
+            swept value, seed, state (as in `status.Progress`), iterations, planned (iterations when
+            complete), batch and budget (what a batch and a complete trial take, in words),
+            parameters (trainable ones without the predictors', NaN where not recorded),
+            final_success_rate (mean over the last five batches), where trials evaluate
+            final_eval_reward (of the last evaluation), where the environment knows no success
+            final_episode_return_mean (over five batches),
             auc (area under that measure against the axis, trapezoid, divided by its span),
             env_steps (of the last iteration), seconds (spent training), reason (of a failure).
             `attrs["swept"]` lists the swept columns, `attrs["measure"]` is the key of `MEASURES`
@@ -72,7 +72,7 @@ class Results:
         curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
             each other in the order of `trials`.
         problems: one line for each folder that is missing or none of the experiment's trials, and
-            then for each trial that is not complete and sound.
+            then for each trial that is not as it was to be.
     """
 
     directories: tuple[Path, ...]
@@ -251,6 +251,8 @@ def _problems(row: dict[str, Any], dropped: int) -> list[str]:
         )
     if state == "failed":
         found.append(f"{name}: failed at iteration {iterations}{planned}: {row['reason']}")
+    elif state in ("stopped", "skipped"):
+        pass  # as it was to be
     elif state != "completed":
         found.append(f"{name}: {state} at iteration {iterations}{planned}")
     elif row["planned"] and iterations < row["planned"]:

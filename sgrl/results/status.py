@@ -16,15 +16,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from sgrl.errors import UserError
-from sgrl.results.folder import SweepFolder
+from sgrl.results.folder import OVER, STATES, SweepFolder
 from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES, Row, Score, common_measure, read_metrics, score
 from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.selection import ALL, Selection
 from sgrl.results.storage import is_address
 
-#: Of trials, in the order in which a table that is cut shows them.
-STATES = ("running", "failed", "interrupted", "completed", "pending")
+STYLES = {"running": "bold", "failed": "red", "pending": "dim", "skipped": "dim"}
 
 
 class StatusError(UserError):
@@ -43,11 +42,12 @@ class Progress:
 
     Attributes:
         trial: which one.
-        state: pending, running, interrupted, completed or failed.
+        state: pending, running, interrupted, completed, failed, stopped (early, by a schedule) or
+            skipped (never run, as the others' results made it needless).
         iteration: iterations trained.
         score: how well it does so far.
         seconds_per_iteration: of the last iterations.
-        reason: why it failed.
+        reason: why it failed, was stopped or skipped.
         details: of one that failed, the file that says more, from the sweep's folder.
     """
 
@@ -78,8 +78,8 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether the trial has ended, well or not."""
-        return self.state in ("completed", "failed")
+        """Whether the trial has ended, well or not, or is not needed."""
+        return self.state in OVER
 
 
 def read_progress(sweep: SweepFolder, trial: Trial) -> Progress:
@@ -344,7 +344,7 @@ def trials_table(rows: Sequence[Progress], title: str, limit: int | None = None)
             f"{row.iteration}/{row.last_iteration}" if row.last_iteration else str(row.iteration),
             number(row.judged_by(measure).final),
             time_left,
-            style={"running": "bold", "failed": "red", "pending": "dim"}.get(row.state, ""),
+            style=STYLES.get(row.state, ""),
         )
     return table
 

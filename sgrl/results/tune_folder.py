@@ -222,8 +222,8 @@ def is_tune_folder(location: str | Path) -> bool:
 def unpack(experiment: Path, folder: Path) -> None:
     """Make a results folder out of an experiment of Tune's, as far as its files go.
 
-    A trial whose last row says that it is done is completed, or where it was to train on,
-    interrupted; one that left an error has failed.
+    A trial whose last row says that it is done is completed, or where it was to train on, stopped;
+    one that left an error has failed.
 
     Args:
         experiment: the folder that Tune wrote.
@@ -265,8 +265,13 @@ def unpack(experiment: Path, folder: Path) -> None:
 
 
 def state_of(done: bool, iterations: int, trial: TuneTrial) -> str:
-    """The state of a trial that is not running: complete only if nothing cut it short."""
-    return "completed" if done and iterations >= trial.last_iteration else "interrupted"
+    """The state of a trial that is not running.
+
+    Completed only if nothing cut it short; what ended before it was to was stopped by a scheduler.
+    """
+    if not done:
+        return "interrupted"
+    return "completed" if iterations >= trial.last_iteration else "stopped"
 
 
 def _read_state(experiment: Path) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -73,15 +73,16 @@ class SweepMonitor(tune.Callback, tune.Stopper):
     Args:
         store: of the sweep.
         trials: all of them by name, those already over included. Kept up to date.
+        console: where to say what happens.
     """
 
-    def __init__(self, store: Store, trials: dict[str, Progress]) -> None:
+    def __init__(self, store: Store, trials: dict[str, Progress], console: Console) -> None:
         self.store, self.sweep = store, store.sweep
         self.trials = trials
         self.disk_full = False
         self.saved: dict[str, int] = {}
         self.said: set[str] = set()
-        self.console = Console()
+        self.console = console
         self.live: Live | None = None
         self.started = time.monotonic()
         self.next_refresh = 0.0
@@ -184,6 +185,20 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         said = isinstance(error, RayTaskError) and folder.error.is_file()
         return f"{first_line(error)}{f' ({place}{folder.error.name} says where)' if said else ''}"
 
+    def admit(self, trial: Trial) -> None:
+        """Show a trial as one that waits."""
+        self.trials[trial.name].state = "pending"
+
+    def decide(self, trial: Trial, state: str, reason: str) -> None:
+        """Take note of a trial that is not trained further."""
+        folder = self.sweep.trial(trial.name)
+        status = folder.read_status()
+        if (status.get("state"), status.get("reason")) != (state, reason):
+            folder.write_status(**{**status, "state": state, "reason": reason})
+            self.store.push(folder.status)
+            self._say(f"{trial.name} {state}: {reason}")
+        self.trials[trial.name] = read_progress(self.sweep, trial)
+
     def _end(self, trial: Trial) -> None:
         folder = self.sweep.trial(trial.name)
         self.store.pull(folder.metrics, folder.status)
@@ -192,7 +207,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         row = self.trials[trial.name] = read_progress(self.sweep, trial)
         # Written each time: a sweep that is killed later has its table of what ended before.
         write_summary(self.sweep, self.trials.values())
-        if self.live is None or row.state == "failed":
+        if row.is_over and (self.live is None or row.state == "failed"):
             over = sum(row.is_over for row in self.trials.values())
             line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"
             final = number(row.score.final)

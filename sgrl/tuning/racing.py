@@ -106,6 +106,7 @@ class Race:
         self.configurations = list(configurations)
         self.seeds = list(seeds)
         self.error_rate = error_rate
+        self.first = first
         self.every = every
         self.bounds = bounds
         self.racing = list(configurations)
@@ -124,6 +125,10 @@ class Race:
     def over(self) -> bool:
         """Whether one configuration is left, or all seeds are run."""
         return len(self.racing) == 1 or self._decided == len(self.seeds)
+
+    def has_run(self, configuration: str, seed: int) -> bool:
+        """Return whether the race has the score of a run."""
+        return (configuration, seed) in self._scores
 
     def next_runs(self) -> list[tuple[str, int]]:
         """Return the runs (configuration, seed) of this round without a score; none once over."""

@@ -48,7 +48,9 @@ from sgrl.tuning.experiment.resources import (
     resource_request,
     user_modules,
 )
+from sgrl.tuning.feed import Feed
 from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
+from sgrl.tuning.rounds import Course, Leg
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
@@ -82,7 +84,7 @@ def run_sweep(
         how = f"`{resume}` continues it, " if is_sweep(store) else ""
         raise SweepError(f"{store} already exists: {how}--name NAME starts another sweep")
     check_tracker(experiment.file.track, store.location)
-    requests = _resource_requests(experiment)
+    _check_resources(experiment)
     _prepare_environments(experiment)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def run_sweep(
     with _locked(store):
         store.pull_reports()  # empties a mirror of what was there before
         write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
-        return _run(store, experiment, requests)
+        return _run(store, experiment)
 
 
 def resume_sweep(
@@ -118,20 +120,21 @@ def resume_sweep(
         )
         _check_trials(store, experiment, iterations)
         check_tracker(experiment.file.track, store.location)
-        requests = _resource_requests(experiment, resuming=True)
+        _check_resources(experiment, resuming=True)
         _prepare_environments(experiment)
         if additions or {iterations, track, concurrency} != {None}:
             write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
-        return _run(store, experiment, requests)
+        return _run(store, experiment)
 
 
 def resume_plan(
     directory: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
-) -> tuple[list[Trial], list[Progress]]:
+) -> tuple[list[Trial], list[tuple[Progress, int]]]:
     """Report what `resume_sweep` would do, changing nothing; raises as it does.
 
     Returns:
-        All trials, and those it would run, each with the iteration it would continue from.
+        All trials, and those it would run first, each with the iterations it would continue from
+        and train up to. More follow only where results decide on what is trained.
     """
     store = open_store(directory, "driver")
     _check_is_sweep(store)
@@ -140,10 +143,10 @@ def resume_plan(
         experiment = extend_experiment(store.sweep.experiment, iterations, additions)
         _check_trials(store, experiment, iterations)
         todo = []
-        for row in (read_progress(store.sweep, trial) for trial in experiment.trials):
-            if not _is_settled(store, row):
-                row.iteration = store.newest_checkpoint(row.trial.name, at_most=row.iteration)
-                todo.append(row)
+        for leg in Course(store, experiment, dry=True).next_legs():
+            row = read_progress(store.sweep, leg.trial)
+            row.iteration = store.newest_checkpoint(row.trial.name, at_most=row.iteration)
+            todo.append((row, leg.until))
     return experiment.trials, todo
 
 
@@ -221,7 +224,7 @@ def _prepare_environments(experiment: Experiment) -> None:
                 prepare(section["env"], section.get("env_config"), report)
 
 
-def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path:
+def _run(store: Store, experiment: Experiment) -> Path:
     sweep = store.sweep
     folders = {trial.name: sweep.trial(trial.name) for trial in experiment.trials}
     with quiet(sweep.log) as console:
@@ -232,11 +235,13 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
         prepare_tracker(experiment.file.track, sweep)
         moved = {t.name for t in experiment.trials if _write_config(folders[t.name], t)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
-        for name, row in progress.items():
-            if not _is_settled(store, row):
-                row.state = "pending"
-                folders[name].write_status(state="pending")
-        todo = [row.trial for row in progress.values() if row.state == "pending"]
+        monitor = SweepMonitor(store, progress, console)
+        course = Course(store, experiment, monitor.decide)
+        legs = course.next_legs()
+        todo = [leg.trial for leg in legs]
+        for name in (trial.name for trial in todo):
+            progress[name].state = "pending"
+            folders[name].write_status(state="pending")
         going_on = [trial for trial in todo if trial.name in moved]
         if going_on:
             like = "the same numbers, up to rounding"
@@ -246,20 +251,24 @@ def _run(store: Store, experiment: Experiment, requests: dict[str, Any]) -> Path
             who = "1 trial goes on" if moving == 1 else f"{moving} trials go on"
             words = f"{who} in other processes than before, with {like}"
             console.print(words, soft_wrap=True, highlight=False)
-        made = [file for t in todo for file in (folders[t.name].config, folders[t.name].status)]
+        waiting = [name for name, row in progress.items() if not row.is_over]
+        for name in waiting:
+            if not folders[name].status.is_file():
+                folders[name].write_status(state="pending")
+        made = [file for name in waiting for file in (folders[name].config, folders[name].status)]
         store.push(sweep.experiment, sweep.provenance, *made)
-        over = f", {len(progress) - len(todo)} of them over" if len(todo) < len(progress) else ""
+        done = len(progress) - len(waiting)
+        over = f", {done} of them over" if done else ""
         count = "1 trial" if len(progress) == 1 else f"{len(progress)} trials"
         head = f"{count}{over}; results in {store}"
         console.print(head, soft_wrap=True, highlight=False)
         if experiment.file.track != "none":
             hint = how_to_look(experiment.file.track, str(store))
             console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
-        if todo:
-            monitor = SweepMonitor(store, progress)
+        if legs:
             try:
                 with monitor.shown_on(console):
-                    _run_trials(store, experiment, todo, requests, monitor)
+                    _run_trials(store, experiment, course, legs, monitor)
             finally:
                 for name, row in monitor.trials.items():
                     if not row.is_over:
@@ -310,8 +319,8 @@ def _write_config(folder: TrialFolder, trial: Trial) -> bool:
 def _run_trials(
     store: Store,
     experiment: Experiment,
-    trials: Sequence[Trial],
-    requests: dict[str, Any],
+    course: Course,
+    legs: list[Leg],
     monitor: SweepMonitor,
 ) -> None:
     started_ray = not ray.is_initialized()
@@ -320,7 +329,7 @@ def _run_trials(
     try:
         check_visible(store)
         check_modules(experiment)
-        _tune(store, experiment, trials, requests, monitor)
+        _tune(store, experiment, course, legs, monitor)
     finally:
         # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
         with contextlib.suppress(ValueError, TypeError):
@@ -334,8 +343,8 @@ def _run_trials(
 def _tune(
     store: Store,
     experiment: Experiment,
-    trials: Sequence[Trial],
-    requests: dict[str, Any],
+    course: Course,
+    legs: list[Leg],
     monitor: SweepMonitor,
 ) -> None:
     # Tune keeps notes of its own, which nothing reads.
@@ -347,18 +356,25 @@ def _tune(
     # As many trials wait beside the running ones as can run: enough to hand over every process.
     waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(max(1, int(ray.cluster_resources()["CPU"])))}
     os.environ.update(TUNE_ENVIRONMENT | before | waiting)
+
+    def settings(leg: Leg) -> dict[str, Any]:
+        monitor.admit(leg.trial)
+        request = resource_request(leg.trial)
+        return {"trial": leg.trial.name, "until": leg.until, "request": request}
+
+    feed = Feed(legs, course.next_legs, settings, limit if isinstance(limit, int) else None)
     try:
         tune.Tuner(
-            tune.with_resources(TrialRunner, lambda config: requests[config["trial"]]),
+            tune.with_resources(TrialRunner, lambda config: config["request"]),
             param_space={
                 "sweep": store.location,
-                "trial": tune.grid_search([trial.name for trial in trials]),
                 "tracker": experiment.file.track,
                 "wandb_mode": os.environ.get("WANDB_MODE"),
             },
             tune_config=tune.TuneConfig(
+                search_alg=feed,
+                num_samples=-1,
                 reuse_actors=True,
-                max_concurrent_trials=limit if isinstance(limit, int) else None,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -376,27 +392,14 @@ def _tune(
             del os.environ[name]
         os.environ.update(before)
         shutil.rmtree(scratch, ignore_errors=True)
+    if feed.error is not None:
+        raise feed.error
 
 
-def _resource_requests(experiment: Experiment, resuming: bool = False) -> dict[str, Any]:
-    """Each trial's placement group by its name; refuses trials that could never start."""
+def _check_resources(experiment: Experiment, resuming: bool = False) -> None:
+    """Refuse trials that could never start."""
     if os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         start_ray(experiment)
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
-    return {trial.name: resource_request(trial) for trial in experiment.trials}
-
-
-def _is_settled(store: Store, progress: Progress) -> bool:
-    """Whether a resumed sweep leaves the trial alone.
-
-    It does where the loss diverged, or where the trial is completed and its last checkpoint is
-    whole.
-    """
-    name = progress.trial.name
-    if progress.state == "failed":
-        return store.sweep.trial(name).read_status().get("diverged", False)
-    if progress.state != "completed" or progress.iteration < progress.last_iteration:
-        return False
-    return store.has_checkpoint(name, progress.iteration)

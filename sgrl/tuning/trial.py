@@ -34,7 +34,7 @@ from sgrl.results.metrics import (
     score,
     truncate_metrics,
 )
-from sgrl.results.plan import Trial
+from sgrl.results.plan import Trial, TrialConfig
 from sgrl.results.provenance import (
     describe,
     read_starts,
@@ -59,6 +59,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 class TrialRunner(tune.Trainable):
     """Runs any RLlib Algorithm as the trial `config["trial"]` of the sweep in `config["sweep"]`.
 
+    Up to the iteration `config["until"]`, or the trial's last one: others decide on the rest.
+
     The process is reused for one trial after the other. The algorithm is built in the first step,
     not in setup, so that every failure is one of a step, which Tune retries.
     """
@@ -77,7 +79,8 @@ class TrialRunner(tune.Trainable):
         self.tracker, self.wandb_mode = config["tracker"], config["wandb_mode"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self.last_iteration = 0
+        self.until = config.get("until", math.inf)
+        self.last_iteration = 0.0
         self.saved = 0
         self.failure: list | None = None
         self.parameters: int | None = None
@@ -135,7 +138,7 @@ class TrialRunner(tune.Trainable):
         self.trial = Trial.from_dict(self.folder.read_config())
         self.following = Following(self.trial, self.folder.path, self.notes)
         config = self.trial.config
-        self.last_iteration = config.stop.training_iteration
+        self.last_iteration = min(self.until, config.stop.training_iteration)
         status = self.folder.read_status()
         self.failure, self.parameters = status.get("failure"), status.get("parameters")
         self.folder.hang.unlink(missing_ok=True)
@@ -143,9 +146,7 @@ class TrialRunner(tune.Trainable):
             self.hang = self.folder.hang.open("w")
         self.evaluation = Evaluation(config)
         torch.set_num_threads(config.num_threads)
-        settings = build_algorithm_config(config)
-        # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
-        self.algorithm = settings.algo_class(config=settings, storage=self._storage)
+        self.algorithm = self._build(config)
 
         metrics, checkpoints = self.folder.metrics, self.folder.checkpoints
         checkpoint, problems = newest_valid_checkpoint(checkpoints, at_most=count_rows(metrics))
@@ -184,6 +185,11 @@ class TrialRunner(tune.Trainable):
                 "same numbers to the last bit"
             )
 
+    def _build(self, config: TrialConfig) -> Any:
+        settings = build_algorithm_config(config)
+        # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
+        return settings.algo_class(config=settings, storage=self._storage)
+
     def _train(self) -> None:
         config, deadline = self.trial.config, time.monotonic() + REPORT_SECONDS
         while len(self.rows) < self.last_iteration:
@@ -206,7 +212,8 @@ class TrialRunner(tune.Trainable):
         self.tracking.send(self.rows)
         if len(self.rows) >= self.last_iteration:
             self._checkpoint()
-            self._finish("completed")
+            over = self.last_iteration == config.stop.training_iteration
+            self._finish("completed" if over else "pending")
 
     def _train_once(self) -> dict:
         """One iteration; a process in which it takes too long is ended."""
@@ -264,7 +271,7 @@ class TrialRunner(tune.Trainable):
         self.failure = None
         self._follow("on_trial_end", state)
         self._write_status(state, reason=reason, **more)
-        self._release(state)
+        self._release("interrupted" if state == "pending" else state)
         self.store.push_trial(self.name)
         self.store.leave(self.name)
 

@@ -129,6 +129,7 @@ class ExperimentFile(_Keys):
         methods: the models compared side by side, by their names.
         seeds: one trial each, of every method at every grid point; a list, or a range as in 0..5.
         stop: when a trial is complete.
+        schedule: what decides meanwhile which trials are trained on; null is nothing.
         checkpoint: what an interrupted trial goes on from.
         evaluate: evaluations apart from training; null is none.
         max_failures: restarts of a trial without a new checkpoint in between.
@@ -145,6 +146,7 @@ class ExperimentFile(_Keys):
     methods: Annotated[dict[Name, Method], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_check_seeds)] = [0]
     stop: dict[str, Any]
+    schedule: dict[str, Any] | None = None
     checkpoint: CheckpointKeys = CheckpointKeys()
     evaluate: EvaluateKeys | None = None
     max_failures: Annotated[int, Field(ge=0)] = TrialConfig.max_failures
@@ -162,6 +164,8 @@ class ExperimentFile(_Keys):
         for method in content["methods"].values():
             if method["config"] is None:
                 del method["config"]
+        if content["schedule"] is None:
+            del content["schedule"]
         return content
 
 

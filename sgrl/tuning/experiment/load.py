@@ -32,6 +32,7 @@ from sgrl.tuning.experiment.edits import add, keep_methods, override
 from sgrl.tuning.experiment.file import ExperimentFile, validate_file
 from sgrl.tuning.experiment.method import complete_model
 from sgrl.tuning.experiment.places import places_of
+from sgrl.tuning.experiment.schedules import complete_schedule, schedule_problems
 from sgrl.tuning.experiment.sections import config_class_of
 
 # Written out in every experiment. A baseline is so only where it is set: sweeps that were started
@@ -138,6 +139,7 @@ def extend_experiment(
 
     def edit(content: dict[str, Any]) -> None:
         content |= experiment.resolved
+        _check_extension(experiment.file, iterations, additions)
         for addition in additions:
             add(content, addition, path)
         if iterations is not None:
@@ -148,6 +150,20 @@ def extend_experiment(
         content |= options
 
     return _load(path, edit, {_key(addition): f"--add {_key(addition)}" for addition in additions})
+
+
+def _check_extension(
+    file: ExperimentFile, iterations: int | None, additions: Sequence[str]
+) -> None:
+    """Refuse what would change results on which a sweep has decided already."""
+    if file.schedule is None:
+        return
+    what = f"the {file.schedule['name']} has decided by what there is so far; start another sweep"
+    if iterations is not None:
+        raise Problem("stop.training_iteration", f"cannot change: {what}")
+    for addition in additions:
+        if _key(addition) != "seeds":
+            raise Problem(_key(addition), f"cannot be added to: {what}")
 
 
 def _key(setting: str) -> str:
@@ -180,9 +196,12 @@ def _load(
         points = points_of(resolved)
         problems += grid_problems(resolved)
         problems += _point_problems(resolved, points, config_class, places)
+        problems += schedule_problems(resolved)
         if not problems:
             trials = trials_of(resolved, points)
             problems += _trial_problems(file, trials)
+            if file.schedule is not None:
+                file.schedule = complete_schedule(file.schedule)
     if problems:
         problems = _with_whole_keys(_with_grids_meant(content, problems), changed or {})
         raise ExperimentError(path, problems, changed)

@@ -1,0 +1,81 @@
+"""Trials that train for no time, in sweeps where it matters which ones are trained.
+
+As a script: `stand_ins.py sweep CONFIG RESULTS` or `stand_ins.py resume DIRECTORY`.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from sgrl.tuning import sweep
+from sgrl.tuning.experiment.load import load_experiment
+from sgrl.tuning.trial import TrialRunner
+
+
+def stand_in_class():
+    """Return an algorithm whose success rate nears what its method and its learning rate allow."""
+
+    class StandIn:
+        def __init__(self, config, seconds=0.0):
+            lr = config.sections["training"]["lr"]
+            if lr > 1:
+                raise FloatingPointError(f"lr {lr} is too high")
+            best = 0.95 if config.method == "gru" else 0.3
+            self.best = best * math.exp(-((math.log10(lr) + 3) ** 2) / 4)
+            self.seed, self.iteration, self.skill, self.seconds = config.seed, 0, 0.0, seconds
+
+        def train(self):
+            time.sleep(self.seconds)
+            self.iteration += 1
+            self.skill += (self.best - self.skill) / 2
+            noise = np.random.default_rng([self.seed, self.iteration]).normal(0, 0.05)
+            success = min(max(self.skill + noise, 0.0), 1.0)
+            counts = {"env_steps": 10.0 * self.iteration, "episodes": float(self.iteration)}
+            counts["padded_env_steps"] = counts["env_steps"]
+            return {"sgrl": {**counts, "success_rate": success, "policy_loss": self.skill}}
+
+        def save_checkpoint(self, directory):
+            state = {"iteration": self.iteration, "skill": self.skill}
+            (Path(directory) / "state.json").write_text(json.dumps(state))
+
+        def load_checkpoint(self, directory):
+            vars(self).update(json.loads((Path(directory) / "state.json").read_text()))
+
+        def stop(self):
+            pass
+
+    return StandIn
+
+
+def stand_in_runner(seconds=0.0):
+    """Return the trials that train it."""
+    algorithm = stand_in_class()
+
+    class StandInRunner(TrialRunner):
+        def _build(self, config):
+            self.parameters = 1
+            return algorithm(config, seconds)
+
+    return StandInRunner
+
+
+def success_rates(trial):
+    """Return what a trial has in that column of metrics.csv, without any sweep."""
+    algorithm = stand_in_class()(trial.config)
+    iterations = range(trial.config.stop.training_iteration)
+    return [algorithm.train()["sgrl"]["success_rate"] for _ in iterations]
+
+
+if __name__ == "__main__":
+    sweep.TrialRunner = stand_in_runner(seconds=0.02)
+    what, where, *results = sys.argv[1:]
+    with contextlib.suppress(KeyboardInterrupt):
+        if what == "sweep":
+            sweep.run_sweep(load_experiment(where), *results)
+        else:
+            sweep.resume_sweep(where)
