@@ -6,15 +6,33 @@ As a script: `stand_ins.py sweep CONFIG RESULTS` or `stand_ins.py resume DIRECTO
 import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from sweeps import CONFIG
 
+from sgrl.results.metrics import count_rows
 from sgrl.tuning import sweep
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.trial import TrialRunner
+
+TWO = {
+    "gru": {"model": {"policy": "gru", "hidden_size": 8}},
+    "lstm": {"model": {"policy": "lstm", "hidden_size": 8}},
+}
+
+
+SEARCH = {
+    "name": "search",
+    "config": CONFIG | {"training": {"lr": {"loguniform": [1e-5, 1e-1]}}},
+    "seeds": [0, 1, 2],
+    "search": {"name": "optuna", "num_samples": 6, "concurrent": 2, "seed": 5},
+    "concurrency": "auto",
+}
 
 
 def stand_in_class():
@@ -69,6 +87,32 @@ def success_rates(trial):
     algorithm = stand_in_class()(trial.config)
     iterations = range(trial.config.stop.training_iteration)
     return [algorithm.train()["sgrl"]["success_rate"] for _ in iterations]
+
+
+def start(*words):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+    script = Path(__file__)
+    return subprocess.Popen([sys.executable, script, *map(str, words)], env=environment)
+
+
+def under_kills(config, folder, name, rows):
+    """Run a sweep whose driver is killed once it has that many rows, for each of `rows`."""
+    directory = folder / name
+
+    def written():
+        return sum(count_rows(path) for path in directory.glob("*/metrics.csv"))
+
+    for enough in rows:
+        begun = (directory / "experiment.yaml").is_file()
+        driver = start("resume", directory) if begun else start("sweep", config, folder)
+        try:
+            while written() < enough:
+                assert driver.poll() is None, "it ended before it was killed"
+                time.sleep(0.02)
+        finally:
+            driver.kill()
+            driver.wait()
+    return directory
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from network_hosts import network_hosts
+from stand_ins import SEARCH, TWO, stand_in_runner, under_kills
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
 from sgrl.results.metrics import count_rows, read_metrics
@@ -476,3 +477,22 @@ def test_every_slot_is_kept_busy(tmp_path, ray_session, report):
     )
     assert ratio <= 1.15
     assert failed_trials(directory) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [None, {"name": "asha", "grace_period": 2, "every": 2}])
+def test_ten_kills_of_a_search(tmp_path, ray_session, report, monkeypatch, schedule):
+    """Killed at ten moments, spread over all its rows, whatever it was doing."""
+    changes = dict(SEARCH) if schedule is None else SEARCH | {"schedule": schedule}
+    experiment = make_experiment(tmp_path / "search.yaml", TWO, **changes)
+    monkeypatch.setattr(sweep, "TrialRunner", stand_in_runner())
+    whole = run_sweep(experiment, tmp_path, "whole")
+    most, moments = rows(whole), random.Random(3)
+    after = sorted(moments.randrange(1, most) for _ in range(10))
+    killed = under_kills(tmp_path / "search.yaml", tmp_path, "search", after)
+    resume_sweep(killed)
+    assert (killed / "rounds.json").read_bytes() == (whole / "rounds.json").read_bytes()
+    assert metrics_without_times(killed) == metrics_without_times(whole)
+    columns = ["state", "iterations", "lr", "final_success_rate", "auc"]
+    assert summary(killed)[columns].equals(summary(whole)[columns])
+    report.append(f"a search killed ten times, after {after} of {most} rows: the same suggestions")

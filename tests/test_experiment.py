@@ -496,6 +496,7 @@ def test_the_experiments_shipped():
     assert {path.stem for path in CONFIGS} == {
         "quickstart",
         "labyrinth_comparison",
+        "labyrinth_search",
         *PUBLISHED,
         "popgym_suite",
         "mnist_quickstart",

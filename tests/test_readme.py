@@ -71,6 +71,8 @@ def cut_down(arguments: list[str]) -> list[str]:
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
+    if "search" in arguments[1]:
+        small = small | {"search.num_samples": "2"}
     if "popgym" in arguments[1]:
         small = SMALL_SUITE
     if "ppo" in arguments[1]:

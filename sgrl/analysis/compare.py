@@ -12,11 +12,11 @@ from sgrl.analysis.comparison import (
     at_points,
     best_learning_rates,
     by_task,
+    chosen_columns,
     compare_experiments,
     compare_methods,
     compare_pairs,
     confounding,
-    learning_rate_columns,
 )
 from sgrl.analysis.statistics import sem
 from sgrl.analysis.tables import (
@@ -78,7 +78,7 @@ def _compared(
 ) -> tuple[pd.DataFrame, list[Titled]]:
     best = [best_learning_rates(compare_methods(results.trials)) for results in both]
     chosen = [at_points(r.trials, points) for r, points in zip(both, best, strict=True)]
-    rates = any(learning_rate_columns(results.swept) for results in both)
+    rates = any(chosen_columns(results.trials) for results in both)
     if len(both) == 1:
         frame = compare_pairs(chosen[0], plan=plan)
         if frame.empty or not frame["tasks"].any():

@@ -30,8 +30,9 @@ LOST = tuple(state for state in OVER if state != "completed")
 #: A method's trials by task.
 Tasks = Mapping[str, pd.DataFrame]
 BEST_RULE = (
-    "each method at its best learning rate: of those at which no trial failed (of all where there "
-    "is none) the one with the highest mean AUC, of equal ones the smallest"
+    "each method at its best learning rate, and best in all that a search was for: of those at "
+    "which no trial failed (of all where there is none) the one with the highest mean AUC, of "
+    "equal ones the smallest"
 )
 #: Columns of `runs.load_results` in which compared methods should not differ, in words.
 CONFOUNDERS = {
@@ -90,6 +91,19 @@ def learning_rate_columns(swept: list[str]) -> list[str]:
     return [name for name in swept if name.split(".")[-1] == "lr"]
 
 
+def chosen_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the swept columns of which each method is shown at its best (`BEST_RULE`).
+
+    Args:
+        frame: from `runs.load_results` or `compare_methods`.
+
+    Returns:
+        Learning rates, and what a search was for.
+    """
+    swept, searched = frame.attrs.get("swept", []), frame.attrs.get("searched", [])
+    return [name for name in swept if name in searched or name in learning_rate_columns([name])]
+
+
 def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
     """Summarise each method's completed trials at each swept point.
 
@@ -125,6 +139,7 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
     comparison = pd.DataFrame(rows)
     comparison["x"] = axis_of(trials)
     comparison.attrs = {"swept": swept, "measure": measure_of(trials)}
+    comparison.attrs["searched"] = trials.attrs.get("searched", [])
     return comparison
 
 
@@ -138,7 +153,7 @@ def best_learning_rates(comparison: pd.DataFrame) -> pd.DataFrame:
         The selected rows; all of them if no learning rate was swept.
     """
     swept = comparison.attrs.get("swept", [])
-    rates = learning_rate_columns(swept)
+    rates = chosen_columns(comparison)
     if not rates:
         return comparison
     others = ["method", *(name for name in swept if name not in rates)]
@@ -177,10 +192,10 @@ def by_task(trials: pd.DataFrame, score: str = "auc") -> dict[str, dict[str, pd.
         score: "auc" or the final score's column.
 
     Returns:
-        The rows of each method by task, the point of the swept values other than learning rates.
+        The rows of each method by task, the point of the swept values other than `chosen_columns`.
     """
     swept = trials.attrs.get("swept", [])
-    others = [name for name in swept if name not in learning_rate_columns(swept)]
+    others = [name for name in swept if name not in chosen_columns(trials)]
     completed = trials[(trials["state"] == "completed") & trials[score].notna()]
     tables: dict[str, dict[str, pd.DataFrame]] = {}
     for (method, *task), rows in completed.groupby(["method", *others], sort=False, dropna=False):

@@ -13,6 +13,7 @@ from sgrl.analysis.comparison import (
     at_points,
     best_learning_rates,
     by_task,
+    chosen_columns,
     compare_methods,
     learning_rate_columns,
     plain,
@@ -31,6 +32,8 @@ from sgrl.results.columns import METRICS
 from sgrl.results.metrics import EVALUATION_COLUMNS, MEASURE_NAMES
 from sgrl.results.runs import Results
 
+#: Swept values that are all named on an axis; a search has more.
+MOST_TICKS = 12
 #: What notes say where `comparison.BEST_RULE` selected what is shown.
 BEST = "each method at its best learning rate, by mean AUC"
 
@@ -81,7 +84,7 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     if len(moving):
         add("Mixing weights", "mixing_weights", mixing_weight_statistics)
     for name in numbers:
-        if moving[name].nunique() > 1 and name not in learning_rate_columns(results.swept):
+        if moving[name].nunique() > 1 and name not in chosen_columns(results.trials):
             title = f"Mixing weights against {name}"
             add(title, f"mixing_weights_by_{name}", mixing_weight_curves, name)
     return figures
@@ -109,7 +112,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
         `path`.
     """
     column = column or results.measure
-    rates = learning_rate_columns(results.swept)
+    rates = chosen_columns(results.trials)
     shown = best_learning_rates(compare_methods(results.trials))
     panels = split_panels(shown, [name for name in results.swept if name not in rates])
     styles = method_styles(results.trials["method"])
@@ -121,7 +124,7 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
             lines = results.curves_of(_trials_at(results, row), column)
             if lines.empty:
                 continue
-            used = [f"{name} {row[name]:g}" for name in rates if pd.notna(row[name])]
+            used = [f"{name} {plain(row[name])}" for name in rates if pd.notna(row[name])]
             used += ["stopped early"] if row["stopped"] and not row["trials"] else []
             label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
             counts.append(lines.shape[1])
@@ -180,7 +183,7 @@ def performance_profiles(results: Results, path: Path) -> Path:
     elif not common:
         note += ", averaged over each method's own tasks: they have none in common"
     note += "; band: 95% intervals, pointwise" if banded else "; no bands: fewer than five seeds"
-    if learning_rate_columns(results.swept):
+    if chosen_columns(results.trials):
         note += f"; {BEST}"
     return save(figure, path, note, legend=axes.flat)
 
@@ -200,7 +203,7 @@ def scores_against(results: Results, path: Path, column: str) -> Path:
     Returns:
         `path`.
     """
-    rates, final = learning_rate_columns(results.swept), f"final_{results.measure}"
+    rates, final = chosen_columns(results.trials), f"final_{results.measure}"
     shown = compare_methods(results.trials)
     if column not in rates:
         shown = best_learning_rates(shown)
@@ -233,10 +236,11 @@ def scores_against(results: Results, path: Path, column: str) -> Path:
                     own = own[own["state"] == "completed"]
                     place = np.full(len(own), float(row[column]))
                     axis.plot(place, own[score], ".", color=style["color"], alpha=0.5, markersize=4)
-            if column in rates:
+            if column in learning_rate_columns([column]):
                 axis.set_xscale("log")
-            axis.set_xticks(values, [f"{value:g}" for value in values])
-            axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            if len(values) <= MOST_TICKS:
+                axis.set_xticks(values, [f"{value:g}" for value in values])
+                axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             axis.set_xlabel(column)
     pairs[0][0].set_ylabel(f"final {MEASURE_NAMES[results.measure]}")
     pairs[0][1].set_ylabel(f"AUC over {results.axis.name}")
@@ -260,7 +264,7 @@ def mixing_weight_statistics(results: Results, path: Path) -> Path:
         `path`.
     """
     shown = mixing_points(results)
-    rates = learning_rate_columns(results.swept)
+    rates = chosen_columns(results.trials)
     panels = split_panels(
         shown, ["method", *(name for name in results.swept if name not in rates)], share=False
     )
@@ -300,7 +304,7 @@ def mixing_weight_curves(results: Results, path: Path, column: str) -> Path:
         `path`.
     """
     shown = mixing_points(results).dropna(subset=[column])
-    rates = [name for name in learning_rate_columns(results.swept) if name != column]
+    rates = [name for name in chosen_columns(results.trials) if name != column]
     others = [name for name in results.swept if name != column and name not in rates]
     layers = [name for name in map(str, results.curves) if name.endswith("_mixing_weight_mean")]
     columns = layers or ["mixing_weight_mean"]

@@ -21,10 +21,10 @@ from sgrl.analysis.comparison import (
     at_points,
     best_learning_rates,
     by_task,
+    chosen_columns,
     compare_methods,
     compare_pairs,
     confounding,
-    learning_rate_columns,
     plain,
 )
 from sgrl.analysis.figures import Figure, write_figures
@@ -183,7 +183,7 @@ def _sweep(
     comparison.to_csv(written.comparison, index=False)
     pairs.to_csv(written.pairs, index=False)
 
-    rates = learning_rate_columns(results.swept)
+    rates = chosen_columns(results.trials)
     note = (
         f"Over completed trials: mean ± SEM, and the median with its 95% interval. "
         f"{final_note(results)} AUC: over {results.axis.name}. "

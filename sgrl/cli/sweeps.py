@@ -18,6 +18,7 @@ from sgrl.commands import command
 
 if TYPE_CHECKING:
     from sgrl.results.selection import Selection
+    from sgrl.tuning.experiment.load import Experiment as Checked
 
 Config = Annotated[
     Path,
@@ -93,9 +94,7 @@ def sweep(
             concurrency=jobs,
         )
     if dry_run:
-        typer.echo(f"{experiment.name}: {len(experiment.trials)} trials")
-        for trial in experiment.trials:
-            typer.echo(f"  {trial.name}")
+        _list(experiment)
         if not no_estimate:
             from sgrl.tuning.estimate import estimate_lines
 
@@ -122,6 +121,17 @@ def sweep(
     with _interruptible(location):
         run_sweep(experiment, results)
     _compare(location)
+
+
+def _list(experiment: "Checked") -> None:
+    """Print the trials of an experiment, as far as they are known before it runs."""
+    count, search = len(experiment.examples), experiment.file.search
+    decides = search is not None or experiment.file.schedule is not None
+    typer.echo(f"{experiment.name}: {'at most ' if decides else ''}{count} trials")
+    if search is not None:
+        typer.echo(f"  {search.name} suggests values; these, drawn at random, are examples:")
+    for trial in experiment.examples:
+        typer.echo(f"  {trial.name}")
 
 
 @contextmanager

@@ -122,11 +122,11 @@ SUMMARY = {
     "method": "Its method.",
     "...": "A column for every swept value, by the last part of its key.",
     "seed": "Its seed.",
-    "state": "pending, running, interrupted, completed or failed.",
+    "state": "pending, running, interrupted, completed, failed, stopped (early) or skipped.",
     "iterations": "Rows of its table of metrics.",
     "final_MEASURE": "Final score; MEASURE is success_rate, eval_reward or episode_return_mean.",
     "auc": "Area under that measure's curve over `env_steps`, divided by its span.",
-    "reason": "Why it failed.",
+    "reason": "Why it failed, was stopped or skipped.",
 }
 
 #: comparison.csv, a row a method and point of the swept values.
@@ -134,7 +134,9 @@ COMPARISON = {
     "method": "The method, followed by the swept values.",
     "trials": "Its completed trials, which the scores are of.",
     "failed": "Trials that failed.",
-    "unfinished": "Trials that are neither.",
+    "stopped": "Trials that a schedule stopped early.",
+    "skipped": "Trials that the results of others made needless.",
+    "unfinished": "Trials that are none of these.",
     "final_MEASURE": "Mean final score over trials.",
     "auc": "Mean AUC over trials. What follows is there of both scores, here as SCORE.",
     "SCORE_sem": "Standard error of that mean.",

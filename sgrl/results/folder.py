@@ -48,6 +48,7 @@ class TrialFolder:
         status: its state, JSON; see `read_status`.
         provenance: what each of its starts ran on, JSON.
         tracking: what trackers noted of it, JSON.
+        origins: which trials' weights it took over, and with what values, JSON.
         error: the whole traceback of its last error.
         hang: the stack of each thread of its process when an iteration took too long.
         token: of the process that may write to it, where results lie in object storage.
@@ -62,6 +63,7 @@ class TrialFolder:
         self.status = self.path / "status.json"
         self.provenance = self.path / PROVENANCE_FILE
         self.tracking = self.path / "tracking.json"
+        self.origins = self.path / "origins.json"
         self.error = self.path / "error.txt"
         self.hang = self.path / "hung.txt"
         self.token = self.path / "token"
@@ -71,7 +73,7 @@ class TrialFolder:
     def reports(self) -> list[Path]:
         """What the trial has reached, but for its checkpoints."""
         results = [self.metrics, self.status, self.tracking, self.error, self.provenance]
-        return [self.config, *results]
+        return [self.config, *results, self.origins]
 
     @property
     def events(self) -> list[Path]:

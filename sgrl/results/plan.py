@@ -10,6 +10,7 @@ This needs neither RLlib nor pydantic nor the environment, and checks no more th
 import copy
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgrl.errors import UserError
+from sgrl.files import read_json
 from sgrl.names import did_you_mean, is_close, nearest
+from sgrl.results.folder import SweepFolder
 from sgrl.results.metrics import is_taken
 from sgrl.yaml_files import YAMLFileError, parse_yaml
 
 #: Values of a range such as 0..9, at most.
 MAX_RANGE = 100_000
+#: Distributions that a search draws values from, and how many numbers each takes; `choice` takes
+#: any values.
+DISTRIBUTIONS = {
+    **dict.fromkeys(("uniform", "loguniform", "randint", "lograndint"), 2),
+    **dict.fromkeys(("quniform", "qloguniform", "qrandint", "qlograndint"), 3),
+    "choice": None,
+}
 #: Names of swept values in trial names and in summary.csv, where the key itself is too long.
 SHORT_NAMES = {"num_envs_per_env_runner": "envs"}
 
@@ -195,16 +205,27 @@ class Point(NamedTuple):
         method: its name.
         swept: the swept values, by their short names.
         content: its `config`, `model` and `stop`, without grids.
+        searched: where a search puts values: the path to each, and its short name.
     """
 
     method: str
     swept: dict[str, Any]
     content: dict[str, Any]
+    searched: dict[tuple[str, ...], str] = {}
 
     @property
     def name(self) -> str:
         """Method and swept values, as trials' names begin."""
         return "_".join([self.method, *(f"{name}={label(v)}" for name, v in self.swept.items())])
+
+    def at(self, values: Mapping[str, Any]) -> "Point":
+        """Return the point at suggested values, given by their keys such as config.training.lr."""
+        content = copy.deepcopy(self.content)
+        given = {path: copy.deepcopy(values[".".join(path)]) for path in self.searched}
+        for path, value in given.items():
+            _put(content, path, value)
+        swept = self.swept | {self.searched[path]: value for path, value in given.items()}
+        return Point(self.method, swept, content)
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -225,7 +246,8 @@ def planned_trials(path: str | Path) -> list[Trial]:
         if not content["methods"]:
             raise Problem("methods", "empty; name at least one method")
         try:
-            trials = trials_of(content, points_of(content))
+            points = suggested_points(points_of(content), read_suggestions(path))
+            trials = trials_of(content, points)
             if not all((path.parent / trial.name).is_dir() for trial in trials):
                 # As they were called before names of columns of ours were kept out of theirs.
                 older = trials_of(content, points_of(content, taken=lambda name: False))
@@ -297,20 +319,43 @@ def points_of(
     """
     merged = _merged(experiment)
     grids = {method: dict(grids_in(tree)) for method, tree in merged.items()}
-    short = short_names(dict.fromkeys(path for grid in grids.values() for path in grid), taken)
+    searched = {method: dict(distributions_in(tree)) for method, tree in merged.items()}
+    open_ = [path for group in (grids, searched) for nodes in group.values() for path in nodes]
+    short = short_names(dict.fromkeys(open_), taken)
     points = []
     for method, nodes in grids.items():
         lists = [n["grid"] if isinstance(n["grid"], list) else [n["grid"]] for n in nodes.values()]
         for values in itertools.product(*lists):
             content = copy.deepcopy(merged[method])
             for path, value in zip(nodes, values, strict=True):
-                tree = content
-                for step in path[:-1]:
-                    tree = tree[step]
-                tree[path[-1]] = copy.deepcopy(value)
+                _put(content, path, copy.deepcopy(value))
             swept = {short[path]: value for path, value in zip(nodes, values, strict=True)}
-            points.append(Point(method, swept, content))
+            own = {path: short[path] for path in searched[method]}
+            points.append(Point(method, swept, content, own))
     return points
+
+
+def suggested_points(
+    points: Iterable[Point], suggestions: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Point]:
+    """Return the points at which a search has suggested to train.
+
+    Args:
+        points: those of the grids.
+        suggestions: by the names of points, values by their keys. The same values are one point.
+    """
+    found: dict[str, Point] = {}
+    for point in points:
+        for values in suggestions.get(point.name, ()) if point.searched else ({},):
+            suggested = point.at(values)
+            found.setdefault(suggested.name, suggested)
+    return list(found.values())
+
+
+def read_suggestions(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return what a search has suggested so far in the folder of an experiment.yaml."""
+    record = read_json(SweepFolder(path.parent).rounds)
+    return record.get("suggestions", {}) if isinstance(record, dict) else {}
 
 
 def trials_of(experiment: Mapping[str, Any], points: Iterable[Point]) -> list[Trial]:
@@ -341,10 +386,15 @@ def grid_problems(experiment: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def misspelled_grids(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path to each key that may be a misspelled `grid`, as in ``{"gird": [1, 2]}``."""
+    """Yield the path to each key that may be misspelled, as in ``{"gird": [1, 2]}``.
+
+    That is a `grid`, or a distribution.
+    """
+    known = ("grid", *DISTRIBUTIONS)
     for key, value in tree.items() if isinstance(tree, dict) else ():
         here = (*path, str(key))
-        if len(tree) == 1 and isinstance(value, list) and key != "grid" and is_close(key, "grid"):
+        alone = len(tree) == 1 and isinstance(value, list) and key not in known
+        if alone and is_close(key, nearest(key, known)):
             yield here
         yield from misspelled_grids(value, here)
 
@@ -367,6 +417,54 @@ def grids_in(
         else:
             for key, value in tree.items():
                 yield from grids_in(value, (*path, str(key)))
+
+
+def distributions_in(
+    tree: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], tuple[str, Any]]]:
+    """Yield the path to each distribution in a tree, its name and its values."""
+    if isinstance(tree, dict) and "grid" not in tree:
+        if is_open(tree):
+            yield path, next(iter(tree.items()))
+            return
+        for key, value in tree.items():
+            yield from distributions_in(value, (*path, str(key)))
+
+
+def is_open(tree: Mapping[str, Any]) -> bool:
+    """Return whether a mapping is a grid or a distribution, in the place of a value."""
+    return "grid" in tree or (len(tree) == 1 and next(iter(tree)) in DISTRIBUTIONS)
+
+
+def wrong_values(name: str, values: Any) -> str:
+    """Return what is wrong with the values of a distribution; nothing is an empty text."""
+    if not isinstance(values, list):
+        return f"expected a list, got {values!r}"
+    count = DISTRIBUTIONS[name]
+    if count is None:
+        return repeated(values)
+    kind = int if "randint" in name else float
+    words = "whole numbers" if kind is int else "numbers"
+    numbers = [v for v in values if isinstance(v, (int, kind)) and not isinstance(v, bool)]
+    if len(numbers) != len(values) or len(values) != count or not all(map(math.isfinite, numbers)):
+        steps = ", step" if count == 3 else ""
+        return f"expected {count} {words}, [low, high{steps}], got {values!r}"
+    if not numbers[0] < numbers[1]:
+        return f"the lower number comes first, got {values!r}"
+    if "log" in name and numbers[0] <= 0:
+        return f"must be greater than 0 to be drawn by its logarithm, got {numbers[0]}"
+    if count == 3 and numbers[2] <= 0:
+        return f"the step must be greater than 0, got {numbers[2]}"
+    if count == 3 and any(abs(v / numbers[2] - round(v / numbers[2])) > 1e-9 for v in numbers[:2]):
+        return f"low and high must be multiples of the step, got {values!r}"
+    return ""
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set the value at the end of a path that is there."""
+    for step in path[:-1]:
+        tree = tree[step]
+    tree[path[-1]] = value
 
 
 def place_of(experiment: Mapping[str, Any], method: str, key: str) -> str:
@@ -396,7 +494,7 @@ def _merged(experiment: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _merge(base: Any, over: Any) -> Any:
     mappings = isinstance(base, dict) and isinstance(over, dict)
-    if not mappings or "grid" in base or "grid" in over:
+    if not mappings or is_open(base) or is_open(over):
         return copy.deepcopy(over)
     merged = {key: _merge(base[key], over[key]) if key in over else base[key] for key in base}
     return copy.deepcopy(merged | {key: over[key] for key in over if key not in base})

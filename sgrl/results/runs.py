@@ -38,7 +38,7 @@ from sgrl.results.metrics import (
     read_metrics,
     score_of,
 )
-from sgrl.results.plan import ExperimentError, planned_trials
+from sgrl.results.plan import ExperimentError, planned_trials, points_of
 from sgrl.results.selection import ALL, Selection
 
 #: Columns of every row of metrics.csv that is whole; the others may be empty.
@@ -66,9 +66,10 @@ class Results:
             final_episode_return_mean (over five batches),
             auc (area under that measure against the axis, trapezoid, divided by its span),
             env_steps (of the last iteration), seconds (spent training), reason (of a failure).
-            `attrs["swept"]` lists the swept columns, `attrs["measure"]` is the key of `MEASURES`
-            they are judged by, `attrs["x"]` that of `AXES`. With several folders, `experiment` is
-            the first of the swept columns and part of the trials' names.
+            `attrs["swept"]` lists the swept columns, `attrs["searched"]` those of them whose values
+            a search suggested, `attrs["measure"]` is the key of `MEASURES` they are judged by,
+            `attrs["x"]` that of `AXES`. With several folders, `experiment` is the first of the
+            swept columns and part of the trials' names.
         curves: one row an iteration: trial, and all columns of metrics.csv. The trials follow
             each other in the order of `trials`.
         problems: one line for each folder that is missing or none of the experiment's trials, and
@@ -221,6 +222,7 @@ def load_results(*directories: str | Path, x: str = "env_steps", only: Selection
     trials = pd.DataFrame(rows)[[*first, *scale, "final", "auc", "env_steps", "seconds", "reason"]]
     trials = trials.rename(columns={"final": f"final_{measure}"})
     trials.attrs = {"swept": list(swept), "measure": measure, "x": x}
+    trials.attrs["searched"] = [name for name in swept if name in _searched(folders)]
     curves = _concatenate(trials["trial"], [frame for frame, _ in metrics])
     return Results(tuple(folders), trials, curves, tuple(problems))
 
@@ -231,6 +233,18 @@ def _concatenate(names: Iterable[str], frames: Sequence[pd.DataFrame]) -> pd.Dat
     trial = np.repeat(np.array(list(names), dtype=object), [len(frame) for frame in frames])
     curves.insert(0, "trial", trial)
     return curves.astype({name: int for name in INTEGER_COLUMNS if curves[name].notna().all()})
+
+
+def _searched(folders: Iterable[Path]) -> set[str]:
+    """The columns of values that searches suggested."""
+    found = set()
+    for folder in folders:
+        experiment = SweepFolder(folder).read_experiment()
+        if experiment.get("search"):
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                for point in points_of(experiment):
+                    found |= {_column(name) for name in point.searched.values()}
+    return found
 
 
 def _lacking(x: str) -> str:

@@ -227,7 +227,7 @@ def sweep_status(location: str | Path, only: Selection = ALL) -> SweepStatus:
     with reading(location) as folder:
         sweep = SweepFolder(folder.absolute())
         trials = planned_trials(sweep.experiment) if sweep.experiment.is_file() else _found(sweep)
-        if not trials:
+        if not trials and not sweep.experiment.is_file():
             what = "holds no sweep" if folder.exists() else "does not exist"
             raise StatusError(f"{location} {what}: give a folder such as results/quickstart")
         # Object storage has no locks that would tell whether the sweep is running.

@@ -332,7 +332,7 @@ def estimate_lines(
     Yields:
         The lines of the estimate, each as soon as it is known.
     """
-    kinds, present = kinds_of(experiment.trials), machine_resources()
+    kinds, present = kinds_of(experiment.examples), machine_resources()
     width = max(len(kind.name) for kind in kinds)
     load = f"a load of {os.getloadavg()[0]:.1f} on {present['CPU']:g} CPUs"
     yield f"estimate, from a few iterations of each on this machine as it is now, {load}:"
@@ -367,7 +367,7 @@ def estimate_lines(
         if not had_ray and ray.is_initialized():
             ray.shutdown()
     needs = {trial.name: kind.resources for kind in kinds for trial in kind.trials}
-    known = [trial for trial in experiment.trials if trial.name in seconds_of]
+    known = [trial for trial in experiment.examples if trial.name in seconds_of]
     if not known:
         return
     end, at_once = schedule(
@@ -375,9 +375,11 @@ def estimate_lines(
         present,
         limit,
     )
-    left_out = len(experiment.trials) - len(known)
+    left_out = len(experiment.examples) - len(known)
     without = f", without {left_out} trials not measured" if left_out else ""
-    yield (f"in all {_figure(hours)} core hours, {duration(end)} with {at_once} at a time{without}")
+    decides = experiment.file.search is not None or experiment.file.schedule is not None
+    most = "at most" if decides else "in all"
+    yield (f"{most} {_figure(hours)} core hours, {duration(end)} with {at_once} at a time{without}")
 
 
 def _check(experiment: Experiment, kind: Kind, present: Mapping[str, float]) -> None:
@@ -385,7 +387,7 @@ def _check(experiment: Experiment, kind: Kind, present: Mapping[str, float]) -> 
         if amount > present.get(resource, 0.0):
             has = present.get(resource, 0.0)
             raise UserError(f"needs {amount:g} {resource}s and there are {has:g}")
-    check_backends(dataclasses.replace(experiment, trials=kind.trials[:1]))
+    check_backends(dataclasses.replace(experiment, examples=kind.trials[:1]))
 
 
 def _figure(value: float) -> str:

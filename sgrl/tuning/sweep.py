@@ -30,7 +30,7 @@ from sgrl.results.metrics import read_metrics
 from sgrl.results.plan import Trial, TrialConfig, planned_trials
 from sgrl.results.provenance import changed_parts, record_start
 from sgrl.results.status import Progress, read_progress, read_stopped
-from sgrl.results.storage import Store, display, is_archive, join
+from sgrl.results.storage import Store, display, is_address, is_archive, join
 from sgrl.results.tune_folder import RESTORE, is_of_tuner
 from sgrl.tuning.cluster import (
     SweepError,
@@ -39,6 +39,7 @@ from sgrl.tuning.cluster import (
     machine_resources,
     start_ray,
 )
+from sgrl.tuning.course import Course
 from sgrl.tuning.experiment.load import Experiment, extend_experiment
 from sgrl.tuning.experiment.method import with_defaults
 from sgrl.tuning.experiment.resources import (
@@ -50,7 +51,7 @@ from sgrl.tuning.experiment.resources import (
 )
 from sgrl.tuning.feed import Feed
 from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
-from sgrl.tuning.rounds import Course, Leg
+from sgrl.tuning.rounds import Leg
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
@@ -84,6 +85,7 @@ def run_sweep(
         how = f"`{resume}` continues it, " if is_sweep(store) else ""
         raise SweepError(f"{store} already exists: {how}--name NAME starts another sweep")
     check_tracker(experiment.file.track, store.location)
+    _check_schedule(store, experiment)
     _check_resources(experiment)
     _prepare_environments(experiment)
     try:
@@ -216,7 +218,7 @@ def _prepare_environments(experiment: Experiment) -> None:
     """Fetch what the trials' environments need, so that no trial has to."""
     sections = {
         dump_yaml(section): section
-        for section in (trial.config.sections["environment"] for trial in experiment.trials)
+        for section in (trial.config.sections["environment"] for trial in experiment.examples)
     }
     for section in sections.values():
         if section["env"] in ENVIRONMENTS:
@@ -236,7 +238,19 @@ def _run(store: Store, experiment: Experiment) -> Path:
         moved = {t.name for t in experiment.trials if _write_config(folders[t.name], t)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
         monitor = SweepMonitor(store, progress, console)
-        course = Course(store, experiment, monitor.decide)
+
+        def admit(trials: Sequence[Trial]) -> None:
+            """Give the trials that a search has just suggested a folder."""
+            for trial in trials:
+                if trial.name not in progress:
+                    folder = folders[trial.name] = sweep.trial(trial.name)
+                    _write_config(folder, trial)
+                    progress[trial.name] = read_progress(sweep, trial)
+                    if not folder.status.is_file():
+                        folder.write_status(state="pending")
+                    store.push(folder.config, folder.status)
+
+        course = Course(store, experiment, monitor.decide, admit)
         legs = course.next_legs()
         todo = [leg.trial for leg in legs]
         for name in (trial.name for trial in todo):
@@ -260,11 +274,13 @@ def _run(store: Store, experiment: Experiment) -> Path:
         done = len(progress) - len(waiting)
         over = f", {done} of them over" if done else ""
         count = "1 trial" if len(progress) == 1 else f"{len(progress)} trials"
-        head = f"{count}{over}; results in {store}"
+        head = f"{count}{at_most(experiment)}{over}; results in {store}"
         console.print(head, soft_wrap=True, highlight=False)
         if experiment.file.track != "none":
             hint = how_to_look(experiment.file.track, str(store))
             console.print(f"to follow them: {hint}", soft_wrap=True, highlight=False)
+        for note in course.notes:
+            console.print(note, soft_wrap=True, highlight=False)
         if legs:
             try:
                 with monitor.shown_on(console):
@@ -273,12 +289,19 @@ def _run(store: Store, experiment: Experiment) -> Path:
                 for name, row in monitor.trials.items():
                     if not row.is_over:
                         store.pull(folders[name].metrics, folders[name].status)
-        progress = {t.name: read_stopped(sweep, t) for t in experiment.trials}
+        planned = planned_trials(sweep.experiment) if course.decides else experiment.trials
+        progress = {t.name: read_stopped(sweep, t) for t in planned}
         write_summary(sweep, progress.values())
         store.push(sweep.summary, sweep.log)
     if any(not row.is_over for row in progress.values()):
         raise KeyboardInterrupt
     return sweep.path
+
+
+def at_most(experiment: Experiment) -> str:
+    """Return what to add to the number of trials where a search will suggest more."""
+    most = len(experiment.examples)
+    return "" if experiment.file.search is None else f" of at most {most}"
 
 
 def _check_config(folder: TrialFolder, trial: Trial) -> None:
@@ -403,3 +426,9 @@ def _check_resources(experiment: Experiment, resuming: bool = False) -> None:
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
+
+
+def _check_schedule(store: Store, experiment: Experiment) -> None:
+    """Refuse what takes checkpoints of all trials where only those of one are at hand."""
+    if is_address(store.location) and (experiment.file.schedule or {}).get("name") == "pbt":
+        raise SweepError(f"{store}: pbt copies checkpoints between trials, which takes a folder")

@@ -6,6 +6,7 @@ its newest intact checkpoint and yields exactly the numbers of an uninterrupted 
 """
 
 import contextlib
+import dataclasses
 import errno
 import faulthandler
 import math
@@ -20,7 +21,7 @@ from filelock import FileLock
 from ray import tune
 from ray.exceptions import RayActorError, RayError
 
-from sgrl.files import sync
+from sgrl.files import read_json, sync
 from sgrl.nn.registry import count_parameters
 from sgrl.results.checkpoints import discard_after, newest_valid_checkpoint, write_checkpoint
 from sgrl.results.folder import TrialFolder
@@ -48,6 +49,7 @@ from sgrl.tuning.evaluation import Evaluation
 from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.experiment.resources import modules_of
 from sgrl.tuning.experiment.sections import build_algorithm_config
+from sgrl.tuning.population import with_values
 from sgrl.tuning.tracking import Tracking
 from sgrl.tuning.trial_callbacks import Following
 
@@ -136,6 +138,10 @@ class TrialRunner(tune.Trainable):
         self._acquire()
         self.store.claim(self.name)
         self.trial = Trial.from_dict(self.folder.read_config())
+        origins = read_json(self.folder.origins) or []
+        if origins:
+            config = with_values(self.trial.config, origins[-1]["values"])
+            self.trial = dataclasses.replace(self.trial, config=config)
         self.following = Following(self.trial, self.folder.path, self.notes)
         config = self.trial.config
         self.last_iteration = min(self.until, config.stop.training_iteration)
@@ -156,12 +162,22 @@ class TrialRunner(tune.Trainable):
                 "remove the checkpoints to start the trial again"
             )
         self.saved = int(checkpoint.name) if checkpoint else 0
+        if origins and self.saved < origins[-1]["iteration"]:
+            raise ValueError(
+                f"{checkpoints} lacks what it took over at iteration {origins[-1]['iteration']}: "
+                "restore it, or start another sweep"
+            )
         if checkpoint:
             self.algorithm.load_checkpoint(str(checkpoint))
         truncate_metrics(metrics, self.saved)
         discard_after(checkpoints, self.saved)
         self.rows = read_metrics(metrics)
         self.notes += [f"{problem}; going on from iteration {self.saved}" for problem in problems]
+        self.notes += [
+            f"after iteration {origin['iteration']} with the weights of {origin['trial']}, "
+            + ", ".join(f"{key} {value:g}" for key, value in origin["values"].items())
+            for origin in origins
+        ]
         self.tracking = Tracking(
             self.folder, self.trial.as_dict(), self.tracker, self.wandb_mode, self.notes
         )
@@ -269,7 +285,8 @@ class TrialRunner(tune.Trainable):
 
     def _finish(self, state: str, reason: str = "", **more: Any) -> None:
         self.failure = None
-        self._follow("on_trial_end", state)
+        if state != "pending":
+            self._follow("on_trial_end", state)
         self._write_status(state, reason=reason, **more)
         self._release("interrupted" if state == "pending" else state)
         self.store.push_trial(self.name)

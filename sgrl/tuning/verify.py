@@ -85,6 +85,10 @@ def verify_archive(
             f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "
             "thread of its own), so there is nothing to compare"
         )
+    if (experiment.file.schedule or {}).get("name") == "pbt":
+        raise ArchiveError(
+            f"{archive}: its trials took over each other's weights, so none repeats by itself"
+        )
     archived = [trial for trial in read_archive(archive) if trial.rows]
     by_name = {trial.name: trial for trial in archived}
     if unknown := next((name for name in names if name not in by_name), None):
@@ -92,8 +96,10 @@ def verify_archive(
     chosen = random.Random(seed).sample(archived, min(trials, len(archived)))
     chosen = [by_name[name] for name in names] or chosen
     again = [_shortened(trial, min(iterations, len(trial.rows))) for trial in chosen]
-    file = experiment.file.model_copy(update={"stop": {"training_iteration": iterations}})
-    experiment = dataclasses.replace(experiment, trials=again, file=file)
+    # Whatever decided on them then, these are trained now.
+    changes = {"stop": {"training_iteration": iterations}, "search": None, "schedule": None}
+    file = experiment.file.model_copy(update=changes)
+    experiment = dataclasses.replace(experiment, trials=again, examples=again, file=file)
     sweep = SweepFolder(run_sweep(experiment, results))
     here = describe()
     verdicts = []

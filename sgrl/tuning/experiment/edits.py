@@ -9,7 +9,7 @@ from typing import Any
 
 from sgrl.commands import command
 from sgrl.names import did_you_mean
-from sgrl.results.plan import Problem, expand_range, grids_in, place_of
+from sgrl.results.plan import Problem, expand_range, grids_in, is_open, place_of
 from sgrl.yaml_files import YAMLFileError, parse_yaml
 
 
@@ -42,7 +42,7 @@ def override(content: dict[str, Any], setting: str) -> None:
         if parent.get(step) is None:
             parent[step] = {}
         parent = parent[step]
-        if not isinstance(parent, dict) or "grid" in parent:
+        if not isinstance(parent, dict) or is_open(parent):
             raise Problem(key, f"{'.'.join(path[:depth])} holds no keys; set it as a whole")
     parent[path[-1]] = value
 
@@ -56,9 +56,9 @@ def _forget(entry: Any, path: Sequence[str], where: str) -> None:
     for depth, step in enumerate(path):
         if not isinstance(entry, dict):
             return
-        if "grid" in entry:
+        if is_open(entry):
             key = ".".join([where, *path[:depth]])
-            raise Problem(path, f"{key} is a grid; set that key instead")
+            raise Problem(path, f"{key} is a grid or a distribution; set that key instead")
         if depth == len(path) - 1:
             entry.pop(step, None)
         entry = entry.get(step)

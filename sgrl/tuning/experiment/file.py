@@ -19,6 +19,11 @@ from sgrl.results.plan import (
 )
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+#: Tune's, by its own names for them.
+SEARCHERS = (
+    *("random", "optuna", "ax", "bayesopt", "bohb", "hebo", "hyperopt", "nevergrad", "zoopt"),
+)
+JUDGES = ("mean", "iqm")
 
 
 # Values ---------------------------------------------------------------------------------------
@@ -104,6 +109,35 @@ class EvaluateKeys(_Keys):
     episodes: Positive = Evaluating.episodes
 
 
+class SearchKeys(_Keys):
+    """A search for good values.
+
+    Attributes:
+        name: random, optuna, or another of Tune's searchers.
+        num_samples: how many configurations are suggested, for each method at each grid point.
+        metric: what is searched for: a column of metrics.csv, its mean over the last five values.
+        mode: max or min.
+        judge: of the seeds' scores, by which a configuration is judged: mean or iqm.
+        seed: of the searcher.
+        concurrent: configurations suggested at a time, before results of any of them are known;
+            by default at most 4, and all of a random search.
+        arguments: the searcher's own.
+    """
+
+    name: Annotated[
+        str, BeforeValidator(lambda n: check_known("search.name", "searcher", n, SEARCHERS))
+    ]
+    num_samples: Positive
+    metric: Annotated[str, SkipValidation] = "success_rate"
+    mode: Annotated[str, SkipValidation] = "max"
+    judge: Annotated[
+        str, BeforeValidator(lambda n: check_known("search.judge", "judge", n, JUDGES))
+    ] = "mean"
+    seed: Annotated[int, Field(ge=0)] = 0
+    concurrent: Positive | None = None
+    arguments: dict[str, Any] = {}
+
+
 class Method(_Keys):
     """A model of the comparison.
 
@@ -129,6 +163,7 @@ class ExperimentFile(_Keys):
         methods: the models compared side by side, by their names.
         seeds: one trial each, of every method at every grid point; a list, or a range as in 0..5.
         stop: when a trial is complete.
+        search: for values in the place of distributions such as {loguniform: [1e-4, 1e-2]}.
         schedule: what decides meanwhile which trials are trained on; null is nothing.
         checkpoint: what an interrupted trial goes on from.
         evaluate: evaluations apart from training; null is none.
@@ -146,6 +181,7 @@ class ExperimentFile(_Keys):
     methods: Annotated[dict[Name, Method], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_check_seeds)] = [0]
     stop: dict[str, Any]
+    search: SearchKeys | None = None
     schedule: dict[str, Any] | None = None
     checkpoint: CheckpointKeys = CheckpointKeys()
     evaluate: EvaluateKeys | None = None
@@ -164,8 +200,9 @@ class ExperimentFile(_Keys):
         for method in content["methods"].values():
             if method["config"] is None:
                 del method["config"]
-        if content["schedule"] is None:
-            del content["schedule"]
+        for key in ("search", "schedule"):
+            if content[key] is None:
+                del content[key]
         return content
 
 
@@ -298,6 +335,7 @@ def _problems(
         "stop": StopKeys,
         "checkpoint": CheckpointKeys,
         "evaluate": EvaluateKeys,
+        "search": SearchKeys,
     }
     details = [(d, (*section, *d["loc"])) for d in error.errors(include_url=False)]
     meant = set()

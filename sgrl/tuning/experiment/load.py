@@ -15,6 +15,7 @@ from typing import Any
 
 from sgrl.names import did_you_mean
 from sgrl.results.plan import (
+    DISTRIBUTIONS,
     ExperimentError,
     Point,
     Problem,
@@ -24,6 +25,8 @@ from sgrl.results.plan import (
     place_of,
     points_of,
     read_experiment,
+    read_suggestions,
+    suggested_points,
     trials_of,
 )
 from sgrl.results.selection import parse_seeds
@@ -33,6 +36,12 @@ from sgrl.tuning.experiment.file import ExperimentFile, validate_file
 from sgrl.tuning.experiment.method import complete_model
 from sgrl.tuning.experiment.places import places_of
 from sgrl.tuning.experiment.schedules import complete_schedule, schedule_problems
+from sgrl.tuning.experiment.searches import (
+    distribution_problems,
+    example_points,
+    extreme_points,
+    search_problems,
+)
 from sgrl.tuning.experiment.sections import config_class_of
 
 # Written out in every experiment. A baseline is so only where it is set: sweeps that were started
@@ -48,12 +57,15 @@ class Experiment:
     Attributes:
         path: of its file.
         file: what the file says, with every default, override and backend written out.
-        trials: one for each method, grid point and seed.
+        trials: one for each method, grid point and seed; of a search, those it has suggested so
+            far.
+        examples: the trials; of a search, as many as it will suggest at most, and alike.
     """
 
     path: Path
     file: ExperimentFile
     trials: list[Trial]
+    examples: list[Trial]
 
     @property
     def name(self) -> str:
@@ -156,13 +168,14 @@ def _check_extension(
     file: ExperimentFile, iterations: int | None, additions: Sequence[str]
 ) -> None:
     """Refuse what would change results on which a sweep has decided already."""
-    if file.schedule is None:
+    if file.schedule is None and file.search is None:
         return
-    what = f"the {file.schedule['name']} has decided by what there is so far; start another sweep"
+    name = file.search.name if file.search else file.schedule["name"] if file.schedule else ""
+    what = f"{name} has decided by what there is so far; start another sweep"
     if iterations is not None:
         raise Problem("stop.training_iteration", f"cannot change: {what}")
     for addition in additions:
-        if _key(addition) != "seeds":
+        if name != "race" or _key(addition) != "seeds":
             raise Problem(_key(addition), f"cannot be added to: {what}")
 
 
@@ -190,32 +203,43 @@ def _load(
     file, found = validate_file(content, places)
     problems += found
     trials: list[Trial] = []
+    examples: list[Trial] = []
     if file is not None:
         problems += _complete(file)
         resolved = file.as_dict()
         points = points_of(resolved)
         problems += grid_problems(resolved)
-        problems += _point_problems(resolved, points, config_class, places)
-        problems += schedule_problems(resolved)
+        unsound = list(distribution_problems(resolved, points, bool(content.get("search"))))
+        problems += unsound
+        if not unsound:
+            extremes = extreme_points(points)
+            problems += _point_problems(resolved, extremes, config_class, places)
+            problems += search_problems(resolved, points)
         if not problems:
-            trials = trials_of(resolved, points)
-            problems += _trial_problems(file, trials)
+            problems += schedule_problems(resolved, points)
+        if not problems:
+            trials = trials_of(resolved, suggested_points(points, read_suggestions(path)))
+            examples = trials
+            if file.search is not None:
+                examples = trials_of(resolved, example_points(points, resolved["search"]))
+            problems += _trial_problems(file, examples)
             if file.schedule is not None:
-                file.schedule = complete_schedule(file.schedule)
+                file.schedule = complete_schedule(file.schedule, resolved, points)
     if problems:
         problems = _with_whole_keys(_with_grids_meant(content, problems), changed or {})
         raise ExperimentError(path, problems, changed)
     assert file is not None
-    return Experiment(path, file, trials)
+    return Experiment(path, file, trials, examples)
 
 
 def _with_grids_meant(content: Mapping[str, Any], problems: list[Problem]) -> list[Problem]:
     """The problems, with a misspelled `grid` in the place of what is wrong because of it."""
+    known = ["grid", *DISTRIBUTIONS]
     for key in misspelled_grids(content):
         start, got = ".".join(key), f"got {{{key[-1]!r}: "
         others = [p for p in problems if not (start.startswith(p.key) and got in p.message)]
         if len(others) < len(problems):
-            problems = [*others, Problem(key, f"unknown key; {did_you_mean(key[-1], ['grid'])}")]
+            problems = [*others, Problem(key, f"unknown key; {did_you_mean(key[-1], known)}")]
     return problems
 
 

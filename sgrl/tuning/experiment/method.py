@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgrl.errors import one_line
-from sgrl.results.plan import Problem
+from sgrl.results.plan import Problem, is_open
 from sgrl.tuning.experiment.file import check_known
 from sgrl.user_code import module_of
 
@@ -92,7 +92,7 @@ def asks_for_gpus(*configs: Any) -> bool | None:
         for section, key in zip(("learners", "env_runners"), asked, strict=True):
             given = config.get(section) if isinstance(config, dict) else None
             if isinstance(given, dict):
-                asked[key] = given if "grid" in given else given.get(key, asked[key])
+                asked[key] = given if is_open(given) else given.get(key, asked[key])
     swept = [isinstance(value, dict) for value in asked.values()]
     if any(value and not grid for value, grid in zip(asked.values(), swept, strict=True)):
         return True

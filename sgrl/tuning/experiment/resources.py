@@ -23,7 +23,7 @@ PROCESSES = {
 
 def user_modules(experiment: Experiment) -> list[str]:
     """Return the modules that the experiment's environments and the user's own parts are in."""
-    return list(dict.fromkeys(m for t in experiment.trials for m in modules_of(t.config)))
+    return list(dict.fromkeys(m for t in experiment.examples for m in modules_of(t.config)))
 
 
 def modules_of(trial: TrialConfig) -> list[str]:
@@ -60,7 +60,7 @@ def check_resources(
     Raises:
         ExperimentError: one does.
     """
-    for trial in experiment.trials:
+    for trial in experiment.examples:
         for resource, needed in required_resources(trial).items():
             present = available.get(resource, 0.0)
             if needed > present:
@@ -91,7 +91,7 @@ def check_backends(experiment: Experiment) -> None:
     from sgrl.nn.kernels import native
     from sgrl.rllib.module import DTYPES
 
-    for trial in experiment.trials:
+    for trial in experiment.examples:
         model = trial.config.model
         if model.get("backend") != "native":
             continue

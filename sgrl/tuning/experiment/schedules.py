@@ -1,5 +1,6 @@
 """The section `schedule`: what decides during a sweep which trials are trained on."""
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,8 +8,9 @@ from typing import Any
 
 from sgrl.annotations import accepts, in_words
 from sgrl.errors import UserError, one_line
+from sgrl.names import did_you_mean
 from sgrl.results.metrics import COLUMNS, EVALUATION_COLUMNS, INTEGER_COLUMNS
-from sgrl.results.plan import Problem, points_of
+from sgrl.results.plan import Point, Problem, is_open, points_of, wrong_values
 from sgrl.tuning.experiment.file import check_known, unknown_key
 from sgrl.tuning.racing import Race
 
@@ -21,22 +23,39 @@ METRICS = tuple(
 )
 
 
-def complete_schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schedule with the settings that it leaves to defaults."""
+def complete_schedule(
+    schedule: Mapping[str, Any], content: Mapping[str, Any], points: Sequence[Point]
+) -> dict[str, Any]:
+    """Return a schedule with the settings that it leaves to defaults.
+
+    Args:
+        schedule: the section.
+        content: of the experiment file, with all other defaults.
+        points: of its grids.
+    """
     defaults = {
         name: parameter.default
         for name, parameter in _arguments(schedule["name"]).items()
         if parameter.default is not parameter.empty
     }
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
+    if schedule["name"] == "pbt":
+        plain["perturbation_interval"] = content["checkpoint"]["every"]
+    elif schedule["name"] != "race":
+        plain["every"] = schedule.get("every", content["checkpoint"]["every"])
+        if "max_t" in plain:
+            plain["max_t"] = max(point.content["stop"]["training_iteration"] for point in points)
+        if schedule["name"] == "median_stopping":
+            plain["grace_period"] = plain["every"]  # Tune's own is in seconds
     return {"name": schedule["name"], **COMMON, **plain, **schedule}
 
 
-def schedule_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
+def schedule_problems(content: Mapping[str, Any], points: Sequence[Point]) -> Iterator[Problem]:
     """Yield what is wrong with the schedule of an experiment.
 
     Args:
-        content: of the experiment file; without a schedule there is nothing wrong.
+        content: of the experiment file, all else sound; without a schedule there is nothing wrong.
+        points: of its grids.
     """
     schedule = content.get("schedule")
     if schedule is None:
@@ -44,17 +63,30 @@ def schedule_problems(content: Mapping[str, Any]) -> Iterator[Problem]:
     if "name" not in schedule:
         yield Problem("schedule.name", f"missing; one of {', '.join(SCHEDULES)}")
         return
+    name = schedule["name"]
     try:
-        check_known("schedule.name", "schedule", schedule["name"], list(SCHEDULES))
+        check_known("schedule.name", "schedule", name, list(SCHEDULES))
     except Problem as problem:
         yield problem
         return
+    halts = name in ("asha", "median_stopping")
+    others = ("name", *COMMON, *(("every",) if halts else ()))
     found = [
         *metric_problems("schedule", schedule, content),
-        *argument_problems("schedule", schedule, _arguments(schedule["name"]), ("name", *COMMON)),
+        *argument_problems("schedule", schedule, _arguments(name), others),
     ]
-    if not found:
-        found += _race_problems(schedule, content)
+    every = schedule.get("every", 1)
+    if halts and (not accepts(int, every) or every < 1):
+        found.append(Problem("schedule.every", f"expected a number of iterations, got {every!r}"))
+    if not found and name == "race":
+        found += _race_problems(schedule, content, points)
+    elif not found and name == "pbt":
+        found += _population_problems(schedule, content, points)
+    elif not found:
+        try:
+            scheduler_of(complete_schedule(schedule, content, points))
+        except (AssertionError, ValueError) as error:
+            found.append(Problem("schedule", one_line(error)))
     yield from found
 
 
@@ -99,7 +131,10 @@ def argument_problems(
 
 def arguments_of(kind: Callable[..., Any], own: Sequence[str]) -> dict[str, inspect.Parameter]:
     """Return the arguments of a class that a file may set: all but those that are set for it."""
-    parameters = inspect.signature(kind, eval_str=True).parameters
+    try:
+        parameters = inspect.signature(kind, eval_str=True).parameters
+    except (NameError, TypeError, AttributeError):  # it names what is not installed
+        parameters = inspect.signature(kind).parameters
     return {
         name: parameter
         for name, parameter in parameters.items()
@@ -127,7 +162,12 @@ def race_of(schedule: Mapping[str, Any], content: Mapping[str, Any]) -> Race:
     return Race([point.name for point in points_of(content)], content["seeds"], **arguments)
 
 
-def _race_problems(schedule: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[Problem]:
+def _race_problems(
+    schedule: Mapping[str, Any], content: Mapping[str, Any], points: Sequence[Point]
+) -> Iterator[Problem]:
+    if content.get("search") is not None:
+        yield Problem("schedule.name", "a race takes values of a grid, not of a search; try asha")
+        return
     metric = schedule.get("metric", COMMON["metric"])
     if "bounds" not in schedule and "success_rate" not in metric:
         yield Problem(
@@ -137,7 +177,7 @@ def _race_problems(schedule: Mapping[str, Any], content: Mapping[str, Any]) -> I
         )
         return
     try:
-        race = race_of(complete_schedule(schedule), content)
+        race = race_of(complete_schedule(schedule, content, points), content)
     except UserError as error:
         yield Problem("schedule", one_line(error))
         return
@@ -151,12 +191,94 @@ def _race_problems(schedule: Mapping[str, Any], content: Mapping[str, Any]) -> I
         )
 
 
-#: By their names.
-SCHEDULES: dict[str, Callable[..., Any]] = {"race": Race}
-#: Arguments that are set for each.
-OWN = {"race": ("configurations", "seeds")}
+# Populations ----------------------------------------------------------------------------------
+
+
+def _population_problems(
+    schedule: Mapping[str, Any], content: Mapping[str, Any], points: Sequence[Point]
+) -> Iterator[Problem]:
+    mutations = schedule.get("hyperparam_mutations")
+    search = content.get("search") or {}
+    members = collections.Counter(point.method for point in points)
+    size = min(members.values()) * search.get("num_samples", 1)
+    interval = schedule.get("perturbation_interval", 1)
+    if search and (search["name"] != "random" or search["concurrent"] is not None):
+        message = "pbt takes a grid, or search: {name: random} without concurrent"
+        yield Problem("schedule.name", message)
+    if size < 2:
+        yield Problem("schedule", "a population takes at least two grid points of each method")
+    if interval < 1 or interval != int(interval):
+        message = f"expected a number of iterations, got {interval}"
+        yield Problem("schedule.perturbation_interval", message)
+    if not 0 < schedule.get("quantile_fraction", 0.25) <= 0.5:
+        message = f"must be greater than 0 and at most 0.5, got {schedule['quantile_fraction']}"
+        yield Problem("schedule.quantile_fraction", message)
+    place = "schedule.hyperparam_mutations"
+    if not mutations:
+        message = "missing: what changes, as in {config.training.lr: {loguniform: [1e-4, 1e-2]}}"
+        yield Problem(place, message)
+        return
+    for key, values in mutations.items():
+        name = str(key).removeprefix("config.training.")
+        known = [
+            f"config.training.{other}"
+            for other, value in (points[0].content["config"].get("training") or {}).items()
+            if isinstance(value, int | float) or is_open(value if isinstance(value, dict) else {})
+        ]
+        if any(name not in (p.content["config"].get("training") or {}) for p in points) or (
+            name == key
+        ):
+            hint = did_you_mean(key, known) if known else "set it under config.training, too"
+            yield Problem(f"{place}.{key}", f"no number that is set; {hint}")
+        elif isinstance(values, dict) and len(values) == 1 and is_open(values):
+            (kind, given) = next(iter(values.items()))
+            if message := "expected a list" if kind == "grid" else wrong_values(kind, given):
+                yield Problem(f"{place}.{key}", message)
+        elif not isinstance(values, list) or not values:
+            yield Problem(f"{place}.{key}", f"expected a distribution or a list, got {values!r}")
+
+
+# Tune's schedulers ----------------------------------------------------------------------------
+
+
+def scheduler_of(schedule: Mapping[str, Any]) -> Any:
+    """Return Tune's scheduler as it is at its start.
+
+    Args:
+        schedule: its section, with all defaults.
+
+    Raises:
+        AssertionError: there can be no such scheduler.
+    """
+    arguments = {key: schedule[key] for key in ("metric", "mode", *_arguments(schedule["name"]))}
+    return _kind(schedule["name"])(time_attr="iteration", **arguments)
+
+
+#: By their names, what they are in Tune; a race is ours.
+SCHEDULES = {
+    "race": "",
+    "asha": "ASHAScheduler",
+    "median_stopping": "MedianStoppingRule",
+    "pbt": "PopulationBasedTraining",
+}
+#: Arguments that are set for them.
+OWN = (
+    *("configurations", "seeds"),
+    *("time_attr", *COMMON),
+    # What they mean does not arise in rounds.
+    *("hard_stop", "min_time_slice", "stop_last_trials"),
+    *("custom_explore_fn", "log_config", "require_attrs", "synch"),
+)
+
+
+def _kind(name: str) -> Any:
+    if name == "race":
+        return Race
+    import ray.tune.schedulers
+
+    return getattr(ray.tune.schedulers, SCHEDULES[name])
 
 
 @functools.cache
 def _arguments(name: str) -> dict[str, inspect.Parameter]:
-    return arguments_of(SCHEDULES[name], OWN[name])
+    return arguments_of(_kind(name), OWN)

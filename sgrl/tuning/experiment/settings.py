@@ -26,6 +26,7 @@ from sgrl.tuning.experiment.file import (
     EvaluateKeys,
     ExperimentFile,
     Method,
+    SearchKeys,
     StopKeys,
 )
 from sgrl.tuning.experiment.sections import section_arguments
@@ -106,6 +107,7 @@ def all_settings() -> dict[str, list[Setting]]:
     groups["stop"] = list(_of_keys(StopKeys, Stop))
     groups["checkpoint"] = list(_of_keys(CheckpointKeys, Checkpointing))
     groups["evaluate"] = list(_of_keys(EvaluateKeys, Evaluating))
+    groups["search"] = list(_of_keys(SearchKeys, SearchKeys))
     groups["methods.NAME"] = list(_of_keys(Method, Method))
     groups["methods.NAME.model"] = [
         Setting("policy", "text", "", "The network; the sections below have the settings of each."),
