@@ -26,12 +26,24 @@ TWO = {
 }
 
 
+LR = "config.training.lr"
 SEARCH = {
     "name": "search",
     "config": CONFIG | {"training": {"lr": {"loguniform": [1e-5, 1e-1]}}},
     "seeds": [0, 1, 2],
-    "search": {"name": "optuna", "num_samples": 6, "concurrent": 2, "seed": 5},
+    "search": {"name": "optuna", "num_samples": 14, "concurrent": 4, "seed": 5},
     "concurrency": "auto",
+}
+POPULATION = {
+    "name": "population",
+    "config": CONFIG | {"training": {"lr": {"grid": [1e-5, 1e-4, 1e-3, 1e-2]}}},
+    "stop": {"training_iteration": 9},
+    "schedule": {
+        "name": "pbt",
+        "perturbation_interval": 2,
+        "quantile_fraction": 0.5,
+        "hyperparam_mutations": {LR: {"loguniform": [1e-5, 1e-2]}},
+    },
 }
 
 

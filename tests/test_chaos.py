@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from network_hosts import network_hosts
-from stand_ins import SEARCH, TWO, stand_in_runner, under_kills
+from stand_ins import POPULATION, SEARCH, TWO, stand_in_runner, under_kills
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
 
 from sgrl.results.metrics import count_rows, read_metrics
@@ -479,20 +479,32 @@ def test_every_slot_is_kept_busy(tmp_path, ray_session, report):
     assert failed_trials(directory) == []
 
 
+DECIDING = {
+    "search": SEARCH,
+    "halving": SEARCH | {"schedule": {"name": "asha", "grace_period": 2, "every": 2}},
+    "population": POPULATION,
+    "race": {"seeds": "0..19", "schedule": {"name": "race", "first": 4}},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [None, {"name": "asha", "grace_period": 2, "every": 2}])
-def test_ten_kills_of_a_search(tmp_path, ray_session, report, monkeypatch, schedule):
+@pytest.mark.parametrize("name", DECIDING)
+def test_ten_kills_where_results_decide(tmp_path, ray_session, report, monkeypatch, name):
     """Killed at ten moments, spread over all its rows, whatever it was doing."""
-    changes = dict(SEARCH) if schedule is None else SEARCH | {"schedule": schedule}
-    experiment = make_experiment(tmp_path / "search.yaml", TWO, **changes)
+    config, changes = tmp_path / "small.yaml", DECIDING[name] | {"name": name}
+    experiment = make_experiment(config, TWO, **changes)
     monkeypatch.setattr(sweep, "TrialRunner", stand_in_runner())
     whole = run_sweep(experiment, tmp_path, "whole")
     most, moments = rows(whole), random.Random(3)
-    after = sorted(moments.randrange(1, most) for _ in range(10))
-    killed = under_kills(tmp_path / "search.yaml", tmp_path, "search", after)
+    after = sorted(moments.randrange(1, most * 9 // 10) for _ in range(10))
+    killed = under_kills(config, tmp_path, name, after)
     resume_sweep(killed)
-    assert (killed / "rounds.json").read_bytes() == (whole / "rounds.json").read_bytes()
+    for file in (
+        "rounds.json",
+        *(path.relative_to(whole) for path in whole.glob("*/origins.json")),
+    ):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
     assert metrics_without_times(killed) == metrics_without_times(whole)
-    columns = ["state", "iterations", "lr", "final_success_rate", "auc"]
+    columns = ["state", "iterations", "final_success_rate", "auc", "reason"]
     assert summary(killed)[columns].equals(summary(whole)[columns])
-    report.append(f"a search killed ten times, after {after} of {most} rows: the same suggestions")
+    report.append(f"{name} killed ten times, after {after} of {most} rows: the same decisions")
