@@ -194,7 +194,11 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         folder = self.sweep.trial(trial.name)
         status = folder.read_status()
         if (status.get("state"), status.get("reason")) != (state, reason):
-            folder.write_status(**{**status, "state": state, "reason": reason})
+            notes = [*status.get("notes", [])]
+            if state == "stopped":
+                iteration = read_progress(self.sweep, trial).iteration
+                Following(trial, folder.path, notes).call("on_trial_end", iteration, state)
+            folder.write_status(**{**status, "state": state, "reason": reason, "notes": notes})
             self.store.push(folder.status)
             self._say(f"{trial.name} {state}: {reason}")
         self.trials[trial.name] = read_progress(self.sweep, trial)

@@ -47,7 +47,7 @@ class TrialCallbacks:
 
         Args:
             trial: its name, settings and seed.
-            state: completed or failed.
+            state: completed, failed, or stopped early.
         """
 
 
