@@ -514,3 +514,18 @@ def test_a_dry_run_says_all_before_it_leaves(tmp_path, override, code, stdout, s
     result = in_a_process("from sgrl.cli import main; main()", "sweep", path, *options)
     stderr = stderr.replace("experiment.yaml", str(path))
     assert (result.returncode, result.stdout, result.stderr) == (code, stdout, stderr)
+
+
+def test_a_pipe_is_no_terminal_where_colours_are_forced() -> None:
+    """As in notebooks: nothing but text, and every line once."""
+    command = [sys.executable, "-c", "from sgrl.cli import main; main()"]
+    told = subprocess.run(
+        [*command, "status", "escape_confirmation"],
+        cwd=Path(__file__).parents[1] / "results" / "published",
+        env={**os.environ, "FORCE_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "sparsenet_sgprop" in told
+    assert "\x1b" not in told

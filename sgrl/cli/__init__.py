@@ -82,6 +82,9 @@ def _options(
 def main() -> None:
     """Run the `sgrl` command."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not sys.stdout.isatty():
+        # Notebooks set it, and Rich takes their pipes for terminals that it may draw over.
+        os.environ.pop("FORCE_COLOR", None)
     try:
         app()
     except SystemExit as end:
