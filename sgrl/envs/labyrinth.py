@@ -256,8 +256,8 @@ class VectorLabyrinth(VectorEnv):
         num_envs: B.
         maze_dims: (height, width) of the maze, even, at least 6.
         episode_length: T; episodes are truncated after T - 1 steps.
-        reward_noise: standard deviation of the noise on every step's reward (`NoisyReward`); none in
-            evaluation.
+        reward_noise: standard deviation of the noise on every step's reward (`NoisyReward`); none
+            in evaluation.
 
     Attributes:
         max_steps: T - 1.
