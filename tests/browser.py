@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ class Browser:
         requests: every address that was asked for.
     """
 
-    def __init__(self, width: int = 1280, height: int = 900) -> None:
+    def __init__(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.size = {"width": width, "height": height}
+        self.scheme = "dark" if dark else "light"
 
     def __enter__(self) -> "Browser":
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -67,6 +69,8 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, mobile=False, **self.size
         )
+        scheme = {"name": "prefers-color-scheme", "value": self.scheme}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,6 +92,43 @@ class Browser:
         got = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in got, got
         return got["result"]["value"]
+
+    def cut_off(self) -> None:
+        """Switch the network off."""
+        self.call(
+            "Network.emulateNetworkConditions",
+            offline=True,
+            latency=0,
+            downloadThroughput=-1,
+            uploadThroughput=-1,
+        )
+
+    def wait_until(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true, at most some hundred frames."""
+        for _ in range(300):
+            if self.evaluate(expression):
+                return
+            time.sleep(0.02)
+        raise AssertionError(expression[:200])
+
+    def box(self, selector: str) -> list[float]:
+        """Left, top, right and bottom of the first element that a selector finds."""
+        name = json.dumps(selector)
+        return self.evaluate(
+            f"(b => [b.left, b.top, b.right, b.bottom])"
+            f"(document.querySelector({name}).getBoundingClientRect())"
+        )
+
+    def mouse(self, kind: str, x: float, y: float, clicks: int = 0) -> None:
+        """Send mouseMoved, mousePressed or mouseReleased, at a place in the window."""
+        held = {"button": "left", "buttons": 1, "clickCount": clicks} if clicks else {}
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **held)
+
+    def click(self, x: float, y: float, clicks: int = 1) -> None:
+        """Click at a place in the window."""
+        for count in range(1, clicks + 1):
+            self.mouse("mousePressed", x, y, count)
+            self.mouse("mouseReleased", x, y, count)
 
     def screenshot(self, path: Path) -> None:
         """Write the whole page as a PNG."""

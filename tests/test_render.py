@@ -3,7 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,21 @@ from PIL import Image
 from popgym.core.maze import Cell
 from typer.testing import CliRunner
 
-from sgrl.analysis.episodes import BanditEpisode, Episode, LabyrinthEpisode, record_episode
-from sgrl.analysis.render import AGENT_COLOUR, CELL_COLOURS, LabyrinthDrawing, write_episode
+from sgrl.analysis.episodes import (
+    BanditEpisode,
+    Episode,
+    FrameEpisode,
+    LabyrinthEpisode,
+    record_episode,
+)
+from sgrl.analysis.render import (
+    AGENT_COLOUR,
+    CELL_COLOURS,
+    FrameDrawing,
+    LabyrinthDrawing,
+    draw_weights,
+    write_episode,
+)
 from sgrl.cli import app
 from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn.registry import load_policy, make_policy, save_policy
@@ -253,6 +269,91 @@ def test_a_bandits_step(tmp_path: Path, policy: str, settings: dict) -> None:
     run(checkpoint, "--out", tmp_path / "digit.png")
     assert Image.open(tmp_path / "digit.png").size == (960, 340)
     refused(checkpoint, "--out", tmp_path / "digit.gif", message="a single step: give a name")
+
+
+class Walk(gym.Env):
+    """A point on a line; its picture is all black but for the point's column."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    observation_space = gym.spaces.Box(0, 9, (4,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode: str | None = None, size: int = 10) -> None:
+        self.render_mode, self.size = render_mode, size
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.place = int(self.np_random.integers(self.size))
+        return np.full(4, self.place, np.float32), {}
+
+    def step(self, action: int) -> Any:
+        self.place = int(np.clip(self.place + 2 * action - 1, 0, self.size - 1))
+        return np.full(4, self.place, np.float32), float(self.place), False, False, {}
+
+    def render(self) -> Any:
+        assert self.render_mode == "rgb_array"
+        picture = np.zeros((4, self.size, 3), np.uint8)
+        picture[:, self.place] = (213, 94, 0)
+        return picture
+
+
+class Blind(Walk):
+    metadata = {"render_modes": []}
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    for name, made in (("Walk", Walk), ("Blind", Blind)):
+        gym.register(f"sgrl-render/{name}-v0", entry_point=made, max_episode_steps=7)
+
+
+def test_any_environment_that_draws_itself(tmp_path: Path) -> None:
+    """Frames are those of the episode of evaluation, and stand in the pictures."""
+    task = ("sgrl-render/Walk-v0", {"size": 8})
+    settings = {"num_layers": 2, **SMALL}
+    checkpoint = save(tmp_path / "policy", "sparse_mlp", task, iterations=2, **settings)
+    episode = record_episode(checkpoint, seed=2, number=103)
+    assert isinstance(episode, FrameEpisode)
+    batch = Rollout(
+        make_vector(task[0], 100, task[1]), load_policy(checkpoint), EVALUATION_SEED_OFFSET + 102
+    ).collect()
+    places = batch.observations[:, 3, 0].int().tolist()
+    assert episode.observations[:7, 0].tolist() == places[:7]
+    assert np.array_equal(episode.rewards, batch.rewards[:, 3].numpy())
+    assert len(episode.frames) == len(episode.actions) + 1 == 8
+    for observed, frame in zip(episode.observations[:, 0], episode.frames, strict=True):
+        assert np.argwhere(frame.any((0, 2))).tolist() == [[observed]]
+    assert episode.title.endswith(f"episode 103: return {episode.rewards.sum():g}")
+    run(checkpoint, "--seed", 2, "--episode", 103, "--out", tmp_path / "walk.gif")
+    frames = read_frames(tmp_path / "walk.gif")
+    assert len(frames) == 8
+    drawing = FrameDrawing(episode)
+    transform = drawing.frame.transData.transform
+    for step, frame in enumerate(frames):
+        x, y = transform((episode.observations[step, 0], 1)).round().astype(int)
+        assert near(frame[frame.shape[0] - y, x], "#D55E00")
+    drawing.close()
+    blind = save(tmp_path / "blind", "dense", ("sgrl-render/Blind-v0", {}), hidden_size=4)
+    refused(blind, "--out", tmp_path / "blind.gif", message='that have render_mode="rgb_array"')
+    cards = save(tmp_path / "cards", "dense", ("popgym-RepeatFirstEasy-v0", {}), hidden_size=4)
+    refused(cards, "--out", tmp_path / "cards.gif", message='that have render_mode="rgb_array"')
+
+
+@pytest.mark.parametrize("values", [(0.9991, 0.9996, 0.9994), (0.2, 0.9, 0.5), (0.5, 0.5, 0.5)])
+def test_mixing_weights_are_drawn_on_their_own_scale(values: tuple[float, ...]) -> None:
+    figure = plt.figure()
+    draw_weights(figure, np.array([values], np.float64))
+    strip, scale = figure.axes
+    low, high = (min(values), max(values)) if len(set(values)) > 1 else (0, 1)
+    assert strip.images[0].get_clim() == (low, high)
+    (label,) = scale.get_xticklabels()
+    shown = [float(value) for value in label.get_text().split("\nto ")]
+    assert shown == pytest.approx([low, high], abs=(high - low) / 2)
+    assert shown[0] < shown[1]
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------- the command

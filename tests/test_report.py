@@ -16,8 +16,12 @@ from typer.testing import CliRunner
 from sgrl.analysis import pages, report
 from sgrl.analysis.compare import compare
 from sgrl.analysis.comparison import at_points, best_learning_rates, compare_methods, compare_pairs
+from sgrl.analysis.curves import Curves, Line
+from sgrl.analysis.figures import Figure
+from sgrl.analysis.findings import pair_findings
 from sgrl.analysis.outputs import write_expert_network
-from sgrl.analysis.report import read_section, write_report
+from sgrl.analysis.report import BOLD, read_section, write_report
+from sgrl.analysis.style import method_styles
 from sgrl.analysis.tables import cells
 from sgrl.cli import app
 from sgrl.nn.mixing import split_parameters
@@ -49,6 +53,9 @@ FIGURES = [
     "mixing_weights",
     "mixing_weights_by_envs",
 ]
+
+#: Those that the page draws itself.
+DRAWN = ["success_rate", "mixing_weights_by_envs"]
 
 in_browser = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on this machine")
 
@@ -106,21 +113,24 @@ def test_the_page_in_a_browser(sweep, tmp_path):
     alone.parent.mkdir()
     page.rename(alone)  # away from its figures: the page is whole by itself
     with Browser() as browser:
+        browser.cut_off()
         browser.open(alone)
         images = browser.evaluate(
             """Array.from(document.images).map(image => [
                 image.alt, image.complete, image.naturalWidth, image.clientWidth,
-                image.clientHeight, getComputedStyle(image).visibility])"""
+                image.clientHeight, Boolean(image.closest(".curves"))])"""
         )
         assert len(images) == len(FIGURES)
-        for _, complete, natural, width, height, visibility in images:
+        for _, complete, natural, width, height, drawn in images:
             assert complete
-            assert min(natural, width, height) > 200
-            assert visibility == "visible"
+            assert natural > 200
+            assert min(width, height) == 0 if drawn else min(width, height) > 200
+        assert [image[-1] for image in images] == [name in DRAWN for name in FIGURES]
         text = browser.evaluate("document.body.innerText")
         wide = browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         links = browser.evaluate(
-            "Array.from(document.links).every(l => document.getElementById(l.hash.slice(1)))"
+            "Array.from(document.links).filter(l => !l.download)"
+            ".every(l => document.getElementById(l.hash.slice(1)))"
         )
         browser.screenshot(tmp_path / "page.png")
         assert browser.errors == []
@@ -132,6 +142,82 @@ def test_the_page_in_a_browser(sweep, tmp_path):
     for said in ("12: 12 completed", "Methods against each other", "torch", "processor", "seed=1"):
         assert said in text
     assert "What is missing" not in text
+
+
+@in_browser
+def test_curves_answer_to_the_mouse(tmp_path):
+    """Values under the pointer, zooming, and methods that are hidden; a picture without scripts."""
+    places = pd.Index(np.arange(1.0, 91) * 20, name="env_steps")
+    generator = np.random.default_rng(0)
+    values = {n: pd.DataFrame(generator.random((90, n)), places) for n in (3, 6)}
+    lines = [
+        Line(f"method_{n}", values[n], style)
+        for n, style in zip((3, 6), method_styles(["a", "b"]).values(), strict=True)
+    ]
+    curves = Curves("Success", "environment steps", "success rate", [("", lines)], (-0.02, 1.02))
+    figure = Figure(curves.draw(tmp_path / "success.png"), "Success", curves)
+    page = tmp_path / "page.html"
+    page.write_text(pages.html_page([pages.Section("curves", figures=[figure])], page))
+    for width, dark in ((1280, False), (390, True)):
+        with Browser(width, dark=dark) as browser:
+            browser.cut_off()
+            browser.open(page)
+            browser.evaluate("document.querySelector('figure').scrollIntoView()")
+            left, top, right, bottom = browser.box(".u-over")
+            assert right - left > 0.6 * width
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            (paper,) = browser.evaluate("[getComputedStyle(document.body).backgroundColor]")
+            assert paper == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
+
+            # In the middle, values of the 45th or 46th batch.
+            def said(browser=browser):
+                return browser.evaluate(
+                    "Array.from(document.querySelectorAll('output'), o => o.value)"
+                )
+
+            assert said() == ["", ""]
+            browser.mouse("mouseMoved", (left + right) / 2, (top + bottom) / 2)
+            found = [re.findall(r"[\d.]+", text) for text in said()]
+            assert [len(numbers) for numbers in found] == [2, 3]
+            for n, numbers in zip((3, 6), found, strict=True):
+                raw = values[n].mean(axis=1)
+                smooth = raw.rolling(3, center=True).mean()
+                error = values[n].rolling(3, center=True).mean().std(axis=1, ddof=1) / n**0.5
+                expected = [
+                    [smooth.iloc[i], *([error.iloc[i]] if n > 4 else []), raw.iloc[i]]
+                    for i in (44, 45)
+                ]
+                assert any(
+                    np.allclose([*map(float, numbers)], row, rtol=0.04, atol=2e-3)
+                    for row in expected
+                )
+
+            look = "document.querySelector('.uplot canvas').toDataURL()"
+            whole = browser.evaluate(look)
+            y = (top + bottom) / 2
+            browser.mouse("mousePressed", left + 20, y, 1)
+            browser.mouse("mouseMoved", left + 60, y, 1)
+            browser.mouse("mouseMoved", left + 120, y, 1)
+            browser.mouse("mouseReleased", left + 120, y, 1)
+            browser.wait_until(f"{look} !== {json.dumps(whole)}")
+            browser.click(left + 60, y, 2)
+            browser.wait_until(f"{look} === {json.dumps(whole)}")
+            x, y, _, _ = browser.box(".legend button")
+            browser.click(x + 4, y + 4)
+            pressed = "document.querySelector('.legend button').ariaPressed"
+            assert browser.evaluate(pressed) == "false"
+            browser.wait_until(f"{look} !== {json.dumps(whole)}")
+            browser.click(x + 4, y + 4)
+            assert browser.evaluate(pressed) == "true"
+            browser.wait_until(f"{look} === {json.dumps(whole)}")
+            address = "document.querySelector('a[download]').href === document.images[0].src"
+            assert browser.evaluate(address)
+            assert browser.errors == []
+            assert {r for r in browser.requests if not r.startswith("data:")} == {page.as_uri()}
+    with Browser() as browser:
+        browser.call("Emulation.setScriptExecutionDisabled", value=True)
+        browser.open(page)
+        assert browser.evaluate("document.images[0].clientWidth") > 600
 
 
 def test_what_the_page_says(sweep):
@@ -278,7 +364,7 @@ def test_missing_and_damaged_trials_are_named(damaged):
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"written: {damaged / 'report.html'}"
     page = (damaged / "report.html").read_text()
-    listed = re.findall(r"<li>(.*?)</li>", page)
+    listed = re.findall(r"<li>(.*?)</li>", page.partition("What was found")[0])
     assert [html.unescape(said) for said in listed] == list(load_results(damaged).problems)
     assert set(load_results(damaged).problems) == {
         f"{torn}: metrics.csv is damaged after iteration 5; lines dropped: 1",
@@ -331,6 +417,20 @@ def test_markdown_and_latex(sweep, tmp_path, monkeypatch):
     assert path == sweep / "report.tex"
     tex = path.read_text()
     assert tex.count("\\begin{tabular}") == tex.count("\\end{tabular}") == 4
+    assert re.findall(r"\\label\{tab:(.*?)\}", tex) == [
+        "small-comparison",
+        "small-methods-against-each-other",
+        "small-all-learning-rates",
+        "small-trials",
+    ]
+    assert f"\\caption{{small, comparison. Mean $\\pm$ SEM over completed trials. {BOLD}}}" in tex
+    # Bold is the highest mean in each of the two tasks, of the final score and the AUC.
+    best = best_learning_rates(compare_methods(load_results(sweep).trials))
+    means = [rows[n] for _, rows in best.groupby("envs") for n in ("final_success_rate", "auc")]
+    highest = sum((scores == scores.max()).sum() for scores in means if scores.nunique() > 1)
+    assert tex.partition("\\bottomrule")[0].count("textbf") == highest > 0
+    assert "% small: No claim about sparsenet\_sgprop and gru: fewer than five seeds" not in tex
+    assert "% small: No claim about sparsenet_sgprop and gru: fewer than five seeds (4 and 4" in tex
     assert "sparsenet\\_sgprop" in tex
     assert pages._latex_row(["a_b", "0.5 ± 0.1"]) == "a\\_b & 0.5 $\\pm$ 0.1 \\\\"
     assert all(line.startswith("%") for line in tex.splitlines() if "Confounded" in line)
@@ -350,6 +450,71 @@ def test_several_folders_and_the_expert_network(sweep, tmp_path):
     page = out.read_text()
     assert page.count("<img") == 3 + len(FIGURES)
     assert "2^(d-k)" in page
+    assert "all experiments" not in page
+
+
+def test_several_sweeps_share_a_table_and_an_overlay(sweep, tmp_path):
+    other = shutil.copytree(sweep, tmp_path / "other")
+    out = write_report([sweep, other], tmp_path / "out" / "both.html")
+    page = out.read_text()
+    assert [html.unescape(title) for title in re.findall(r"<h1.*?>(.*?)</h1>", page)] == [
+        "all experiments",
+        "small",
+        "small",
+    ]
+    assert (tmp_path / "out" / "both_files" / "success_rate.svg").is_file()
+    together = page[page.index("<h1") :].split("<h1")[1]
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', together)
+    panels = json.loads(data)["panels"]
+    assert [panel["title"] for panel in panels] == ["envs = 4", "envs = 8"]
+    results = load_results(sweep)
+    for panel, envs in zip(panels, (4, 8), strict=True):
+        names = {line["name"].partition(" (")[0].partition(",")[0] for line in panel["lines"]}
+        assert names == {
+            f"{place}: {method}"
+            for place in ("small", "other")
+            for method in ("sparsenet_sgprop", "gru")
+        }
+        assert ["dash" in line for line in panel["lines"]] == [
+            line["name"].startswith("other") for line in panel["lines"]
+        ]
+        trials = results.trials[
+            (results.trials["method"] == "gru") & (results.trials["envs"] == envs)
+        ]
+        mean = results.curves_of(trials, "success_rate").mean(axis=1)
+        for line in panel["lines"]:
+            if "gru" in line["name"]:
+                assert line["value"] == pytest.approx(mean.to_numpy(), rel=1e-3)
+                assert line["x"] == pytest.approx(mean.index.to_numpy())
+
+
+PAIRS = ["ab", "ac", "ad", "bc", "bd", "cd"]
+
+
+def test_findings_claim_no_more_than_the_numbers():
+    low = np.linspace(0.1, 0.2, 9)
+    frame = pd.DataFrame(
+        {
+            "method": np.repeat(["a", "b", "c", "d"], [9, 9, 9, 3]),
+            "state": "completed",
+            "auc": np.concatenate([low, low + 0.4, low + 0.004, [0.0, 0.1, 0.9]]),
+        }
+    )
+    frame.attrs = {"swept": []}
+    said = dict(zip(PAIRS, pair_findings(compare_pairs(frame)), strict=True))
+    assert said["ab"].startswith("b learns better than a: p (Holm) = ")
+    assert (
+        "mean AUC +0.400, a run of b is the better one with probability 1.00 (95% interval"
+        in said["ab"]
+    )
+    assert said["bc"].startswith("b learns better than c: ")
+    assert not any(word in said["ac"] for word in ("better than", "No claim"))
+    assert said["ac"].startswith(("Cannot tell a and c apart: ", "a and c: no difference of "))
+    assert "which includes even chances" in said["ac"]
+    for pair in ("ad", "bd", "cd"):
+        trials = "fewer than five seeds (9 and 3 trials)"
+        assert said[pair] == f"No claim about {pair[0]} and {pair[1]}: {trials}."
+    assert all(sentence.endswith(".") for sentence in said.values())
 
 
 def test_compare(sweep, finished, tmp_path):

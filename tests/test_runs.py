@@ -13,7 +13,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sgrl.analysis import figures
+from sgrl.analysis import curves, figures
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
 from sgrl.analysis.figures import learning_curves, performance_profiles, scores_against
 from sgrl.analysis.outputs import write_comparison
@@ -282,9 +282,10 @@ def test_report_files_and_table(results, capsys):
 def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
     """Fewer are drawn themselves, and the caption says so."""
     drawn = []
-    monkeypatch.setattr(
-        figures, "save", lambda figure, path, note, legend=None: drawn.append((figure, note))
-    )
+    for module in (curves, figures):
+        monkeypatch.setattr(
+            module, "save", lambda figure, path, note, legend=None: drawn.append((figure, note))
+        )
     results = load_results(write_results(tmp_path / "results", seeds=seeds))
     learning_curves(results, tmp_path / "curves.png")
     scores_against(results, tmp_path / "scores.png", "envs")

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,10 @@ from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
+from sgrl.analysis import theory_figures
+from sgrl.analysis.findings import probe_finding
 from sgrl.analysis.outputs import write_probe
+from sgrl.analysis.theory_figures import probe_errors
 from sgrl.cli import app
 from sgrl.envs.mnist import load as load_mnist
 from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES
@@ -585,6 +590,7 @@ def test_command_on_a_bandit(bandit: Path, tmp_path: Path) -> None:
     ratio = layers["mse_best"] / layers["mse_backprop"]
     assert layers["best_to_backprop"].tolist() == pytest.approx(ratio.tolist())
     variance = neurons["ecv_backprop"] + neurons["vcm_backprop"]
+    assert result.stdout.endswith(f"{probe_finding(layers)}\n")
     assert (variance / 10).tolist() == pytest.approx(neurons["mse_backprop"].tolist())  # Lemma 1
     for column in layers.columns:
         name = re.sub("_ci_(low|high)$", "", column)
@@ -712,6 +718,62 @@ def test_the_documents_commands(
         assert (result.exit_code, result.stderr) == (0, "")
     for name in ("probe", "probe_maze"):
         assert (bandit.parent / "results" / name / "probe.png").is_file()
+
+
+def layer(name: str, sgprop: tuple, best: tuple, explained: tuple) -> dict[str, object]:
+    columns = {"sgprop_to_backprop": sgprop, "best_to_backprop": best, "explained": explained}
+    row: dict[str, object] = {"layer": name}
+    for column, (value, low, high) in columns.items():
+        row |= {column: value, f"{column}_ci_low": low, f"{column}_ci_high": high}
+    return row
+
+
+def test_what_the_numbers_mean() -> None:
+    unknown = (math.nan, math.nan, math.nan)
+    layers = pd.DataFrame(
+        [
+            layer("1", (0.5, 0.4, 0.6), (0.4, 0.3, 0.5), (0.2, -0.1, 0.4)),
+            layer("2", (1.5, 1.2, 1.6), (0.9, -0.1, 1.1), (0.3, 0.1, 0.5)),
+            layer("3", (0.9, 0.7, 1.1), (0.8, 0.6, 1.0), unknown),
+        ]
+    )
+    assert probe_finding(layers) == (
+        "Mixing predictions in lowers the error of gradients in 1, and raises the error of "
+        "gradients in 2, and does not demonstrably change the error of gradients in 3; of "
+        "backprop's error the best lambda would leave 40% in 1 (95% interval 30% to 50%), 90% in 2 "
+        "(95% interval 0% to 110%) and 80% in 3 (95% interval 60% to 100%); of what 2 is told, its "
+        "own inputs explain 30% (95% interval 10% to 50%; condition B)."
+    )
+    backprop = pd.DataFrame([layer("1", unknown, unknown, (0.2, -0.1, 0.4))])
+    assert probe_finding(backprop) == (
+        "Under backprop there are no predictions to mix in, so their gain is not known; no layer's "
+        "own inputs are shown to explain what it is told (condition B)."
+    )
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_figure_shows_estimates_below_0(
+    bandit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, negative: bool
+) -> None:
+    """On a logarithmic axis they would be lost."""
+    assert run(bandit, "--samples", 48, "--neurons", 3, "--out", tmp_path).exit_code == 0
+    neurons, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("neurons", "layers"))
+    for column in [name for name in layers if name.startswith("mse_")]:
+        layers[column] = layers[column].abs()
+        if column in neurons:
+            neurons[column] = neurons[column].abs()
+    if negative:
+        layers.loc[0, "mse_best"] *= -1
+    drawn: list[Any] = []
+    monkeypatch.setattr(theory_figures, "save", lambda figure, *_: drawn.append(figure))
+    probe_errors(neurons, layers, tmp_path / "probe.png", "")
+    axis = drawn[0].axes[0]
+    assert axis.get_yscale() == ("symlog" if negative else "log")
+    marked = [line for line in axis.lines if line.get_label() == "sgprop, best lambda"]
+    assert marked[0].get_ydata().tolist() == layers["mse_best"].tolist()
+    low, high = axis.get_ylim()
+    assert low < layers["mse_best"].min()
+    assert high > layers["mse_best"].max()
 
 
 def test_without_ray(bandit: Path) -> None:

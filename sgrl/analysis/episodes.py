@@ -5,23 +5,33 @@ same sampled actions. It does not need Ray.
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from popgym.core.maze import Cell
 
+from sgrl.envs.guard import failure
 from sgrl.envs.labyrinth import VectorLabyrinth
-from sgrl.envs.registry import ENVIRONMENTS, evaluation_config, make_vector, validate_env_config
-from sgrl.errors import UserError
+from sgrl.envs.registry import (
+    ENVIRONMENTS,
+    evaluation_config,
+    make_single,
+    make_vector,
+    validate_env_config,
+)
+from sgrl.errors import UserError, one_line
 from sgrl.nn.policy import Policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import name_of
 from sgrl.results.checkpoints import open_policy
 from sgrl.results.evaluation import EVALUATION_BATCH, evaluation_rollout
+from sgrl.user_code import FAILURES
 
 
 class RenderError(UserError):
@@ -98,9 +108,25 @@ class BanditEpisode(Episode):
     right: int
 
 
+@dataclass(frozen=True)
+class FrameEpisode(Episode):
+    """An episode of gymnasium's, as the environment draws it.
+
+    Attributes:
+        frames: its picture before each step and after the last, uint8 [height, width, 3] each.
+    """
+
+    frames: list[NDArray[np.uint8]]
+
+    @property
+    def title(self) -> str:
+        earned = f"return {float(self.rewards.sum()):g}"
+        return f"{self.method}, {self.env}, seed {self.seed}, episode {self.number}: {earned}"
+
+
 def record_episode(
     checkpoint: str | Path, seed: int = 0, number: int = 0
-) -> LabyrinthEpisode | BanditEpisode:
+) -> LabyrinthEpisode | BanditEpisode | FrameEpisode:
     """Play one episode of `sgrl evaluate CHECKPOINT --seed SEED`, without Ray or pickle.
 
     Evaluation plays 100 episodes side by side and samples their actions together; so does this.
@@ -117,34 +143,20 @@ def record_episode(
         CheckpointError: as `open_policy`.
         DataError: the bandit's images are not available.
         RenderError: its environment cannot be drawn.
+        EnvironmentFailed: the environment raised.
     """
     policy, environment = open_policy(Path(checkpoint))
     env, place = environment["env"], number % EVALUATION_BATCH
-    if env not in ENVIRONMENTS:
-        drawn = ", ".join(ENVIRONMENTS)
-        raise RenderError(f"{checkpoint}: episodes of {env} are not drawn, only those of {drawn}")
     rollout = evaluation_rollout(policy, environment, seed + number - place)
     with contextlib.closing(rollout.env):
         batch = rollout.collect()
-    assert batch.success is not None  # all environments that can be drawn report it
     steps = int(batch.lengths[place])
     actions = batch.actions[:steps, place].numpy()
     observations = batch.observations[:steps, place : place + 1]
-    with torch.inference_mode():
-        dtype = next(policy.parameters()).dtype
-        inputs, state = observations.to(dtype), policy.initial_state(1)
-        hidden, _ = policy.run_core(policy.encoder(inputs), state, None)
-        probabilities = policy(inputs).logits.softmax(-1)
     core: Any = getattr(policy, "core", None)
-    shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
-    if hidden.shape[-1] == shape[0] * shape[1]:
-        hidden = hidden.unflatten(-1, shape)
-    else:
-        hidden = hidden.unsqueeze(-1)
-
+    environment_seed = rollout.seed * rollout.env.seed_spacing + place
     # The episode once more, alone, for what observations do not show.
     settings = evaluation_config(env, environment["env_config"]) | {"vectorized": True}
-    environment_seed = rollout.seed * rollout.env.seed_spacing + place
     shared: dict[str, Any] = {
         "method": method_name(policy),
         "env": env,
@@ -152,10 +164,28 @@ def record_episode(
         "number": number,
         "actions": actions,
         "rewards": batch.rewards[:steps, place].numpy(),
-        "probabilities": probabilities[:, 0].float().numpy(),
-        "success": bool(batch.success[place]),
         "mixing_weights": _mixing_weights(core),
     }
+    if env not in ENVIRONMENTS:
+        observed, frames = _drawn_frames(env, settings, environment_seed, actions)
+        none = np.zeros((steps, 0), np.float32)
+        return FrameEpisode(
+            **shared, observations=observed, probabilities=none, success=False, frames=frames
+        )
+    with torch.inference_mode():
+        dtype = next(policy.parameters()).dtype
+        inputs, state = observations.to(dtype), policy.initial_state(1)
+        hidden, _ = policy.run_core(policy.encoder(inputs), state, None)
+        probabilities = policy(inputs).logits.softmax(-1)
+    shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
+    if hidden.shape[-1] == shape[0] * shape[1]:
+        hidden = hidden.unflatten(-1, shape)
+    else:
+        hidden = hidden.unsqueeze(-1)
+
+    assert batch.success is not None  # all environments of ours report it
+    shared["probabilities"] = probabilities[:, 0].float().numpy()
+    shared["success"] = bool(batch.success[place])
     if env == "mnist_bandit":
         vector = make_vector(env, policy.num_actions, settings)
         vector.reset([environment_seed] * policy.num_actions)
@@ -185,6 +215,36 @@ def record_episode(
         hidden=hidden[:, 0].float().numpy(),
         memory=bool(state),
     )
+
+
+def _drawn_frames(
+    env: str, settings: dict[str, Any], seed: int, actions: NDArray[Any]
+) -> tuple[NDArray[np.float32], list[NDArray[np.uint8]]]:
+    """Observations [S + 1, F] and pictures of an episode of gymnasium's, played again."""
+    config = {key: value for key, value in settings.items() if key != "vectorized"}
+    hint = 'gymnasium draws environments that have render_mode="rgb_array"'
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's own words on render modes
+            single = make_single(env, config | {"render_mode": "rgb_array"})
+    except ValueError as error:
+        raise RenderError(f"{one_line(error)}; {hint}") from None
+    with contextlib.closing(single):
+        observed, frames = [single.reset(seed=seed)[0]], [_frame(single, env, hint)]
+        for action in actions:
+            observed.append(single.step(action)[0])
+            frames.append(_frame(single, env, hint))
+    return np.stack(observed).astype(np.float32), frames
+
+
+def _frame(single: gym.Env, env: str, hint: str) -> NDArray[np.uint8]:
+    try:
+        frame: Any = single.render()
+    except FAILURES as error:
+        raise RenderError(f"{env} cannot be drawn: {failure(error)}; {hint}") from None
+    if not (isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 3):
+        raise RenderError(f"{env} cannot be drawn: its render() gives no picture; {hint}")
+    return frame.astype(np.uint8)
 
 
 def method_name(policy: Policy) -> str:

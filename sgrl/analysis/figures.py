@@ -1,5 +1,6 @@
 """Figures of a sweep, one function each."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +19,10 @@ from sgrl.analysis.comparison import (
     learning_rate_columns,
     plain,
 )
+from sgrl.analysis.curves import DASHES, Curves, Line
 from sgrl.analysis.statistics import INTERVAL_SEEDS, performance_profile
 from sgrl.analysis.style import (
-    draw_mean,
+    draw_band,
     grid,
     method_styles,
     rows_of_three,
@@ -44,10 +46,12 @@ class Figure(NamedTuple):
     Attributes:
         path: of its PNG; an SVG of the same name lies beside it.
         title: what it shows.
+        curves: what a page can draw itself; None for other figures.
     """
 
     path: Path
     title: str
+    curves: Curves | None = None
 
 
 def write_figures(results: Results, folder: Path) -> list[Figure]:
@@ -69,12 +73,15 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
     def add(title: str, name: str, draw: Callable[..., Path], *column: str) -> None:
         figures.append(Figure(draw(results, folder / f"{name}.png", *column), title))
 
-    add(f"{MEASURE_NAMES[measure].capitalize()} while training", measure, learning_curves)
+    def add_curves(curves: Curves, name: str) -> None:
+        figures.append(Figure(curves.draw(folder / f"{name}.png"), curves.title, curves))
+
+    add_curves(curves_of_training(results), measure)
     known = results.curves.dropna(axis=1, how="all")
     evaluated = [name for name in EVALUATION_COLUMNS if name in known]
     rates = [name for name in evaluated if name.endswith("success_rate")]
     for column in rates or evaluated:
-        add(METRICS[column].name.capitalize(), column, learning_curves, column)
+        add_curves(curves_of_training(results, column), column)
     if by_task(results.trials, f"final_{measure}"):
         add("Performance profiles", "performance_profiles", performance_profiles)
     numbers = [name for name in results.swept if _is_number(results.trials[name])]
@@ -85,8 +92,7 @@ def write_figures(results: Results, folder: Path) -> list[Figure]:
         add("Mixing weights", "mixing_weights", mixing_weight_statistics)
     for name in numbers:
         if moving[name].nunique() > 1 and name not in chosen_columns(results.trials):
-            title = f"Mixing weights against {name}"
-            add(title, f"mixing_weights_by_{name}", mixing_weight_curves, name)
+            add_curves(curves_of_mixing(results, name), f"mixing_weights_by_{name}")
     return figures
 
 
@@ -96,12 +102,7 @@ def _is_number(values: pd.Series) -> bool:
 
 
 def learning_curves(results: Results, path: Path, column: str | None = None) -> Path:
-    """Draw learning curves: the mean over seeds, with a band of one SEM.
-
-    With fewer than five seeds each of them is a thin line instead. There is one panel for each
-    combination of swept values other than learning rates, of which each method shows its best
-    (`comparison.BEST_RULE`). Failed trials are left out; the seeds' common axis is that of
-    `Results.curves_of`.
+    """Draw learning curves (`curves_of_training`).
 
     Args:
         results: from `runs.load_results`.
@@ -111,30 +112,56 @@ def learning_curves(results: Results, path: Path, column: str | None = None) -> 
     Returns:
         `path`.
     """
+    return curves_of_training(results, column).draw(path)
+
+
+def curves_of_training(
+    results: Results, column: str | None = None, overlay: bool = False
+) -> Curves:
+    """Collect learning curves, one for each method.
+
+    There is one panel for each combination of swept values other than `chosen_columns`, of which each
+    method shows its best (`comparison.BEST_RULE`). Failed trials are left out; the seeds' common
+    axis is that of `Results.curves_of`.
+
+    Args:
+        results: from `runs.load_results`.
+        column: one of `EVALUATION_COLUMNS`, instead of the measure that trials are judged by.
+        overlay: whether several experiments share panels, told apart by dashes.
+
+    Returns:
+        The curves.
+    """
+    title = METRICS[column].name.capitalize() if column else _while_training(results)
     column = column or results.measure
     rates = chosen_columns(results.trials)
     shown = best_learning_rates(compare_methods(results.trials))
-    panels = split_panels(shown, [name for name in results.swept if name not in rates])
+    panels = []
     styles = method_styles(results.trials["method"])
-    name = METRICS[column].name
-    figure, axes = rows_of_three(panels, results.axis.name, name, fontsize="large")
-    counts = []
-    for axis, (_, panel) in zip(axes.flat, panels, strict=False):
-        for _, row in panel.iterrows():
-            lines = results.curves_of(_trials_at(results, row), column)
-            if lines.empty:
+    experiments = list(dict.fromkeys(results.trials["experiment"])) if overlay else []
+    split = [n for n in results.swept if n not in rates and not (overlay and n == "experiment")]
+    for panel, points in split_panels(shown, split):
+        lines = []
+        for _, row in points.iterrows():
+            values = results.curves_of(_trials_at(results, row), column)
+            if values.empty:
                 continue
             used = [f"{name} {plain(row[name])}" for name in rates if pd.notna(row[name])]
             used += ["stopped early"] if row["stopped"] and not row["trials"] else []
-            label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
-            counts.append(lines.shape[1])
-            draw_mean(axis, lines, f"{label}, n={counts[-1]}", styles[row["method"]])
-        if column.endswith(("success_rate", "eval_reward")):
-            axis.set_ylim(-0.02, 1.02)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8, loc="best")
-    note = seeds_note(counts) + (f"; {BEST}" if rates else "")
-    return save(figure, path, note)
+            name = f"{row['method']} ({', '.join(used)})" if used else row["method"]
+            dash = 0
+            if overlay:
+                name = f"{row['experiment']}: {name}"
+                dash = experiments.index(row["experiment"]) % len(DASHES)
+            lines.append(Line(name, values, styles[row["method"]], dash))
+        panels.append((panel, lines))
+    limits = (-0.02, 1.02) if column.endswith(("success_rate", "eval_reward")) else None
+    more = BEST if rates else ""
+    return Curves(title, results.axis.name, METRICS[column].name, panels, limits, more)
+
+
+def _while_training(results: Results) -> str:
+    return f"{MEASURE_NAMES[results.measure].capitalize()} while training"
 
 
 def performance_profiles(results: Results, path: Path) -> Path:
@@ -166,17 +193,31 @@ def performance_profiles(results: Results, path: Path) -> Path:
     ends = [every.min() - margin, every.max() + margin]
     levels = np.unique([*ends, *every])
     styles = method_styles(results.trials["method"])
-    figure, axes = grid(1, 1, 1)
-    axis, banded = axes[0, 0], False
+    # Bands of more methods than three hide each other: each has a panel then.
+    alone = list(scores) if len(scores) > 3 else []
+    columns = min(3, len(alone) or 1)
+    rows = -(-len(alone) // columns) or 1
+    figure, axes = grid(rows, columns, len(alone) or 1, sharex=True, sharey=True)
+    banded = False
     for method, tasks in scores.items():
         share, low, high = performance_profile(tasks, levels)
         colour = styles[method]["color"]
         label = f"{method}, n={sum(map(len, tasks))}"
-        axis.step(levels, share, where="post", color=colour, linewidth=1.6, label=label)
-        if not np.isnan(low).any():
-            banded = True
-            axis.fill_between(levels, low, high, step="post", color=colour, alpha=0.15, lw=0)
-    axis.set(xlabel=f"final {name}", ylabel="share of runs above it", xlim=ends, ylim=(-0.02, 1.02))
+        for axis, shown in zip(axes.flat, alone or [method], strict=False):
+            (line,) = axis.step(levels, share, where="post", color=colour, linewidth=1.6)
+            if shown != method:
+                line.set(linewidth=0.9, alpha=0.4)
+                continue
+            line.set_label(label)
+            if not np.isnan(low).any():
+                banded = True
+                draw_band(axis, levels, low, high, colour, step="post")
+    for axis, method in itertools.zip_longest(axes.flat[: len(alone) or 1], alone):
+        axis.set(xlim=ends, ylim=(-0.02, 1.02), title=method or "")
+        axis.set_xlabel(f"final {name}")
+        axis.tick_params(labelbottom=True)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of runs above it")
     note = "share of completed runs with a higher final score"
     if len(common) > 1:
         note += f", averaged over {len(common)} tasks"
@@ -185,6 +226,7 @@ def performance_profiles(results: Results, path: Path) -> Path:
     note += "; band: 95% intervals, pointwise" if banded else "; no bands: fewer than five seeds"
     if chosen_columns(results.trials):
         note += f"; {BEST}"
+    figure.suptitle("Performance profiles", fontsize=11)
     return save(figure, path, note, legend=axes.flat)
 
 
@@ -212,7 +254,8 @@ def scores_against(results: Results, path: Path, column: str) -> Path:
     styles = method_styles(results.trials["method"])
     # The final score above the AUC; for one panel beside it.
     shape = (2, len(panels)) if len(panels) > 1 else (1, 2)
-    figure, axes = grid(*shape, used=2 * len(panels))
+    figure, axes = grid(*shape, used=2 * len(panels), sharey="row" if len(panels) > 1 else False)
+    counts = shown.dropna(subset=[column]).groupby("method")["trials"].agg(list)
     pairs = axes.T if len(panels) > 1 else axes
     values = np.sort(shown[column].dropna().unique().astype(float))
     for pair, (title, panel) in zip(pairs, panels, strict=True):
@@ -221,16 +264,19 @@ def scores_against(results: Results, path: Path, column: str) -> Path:
             for method, points in panel.groupby("method", sort=False):
                 style = styles[str(method)]
                 for _, row in points[points[column].isna()].iterrows():
-                    axis.axhline(row[score], color=style["color"], linestyle="--", label=method)
+                    label = f"{method}, n={row['trials']}"
+                    axis.axhline(row[score], color=style["color"], linestyle="--", label=label)
                 points = points.dropna(subset=[column]).sort_values(column)
                 if points.empty:
                     continue
                 x, y = points[column].astype(float), points[score]
-                axis.plot(x, y, label=method, linewidth=1.6, markersize=5, **style)
+                seeds = "–".join(f"{n}" for n in sorted({min(counts[method]), max(counts[method])}))
+                label = f"{method}, n={seeds}"
+                axis.plot(x, y, label=label, linewidth=1.6, markersize=5, **style)
                 many = points["trials"] >= INTERVAL_SEEDS
                 if many.any():
                     error, colour = points[f"{score}_sem"].where(many), style["color"]
-                    axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, lw=0)
+                    draw_band(axis, x, y - error, y + error, colour)
                 for _, row in points[~many & (points["trials"] > 1)].iterrows():
                     own = at_points(results.trials, pd.DataFrame([row]))
                     own = own[own["state"] == "completed"]
@@ -247,6 +293,7 @@ def scores_against(results: Results, path: Path, column: str) -> Path:
     note = seeds_note(shown["trials"][shown["trials"] > 0], "dots")
     if rates and column not in rates:
         note += f"; {BEST}"
+    figure.suptitle(f"Scores against {column}", fontsize=11)
     return save(figure, path, note, legend=axes.flat)
 
 
@@ -286,47 +333,50 @@ def mixing_weight_statistics(results: Results, path: Path) -> Path:
         )
         axis.plot(steps, means["median"], color=colour, linestyle="--", label="median")
         axis.plot(steps, means["mean"], color=colour, linewidth=1.8, label="mean")
+        axis.set_title(f"{axis.get_title()}, n={len(trials)}", fontsize=10)
+    figure.suptitle("Mixing weights", fontsize=11)
     note = "over the network's neurons, averaged over seeds" + (f"; {BEST}" if rates else "")
     return save(figure, path, note, legend=axes.flat)
 
 
-def mixing_weight_curves(results: Results, path: Path, column: str) -> Path:
-    """Draw mean mixing weights while training, a line for each value of a swept column.
+def curves_of_mixing(results: Results, column: str) -> Curves:
+    """Collect mean mixing weights while training, a line for each value of a swept column.
 
     There is one panel for each method and layer.
 
     Args:
         results: from `runs.load_results`.
-        path: the PNG to write; an SVG of the same name is written beside it.
         column: one of the swept columns.
 
     Returns:
-        `path`.
+        The curves.
     """
     shown = mixing_points(results).dropna(subset=[column])
     rates = [name for name in chosen_columns(results.trials) if name != column]
     others = [name for name in results.swept if name != column and name not in rates]
     layers = [name for name in map(str, results.curves) if name.endswith("_mixing_weight_mean")]
-    columns = layers or ["mixing_weight_mean"]
-    panels = [
-        (", ".join(filter(None, [title.removeprefix("method = "), name.partition("_")[0]])), part)
-        if layers
-        else (title.removeprefix("method = "), part)
-        for title, part in split_panels(shown, ["method", *others], share=False)
-        for name in columns
-    ]
-    figure, axes = rows_of_three(panels, results.axis.name, "mean mixing weight")
-    values, counts = list(dict.fromkeys(shown[column])), []
+    values = list(dict.fromkeys(shown[column]))
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values)))
-    for i, (axis, (_, panel)) in enumerate(zip(axes.flat, panels, strict=False)):
-        for _, row in panel.iterrows():
-            lines = results.curves_of(_trials_at(results, row), columns[i % len(columns)])
-            if not lines.empty:
-                style = {"color": colours[values.index(row[column])]}
-                counts.append(lines.shape[1])
-                draw_mean(axis, lines, f"{column} = {plain(row[column])}", style)
-    note = seeds_note(counts) + (f"; {BEST}" if rates else "")
-    return save(figure, path, note, legend=axes.flat)
+    panels = []
+    for title, points in split_panels(shown, ["method", *others], share=False):
+        for name in layers or ["mixing_weight_mean"]:
+            lines = []
+            for _, row in points.iterrows():
+                curves = results.curves_of(_trials_at(results, row), name)
+                if not curves.empty:
+                    style = {"color": colours[values.index(row[column])]}
+                    lines.append(Line(f"{column} = {plain(row[column])}", curves, style))
+            layer = name.partition("_")[0] if layers else ""
+            panel = ", ".join(filter(None, [title.removeprefix("method = "), layer]))
+            panels.append((panel, lines))
+    return Curves(
+        f"Mixing weights against {column}",
+        results.axis.name,
+        "mean mixing weight",
+        panels,
+        more=BEST if rates else "",
+        smooth=False,
+    )
 
 
 def mixing_points(results: Results) -> pd.DataFrame:

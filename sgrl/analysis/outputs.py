@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sgrl.analysis.comparison import by_task, compare_methods, confounding
 from sgrl.analysis.figures import learning_curves
+from sgrl.analysis.findings import probe_finding
 from sgrl.analysis.tables import (
     bounds_table,
     comparison_table,
@@ -133,7 +134,7 @@ def write_bounds(report: BoundsReport, directory: Path, console: Console) -> pd.
 
 
 def write_probe(report: Report, directory: Path, console: Console | None = None) -> pd.DataFrame:
-    """Print a probe's table, and write `neurons.csv`, `layers.csv` and `probe.png`.
+    """Print a probe's table and what it means, and write `neurons.csv`, `layers.csv`, `probe.png`.
 
     Args:
         report: from `sgrl.theory.probe.probe`.
@@ -158,4 +159,5 @@ def write_probe(report: Report, directory: Path, console: Console | None = None)
     if not report.predictors:
         console.print("a policy under backprop: there are no predictions to mix in")
     say(console, *(f"written: {path}" for path in (folder.neurons, folder.layers, folder.figure)))
+    say(console, probe_finding(layers))
     return layers

@@ -4,6 +4,7 @@ episode = record_episode("results/NAME/TRIAL/checkpoints/000100", seed=0, number
 write_episode(episode, Path("episode.gif"))
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from popgym.core.maze import Actions, Cell
 
-from sgrl.analysis.episodes import BanditEpisode, LabyrinthEpisode, RenderError
+from sgrl.analysis.episodes import BanditEpisode, FrameEpisode, LabyrinthEpisode, RenderError
 from sgrl.analysis.style import method_styles
 from sgrl.files import replacing
 
@@ -51,7 +52,7 @@ def check_out(out: Path) -> None:
 
 
 def write_episode(
-    episode: LabyrinthEpisode | BanditEpisode,
+    episode: LabyrinthEpisode | BanditEpisode | FrameEpisode,
     out: Path,
     fps: int = 5,
     frames: int = 6,
@@ -83,7 +84,11 @@ def write_episode(
         last = len(episode.actions)
         count = last + 1 if animated else min(frames, last + 1)
         steps = np.linspace(0, last, count).round().astype(int) if count > 1 else [last]
-        drawing = LabyrinthDrawing(episode)
+        drawing: FrameDrawing | LabyrinthDrawing
+        if isinstance(episode, FrameEpisode):
+            drawing = FrameDrawing(episode)
+        else:
+            drawing = LabyrinthDrawing(episode)
         pictures = []
         for step in steps:
             pictures.append(drawing.draw(int(step)))
@@ -246,31 +251,9 @@ class LabyrinthDrawing:
         axes.set_facecolor("#F2F2F2")
         (self.now,) = axes.plot([], [], color="black", lw=1)
         self.moving += [self.hidden, self.now]
-        self._scale(self.hidden, (0.695, 0.085, width, 0.022))
+        _scale(self.figure, self.hidden, (0.695, 0.085, width, 0.022))
         if episode.mixing_weights is not None:
-            strip = self.figure.add_axes((0.945, 0.20, 0.03, 0.64))
-            strip.set_title("$\\lambda$", fontsize=11)
-            strip.set_xticks([])
-            strip.set_yticks([])
-            weights = strip.imshow(
-                episode.mixing_weights.T,
-                cmap="viridis",
-                vmin=0,
-                vmax=1,
-                aspect="auto",
-                interpolation="nearest",
-            )
-            self._scale(weights, (0.94, 0.085, 0.04, 0.022))
-
-    def _scale(self, image: Any, place: tuple[float, float, float, float]) -> None:
-        axes = self.figure.add_axes(place)
-        bar = self.figure.colorbar(image, cax=axes, orientation="horizontal")
-        low, high = image.get_clim()
-        bar.set_ticks([low, high], labels=[f"{low:.2g}", f"{high:.2g}"])
-        bar.ax.tick_params(labelsize=8, length=0)
-        lowest, highest = bar.ax.get_xticklabels()
-        lowest.set_horizontalalignment("left")
-        highest.set_horizontalalignment("right")
+            draw_weights(self.figure, episode.mixing_weights)
 
     def _update(self, step: int) -> None:
         episode = self.episode
@@ -311,6 +294,88 @@ class LabyrinthDrawing:
         self.rows.mask = np.arange(last)[None, :] >= acted
         self.hidden.set_data(self.rows)
         self.now.set_data([acted - 1, acted - 1], self.hidden.axes.get_ylim())
+
+
+class FrameDrawing:
+    """Draws the steps of an episode as its environment does, with the return so far.
+
+    Args:
+        episode: the episode.
+
+    Attributes:
+        frame: the axes of the environment's own picture.
+    """
+
+    def __init__(self, episode: FrameEpisode) -> None:
+        self.episode = episode
+        self.figure = plt.figure(figsize=(9.6, 5.2), dpi=100)
+        self.figure.text(0.02, 0.945, episode.title, fontsize=12, weight="bold")
+        self.state = self.figure.text(0.02, 0.895, "", fontsize=10.5)
+        self.frame = self.figure.add_axes((0.02, 0.04, 0.55, 0.80))
+        self.frame.set_axis_off()
+        self.picture = self.frame.imshow(episode.frames[0])
+        has_weights = episode.mixing_weights is not None
+        axes = self.figure.add_axes((0.645, 0.20, 0.25 if has_weights else 0.325, 0.64))
+        axes.set_title("return so far", fontsize=10)
+        axes.set_xlabel("step", fontsize=9, labelpad=1)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        self.earned = np.concatenate([[0.0], np.cumsum(episode.rewards, dtype=float)])
+        colour = method_styles([episode.method])[episode.method]["color"]
+        axes.plot(self.earned, color=colour, lw=1, alpha=0.35)
+        (self.line,) = axes.plot([], [], color=colour, lw=1.8)
+        if episode.mixing_weights is not None:
+            draw_weights(self.figure, episode.mixing_weights)
+        self.canvas = FigureCanvasAgg(self.figure)
+
+    def close(self) -> None:
+        """Free the figure."""
+        plt.close(self.figure)
+
+    def draw(self, step: int) -> Image.Image:
+        """Draw the state before a step, as `LabyrinthDrawing.draw`."""
+        last = len(self.episode.actions)
+        self.state.set_text(f"step {step} of {last}   return {self.earned[step]:+.3f}")
+        self.picture.set_data(self.episode.frames[step])
+        self.line.set_data(np.arange(step + 1), self.earned[: step + 1])
+        self.canvas.draw()
+        return _picture(self.canvas)
+
+
+def draw_weights(figure: Any, weights: NDArray[np.float32]) -> None:
+    """Draw mixing weights as a strip at the figure's right, on a scale from lowest to highest.
+
+    Args:
+        figure: Matplotlib's figure.
+        weights: [layers, W].
+    """
+    strip = figure.add_axes((0.94, 0.20, 0.035, 0.64))
+    strip.set_title("$\\lambda$", fontsize=11)
+    strip.set_xticks([])
+    strip.set_yticks([])
+    low, high = float(weights.min()), float(weights.max())
+    if low == high:  # no difference to show
+        low, high = 0.0, 1.0
+    image = strip.imshow(
+        weights.T, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
+    # In digits that differ, one below the other: the strip is narrow.
+    digits = max(1, math.ceil(-math.log10(high - low)) + 1)
+    bar = _scale(figure, image, (0.94, 0.085, 0.035, 0.022))
+    label = f"{low:.{digits}f}\nto {high:.{digits}f}"
+    bar.set_ticks([(low + high) / 2], labels=[label])
+    bar.ax.get_xticklabels()[0].set_horizontalalignment("center")
+
+
+def _scale(figure: Any, image: Any, place: tuple[float, float, float, float]) -> Any:
+    bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
+    low, high = image.get_clim()
+    bar.set_ticks([low, high], labels=[f"{low:.2g}", f"{high:.2g}"])
+    bar.ax.tick_params(labelsize=8, length=0)
+    lowest, highest = bar.ax.get_xticklabels()
+    lowest.set_horizontalalignment("left")
+    highest.set_horizontalalignment("right")
+    return bar
 
 
 def _show_cells(axes: Any, cells: NDArray[np.int8]) -> Any:
@@ -358,7 +423,7 @@ def draw_bandit(episode: BanditEpisode) -> Image.Image:
     if weights is not None:
         layers = np.arange(1, len(weights) + 1)
         axes[2].boxplot(weights.T, positions=layers, whis=(0, 100), medianprops={"color": colour})
-        axes[2].set_ylim(-0.02, 1.02)
+        axes[2].ticklabel_format(axis="y", useOffset=False)
         axes[2].set_xlabel("layer", fontsize=9)
         axes[2].set_title("mixing weights $\\lambda$", fontsize=10)
         axes[2].spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from sgrl.analysis.comparison import (
     BEST_RULE,
@@ -27,9 +28,15 @@ from sgrl.analysis.comparison import (
     confounding,
     plain,
 )
-from sgrl.analysis.figures import Figure, write_figures
+from sgrl.analysis.figures import Figure, curves_of_training, write_figures
+from sgrl.analysis.findings import pair_findings, probe_finding
 from sgrl.analysis.pages import FORMATS, Section
-from sgrl.analysis.statistics import Efficiency, sample_efficiency, steps_to_threshold
+from sgrl.analysis.statistics import (
+    INTERVAL_SEEDS,
+    Efficiency,
+    sample_efficiency,
+    steps_to_threshold,
+)
 from sgrl.analysis.tables import (
     few_seeds,
     final_note,
@@ -43,7 +50,7 @@ from sgrl.analysis.tables import (
     within_interval,
 )
 from sgrl.analysis.theory_figures import expert_ratios, probe_errors
-from sgrl.results.folder import ExpertNetworkFolder, ProbeFolder, SweepFolder
+from sgrl.results.folder import OVER, ExpertNetworkFolder, ProbeFolder, SweepFolder
 from sgrl.results.locations import is_copied, reading
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.provenance import read_starts
@@ -52,6 +59,8 @@ from sgrl.results.selection import ALL, Selection
 from sgrl.results.storage import is_address
 
 THRESHOLD = 0.5
+#: What bold means in tables of methods.
+BOLD = "Bold: the highest mean in its task, which need not be a significant difference."
 
 
 def write_report(
@@ -65,9 +74,10 @@ def write_report(
 ) -> Path:
     """Report on results.
 
-    Figures are written to each folder's `figures/`, a sweep's numbers to its `comparison.csv` and
-    `pairs.csv`. If a folder is read-only and `out` lies elsewhere, or the report is on some of the
-    trials, they are written to `<out>_files/<folder>/` beside the page.
+    Several sweeps begin with one table and one overlay of all their curves. Figures are written to
+    each folder's `figures/`, the overlay's to `<out>_files/`, a sweep's numbers to its
+    `comparison.csv` and `pairs.csv`. If a folder is read-only and `out` lies elsewhere, or the
+    report is on some of the trials, they are written to `<out>_files/<folder>/` beside the page.
 
     Args:
         locations: folders, archives or addresses, at least one.
@@ -121,6 +131,11 @@ def write_report(
                 home = written[folder]
                 sections.append(read_section(folder, threshold, home, x, Path(place), only))
                 advance(sections[-1].title)
+            sweeps = [folder for folder in folders if not _is_simulated(folder)]
+            if len(dict.fromkeys(sweeps)) > 1:
+                home = out.with_name(f"{out.stem}_files")
+                results = load_results(*sweeps, x=x, only=only)
+                sections.insert(0, _together(results, threshold, home))
             out.write_text(render(sections, out), encoding="utf-8")
         except OSError as error:
             hint = "" if elsewhere else "; give --out a file where it can be written"
@@ -171,6 +186,30 @@ def read_section(
     return _sweep(directory, threshold, home, x, called or directory, only)
 
 
+def _is_simulated(folder: Path) -> bool:
+    """Whether a folder holds an expert-network simulation or a probe, and no sweep."""
+    return ExpertNetworkFolder(folder).results.is_file() or ProbeFolder(folder).neurons.is_file()
+
+
+def _together(results: Results, threshold: float, home: Path) -> Section:
+    """The table and the overlay of several sweeps."""
+    best = best_learning_rates(compare_methods(results.trials))
+    chosen = f" Shown is {BEST_RULE}." if chosen_columns(results.trials) else ""
+    note = (
+        f"All methods of all experiments, over completed trials: mean ± SEM, and the median with "
+        f"its 95% interval. {final_note(results)} AUC: over {results.axis.name}. {BOLD} "
+        f"{few_seeds(best)}{chosen} Experiments may differ in more than their methods; nothing is "
+        "tested across them."
+    )
+    curves = curves_of_training(results, overlay=True)
+    path = curves.draw(home / f"{results.measure}.png")
+    return Section(
+        title="all experiments",
+        tables=[("Comparison", note, _comparison_table(results, best, threshold))],
+        figures=[Figure(path, curves.title, curves)],
+    )
+
+
 def _sweep(
     directory: Path, threshold: float, home: Path, x: str, called: Path, only: Selection
 ) -> Section:
@@ -190,7 +229,7 @@ def _sweep(
         f"{_to_threshold(results, threshold).capitalize()}: median over all trials until the mean "
         f"of the last {MEASURES[results.measure]} values is as high (Kaplan and Meier; trials that "
         "never get there count as longer than they were trained), where half of them got there, "
-        f"and how many did. {few_seeds(best)}"
+        f"and how many did. {BOLD} {few_seeds(best)}"
     )
     if rates:
         note += (
@@ -212,6 +251,7 @@ def _sweep(
         title=str(name),
         facts=[*_states(results), *_starts(starts)],
         problems=list(results.problems),
+        findings=_findings(results, pairs),
         tables=tables,
         figures=write_figures(results, written.figures),
     )
@@ -230,6 +270,17 @@ def _sweep(
         if revision.endswith("-dirty"):
             section.facts.append(("note", f"the code had changes that {revision[:-6]} lacks"))
     return section
+
+
+def _findings(results: Results, pairs: pd.DataFrame) -> list[str]:
+    findings = pair_findings(pairs)
+    waiting = int((~results.trials["state"].isin(OVER)).sum())
+    if findings and waiting:
+        of = f"{waiting} of {len(results.trials)}"
+        findings.append(f"This may change: {of} trials are not complete.")
+    if chosen_columns(results.trials) and (pairs["fewest_seeds"] >= INTERVAL_SEEDS).any():
+        findings.append("Learning rates were chosen on these same seeds: confirm on fresh ones.")
+    return findings
 
 
 def _to_threshold(results: Results, threshold: float) -> str:
@@ -292,8 +343,12 @@ def _comparison_table(results: Results, points: pd.DataFrame, threshold: float) 
     table = Table("method", *results.swept, "trials", f"final {name}", "final median")
     for header in ("AUC", "AUC median", _to_threshold(results, threshold)):
         table.add_column(header)
+    table.caption = f"Mean ± SEM over completed trials. {BOLD}"
     records, efficiency = points.to_dict("records"), _efficiency(results, points, threshold)
-    for row, (_, point), needed in zip(records, points.iterrows(), efficiency, strict=True):
+    best = _best(points, results.swept, (final, "auc")).to_dict("records")
+    for row, (_, point), needed, bold in zip(
+        records, points.iterrows(), efficiency, best, strict=True
+    ):
         lost = [f"{row[key]} {key}" for key in (*LOST, "unfinished") if row[key]]
         table.add_row(
             row["method"],
@@ -303,13 +358,35 @@ def _comparison_table(results: Results, points: pd.DataFrame, threshold: float) 
                 cell
                 for score in (final, "auc")
                 for cell in (
-                    score_text(seeds_of(results.trials, point, score)),
+                    Text(
+                        score_text(seeds_of(results.trials, point, score)),
+                        style="bold" if bold[score] else "",
+                    ),
                     interval_text(row, f"{score}_median"),
                 )
             ),
             _steps(needed, results.x),
         )
     return table
+
+
+def _best(points: pd.DataFrame, swept: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
+    """Whether each score's mean is the highest of its task, where not all have the same."""
+    tasks = [name for name in swept if name not in chosen_columns(points)]
+    if tasks:
+        number = points.groupby(tasks, dropna=False, sort=False).ngroup()
+    else:
+        number = pd.Series(0, points.index)
+    of_task = points.groupby(number)
+    differing = {name: of_task[name].transform("nunique") > 1 for name in ("method", *scores)}
+    return pd.DataFrame(
+        {
+            name: differing["method"]
+            & differing[name]
+            & (points[name] == of_task[name].transform("max"))
+            for name in scores
+        }
+    )
 
 
 def _steps(needed: Efficiency, x: str) -> str:
@@ -360,6 +437,7 @@ def _probe(folder: ProbeFolder, home: Path) -> Section:
     path = probe_errors(neurons, layers, ProbeFolder(home).figure, "")
     return Section(
         title=f"probe ({folder.path.resolve().name})",
+        findings=[probe_finding(layers)],
         tables=[("Layers", "Means over neurons, and 95% intervals.", probe_table(layers))],
         figures=[Figure(path, "Gradients against the true ones")],
     )

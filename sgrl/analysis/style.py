@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from sgrl.analysis.comparison import plain
@@ -116,7 +115,7 @@ def grid(
     used: int,
     size: tuple[float, float] | None = None,
     sharex: bool = False,
-    sharey: bool = False,
+    sharey: Any = False,
 ) -> tuple[Any, Any]:
     """Make a figure with a grid of axes.
 
@@ -126,12 +125,13 @@ def grid(
         used: number of axes that are used, row by row; the others are switched off.
         size: width and height in inches.
         sharex: whether all panels have one x axis.
-        sharey: whether all panels have one y axis.
+        sharey: whether all panels have one y axis; "row": those of a row.
 
     Returns:
         The figure, and its axes [rows, columns].
     """
-    size = size or (5.2 * columns + 0.6, 3.8 * rows)
+    # One panel alone is as wide as a page.
+    size = size or (5.2 * columns + 0.6 if columns > 1 else 8.4, 3.8 * rows)
     figure, axes = plt.subplots(
         rows, columns, sharex=sharex, sharey=sharey, squeeze=False, figsize=size
     )
@@ -167,31 +167,19 @@ def rows_of_three(
     return figure, axes
 
 
-def draw_mean(axis: Any, lines: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    """Draw the mean of some curves, with a band of one SEM or below five curves each of them.
+def draw_band(axis: Any, x: Any, low: Any, high: Any, colour: str, step: Any = None) -> None:
+    """Draw a pale band with an edge, which tells it from bands that it overlaps.
 
     Args:
         axis: Matplotlib's axes.
-        lines: from `Results.curves_of`.
-        label: for the legend.
-        style: from `method_styles`.
+        x: places.
+        low: its lower bounds.
+        high: its upper bounds.
+        colour: of the band.
+        step: "post" for bounds that are steps.
     """
-    steps, count = lines.index.to_numpy(), lines.shape[1]
-    mean = lines.mean(axis=1).to_numpy()
-    axis.plot(
-        steps,
-        mean,
-        label=label,
-        linewidth=1.6,
-        markevery=max(1, len(steps) // 8),
-        markersize=4.5,
-        **style,
-    )
-    if count >= INTERVAL_SEEDS:
-        error = lines.std(axis=1, ddof=1).to_numpy() / np.sqrt(count)
-        axis.fill_between(steps, mean - error, mean + error, color=style["color"], alpha=0.2, lw=0)
-    elif count > 1:
-        axis.plot(steps, lines.to_numpy(), color=style["color"], linewidth=0.6, alpha=0.5)
+    pale = {"facecolor": (colour, 0.15), "edgecolor": (colour, 0.6), "linewidth": 0.6}
+    axis.fill_between(x, low, high, step=step, **pale)
 
 
 def save(figure: Any, path: Path, note: str, legend: Any = ()) -> Path:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sgrl.analysis.comparison import LOST, at_points, measure_of, plain
 from sgrl.analysis.rank_test import MOST_SEEDS
@@ -88,6 +89,19 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     header = [str(column.header) for column in table.columns]
     rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
     return header, [list(row) for row in rows]
+
+
+def bold_cells(table: Table) -> list[list[bool]]:
+    """Tell which cells of a table are in bold.
+
+    Args:
+        table: the table; cells in bold are `rich.text.Text` of that style.
+
+    Returns:
+        For each row one boolean a cell.
+    """
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return [[isinstance(cell, Text) and cell.style == "bold" for cell in row] for row in rows]
 
 
 # ---------------------------------------------------------------- scores of methods

@@ -97,7 +97,7 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
         }.items()
     ):
         points(errors, column, label, order, 4, "osD^"[order])
-    errors.set_yscale("log")
+    _scale_errors(errors, neurons, layers)
     errors.set_ylabel("mean squared error")
     points(shares, "explained", "a regression on the inputs", 0, 1, "o")
     shares.axhline(0, color="0.5", lw=0.8)
@@ -131,3 +131,18 @@ def probe_errors(neurons: pd.DataFrame, layers: pd.DataFrame, path: Path, note: 
         axis.legend(frameon=False, fontsize=8, loc="best")
     note = f"{note}; pale dots: neurons, markers: their mean, bars: 95% bootstrap interval"
     return save(figure, path, note)
+
+
+def _scale_errors(axis: Any, neurons: pd.DataFrame, layers: pd.DataFrame) -> None:
+    """A logarithmic axis, which is linear around 0 if any unbiased estimate is not above 0."""
+    names = [name for name in map(str, layers) if name.startswith("mse_")]
+    own = [name for name in names if name in neurons]
+    values = np.concatenate([layers[names].to_numpy().ravel(), neurons[own].to_numpy().ravel()])
+    values = values[np.isfinite(values)]
+    if (values > 0).all():
+        axis.set_yscale("log")
+        return
+    # All of those below 0 lie in the linear part.
+    typical = np.median(values[values > 0]) if (values > 0).any() else 1.0
+    axis.set_yscale("symlog", linthresh=max(-values.min(), 1e-3 * typical), linscale=1.5)
+    axis.axhline(0, color="0.5", lw=0.8)
