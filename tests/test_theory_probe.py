@@ -720,7 +720,7 @@ def test_the_documents_commands(
         assert (bandit.parent / "results" / name / "probe.png").is_file()
 
 
-def layer(name: str, sgprop: tuple, best: tuple, explained: tuple) -> dict[str, object]:
+def layer(name: str | int, sgprop: tuple, best: tuple, explained: tuple) -> dict[str, object]:
     columns = {"sgprop_to_backprop": sgprop, "best_to_backprop": best, "explained": explained}
     row: dict[str, object] = {"layer": name}
     for column, (value, low, high) in columns.items():
@@ -732,19 +732,20 @@ def test_what_the_numbers_mean() -> None:
     unknown = (math.nan, math.nan, math.nan)
     layers = pd.DataFrame(
         [
-            layer("1", (0.5, 0.4, 0.6), (0.4, 0.3, 0.5), (0.2, -0.1, 0.4)),
-            layer("2", (1.5, 1.2, 1.6), (0.9, -0.1, 1.1), (0.3, 0.1, 0.5)),
-            layer("3", (0.9, 0.7, 1.1), (0.8, 0.6, 1.0), unknown),
+            layer(1, (0.5, 0.4, 0.6), (0.4, 0.3, 0.5), (0.2, -0.1, 0.4)),
+            layer(2, (1.5, 1.2, 1.6), (0.9, -0.1, 1.1), (0.3, 0.1, 0.5)),
+            layer("hidden", (0.9, 0.7, 1.1), (0.8, 0.6, 1.0), unknown),
         ]
     )
     assert probe_finding(layers) == (
-        "Mixing predictions in lowers the error of gradients in 1, and raises the error of "
-        "gradients in 2, and does not demonstrably change the error of gradients in 3; of "
-        "backprop's error the best lambda would leave 40% in 1 (95% interval 30% to 50%), 90% in 2 "
-        "(95% interval 0% to 110%) and 80% in 3 (95% interval 60% to 100%); of what 2 is told, its "
-        "own inputs explain 30% (95% interval 10% to 50%; condition B)."
+        "Mixing predictions in lowers the error of gradients in layer 1, and raises the error of "
+        "gradients in layer 2, and does not demonstrably change the error of gradients in hidden "
+        "neurons; of backprop's error the best lambda would leave 40% in layer 1 (95% interval 30% "
+        "to 50%), 90% in layer 2 (95% interval 0% to 110%) and 80% in hidden neurons (95% interval "
+        "60% to 100%); of what layer 2 is told, its own inputs explain 30% (95% interval 10% to "
+        "50%; condition B)."
     )
-    backprop = pd.DataFrame([layer("1", unknown, unknown, (0.2, -0.1, 0.4))])
+    backprop = pd.DataFrame([layer(1, unknown, unknown, (0.2, -0.1, 0.4))])
     assert probe_finding(backprop) == (
         "Under backprop there are no predictions to mix in, so their gain is not known; no layer's "
         "own inputs are shown to explain what it is told (condition B)."

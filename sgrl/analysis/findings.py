@@ -77,8 +77,13 @@ def probe_finding(layers: pd.DataFrame) -> str:
         One sentence: whether mixing predictions in lowers the error of gradients, what the best
         lambda would leave of it, and how much local inputs explain (condition B).
     """
+    layers = layers.assign(layer=[_named(layer) for layer in layers["layer"]])
     whole = layers[layers["step"].astype(str) == "all"] if "step" in layers else layers
     return f"{_mixing(whole)}; {_condition(layers)}."
+
+
+def _named(layer: object) -> str:
+    return f"layer {layer}" if str(layer).isdigit() else f"{layer} neurons"
 
 
 def _mixing(layers: pd.DataFrame) -> str:

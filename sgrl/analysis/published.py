@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
+from sgrl.analysis.curves import Curves, Line
 from sgrl.analysis.study import judge_claims
-from sgrl.analysis.style import draw_mean, method_styles, rows_of_three, save, seeds_note
+from sgrl.analysis.style import method_styles
 from sgrl.analysis.tables import cells, comparison_table
 from sgrl.markdown import markdown_table, write_tables
 from sgrl.results.archive import read_archive
@@ -69,19 +70,18 @@ def draw_study(published: Path, path: Path) -> Path:
     if not tasks:
         raise ResultsError(f"{published} holds no archives of confirmation runs")
     measures = {MEASURE_NAMES[results.measure] for runs in tasks.values() for results in runs}
-    panels = [(task, pd.DataFrame()) for task in tasks]
-    figure, axes = rows_of_three(panels, "environment steps", " or ".join(sorted(measures)))
-    counts = []
-    for axis, runs in zip(axes.flat, tasks.values(), strict=False):
+    panels = []
+    for task, runs in tasks.items():
         styles = method_styles(m for results in runs for m in results.trials["method"].unique())
-        for results in runs:
-            for method, trials in results.trials.groupby("method", sort=False):
-                lines = results.curves_of(trials, results.measure)
-                counts.append(lines.shape[1])
-                draw_mean(axis, lines, f"{method}, n={counts[-1]}", styles[str(method)])
-        axis.set_ylim(-0.02, 1.02)
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-    return save(figure, path, seeds_note(counts))
+        lines = [
+            Line(str(method), results.curves_of(trials, results.measure), styles[str(method)])
+            for results in runs
+            for method, trials in results.trials.groupby("method", sort=False)
+        ]
+        panels.append((task, lines))
+    name = " or ".join(sorted(measures))
+    curves = Curves("Confirmation runs", "environment steps", name, panels, limits=(-0.02, 1.02))
+    return curves.draw(path)
 
 
 def write_into(page: Path, published: Path) -> int:
