@@ -54,7 +54,7 @@ function draw(home, panel, curves) {
       },
       scales: { x: { time: false }, y: curves.limits ? { range: curves.limits } : {} },
       axes: [
-        { ...axis(), label: curves.x, space: 90 },
+        { ...axis(), label: curves.x, space: 70 },
         { ...axis(), label: curves.y, size: 64 },
       ],
       series,
