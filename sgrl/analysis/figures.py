@@ -120,9 +120,9 @@ def curves_of_training(
 ) -> Curves:
     """Collect learning curves, one for each method.
 
-    There is one panel for each combination of swept values other than `chosen_columns`, of which each
-    method shows its best (`comparison.BEST_RULE`). Failed trials are left out; the seeds' common
-    axis is that of `Results.curves_of`.
+    There is one panel for each combination of swept values other than `chosen_columns`, of which
+    each method shows its best (`comparison.BEST_RULE`). Failed trials are left out; the seeds'
+    common axis is that of `Results.curves_of`.
 
     Args:
         results: from `runs.load_results`.

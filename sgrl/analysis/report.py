@@ -275,11 +275,14 @@ def _sweep(
 def _findings(results: Results, pairs: pd.DataFrame) -> list[str]:
     findings = pair_findings(pairs)
     waiting = int((~results.trials["state"].isin(OVER)).sum())
-    if findings and waiting:
+    if not findings:
+        return []
+    if waiting:
         of = f"{waiting} of {len(results.trials)}"
         findings.append(f"This may change: {of} trials are not complete.")
     if chosen_columns(results.trials) and (pairs["fewest_seeds"] >= INTERVAL_SEEDS).any():
-        findings.append("Learning rates were chosen on these same seeds: confirm on fresh ones.")
+        chosen = " and ".join(chosen_columns(results.trials))
+        findings.append(f"Chosen on these same seeds, to be confirmed on fresh ones: {chosen}.")
     return findings
 
 
