@@ -54,8 +54,8 @@ def _numbers(row: Mapping[Any, Any], method: str) -> str:
         difference, chance, low, high = -difference, 1 - chance, 1 - high, 1 - low
     even = ", which includes even chances" if low <= 0.5 <= high else ""
     return (
-        f"mean AUC {difference:+.3f}, a run of {method} is the better one with probability "
-        f"{chance:.2f} (95% interval {low:.2f} to {high:.2f}{even})"
+        f"difference in mean AUC {difference:+.3f}, a run of {method} is the better one with "
+        f"probability {chance:.2f} (95% interval {low:.2f} to {high:.2f}{even})"
     )
 
 
