@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 from browser import EXECUTABLE, Browser
+from rich.table import Table
+from rich.text import Text
 from sweeps import CONFIG, METHODS, SPARSE, make_older
 from typer.testing import CliRunner
 
@@ -486,6 +488,25 @@ def test_several_sweeps_share_a_table_and_an_overlay(sweep, tmp_path):
             if "gru" in line["name"]:
                 assert line["value"] == pytest.approx(mean.to_numpy(), rel=1e-3)
                 assert line["x"] == pytest.approx(mean.index.to_numpy())
+
+
+def test_long_tables_break_over_pages_in_latex(tmp_path):
+    table = Table("a_b", "c", caption="Ends in 50%.")
+    for row in range(pages.MOST_ROWS + 1):
+        table.add_row(str(row), Text("1.0 ± 0.1", style="bold" if row == 3 else ""))
+    tex = pages.latex_page([pages.Section("long", tables=[("All", "", table)])], tmp_path)
+    assert tex.splitlines()[2:9] == [
+        "\\begin{longtable}{lr}",
+        "\\caption{long, all. Ends in 50\\%.}",
+        "\\label{tab:long-all} \\\\",
+        "\\toprule",
+        "a\\_b & c \\\\",
+        "\\midrule",
+        "\\endhead",
+    ]
+    assert tex.count("\\textbf") == 1
+    assert "3 & \\textbf{1.0 $\\pm$ 0.1} \\\\" in tex
+    assert "tabular" not in tex
 
 
 PAIRS = ["ab", "ac", "ad", "bc", "bd", "cd"]
