@@ -1,8 +1,9 @@
 """The question, from theory to a maze: what `make quickstart` runs.
 
 Three experiments, each with one sentence on what it found and its figure: the law that the theory
-promises, a task where synthetic gradients help, and one where they make no difference. A page with
-all three comes at the end. Run again, it goes on where it was interrupted, or shows what is there.
+promises, a task where synthetic gradients are said to help, and one where we found no difference.
+A page with all three comes at the end. Run again, it goes on where it was interrupted, or shows
+what is there.
 
     python examples/quickstart.py
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     found = [the_law(law)]
     figures = [law / "ratio_noisy.png"]
 
-    print("\n2 of 3: a task where it helps. Guess a digit; one reward in five is flipped.")
+    print("\n2 of 3: where it is said to help. Guess a digit; one reward in five is flipped.")
     methods = "sparse_sgprop,sparse_backprop"
     sweep("mnist_quickstart.yaml", bandit, "--methods", methods, *seeds, *short)
     if (bandit / "summary.csv").is_file():
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     else:
         found.append("Not run: without its images there is no bandit (see above).")
 
-    print("\n3 of 3: a task where it makes no difference. Find the way out of a maze.")
+    print("\n3 of 3: where we found no difference. Find the way out of a maze.")
     methods = "gru,sparsenet_backprop,sparsenet_sgprop"
     sweep("quickstart.yaml", maze, "--methods", methods, *seeds, *short)
     found.append(
