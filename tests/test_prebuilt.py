@@ -132,7 +132,7 @@ def test_damaged_libraries_are_passed_over(wheel: Path, damage: str, count: int)
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"source": 1}', "\0"])
 def test_a_damaged_manifest(wheel: Path, text: str) -> None:
     (wheel / prebuilt.MANIFEST).write_text(text)
-    with pytest.warns(RuntimeWarning, match=r"manifest\.json cannot be read .*: reinstall sgrl"):
+    with pytest.warns(RuntimeWarning, match=r"libraries\.json cannot be read .*: reinstall sgrl"):
         assert library.core_build() == "none: found no C++ compiler"
 
 

@@ -29,8 +29,9 @@ from sgrl.analysis.comparison import (
 )
 from sgrl.results.checkpoints import discard_after, write_checkpoint
 from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.grids import DISTRIBUTIONS
 from sgrl.results.metrics import count_rows, final_of, read_metrics, truncate_metrics
-from sgrl.results.plan import DISTRIBUTIONS, ExperimentError, Point
+from sgrl.results.plan import ExperimentError, Point
 from sgrl.results.runs import load_results
 from sgrl.results.status import sweep_status
 from sgrl.tuning import sweep
@@ -307,7 +308,7 @@ def test_what_fails_is_not_searched_further(tmp_path, ray_session):
         ({"name": "optna"}, "search.name: unknown searcher 'optna'; did you mean 'optuna'?"),
         ({"num_samples": 0}, "search.num_samples: must be at least 1, got 0"),
         ({"numsamples": 3}, "search.numsamples: unknown key; did you mean 'num_samples'?"),
-        ({"metric": "sucess_rate"}, "search.metric: unknown column of metrics.csv 'sucess_rate'"),
+        ({"metric": "sucess_rate"}, "search.metric: unknown column of the metrics 'sucess_rate'"),
         ({"mode": "maximise"}, "search.mode: unknown mode 'maximise'; did you mean 'max'?"),
         ({"judge": "median"}, "search.judge: unknown judge 'median'; did you mean 'mean'?"),
         ({"arguments": {"sede": 1}}, "search.arguments.sede: unknown key; "),

@@ -256,7 +256,7 @@ def test_what_needs_an_experiment_file_says_so(left: Path, tmp_path: Path) -> No
     run(f"archive {left} --out {packed}")
     with reading(packed) as folder:
         found = load_results(folder).trials.set_index("trial")
-    assert dict(found["iterations"]) == {"a": 4, "c": 1, "d": 2}
+    assert dict(found["iterations"]) == {"a": 4, "c": 1, "d": 2, "e": 2}
     assert refused("verify", packed).startswith(f"sgrl: {packed} holds no experiment.yaml, as ")
 
 

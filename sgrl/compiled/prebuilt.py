@@ -19,7 +19,7 @@ from sgrl.compiled.processor import features
 SOURCE = Path(__file__).parents[1] / "nn" / "kernels" / "slot_neurons.cpp"
 FREESTANDING = SOURCE.with_name("freestanding.cpp")
 FOLDER = SOURCE.with_name("prebuilt")
-MANIFEST = "manifest.json"
+MANIFEST = "libraries.json"
 #: The types of numbers, each of which has a library.
 REALS = ("float", "double")
 #: No -ffast-math: it would change the rounding mode of the whole process, and hide NaN.

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from sgrl.files import read_json, write_text
 from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.grids import label, short_names
 from sgrl.results.metrics import Row, is_taken, write_rows
-from sgrl.results.plan import label, short_names
 from sgrl.results.rllib_metrics import metrics_row
 from sgrl.yaml_files import dump_yaml
 

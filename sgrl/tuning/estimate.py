@@ -31,7 +31,8 @@ from sgrl.local_ray import start_local_ray
 from sgrl.reinforce.generators import generators_aside
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 from sgrl.results.evaluation import play
-from sgrl.results.plan import Trial, TrialConfig, label
+from sgrl.results.grids import label
+from sgrl.results.plan import Trial, TrialConfig
 from sgrl.results.status import duration
 from sgrl.rllib.runner import EpisodeRunner
 from sgrl.tuning.cluster import count_cpus, machine_resources

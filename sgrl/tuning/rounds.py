@@ -90,5 +90,5 @@ class Results:
         if not all(map(self.has_failed, trials)):
             raise UserError(
                 f"no trial of this round has {metric}, by which the {section} is to decide: set "
-                f"{section}.metric to a column of metrics.csv that is not empty"
+                f"{section}.metric to a column of its metrics that is not empty"
             )

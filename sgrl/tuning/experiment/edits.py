@@ -9,7 +9,8 @@ from typing import Any
 
 from sgrl.commands import command
 from sgrl.names import did_you_mean
-from sgrl.results.plan import Problem, expand_range, grids_in, is_open, place_of
+from sgrl.results.grids import grids_in, is_open, place_of
+from sgrl.results.plan import Problem, expand_range
 from sgrl.yaml_files import YAMLFileError, parse_yaml
 
 

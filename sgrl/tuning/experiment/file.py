@@ -9,14 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidati
 
 from sgrl.annotations import MAPPING
 from sgrl.names import did_you_mean, is_close, nearest
-from sgrl.results.plan import (
-    Checkpointing,
-    Evaluating,
-    Problem,
-    TrialConfig,
-    expand_range,
-    repeated,
-)
+from sgrl.results.grids import repeated
+from sgrl.results.plan import Checkpointing, Evaluating, Problem, TrialConfig, expand_range
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 #: Tune's, by its own names for them.

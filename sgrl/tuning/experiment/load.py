@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sgrl.names import did_you_mean
+from sgrl.results.grids import DISTRIBUTIONS, misspelled_grids, place_of
 from sgrl.results.plan import (
-    DISTRIBUTIONS,
     ExperimentError,
     Point,
     Problem,
     Trial,
     grid_problems,
-    misspelled_grids,
-    place_of,
     points_of,
     read_experiment,
     read_suggestions,

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgrl.errors import one_line
-from sgrl.results.plan import Problem, is_open
+from sgrl.results.grids import is_open
+from sgrl.results.plan import Problem
 from sgrl.tuning.experiment.file import check_known
 from sgrl.user_code import module_of
 

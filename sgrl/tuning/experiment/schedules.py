@@ -9,8 +9,9 @@ from typing import Any
 from sgrl.annotations import accepts, in_words
 from sgrl.errors import UserError, one_line
 from sgrl.names import did_you_mean
+from sgrl.results.grids import is_open, wrong_values
 from sgrl.results.metrics import COLUMNS, EVALUATION_COLUMNS, INTEGER_COLUMNS
-from sgrl.results.plan import Point, Problem, is_open, points_of, wrong_values
+from sgrl.results.plan import Point, Problem, points_of
 from sgrl.tuning.experiment.file import check_known, unknown_key
 from sgrl.tuning.racing import Race
 
@@ -96,7 +97,7 @@ def metric_problems(
     """Yield what is wrong with the metric and the mode of a section."""
     metric, mode = section.get("metric", COMMON["metric"]), section.get("mode", COMMON["mode"])
     try:
-        check_known(f"{place}.metric", "column of metrics.csv", metric, METRICS)
+        check_known(f"{place}.metric", "column of the metrics", metric, METRICS)
         check_known(f"{place}.mode", "mode", mode, MODES)
     except Problem as problem:
         yield problem

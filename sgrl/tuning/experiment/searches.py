@@ -9,15 +9,8 @@ from ray import tune
 from ray.tune.search import SEARCH_ALG_IMPORT, Searcher
 
 from sgrl.errors import one_line
-from sgrl.results.plan import (
-    Point,
-    Problem,
-    distributions_in,
-    misspelled_grids,
-    place_of,
-    suggested_points,
-    wrong_values,
-)
+from sgrl.results.grids import distributions_in, misspelled_grids, place_of, wrong_values
+from sgrl.results.plan import Point, Problem, suggested_points
 from sgrl.tuning.experiment.schedules import argument_problems, arguments_of, metric_problems
 
 #: Arguments of Tune's searchers that are set for them, the last three if they have one.
