@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from test_status import write_sweep
 from typer.testing import CliRunner
 
@@ -83,3 +84,32 @@ def test_all_are_meant_by_default() -> None:
     everything.check([])
     with pytest.raises(SelectionError):
         Selection.of("a", None).check([("b", 0)])
+
+
+def test_resume_runs_what_is_selected(tmp_path: Path, ray_session: None) -> None:
+    """The others stay as they are, and can be resumed later."""
+    config = {"environment": {"env": "labyrinth_escape", "env_config": {"episode_length": 12}}}
+    config["env_runners"] = {"num_envs_per_env_runner": 2}
+    content = yaml.safe_load(EXPERIMENT) | {"config": config, "seeds": [0, 1]}
+    content["methods"] = {"gru": {"model": {"policy": "gru"}}, "mlp": {"model": {"policy": "mlp"}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    directory = tmp_path / "small"
+    directory.mkdir()
+    (directory / "experiment.yaml").write_text(yaml.safe_dump(content))
+
+    def states() -> dict[str, str]:
+        status = json.loads(run("status", directory, "--json"))
+        return {trial["trial"]: trial["state"] for trial in status["trials"]}
+
+    options = ["--methods", "mlp", "--seeds", "1"]
+    assert "4 trials, 1 to run" in run("resume", directory, "--dry-run", *options)
+    run("resume", directory, *options)
+    assert states().pop("mlp_seed=1") == "completed"
+    assert list(states().values()).count("completed") == 1
+    run("resume", directory)
+    assert set(states().values()) == {"completed"}
+    said = CliRunner().invoke(app, ["resume", str(directory), "--methods", "lstm"])
+    assert (said.exit_code, said.stderr) == (
+        2,
+        "sgrl: --methods: unknown method 'lstm'; known: gru, mlp\n",
+    )

@@ -160,6 +160,8 @@ def resume(
     directory: Experiment,
     iterations: Iterations = None,
     add: Add = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
     jobs: Jobs = None,
     track: Track = None,
     address: Address = None,
@@ -173,19 +175,21 @@ def resume(
     if client := _client_address(address):
         words = ["resume", directory, *(["--dry-run"] if dry_run else [])]
         words += [word for addition in add or [] for word in ("--add", addition)]
-        words += _given(iterations=iterations, jobs=jobs, track=track)
+        words += _given(iterations=iterations, methods=methods, seeds=seeds, jobs=jobs, track=track)
         _run_on_cluster(client, words, directory)
     _join(address)
+    from sgrl.results.selection import Selection
     from sgrl.tuning.sweep import resume_plan, resume_sweep
 
+    selection = Selection.of(methods, seeds)
     with _interruptible(directory):
         if dry_run:
-            trials, todo = resume_plan(directory, iterations, add or [])
+            trials, todo = resume_plan(directory, iterations, add or [], selection)
             typer.echo(f"{directory}: {len(trials)} trials, {len(todo)} to run")
             for row, until in todo:
                 typer.echo(f"  {row.trial.name}: from {row.iteration} to {until}")
             return
-        resume_sweep(directory, iterations, add or [], track, jobs)
+        resume_sweep(directory, iterations, add or [], track, jobs, selection)
     _compare(directory)
 
 

@@ -2,12 +2,22 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sgrl.errors import UserError
 from sgrl.names import did_you_mean
-from sgrl.results.plan import Problem, expand_range
+from sgrl.results.plan import Problem, Trial, expand_range
 from sgrl.yaml_files import YAMLFileError, parse_yaml
+
+
+class OfTrial(Protocol):
+    """What is of a trial."""
+
+    @property
+    def trial(self) -> Trial: ...
+
+
+T = TypeVar("T", bound=OfTrial)
 
 
 class SelectionError(UserError):
@@ -51,6 +61,14 @@ class Selection:
         return not (
             (self.methods and method not in self.methods) or (self.seeds and seed not in self.seeds)
         )
+
+    def takes(self, trial: Trial) -> bool:
+        """Return whether a trial of an experiment is meant."""
+        return self.holds(trial.config.method, trial.config.seed)
+
+    def among(self, legs: Iterable[T]) -> list[T]:
+        """Return those legs, each of a trial, that are meant."""
+        return [leg for leg in legs if self.takes(leg.trial)]
 
     def check(self, trials: Iterable[tuple[str, Any]]) -> None:
         """Check that all that is named is there.

@@ -29,6 +29,7 @@ from sgrl.results.locations import open_store
 from sgrl.results.metrics import read_metrics
 from sgrl.results.plan import Trial, TrialConfig, planned_trials
 from sgrl.results.provenance import changed_parts, record_start
+from sgrl.results.selection import ALL, Selection
 from sgrl.results.status import Progress, read_progress, read_stopped
 from sgrl.results.storage import Store, display, is_address, is_archive, join
 from sgrl.results.tune_folder import RESTORE, is_of_tuner
@@ -104,14 +105,16 @@ def resume_sweep(
     additions: Sequence[str] = (),
     track: str | None = None,
     concurrency: int | None = None,
+    selection: Selection = ALL,
 ) -> Path:
     """Continue a sweep that was killed, or whose trials failed, and return its folder.
 
     `iterations` and `additions` (KEY=VALUES) extend it first, as `extend_experiment` does: existing
     trials continue to the new end from their last checkpoints. `track` replaces the tracker that
-    the sweep was started with, and `concurrency` the number of trials at a time. Completed trials
-    are left alone, and so are those whose loss became NaN or infinite. Raises as `run_sweep` does,
-    and SweepError where `directory` holds no sweep or a trial has passed the new end.
+    the sweep was started with, and `concurrency` the number of trials at a time. Only trials of the
+    `selection` are run. Completed trials are left alone, and so are those whose loss became NaN or
+    infinite. Raises as `run_sweep` does, SweepError where `directory` holds no sweep or a trial has
+    passed the new end, and SelectionError where no trial is selected.
     """
     store = open_store(directory, "driver")
     _check_is_sweep(store)
@@ -121,16 +124,20 @@ def resume_sweep(
             store.sweep.experiment, iterations, additions, track, concurrency=concurrency
         )
         _check_trials(store, experiment, iterations)
+        _check_selection(store, experiment, selection)
         check_tracker(experiment.file.track, store.location)
         _check_resources(experiment, resuming=True)
         _prepare_environments(experiment)
         if additions or {iterations, track, concurrency} != {None}:
             write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
-        return _run(store, experiment)
+        return _run(store, experiment, selection)
 
 
 def resume_plan(
-    directory: str | Path, iterations: int | None = None, additions: Sequence[str] = ()
+    directory: str | Path,
+    iterations: int | None = None,
+    additions: Sequence[str] = (),
+    selection: Selection = ALL,
 ) -> tuple[list[Trial], list[tuple[Progress, int]]]:
     """Report what `resume_sweep` would do, changing nothing; raises as it does.
 
@@ -144,12 +151,20 @@ def resume_plan(
         store.pull_reports()
         experiment = extend_experiment(store.sweep.experiment, iterations, additions)
         _check_trials(store, experiment, iterations)
+        _check_selection(store, experiment, selection)
         todo = []
-        for leg in Course(store, experiment, dry=True).next_legs():
+        for leg in selection.among(Course(store, experiment, dry=True).next_legs()):
             row = read_progress(store.sweep, leg.trial)
             row.iteration = store.newest_checkpoint(row.trial.name, at_most=row.iteration)
             todo.append((row, leg.until))
     return experiment.trials, todo
+
+
+def _check_selection(store: Store, experiment: Experiment, selection: Selection) -> None:
+    if selection != ALL and {"search", "schedule"} & experiment.resolved.keys():
+        words = "results decide on what is trained: leave out --methods and --seeds"
+        raise SweepError(f"{store}: {words}")
+    selection.check((trial.config.method, trial.config.seed) for trial in experiment.trials)
 
 
 def _check_trials(store: Store, experiment: Experiment, iterations: int | None) -> None:
@@ -226,7 +241,7 @@ def _prepare_environments(experiment: Experiment) -> None:
                 prepare(section["env"], section.get("env_config"), report)
 
 
-def _run(store: Store, experiment: Experiment) -> Path:
+def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Path:
     sweep = store.sweep
     folders = {trial.name: sweep.trial(trial.name) for trial in experiment.trials}
     with quiet(sweep.log) as console:
@@ -251,7 +266,7 @@ def _run(store: Store, experiment: Experiment) -> Path:
                     store.push(folder.config, folder.status)
 
         course = Course(store, experiment, monitor.decide, admit)
-        legs = course.next_legs()
+        legs = selection.among(course.next_legs())
         todo = [leg.trial for leg in legs]
         for name in (trial.name for trial in todo):
             progress[name].state = "pending"
@@ -293,7 +308,7 @@ def _run(store: Store, experiment: Experiment) -> Path:
         progress = {t.name: read_stopped(sweep, t) for t in planned}
         write_summary(sweep, progress.values())
         store.push(sweep.summary, sweep.log)
-    if any(not row.is_over for row in progress.values()):
+    if any(not row.is_over and selection.takes(row.trial) for row in progress.values()):
         raise KeyboardInterrupt
     return sweep.path
 
