@@ -324,7 +324,9 @@ def test_some_methods_and_other_seeds(run, options, trials):
 def test_trials_at_a_time(run, monkeypatch):
     """Of a sweep, and of one that is resumed."""
     asked = []
-    monkeypatch.setattr("sgrl.tuning.sweep._run", lambda _, experiment: asked.append(experiment))
+    monkeypatch.setattr(
+        "sgrl.tuning.sweep._run", lambda _, experiment, *selected: asked.append(experiment)
+    )
     monkeypatch.setattr("sgrl.cli.sweeps._compare", lambda location: None)
     run("sweep", "experiment.yaml", "--jobs", 3)
     run("resume", "results/good", "--jobs", 2)
