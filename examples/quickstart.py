@@ -93,9 +93,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
     found = [the_law(law)]
     figures = [law / "ratio_noisy.png"]
 
-    print("\n2 of 3: where it is said to help. Guess a digit; one reward in five is flipped.")
+    print("\n2 of 3: where it is said to help. Guess a digit; two rewards in five are flipped.")
     methods = "sparse_sgprop,sparse_backprop"
-    sweep("mnist_quickstart.yaml", bandit, "--methods", methods, *seeds, *short)
+    noise = ("--set", "config.environment.env_config.p_flip=0.4")  # the published one
+    sweep("mnist_quickstart.yaml", bandit, "--methods", methods, *noise, *seeds, *short)
     if (bandit / "summary.csv").is_file():
         found.append(compared(bandit, "sparse_sgprop", "sparse_backprop"))
         figures.append(bandit / "figures" / "eval_reward.png")
