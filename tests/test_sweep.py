@@ -244,7 +244,10 @@ def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_sessio
     config = str(tmp_path / "small.yaml")
     start = f"run_sweep(load_experiment({config!r}), {str(tmp_path)!r}, 'killed')"
     kill_between_checkpoints(start, dict.fromkeys(names, 25))
-    done = {name: count_rows(killed / name / "metrics.csv") for name in names}
+    # The trials' processes outlive the driver for a moment, and write what they have.
+    done: dict[str, int] = {}
+    while done != (done := {name: count_rows(killed / name / "metrics.csv") for name in names}):
+        time.sleep(2)
     kill_between_checkpoints(f"resume_sweep({str(killed)!r})", done)
 
     resume_sweep(killed)
