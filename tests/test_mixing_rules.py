@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.kernels.backends import BACKENDS
-from sgrl.nn.mixing import Moments, backward_phase, split_parameters, unit
+from sgrl.nn.mixing import Moments, backward_phase, gradient_moments, split_parameters, unit
 from sgrl.nn.mixing_rules import MIXING_RULES, EpisodesRule, RunningRule
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import load_policy, make_policy, save_policy
+from sgrl.nn.sgprop import mixture
 from sgrl.reinforce.rollout import Rollout
 from sgrl.reinforce.update import NonFiniteLoss, UpdateSettings, make_optimizers, update
 
@@ -339,6 +340,10 @@ def averaged(batches: list[Samples], first: Any, momentum: float, eps: float) ->
     return ratio(*(share @ of_all[:, i] / share.sum() for i in range(3)), eps)
 
 
+def halfway(batches: list[Samples], first: Any, momentum: float, eps: float) -> Any:
+    return (1 + averaged(batches, first, momentum, eps)) / 2
+
+
 #: Lambda after some batches, and whether w and s come from unit vectors.
 DEFINITIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "published": (smoothed, True),
@@ -347,7 +352,66 @@ DEFINITIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "running_raw": (averaged, False),
     "episodes": (smoothed, False),
     "running_episodes": (averaged, False),
+    "halfway": (halfway, False),
 }
+
+
+def errors(rule: str, spread: Tensor, predictions: str, size: float) -> tuple[Tensor, Tensor]:
+    """Squared errors of the mixture and of backpropagation in many batches of 20 samples.
+
+    Every batch decides for itself, lambda being what `rule` makes of that batch alone. The noise of
+    a sample's gradient has the standard deviations `spread` [D]; `size` is the length of what the
+    predictions are wrong by, in units of the error of the mean of w.
+    """
+    generator = torch.Generator().manual_seed(7)
+    batches, samples, dimensions = 10_000, 20, len(spread)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    target = normal(dimensions)
+    noise = spread * normal(samples, batches, dimensions)
+    w = target + noise
+    wrong = (
+        size * float(spread.norm()) * samples**-0.5 * torch.nn.functional.normalize(target, dim=0)
+    )
+    s = {
+        "the same for all": (target + wrong).expand_as(w),
+        "noisy": target + wrong + spread * normal(samples, batches, dimensions),
+        "of the gradient": target + wrong + 0.8 * noise,
+        "against it": target + wrong - 0.5 * noise,
+    }[predictions]
+    nothing = torch.zeros(4, batches, dtype=torch.float64)
+    made = MIXING_RULES[rule](momentum=0.0)
+    weight = made.next_weight(gradient_moments(w, s), torch.ones(batches).double(), nothing)
+    mixed = mixture(weight.unsqueeze(1), w.mean(0), s.mean(0))
+    return (mixed - target).square().sum(1), (w.mean(0) - target).square().sum(1)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize(
+    "predictions", ["the same for all", "noisy", "of the gradient", "against it"]
+)
+@pytest.mark.parametrize("spread", [[1.0] * 3, [1.0] * 12, [1.2, 1.1, 1.0, 0.8, 0.6, 0.4, 0.2]])
+def test_halfway_is_never_worse_than_backpropagation(
+    spread: list[float], predictions: str, size: float
+) -> None:
+    """In expectation, whatever the predictions, where no direction has most of the noise."""
+    numbers = torch.tensor(spread, dtype=torch.float64)
+    assert numbers.square().sum() / numbers.square().max() > 2.7
+    mixed, backprop = errors("halfway", numbers, predictions, size)
+    difference = mixed - backprop
+    assert difference.mean() < 3 * difference.std() / len(difference) ** 0.5
+    if size == 0 and predictions == "the same for all":  # and they are right
+        assert mixed.mean() < 0.6 * backprop.mean()
+
+
+def test_all_the_way_can_be_worse() -> None:
+    """In three dimensions, where predictions are wrong by more than chance."""
+    spread = torch.ones(3, dtype=torch.float64)
+    mixed, backprop = errors("running_episodes", spread, "the same for all", 2.0)
+    difference = mixed - backprop
+    assert difference.mean() > 5 * difference.std() / len(difference) ** 0.5
 
 
 def per_sample(

@@ -146,6 +146,33 @@ def test_numbers_are_those_of_all_gradients() -> None:
     assert float(numbers["explained"]) == pytest.approx(float(1 - residual / total))
 
 
+def test_least_squares_leaves_the_mean_gradient_of_its_own_samples_as_it_is() -> None:
+    """Without penalty, where the slots are in their linear range (docs/predictors.md)."""
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    attention, slots = normal(2, 60, 2).softmax(2), 1e-6 * normal(2, 60, 2, 2)
+    output = (attention.unsqueeze(3) * slots).sum(2)
+    seen = Seen(normal(2, 60, 3), attention, slots, output, 3**-0.5)
+    told = Told(
+        torch.arange(60),
+        seen,
+        normal(1, 2, 60, 2),
+        *[torch.zeros(1, 2, 60, 2, dtype=torch.float64)] * 2,
+        torch.ones(1, 60, dtype=torch.bool),
+    )
+    (coefficients,) = bounds._regression(told, torch.ones(60, dtype=torch.bool)).solutions([0.0])
+    fitted = told.features() @ coefficients
+    assert 0.05 < fitted.square().sum() / told.backprop.square().sum() < 0.5
+    one = torch.ones(60, dtype=torch.float64)
+    kinds = [parameter_gradients(seen, g, one) for g in (told.backprop[0], fitted)]
+    torch.testing.assert_close(kinds[1], kinds[0], rtol=1e-4, atol=1e-4)
+    matrices = slice(2 * 3, None)  # and biases: all but the keys
+    torch.testing.assert_close(kinds[1][:, matrices], kinds[0][:, matrices], rtol=1e-8, atol=1e-9)
+
+
 def test_a_known_signal_is_found() -> None:
     """Half of the variance is explained, and the mean of a few samples gains much by it."""
     task, cuts = Made(), [480]

@@ -89,6 +89,24 @@ class RunningEpisodesRule(RunningRule, EpisodesRule):
     """`RunningRule` on the episodes of `EpisodesRule`."""
 
 
+class HalfwayRule(RunningEpisodesRule):
+    """Half the way from backpropagation to where `RunningEpisodesRule` goes: (1 + its lambda) / 2.
+
+    The error of a mixture is a parabola in lambda, lowest at lambda*: what goes half the way to an
+    estimate of lambda* is no worse than backpropagation unless the estimate is off by as much again
+    as lambda* is from 1. From one batch, and for that very batch, it is a James-Stein estimate,
+    which never has a larger expected error (docs/mixing_rules.md has the argument and its
+    conditions).
+    """
+
+    def next_weight(
+        self, moments: Moments, previous: PerNeuron, memory: Float[Tensor, "rows W"]
+    ) -> PerNeuron:
+        # Halved with the rest, so that it stays where nothing can be told.
+        whole = super().next_weight(moments, 2 * previous - 1, memory)
+        return (1 + whole) / 2
+
+
 MIXING_RULES: dict[str, type[MixingRule]] = {
     "published": MixingRule,
     "running": RunningRule,
@@ -96,6 +114,7 @@ MIXING_RULES: dict[str, type[MixingRule]] = {
     "running_raw": RunningRawRule,
     "episodes": EpisodesRule,
     "running_episodes": RunningEpisodesRule,
+    "halfway": HalfwayRule,
 }
 
 
