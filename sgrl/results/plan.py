@@ -10,6 +10,7 @@ This needs neither RLlib nor pydantic nor the environment, and checks no more th
 import copy
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,13 +81,37 @@ class ExperimentError(UserError):
 
 @dataclass(frozen=True)
 class Stop:
-    """When a trial is complete.
+    """When a trial is complete: after the first iteration at which any of these is so.
 
     Attributes:
         training_iteration: its last iteration; 0 where something else ends it.
+        env_steps: so many have been taken.
+        episode_return_mean: the iteration's was at least this.
+        hours: its iterations have taken so many.
     """
 
     training_iteration: int = 0
+    env_steps: int | None = None
+    episode_return_mean: float | None = None
+    hours: float | None = None
+
+    def reached(self, rows: Sequence[Mapping[str, float]]) -> str:
+        """What makes a trial complete before its last iteration, in words; "" where nothing does.
+
+        Args:
+            rows: of its metrics.csv, which is all that this depends on: resumed or not, a trial
+                ends at the same row.
+        """
+        if not rows:
+            return ""
+        for name in ("env_steps", "episode_return_mean"):
+            least, value = getattr(self, name), rows[-1].get(name, math.nan)
+            if least is not None and value >= least:
+                return f"{name} {value:,.6g} (at least {least:,.6g})"
+        hours = sum(row["iteration_seconds"] for row in rows) / 3600
+        if self.hours is not None and hours >= self.hours:
+            return f"{hours:.3g} hours (at least {self.hours:.3g})"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +185,7 @@ class TrialConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain YAML holds it."""
         content = dataclasses.asdict(self)
+        content["stop"] = {key: v for key, v in content["stop"].items() if v is not None}
         return {"config" if key == "sections" else key: content[key] for key in content}
 
 

@@ -269,7 +269,7 @@ def _problems(row: dict[str, Any], dropped: int) -> list[str]:
         pass  # as it was to be
     elif state != "completed":
         found.append(f"{name}: {state} at iteration {iterations}{planned}")
-    elif row["planned"] and iterations < row["planned"]:
+    elif row["planned"] and iterations < row["planned"] and not row["reason"]:
         found.append(f"{name}: completed, but {file} ends at iteration {iterations}{planned}")
     elif np.isnan(row["final"]):
         found.append(f"{name}: completed, but without a success rate or test reward")

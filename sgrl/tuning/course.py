@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 
 from sgrl.files import read_json, write_json
 from sgrl.reinforce.generators import generators_aside
+from sgrl.results.metrics import read_metrics
 from sgrl.results.plan import Point, Trial, points_of, trials_of
 from sgrl.results.status import Progress, read_progress
 from sgrl.results.storage import Store
@@ -263,6 +264,10 @@ def is_settled(store: Store, progress: Progress) -> bool:
     name = progress.trial.name
     if progress.state == "failed":
         return store.sweep.trial(name).read_status().get("diverged", False)
-    if progress.state != "completed" or progress.iteration < progress.last_iteration:
+    if progress.state != "completed":
         return False
+    if progress.iteration < progress.last_iteration:
+        rows = read_metrics(store.sweep.trial(name).metrics)
+        if not progress.trial.config.stop.reached(rows):
+            return False
     return store.has_checkpoint(name, progress.iteration)

@@ -208,7 +208,8 @@ class TrialRunner(tune.Trainable):
 
     def _train(self) -> None:
         config, deadline = self.trial.config, time.monotonic() + REPORT_SECONDS
-        while len(self.rows) < self.last_iteration:
+        stop = config.stop
+        while not (self._is_at_last_iteration() or stop.reached(self.rows)):
             iteration, start = len(self.rows) + 1, time.perf_counter()
             result = self._train_once()
             row = metrics_row(result, iteration, time.perf_counter() - start)
@@ -226,10 +227,14 @@ class TrialRunner(tune.Trainable):
                 break
         assert self.tracking is not None
         self.tracking.send(self.rows)
-        if len(self.rows) >= self.last_iteration:
+        reached = stop.reached(self.rows)
+        if reached or self._is_at_last_iteration():
             self._checkpoint()
-            over = self.last_iteration == config.stop.training_iteration
-            self._finish("completed" if over else "pending")
+            over = reached or self.last_iteration == stop.training_iteration
+            self._finish("completed" if over else "pending", reached)
+
+    def _is_at_last_iteration(self) -> bool:
+        return len(self.rows) >= self.last_iteration
 
     def _train_once(self) -> dict:
         """One iteration; a process in which it takes too long is ended."""

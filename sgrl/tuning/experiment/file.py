@@ -87,6 +87,9 @@ class StopKeys(_Keys):
     """The keys of `sgrl.results.plan.Stop`, at a grid point."""
 
     training_iteration: Positive
+    env_steps: Positive | None = None
+    episode_return_mean: float | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
 
 
 class CheckpointKeys(_Keys):

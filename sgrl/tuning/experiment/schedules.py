@@ -76,6 +76,11 @@ def schedule_problems(content: Mapping[str, Any], points: Sequence[Point]) -> It
         *metric_problems("schedule", schedule, content),
         *argument_problems("schedule", schedule, _arguments(name), others),
     ]
+    if name != "race":
+        for key in {key for point in points for key in point.content["stop"]}:
+            if key != "training_iteration":
+                said = f"{name} ends trials by their iterations: leave {key} out"
+                found.append(Problem(f"stop.{key}", said))
     every = schedule.get("every", 1)
     if halts and (not accepts(int, every) or every < 1):
         found.append(Problem("schedule.every", f"expected a number of iterations, got {every!r}"))
