@@ -69,7 +69,9 @@ class ScaledAdam(Adam):
             average = self.memory * state.get("average", 0.0) + (1 - self.memory) * measured
             weight = self.memory * state.get("weight", 0.0) + (1 - self.memory)
             group["lr"] = self.unit_lr * float(average / weight)
-            averages.append((average, torch.as_tensor(weight, dtype=torch.float64)))
+            # In the parameters' precision, which is that of a state that is loaded.
+            dtype = group["params"][0].dtype
+            averages.append((average.to(dtype), torch.as_tensor(weight, dtype=dtype)))
         super().step(closure)
         for group, (average, weight) in zip(self.param_groups, averages, strict=True):
             # Adam takes a parameter whose state holds anything for one that it has met before.

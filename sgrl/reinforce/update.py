@@ -27,6 +27,7 @@ from sgrl.reinforce.loss import (
     value_loss,
 )
 from sgrl.reinforce.predictors import LeastSquares, make_predictor_optimizer
+from sgrl.reinforce.schedules import Schedule, value_at
 
 #: Updates between two calls of `release_freed_memory`; at full size the heap grows by some 8 MB
 #: an update.
@@ -70,15 +71,21 @@ class UpdateSettings:
             raise ValueError(f"baseline must be one of {known}, got {self.baseline!r}")
 
     @classmethod
-    def of(cls, config: Any) -> Self:
-        """Take the settings from an object that has them among its attributes."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+    def of(cls, config: Any, env_steps: int = 0) -> Self:
+        """Take the settings from an object that has them among its attributes.
+
+        Args:
+            config: its entropy_coeff may be a schedule.
+            env_steps: learned from so far.
+        """
+        given = {field.name: getattr(config, field.name) for field in fields(cls)}
+        return cls(**given | {"entropy_coeff": value_at(config.entropy_coeff, env_steps)})
 
 
 def make_optimizers(
     policy: Policy,
-    lr: float,
-    predictor_lr: float,
+    lr: Schedule,
+    predictor_lr: Schedule,
     predictor_optimizer: str = "adam",
     predictor_memory: float = 0.95,
 ) -> dict[str, Optimizer]:
@@ -86,8 +93,8 @@ def make_optimizers(
 
     Args:
         policy: to train.
-        lr: learning rate of all parameters but the predictors'.
-        predictor_lr: learning rate of the predictors.
+        lr: learning rate of all parameters but the predictors'; of a schedule, its first.
+        predictor_lr: learning rate of the predictors, as `lr`.
         predictor_optimizer: how these learn, a name of `PREDICTOR_OPTIMIZERS`.
         predictor_memory: weight of the past in what that averages.
 
@@ -96,9 +103,9 @@ def make_optimizers(
     """
     optimizers: dict[str, Optimizer] = {}
     if parameters := split_parameters(policy)[0]:
-        optimizers["policy"] = Adam(parameters, lr=lr, fused=True)
+        optimizers["policy"] = Adam(parameters, lr=value_at(lr, 0), fused=True)
     predictor = make_predictor_optimizer(
-        policy, predictor_optimizer, predictor_lr, predictor_memory
+        policy, predictor_optimizer, value_at(predictor_lr, 0), predictor_memory
     )
     return optimizers if predictor is None else {**optimizers, "predictor": predictor}
 

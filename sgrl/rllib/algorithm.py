@@ -87,10 +87,10 @@ class ReinforceConfig(PolicyConfig):
     def training(
         self,
         *,
-        predictor_lr: float = NotProvided,
+        predictor_lr: float | list[list[float]] = NotProvided,
         predictor_optimizer: Literal["adam", "scaled", "averaged", "least_squares"] = NotProvided,
         predictor_memory: float = NotProvided,
-        entropy_coeff: float = NotProvided,
+        entropy_coeff: float | list[list[float]] = NotProvided,
         normalize_returns: bool = NotProvided,
         two_phase: bool = NotProvided,
         baseline: Literal["none", "batch_mean", "value_head"] = NotProvided,
@@ -100,6 +100,9 @@ class ReinforceConfig(PolicyConfig):
         **kwargs: Any,
     ) -> Self:
         """Set the training settings.
+
+        `lr`, `predictor_lr` and `entropy_coeff` may be schedules, [[0, 1e-3], [1e6, 1e-4]]: by
+        environment steps taken, with straight lines between.
 
         Args:
             predictor_lr: learning rate of the predictors of synthetic gradients, default 1e-5.

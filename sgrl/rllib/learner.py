@@ -24,6 +24,7 @@ from sgrl.nn.policy import Acting, Policy
 from sgrl.nn.registry import mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
+from sgrl.reinforce.schedules import set_learning_rates
 from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
 from sgrl.rllib.base import Components
 
@@ -180,6 +181,8 @@ class ReinforceLearner(ExactLearner):
 
     #: `EpisodeBatch.acted` of the next batch: it belongs to one process and is in no column.
     acted: Acting | None = None
+    #: Environment steps learned from, by which schedules go.
+    env_steps = 0
 
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
@@ -215,13 +218,28 @@ class ReinforceLearner(ExactLearner):
     ) -> dict[str, float]:
         """Update without RLlib's bookkeeping; returns what `sgrl.reinforce.update` measures."""
         config = self.config.get_config_for_module(module_id)
-        return update(
-            self.module[module_id].policy,
-            dict(self.get_optimizers_for_module(module_id)),
-            batch.to(self._device),
-            # A config holds each of them under the same name.
-            UpdateSettings.of(config),
-        )
+        optimizers = dict(self.get_optimizers_for_module(module_id))
+        set_learning_rates(optimizers, config.lr, config.predictor_lr, self.env_steps)
+        # A config holds each of them under the same name.
+        settings = UpdateSettings.of(config, self.env_steps)
+        policy = self.module[module_id].policy
+        measured = update(policy, optimizers, batch.to(self._device), settings)
+        self.env_steps += batch.num_steps
+        return measured
+
+    def get_state(
+        self, components: Components = None, *, not_components: Components = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return RLlib's learner state, and the position of the schedules."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if self._check_component(COMPONENT_SCHEDULES, components, not_components):
+            state[COMPONENT_SCHEDULES] = {"env_steps": self.env_steps}
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Set whatever `state` holds of what `get_state` returns; schedules continue from there."""
+        super().set_state(state)
+        self.env_steps = state.get(COMPONENT_SCHEDULES, {}).get("env_steps", self.env_steps)
 
     def compute_loss_for_module(self, **kwargs: Any) -> Tensor:
         """Not used: `sgrl.reinforce.update` computes the loss."""

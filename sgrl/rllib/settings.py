@@ -18,6 +18,7 @@ from ray.util.debug import log_once
 
 from sgrl.envs.registry import ENVIRONMENTS, make_single
 from sgrl.reinforce.rollout import MAX_SEED
+from sgrl.reinforce.schedules import is_schedule
 
 
 class Bounds(NamedTuple):
@@ -79,6 +80,9 @@ BOUNDS = {
     "total_iterations": Bounds(1, whole=True, optional=True),
     "metrics_num_episodes_for_smoothing": Bounds(1, whole=True),
 }
+
+#: Of these, what may be a schedule too.
+SCHEDULED = ("lr", "predictor_lr", "entropy_coeff")
 
 #: What `Reinforce` and the parts of RLlib below it read, by the names of a config's attributes.
 REINFORCE_READS = frozenset(
@@ -168,7 +172,13 @@ def check_numbers(config: AlgorithmConfig, names: Iterable[str] = tuple(BOUNDS))
     """
     for name in names:
         value, bounds = getattr(config, name), BOUNDS[name]
-        if not bounds.allow(value):
+        if name in SCHEDULED and isinstance(value, list | tuple):
+            if not is_schedule(value) or not all(bounds.allow(number) for _, number in value):
+                raise ValueError(
+                    f"{name} must be a number, or [env_steps, number] pairs from step 0 on as in "
+                    f"[[0, 1e-3], [1e6, 1e-4]], each number {bounds.limits}; got {value!r}"
+                )
+        elif not bounds.allow(value):
             kind = "a whole number" if bounds.whole else "a number"
             raise ValueError(f"{name} must be {kind} {bounds.limits}, got {value!r}")
 
