@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sgrl.analysis import curves, figures
 from sgrl.analysis.comparison import best_learning_rates, compare_methods
-from sgrl.analysis.figures import learning_curves, performance_profiles, scores_against
+from sgrl.analysis.figures import curves_of_training, performance_profiles, scores_against
 from sgrl.analysis.outputs import write_comparison
 from sgrl.analysis.report import write_report
 from sgrl.analysis.style import COLOURS, method_styles
@@ -287,7 +287,7 @@ def test_bands_are_those_of_five_seeds(seeds, tmp_path, monkeypatch):
             module, "save", lambda figure, path, note, legend=None: drawn.append((figure, note))
         )
     results = load_results(write_results(tmp_path / "results", seeds=seeds))
-    learning_curves(results, tmp_path / "curves.png")
+    curves_of_training(results).draw(tmp_path / "curves.png")
     scores_against(results, tmp_path / "scores.png", "envs")
     performance_profiles(results, tmp_path / "profiles.png")
     bands = 2 if seeds == 5 else 0  # of two methods
@@ -400,7 +400,7 @@ def test_a_method_has_one_colour_in_all_figures():
 def test_figure_without_any_results_yet(results, tmp_path):
     for path in results.glob("*/metrics.csv"):
         path.unlink()
-    path = learning_curves(load_results(results), tmp_path / "empty.png")
+    path = curves_of_training(load_results(results)).draw(tmp_path / "empty.png")
     assert path.is_file()
 
 

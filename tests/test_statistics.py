@@ -27,28 +27,13 @@ from sgrl.analysis.rank_test import (
 from sgrl.analysis.statistics import (
     _median_bounds,
     _wilson,
-    interquartile_mean,
     median_interval,
     performance_profile,
     probability_of_improvement,
     sample_efficiency,
-    sem,
     steps_to_threshold,
     win_share,
 )
-
-
-def test_interquartile_mean() -> None:
-    assert interquartile_mean([9, 1, 2, 3, 4, 5, 6, -100]) == (2 + 3 + 4 + 5) / 4
-    assert interquartile_mean([1, 2, 6]) == 3  # a quarter of three, rounded down, is none
-    assert interquartile_mean([[0, 1, 1, 9], [4, 0, 2, 2]]).tolist() == [1, 2]
-
-
-def test_standard_error() -> None:
-    values = pd.Series([0.1, 0.5, 0.7, np.nan])
-    assert sem(values) == pytest.approx(scipy.stats.sem(values.dropna()))
-    assert math.isnan(sem(pd.Series([0.3])))
-
 
 SKEWED = {
     "beta(8, 2)": lambda g, shape: g.beta(8, 2, shape),
@@ -361,14 +346,26 @@ def test_best_learning_rate_is_one_that_never_failed() -> None:
     assert list(at_points(trials, best)["trial"]) == ["0", "1", "2", "5", "6"]
 
 
+def summary(scores: list[float]) -> pd.Series:
+    """The row of a method with these scores."""
+    trials = frame([("a", seed, "completed", value) for seed, value in enumerate(scores)], [])
+    return compare_methods(trials).iloc[0]
+
+
 def test_comparison_holds_medians_and_interquartile_means() -> None:
     scores = [0.1, 0.2, 0.4, 0.9, 0.5]
-    row = compare_methods(
-        frame([("a", seed, "completed", value) for seed, value in enumerate(scores)], [])
-    ).iloc[0]
+    row = summary(scores)
     names = ["auc_median", "auc_median_ci_low", "auc_median_ci_high"]
     assert tuple(row[names]) == median_interval(scores)
     assert row["auc_iqm"] == pytest.approx((0.2 + 0.4 + 0.5) / 3)
+    assert summary([9, 1, 2, 3, 4, 5, 6, -100])["auc_iqm"] == (2 + 3 + 4 + 5) / 4
+    assert summary([1, 2, 6])["auc_iqm"] == 3  # a quarter of three, rounded down, is none
+
+
+def test_standard_error() -> None:
+    values = [0.1, 0.5, 0.7, np.nan]
+    assert summary(values)["auc_sem"] == pytest.approx(scipy.stats.sem(values[:3]))
+    assert math.isnan(summary([0.3])["auc_sem"])
 
 
 def test_pairs_of_one_task() -> None:

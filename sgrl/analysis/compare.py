@@ -18,7 +18,6 @@ from sgrl.analysis.comparison import (
     compare_pairs,
     confounding,
 )
-from sgrl.analysis.statistics import sem
 from sgrl.analysis.tables import (
     Titled,
     comparison_table,
@@ -31,6 +30,7 @@ from sgrl.analysis.tables import (
     score_text,
 )
 from sgrl.results.folder import SweepFolder
+from sgrl.results.grids import leaves_of
 from sgrl.results.locations import reading
 from sgrl.results.metrics import MEASURE_NAMES
 from sgrl.results.runs import Results, ResultsError, load_results
@@ -128,14 +128,14 @@ def _compare_two(
         completed = trials[trials["state"] == "completed"].groupby("method")
         for score in (final, "auc"):
             frame[f"{place}_{score}"] = frame["method"].map(completed[score].mean())
-            frame[f"{place}_{score}_sem"] = frame["method"].map(completed[score].agg(sem))
+            frame[f"{place}_{score}_sem"] = frame["method"].map(completed[score].sem())
     differences = Table("setting", *names)
     sweeps = [SweepFolder(results.directories[0]) for results in both]
-    settings = [_settings(sweep.read_experiment()) for sweep in sweeps]
+    settings = [dict(leaves_of(sweep.read_experiment())) for sweep in sweeps]
     for key in dict.fromkeys([*settings[0], *settings[1]]):
         values = [str(setting.get(key, "-")) for setting in settings]
-        if values[0] != values[1] and key != "name":
-            differences.add_row(key, *values)
+        if values[0] != values[1] and key != ("name",):
+            differences.add_row(".".join(key), *values)
     shown = [("Settings that differ", "", differences)] if differences.row_count else []
     scores = (f"final {MEASURE_NAMES[both[0].measure]}", "AUC")
     headers = [f"{score}, {place}" for score in scores for place in ("first", "second")]
@@ -158,14 +158,3 @@ def _compare_two(
             {f"{method} ({place})": of for place, of in zip(("first", "second"), ours, strict=True)}
         )
     return frame, shown, lines, table
-
-
-def _settings(experiment: dict, prefix: str = "") -> dict[str, object]:
-    """Flatten an experiment's settings, by dotted keys."""
-    found: dict[str, object] = {}
-    for key, value in experiment.items():
-        if isinstance(value, dict) and value:
-            found |= _settings(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 
 from sgrl.analysis.rank_test import (
     ALPHA,
@@ -17,10 +18,8 @@ from sgrl.analysis.rank_test import (
 )
 from sgrl.analysis.statistics import (
     Pairs,
-    interquartile_mean,
     median_interval,
     probability_of_improvement,
-    sem,
     win_share,
 )
 from sgrl.results.folder import OVER
@@ -131,8 +130,8 @@ def compare_methods(trials: pd.DataFrame) -> pd.DataFrame:
         for measure in (final, "auc"):
             scores = completed[measure].dropna()
             row[measure] = scores.mean()
-            row[f"{measure}_sem"] = sem(scores)
-            row[f"{measure}_iqm"] = interquartile_mean(scores) if len(scores) else np.nan
+            row[f"{measure}_sem"] = scores.sem()
+            row[f"{measure}_iqm"] = scipy.stats.trim_mean(scores, 0.25) if len(scores) else np.nan
             names = [f"{measure}_median{end}" for end in ("", "_ci_low", "_ci_high")]
             row |= zip(names, median_interval(scores), strict=True)
         rows.append(row)

@@ -122,10 +122,8 @@ class Curves:
         return save(figure, path, self.note)
 
     def _draw_line(self, axis: Any, line: Line) -> None:
-        smooth, (count, colour) = (
-            line.smoothed(self.window),
-            (line.values.shape[1], line.style["color"]),
-        )
+        smooth, count = line.smoothed(self.window), line.values.shape[1]
+        colour = line.style["color"]
         places, mean = smooth.index.to_numpy(), smooth.mean(axis=1).to_numpy()
         axis.plot(
             places,
@@ -140,7 +138,7 @@ class Curves:
         if self.window > 1:
             axis.plot(places, line.values.mean(axis=1), color=colour, linewidth=0.7, alpha=0.35)
         if count >= INTERVAL_SEEDS:
-            error = _sem(smooth)
+            error = smooth.sem(axis=1).to_numpy()
             draw_band(axis, places, mean - error, mean + error, colour)
         elif count > 1:
             axis.plot(places, line.values.to_numpy(), color=colour, linewidth=0.6, alpha=0.5)
@@ -174,7 +172,7 @@ class Curves:
         if self.window > 1:
             found["raw"] = _rounded(line.values.mean(axis=1).to_numpy()[shown])
         if count >= INTERVAL_SEEDS:
-            error = _sem(smooth)
+            error = smooth.sem(axis=1).to_numpy()
             found |= {
                 "low": _rounded((mean - error)[shown]),
                 "high": _rounded((mean + error)[shown]),
@@ -182,10 +180,6 @@ class Curves:
         elif count > 1:
             found["seeds"] = [_rounded(line.values[name].to_numpy()[shown]) for name in line.values]
         return found
-
-
-def _sem(values: pd.DataFrame) -> Any:
-    return values.std(axis=1, ddof=1).to_numpy() / np.sqrt(values.shape[1])
 
 
 def _rounded(values: Any, digits: int = 4) -> list[float]:

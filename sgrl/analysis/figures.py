@@ -101,20 +101,6 @@ def _is_number(values: pd.Series) -> bool:
     return known.nunique() > 1 and all(isinstance(value, int | float) for value in known)
 
 
-def learning_curves(results: Results, path: Path, column: str | None = None) -> Path:
-    """Draw learning curves (`curves_of_training`).
-
-    Args:
-        results: from `runs.load_results`.
-        path: the PNG to write; an SVG of the same name is written beside it.
-        column: one of `EVALUATION_COLUMNS`, instead of the measure that trials are judged by.
-
-    Returns:
-        `path`.
-    """
-    return curves_of_training(results, column).draw(path)
-
-
 def curves_of_training(
     results: Results, column: str | None = None, overlay: bool = False
 ) -> Curves:
@@ -132,7 +118,8 @@ def curves_of_training(
     Returns:
         The curves.
     """
-    title = METRICS[column].name.capitalize() if column else _while_training(results)
+    name = METRICS[column or results.measure].name
+    title = name.capitalize() + ("" if column else " while training")
     column = column or results.measure
     rates = chosen_columns(results.trials)
     shown = best_learning_rates(compare_methods(results.trials))
@@ -148,20 +135,16 @@ def curves_of_training(
                 continue
             used = [f"{name} {plain(row[name])}" for name in rates if pd.notna(row[name])]
             used += ["stopped early"] if row["stopped"] and not row["trials"] else []
-            name = f"{row['method']} ({', '.join(used)})" if used else row["method"]
+            label = f"{row['method']} ({', '.join(used)})" if used else row["method"]
             dash = 0
             if overlay:
-                name = f"{row['experiment']}: {name}"
+                label = f"{row['experiment']}: {label}"
                 dash = experiments.index(row["experiment"]) % len(DASHES)
-            lines.append(Line(name, values, styles[row["method"]], dash))
+            lines.append(Line(label, values, styles[row["method"]], dash))
         panels.append((panel, lines))
     limits = (-0.02, 1.02) if column.endswith(("success_rate", "eval_reward")) else None
     more = BEST if rates else ""
-    return Curves(title, results.axis.name, METRICS[column].name, panels, limits, more)
-
-
-def _while_training(results: Results) -> str:
-    return f"{MEASURE_NAMES[results.measure].capitalize()} while training"
+    return Curves(title, results.axis.name, name, panels, limits, more)
 
 
 def performance_profiles(results: Results, path: Path) -> Path:

@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 
 from sgrl.analysis.comparison import by_task, compare_methods, confounding
-from sgrl.analysis.figures import learning_curves
+from sgrl.analysis.figures import curves_of_training
 from sgrl.analysis.findings import probe_finding
 from sgrl.analysis.tables import (
     bounds_table,
@@ -53,7 +53,7 @@ def write_comparison(
     results = load_results(sweep.path)
     comparison = compare_methods(results.trials)
     comparison.to_csv(sweep.comparison, index=False)
-    figure = learning_curves(results, sweep.figures / f"{results.measure}.png")
+    figure = curves_of_training(results).draw(sweep.figures / f"{results.measure}.png")
     count = MEASURES[results.measure]
     last = "the last evaluation" if count == 1 else f"the last {count} batches"
     console.print(

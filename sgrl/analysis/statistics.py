@@ -34,31 +34,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def sem(values: pd.Series) -> float:
-    """Compute the standard error of the mean.
-
-    Args:
-        values: the scores; NaN values are left out.
-
-    Returns:
-        The standard error; NaN for fewer than two values.
-    """
-    return float(values.std(ddof=1) / np.sqrt(values.count()))
-
-
-def interquartile_mean(scores: ArrayLike, axis: int = -1) -> Array:
-    """Compute the mean of the middle half of the scores.
-
-    Args:
-        scores: the scores; a quarter of them, rounded down, is trimmed at either end.
-        axis: the axis to average over.
-
-    Returns:
-        The means, without that axis.
-    """
-    return scipy.stats.trim_mean(scores, 0.25, axis=axis)
-
-
 def median_interval(scores: ArrayLike) -> Interval:
     """Estimate the median of one task's scores.
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sgrl.analysis.comparison import LOST, at_points, measure_of, plain
 from sgrl.analysis.rank_test import MOST_SEEDS
-from sgrl.analysis.statistics import INTERVAL_SEEDS, sem
+from sgrl.analysis.statistics import INTERVAL_SEEDS
 from sgrl.results.metrics import MEASURE_NAMES, MEASURES
 from sgrl.results.runs import Results
 
@@ -162,7 +162,7 @@ def score_text(*tasks: pd.Series) -> str:
     if scores.empty:
         return "-"
     if min(map(len, tasks)) >= INTERVAL_SEEDS:
-        return f"{scores.mean():.3f} ± {sem(scores):.3f}"
+        return f"{scores.mean():.3f} ± {scores.sem():.3f}"
     if len(scores) == 1:
         return f"{scores.mean():.3f} (one seed)"
     own = "; ".join(", ".join(f"{score:.3f}" for score in task.dropna()) for task in tasks)

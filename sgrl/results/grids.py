@@ -6,7 +6,7 @@ a distribution such as `{"uniform": [0, 1]}`, which a search draws values from.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sgrl.names import is_close, nearest
@@ -66,6 +66,22 @@ def distributions_in(
             return
         for key, value in tree.items():
             yield from distributions_in(value, (*path, str(key)))
+
+
+def leaves_of(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path to each value in a tree that holds no further keys, and the value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from (((str(key), *path), leaf) for path, leaf in leaves_of(value))
+        else:
+            yield (str(key),), value
+
+
+def put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set the value at the end of a path in a tree, making the steps that are not there."""
+    for step in path[:-1]:
+        tree = tree.setdefault(step, {})
+    tree[path[-1]] = value
 
 
 def is_open(tree: Mapping[str, Any]) -> bool:

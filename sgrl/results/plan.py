@@ -27,6 +27,7 @@ from sgrl.results.grids import (
     is_open,
     label,
     place_of,
+    put,
     repeated,
     short_names,
 )
@@ -248,7 +249,7 @@ class Point(NamedTuple):
         content = copy.deepcopy(self.content)
         given = {path: copy.deepcopy(values[".".join(path)]) for path in self.searched}
         for path, value in given.items():
-            _put(content, path, value)
+            put(content, path, value)
         swept = self.swept | {self.searched[path]: value for path, value in given.items()}
         return Point(self.method, swept, content)
 
@@ -353,7 +354,7 @@ def points_of(
         for values in itertools.product(*lists):
             content = copy.deepcopy(merged[method])
             for path, value in zip(nodes, values, strict=True):
-                _put(content, path, copy.deepcopy(value))
+                put(content, path, copy.deepcopy(value))
             swept = {short[path]: value for path, value in zip(nodes, values, strict=True)}
             own = {path: short[path] for path in searched[method]}
             points.append(Point(method, swept, content, own))
@@ -408,13 +409,6 @@ def grid_problems(experiment: Mapping[str, Any]) -> Iterator[Problem]:
                 yield Problem(f"{key}.grid", f"expected a list, got {values!r}")
             elif message := repeated(values):
                 yield Problem(f"{key}.grid", message)
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Set the value at the end of a path that is there."""
-    for step in path[:-1]:
-        tree = tree[step]
-    tree[path[-1]] = value
 
 
 def _merged(experiment: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

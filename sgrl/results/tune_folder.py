@@ -11,13 +11,13 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgrl.files import read_json, write_text
 from sgrl.results.folder import SweepFolder, TrialFolder
-from sgrl.results.grids import label, short_names
+from sgrl.results.grids import label, leaves_of, put, short_names
 from sgrl.results.metrics import Row, is_taken, write_rows
 from sgrl.results.rllib_metrics import metrics_row
 from sgrl.yaml_files import dump_yaml
@@ -82,7 +82,7 @@ def describe_trials(trials: Mapping[str, TuneTrial]) -> dict[str, dict[str, Any]
             sections: dict[str, dict[str, Any]] = {}
             for (first, key, *inner), value in own.items():
                 if first == "config" and (key in SECTION_OF or (first, key, *inner) in differing):
-                    _put(sections, [SECTION_OF.get(key, "training"), key, *inner], value)
+                    put(sections, [SECTION_OF.get(key, "training"), key, *inner], value)
             described[name] = {
                 "name": name,
                 "swept": swept[name],
@@ -109,7 +109,7 @@ def name_trial(trial: TuneTrial, evaluated: Mapping[str, Any]) -> str:
     """
     config: dict[str, Any] = {}
     for path, value in evaluated.items():
-        _put(config, path.split("/"), value)
+        put(config, path.split("/"), value)
     leaves, whole = _leaves(config), _leaves(trial.config)
     methods, swept = _named(_policy(trial, whole), list(leaves), {"": leaves})
     seed = whole.get(("config", "seed"))
@@ -131,23 +131,8 @@ def _leaves(config: Mapping[str, Any]) -> Leaves:
     rest = {k: v for k, v in config.items() if k != "model_config" and v not in (None, {})}
     return {
         **{("model", key): _plain(value) for key, value in model.items()},
-        **{("config", *path): _plain(value) for path, value in _walk(rest)},
+        **{("config", *path): _plain(value) for path, value in leaves_of(rest)},
     }
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Set the value at the end of some steps, making those that are not there."""
-    for step in path[:-1]:
-        tree = tree.setdefault(step, {})
-    tree[path[-1]] = value
-
-
-def _walk(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from (((str(key), *path), leaf) for path, leaf in _walk(value))
-        else:
-            yield (str(key),), value
 
 
 def _plain(value: Any) -> Any:
@@ -311,7 +296,7 @@ def _nested(fields: Mapping[str, str]) -> dict[str, Any]:
     truths = {"True": True, "False": False}
     for path, text in fields.items():
         with contextlib.suppress(ValueError):
-            _put(result, path.split("/"), truths[text] if text in truths else float(text))
+            put(result, path.split("/"), truths[text] if text in truths else float(text))
     result["training_iteration"] = int(result["training_iteration"])
     return result
 
