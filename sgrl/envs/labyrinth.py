@@ -19,7 +19,7 @@ import random
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -364,21 +364,12 @@ class VectorLabyrinth(VectorEnv):
 
 
 class VectorEscape(VectorLabyrinth):
-    """popgym's LabyrinthEscape: -1 / T a step, plus 1 for reaching the goal.
+    """popgym's LabyrinthEscape: -1 / T a step, plus 1 for reaching the goal."""
 
-    Attributes:
-        rewards: of a step, by whether it terminated the episode, float64 [2].
-    """
-
-    def __init__(
-        self,
-        num_envs: int,
-        maze_dims: Sequence[int],
-        episode_length: int,
-        reward_noise: float = 0.0,
-    ) -> None:
-        super().__init__(num_envs, maze_dims, episode_length, reward_noise)
-        self.rewards = -1 / episode_length + np.array([0.0, 1.0])
+    @cached_property
+    def rewards(self) -> NDArray[np.float64]:
+        """Of a step, by whether it terminated the episode, [2]."""
+        return -1 / self.episode_length + np.array([0.0, 1.0])
 
     def _begin(self, layouts: Sequence[Layout], seeds: Sequence[int]) -> None:
         self.cells[self._everyone, [layout.end for layout in layouts]] = Cell.GOAL

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from sgrl.annotations import accepts
 from sgrl.envs import by_id
 from sgrl.envs.cards import GAMES
 from sgrl.envs.labyrinth import VectorEscape, VectorExplore, make_escape, make_explore
@@ -51,41 +52,29 @@ class EnvEntry:
     prepare: Callable[[Mapping[str, Any], Report], object] | None = None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_probability(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not accepts(float, value) or not 0 <= value <= 1:
         raise ValueError(f"{key} must be a number from 0 to 1, got {value!r}")
 
 
 def _check_labyrinth(config: Mapping[str, Any]) -> None:
     dims, length = config["maze_dims"], config["episode_length"]
-    if (
-        not isinstance(dims, list | tuple)
-        or len(dims) != 2
-        or not all(_is_int(size) and size >= 6 and size % 2 == 0 for size in dims)
-    ):
+    if not accepts(tuple[int, int], dims) or any(size < 6 or size % 2 for size in dims):
         raise ValueError(
             f"maze_dims must be [height, width], two even numbers of at least 6, got {dims!r}"
         )
-    if not _is_int(length) or length < 2:
+    if not accepts(int, length) or length < 2:
         raise ValueError(f"episode_length must be a whole number of at least 2, got {length!r}")
     _check_probability("zero_reward_probability", config.get("zero_reward_probability", 0))
     noise = config["reward_noise"]
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+    if not accepts(float, noise) or not 0 <= noise < math.inf:
         raise ValueError(f"reward_noise must be a number of at least 0, got {noise!r}")
 
 
 def _check_bandit(config: Mapping[str, Any]) -> None:
     classes = config["classes"]
-    if (
-        not isinstance(classes, list | tuple)
-        or not all(_is_int(digit) and 0 <= digit <= 9 for digit in classes)
-        or len(set(classes)) != len(classes)
-        or len(classes) < 2
-    ):
+    digits = set(classes) if accepts(list[int], classes) else set()
+    if len(digits) < 2 or len(digits) != len(classes) or not digits <= set(range(10)):
         raise ValueError(f"classes must be at least two different digits, got {classes!r}")
     _check_probability("p_flip", config["p_flip"])
     if config["split"] not in ("train", "test"):
