@@ -44,11 +44,12 @@ POLICIES: dict[str, tuple[dict[str, Any], str]] = {
 #: What the others are compared with: on a CPU, and on a GPU.
 BASELINE = {"cpu": "plain", "cuda": "one CPU thread"}
 BATCH, IMAGES, PIXELS, CLASSES = 64, 4000, 784, 9
-#: The bandit's sparse networks: settings of `sparse_mlp`.
+#: The bandit's, by the name they have in the table: arguments of `make_policy`.
 BANDIT_POLICIES: dict[str, dict[str, Any]] = {
-    "sgprop adaptive": {},
-    "sgprop fixed": {"adaptive": False},
-    "backprop": {"propagation": "backprop"},
+    "sgprop adaptive": {"name": "sparse_mlp"},
+    "sgprop fixed": {"name": "sparse_mlp", "adaptive": False},
+    "backprop": {"name": "sparse_mlp", "propagation": "backprop"},
+    "dense": {"name": "dense"},
 }
 LABYRINTHS = {"labyrinth_escape": 80, "labyrinth_explore": 40}
 
@@ -180,14 +181,10 @@ def bandit(device: torch.device) -> list[Contender]:
     images = torch.randn(IMAGES, PIXELS)
     sizes = {"observation_size": PIXELS, "num_actions": CLASSES}
     contenders = []
-    for name, settings in BANDIT_POLICIES.items():
-        for place in places(device):
-            policy = place.make_policy(name="sparse_mlp", **sizes, **settings)
-            batches = train_bandit(policy, images, place)
-            contenders.append(Contender("mnist_bandit", name, place.implementation, batches))
-    for place in places(device, sparse=False):
-        dense = train_bandit(place.make_policy(name="dense", **sizes), images, place)
-        contenders.append(Contender("mnist_bandit", "dense", place.implementation, dense))
+    for policy, arguments in BANDIT_POLICIES.items():
+        for place in places(device, sparse=arguments["name"] == "sparse_mlp"):
+            batches = train_bandit(place.make_policy(**arguments, **sizes), images, place)
+            contenders.append(Contender("mnist_bandit", policy, place.implementation, batches))
     plain = load_plain("plain_mnist")
     if plain is not None and device.type == "cpu":
         batches = train_plain_bandit(plain, images)

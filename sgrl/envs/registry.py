@@ -141,10 +141,10 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
         ValueError: unknown name or key (with the nearest valid one), or an impossible value.
     """
     try:
-        known = isinstance(env, str) and (env in ENVIRONMENTS or by_id.is_known(env))
+        there = isinstance(env, str) and (env in ENVIRONMENTS or by_id.is_known(env))
     except UserCodeError as error:
         raise ValueError(f"{env}: {error}") from error
-    if not known:
+    if not there:
         missing = by_id.unknown_of_module(env)
         if missing is not None:
             raise ValueError(f"unknown environment {env!r}: {missing}")
@@ -156,36 +156,23 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
         )
     if not isinstance(env_config, Mapping | None):
         raise ValueError(f"{env}: env_config must hold keys and values, got {env_config!r}")
-    if env not in ENVIRONMENTS:
-        return _validate_by_id(env, env_config or {})
-    entry = ENVIRONMENTS[env]
-    config = {**copy.deepcopy(entry.defaults), "vectorized": True}
-    for key, value in (env_config or {}).items():
-        if key not in config:
-            raise ValueError(f"{env}: unknown env_config key {key!r}; {did_you_mean(key, config)}")
-        config[key] = value
-    _check_vectorized(env, config)
-    try:
-        entry.check(config)
-    except ValueError as error:
-        raise ValueError(f"{env}: {error}") from None
-    return config
-
-
-def _validate_by_id(env: str, env_config: Mapping[str, Any]) -> dict[str, Any]:
-    config = {**by_id.DEFAULTS, "vectorized": True, **copy.deepcopy(dict(env_config))}
-    _check_vectorized(env, config)
-    settings = {key: value for key, value in config.items() if key != "vectorized"}
-    try:
-        config["episode_length"] = by_id.describe(env, settings).episode_length
-    except ValueError as error:
-        raise ValueError(f"{env}: {error}") from None
-    return config
-
-
-def _check_vectorized(env: str, config: Mapping[str, Any]) -> None:
+    entry = ENVIRONMENTS.get(env)
+    known = {**(entry.defaults if entry else by_id.DEFAULTS), "vectorized": True}
+    config = copy.deepcopy({**known, **(env_config or {})})
+    for key in config:
+        if entry and key not in known:
+            raise ValueError(f"{env}: unknown env_config key {key!r}; {did_you_mean(key, known)}")
     if not isinstance(config["vectorized"], bool):
         raise ValueError(f"{env}: vectorized must be true or false, got {config['vectorized']!r}")
+    try:
+        if entry:
+            entry.check(config)
+        else:
+            settings = {key: value for key, value in config.items() if key != "vectorized"}
+            config["episode_length"] = by_id.describe(env, settings).episode_length
+    except ValueError as error:
+        raise ValueError(f"{env}: {error}") from None
+    return config
 
 
 def check_flat(env: str, env_config: Mapping[str, Any]) -> None:

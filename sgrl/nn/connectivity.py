@@ -91,8 +91,3 @@ def sum_over_children(
             return total.index_add_(0, parents.flatten(), values)
         edges = edge_table(parents, num_sources)
     return sum_over_edges(values, edges)
-
-
-def child_counts(parents: Int64[Tensor, "W P"], num_sources: int) -> Int64[Tensor, " S"]:
-    """Number of edges on which each source is read: int64 [num_sources] from parents [W, P]."""
-    return torch.bincount(parents.flatten(), minlength=num_sources)

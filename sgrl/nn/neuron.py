@@ -185,19 +185,10 @@ class SlotNeurons(nn.Module):
 
     def layer(self, sources: Tensor) -> Layer:
         """The layer as kernels take it, reading from `sources` (see `Layer`)."""
-        parameters: dict[str, Any] = {name: getattr(self, name, None) for name in PARAMETERS}
-        return Layer(
-            num_neurons=self.num_neurons,
-            neuron_size=self.neuron_size,
-            num_slots=self.num_slots,
-            external_size=self.external_size,
-            num_input_neurons=self.num_input_neurons,
-            scale=self.scale,
-            sources=sources,
-            mixing_weight=self.mixing_weight,
-            mixing_memory=self.mixing_memory,
-            **parameters,
-        )
+        # All have the same names here; some are not there without predictors or external input.
+        own: dict[str, Any] = {**vars(self), **self._parameters, **self._buffers}
+        own = {name: own.get(name) for name in Layer._fields}
+        return Layer(**own | {"sources": sources})
 
     def _add_normal(
         self,

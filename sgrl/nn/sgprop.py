@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from sgrl.nn.connectivity import child_counts, edge_table, sum_over_children
+from sgrl.nn.connectivity import edge_table, sum_over_children
 from sgrl.nn.mixing import MIN_NORM, MixingRule, norm
 from sgrl.nn.mixing_rules import mixing_rule
 from sgrl.nn.neuron import predictor_generator
@@ -281,7 +281,7 @@ def temporal_schedule(
     if edges is None and mixing_weight.is_cuda:
         edges = edge_table(parents, count)
     if edges is None:
-        num_edges = child_counts(parents, count).clamp(min=1)
+        num_edges = torch.bincount(parents.flatten(), minlength=count).clamp(min=1)
     else:
         num_edges = (edges < parents.numel()).sum(1).clamp(min=1)
     for t in range(length - 2, -1, -1):

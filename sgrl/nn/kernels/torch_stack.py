@@ -141,7 +141,9 @@ class _Stack(torch.autograd.Function):
                 scores = _score_gradients(done, slopes, feedback)
             rows = _row_gradients(slopes, feedback, scores, layer.scale)
             if rule.phase != "predictor":
-                grads[2 * index : 2 * index + 2] = _parameter_gradients(layer, done, rows)
+                grad_bias = rows[:, layer.num_slots :].sum(-1).view_as(layer.bias)
+                grads[2 * index] = torch.bmm(rows, done.read.transpose(1, 2))
+                grads[2 * index + 1] = grad_bias
             if index or ctx.needs_input_grad[2]:
                 grad_read = ctx.scratch.read
                 torch.bmm(weights[index].transpose(1, 2), rows, out=grad_read)
@@ -227,12 +229,6 @@ def _row_gradients(
     of_slots = rows[:, num_slots:].unflatten(1, slopes.slots.shape[1:3])
     torch.mul(slopes.slots, feedback.unsqueeze(1), out=of_slots)
     return rows
-
-
-def _parameter_gradients(layer: Layer, done: _Pass, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight_h and bias, summed over the batch."""
-    grad_bias = rows[:, layer.num_slots :].sum(-1).view_as(layer.bias)
-    return torch.bmm(rows, done.read.transpose(1, 2)), grad_bias
 
 
 def _predict(layer: Layer, done: _Pass, slopes: _Slopes) -> Tensor:
