@@ -110,6 +110,12 @@ def make_optimizers(
     return optimizers if predictor is None else {**optimizers, "predictor": predictor}
 
 
+def optimizers_of(policy: Policy, config: Any) -> dict[str, Optimizer]:
+    """`make_optimizers` with the settings that an object has among its attributes."""
+    names = ("lr", "predictor_lr", "predictor_optimizer", "predictor_memory")
+    return make_optimizers(policy, **{name: getattr(config, name) for name in names})
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Float[Tensor, ""]:
     """Scale the gradients of one parameter group in place by min(1, max_norm / (norm + 1e-6)).
 

@@ -25,7 +25,7 @@ from sgrl.nn.registry import mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.schedules import set_learning_rates
-from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+from sgrl.reinforce.update import UpdateSettings, optimizers_of, update
 from sgrl.rllib.base import Components
 
 COMPONENT_KL = "kl_coefficients"
@@ -186,14 +186,7 @@ class ReinforceLearner(ExactLearner):
 
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
-        policy = self.module[module_id].policy
-        optimizers = make_optimizers(
-            policy,
-            config.lr,
-            config.predictor_lr,
-            config.predictor_optimizer,
-            config.predictor_memory,
-        )
+        optimizers = optimizers_of(self.module[module_id].policy, config)
         for name, optimizer in optimizers.items():
             self.register_optimizer(
                 module_id=module_id,

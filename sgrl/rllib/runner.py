@@ -20,7 +20,6 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.framework import get_device
 from ray.rllib.utils.metrics import (
     EPISODE_LEN_MEAN,
-    EPISODE_RETURN_MEAN,
     NUM_ENV_STEPS_SAMPLED,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     NUM_EPISODES,
@@ -38,6 +37,8 @@ from sgrl.rllib.module import PolicyModule
 COMPONENT_ROLLOUT = "rollout"
 #: Where batches are that another process learns from, or none.
 CPU = torch.device("cpu")
+#: Statistics that RLlib calls otherwise.
+RLLIB_NAMES = {"episode_length_mean": EPISODE_LEN_MEAN}
 #: Mean reward an episode, of an evaluation.
 EVALUATION_REWARD = "evaluation_reward"
 
@@ -169,14 +170,8 @@ class EpisodeRunner(EnvRunner, Checkpointable):
 
     def _log(self, batch: EpisodeBatch) -> SampledBatch:
         sampled = SampledBatch(**vars(batch))
-        statistics = sampled.statistics()
-        names = {
-            "success_rate": "success_rate",
-            "episode_return_mean": EPISODE_RETURN_MEAN,
-            "episode_length_mean": EPISODE_LEN_MEAN,
-        }
-        for name, value in statistics.items():
-            self.metrics.log_value(names[name], value, reduce="mean")
+        for name, value in sampled.statistics().items():
+            self.metrics.log_value(RLLIB_NAMES.get(name, name), value, reduce="mean")
         self.metrics.log_value(NUM_EPISODES, sampled.num_episodes, reduce="sum")
         steps = sampled.num_steps
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, steps, reduce="sum")

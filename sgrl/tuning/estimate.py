@@ -29,7 +29,7 @@ from ray.train._internal.storage import StorageContext
 from sgrl.errors import UserError, one_line
 from sgrl.local_ray import start_local_ray
 from sgrl.reinforce.generators import generators_aside
-from sgrl.reinforce.update import UpdateSettings, make_optimizers, update
+from sgrl.reinforce.update import UpdateSettings, optimizers_of, update
 from sgrl.results.evaluation import play
 from sgrl.results.grids import label
 from sgrl.results.plan import Trial, TrialConfig
@@ -224,13 +224,7 @@ def plain_work(trial: TrialConfig, config: Any) -> Iterator[Work]:
         stack.callback(runner.env.close)
         runner.share_module(runner.module)
         policy = runner.module.policy
-        optimizers = make_optimizers(
-            policy,
-            config.lr,
-            config.predictor_lr,
-            config.predictor_optimizer,
-            config.predictor_memory,
-        )
+        optimizers = optimizers_of(policy, config)
         settings = UpdateSettings.of(config)
 
         def step() -> None:
