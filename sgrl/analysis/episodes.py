@@ -154,6 +154,7 @@ def record_episode(
     actions = batch.actions[:steps, place].numpy()
     observations = batch.observations[:steps, place : place + 1]
     core: Any = getattr(policy, "core", None)
+    weights = [values.float().numpy() for values in getattr(core, "mixing_weights", [])]
     environment_seed = rollout.seed * rollout.env.seed_spacing + place
     # The episode once more, alone, for what observations do not show.
     settings = evaluation_config(env, environment["env_config"]) | {"vectorized": True}
@@ -164,7 +165,7 @@ def record_episode(
         "number": number,
         "actions": actions,
         "rewards": batch.rewards[:steps, place].numpy(),
-        "mixing_weights": _mixing_weights(core),
+        "mixing_weights": np.stack(weights) if weights else None,
     }
     if env not in ENVIRONMENTS:
         observed, frames = _drawn_frames(env, settings, environment_seed, actions)
@@ -260,8 +261,3 @@ def method_name(policy: Policy) -> str:
     name = {"sparse_mlp": "sparse"}.get(own, own)
     propagation = getattr(policy.settings, "propagation", None)
     return f"{name}_{propagation}" if propagation else name
-
-
-def _mixing_weights(core: Any) -> NDArray[np.float32] | None:
-    weights = getattr(core, "mixing_weights", [])
-    return np.stack([values.float().numpy() for values in weights]) if weights else None

@@ -19,7 +19,7 @@ from torch import nn
 
 from sgrl.annotations import accepts, in_words
 from sgrl.names import did_you_mean
-from sgrl.nn.actions import ActionSpace, Discrete, action_space_from
+from sgrl.nn.actions import ActionSpace, action_space_from
 from sgrl.nn.feedforward_policies import DensePolicy, MLPPolicy, SparseMLPPolicy
 from sgrl.nn.mixing import mixing_modules, mixing_summary, split_parameters
 from sgrl.nn.policy import Policy, PolicySettings
@@ -201,12 +201,6 @@ def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
     (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _action_space(description: Mapping[str, Any]) -> ActionSpace:
-    if "num_actions" in description:  # written before there were other actions than Discrete
-        return Discrete(description["num_actions"])
-    return action_space_from(description["action_space"])
-
-
 def load_policy(path: str | Path) -> Policy:
     """Load a policy from a checkpoint, or any folder that `save_policy` wrote; without Ray.
 
@@ -235,7 +229,8 @@ def load_policy(path: str | Path) -> Policy:
         policy = make_policy(
             description["policy"],
             description["observation_size"],
-            _action_space(description),
+            # Only a number where it was written before there were other actions than Discrete.
+            description.get("num_actions") or action_space_from(description["action_space"]),
             dtype=getattr(torch, description["dtype"]),
             **settings,
         )

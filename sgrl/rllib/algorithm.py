@@ -235,10 +235,7 @@ class Reinforce(PolicyCheckpoints):
     Source: the paper, Sections H.3 and H.4.
     """
 
-    @classmethod
-    def get_default_config(cls) -> ReinforceConfig:
-        """Return the default settings."""
-        return ReinforceConfig()
+    config_class = ReinforceConfig
 
     def setup(self, config: AlgorithmConfig) -> None:
         """Build runners and learner.

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pyarrow import fs
 from ray.rllib.algorithms import Algorithm, AlgorithmConfig
@@ -49,7 +49,18 @@ class PolicyConfig(AlgorithmConfig):
 
 
 class PolicyCheckpoints(Algorithm):
-    """To be put before an algorithm: its checkpoints hold the policy, if it trains one of ours."""
+    """To be put before an algorithm: its checkpoints hold the policy, if it trains one of ours.
+
+    Attributes:
+        config_class: of the algorithm's settings.
+    """
+
+    config_class: ClassVar[type[AlgorithmConfig]]
+
+    @classmethod
+    def get_default_config(cls) -> AlgorithmConfig:
+        """Return the default settings."""
+        return cls.config_class()
 
     def save_to_path(
         self,

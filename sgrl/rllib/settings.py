@@ -254,10 +254,6 @@ def _conditions(config: AlgorithmConfig) -> list[tuple[str, Callable[[], bool], 
         config._learner_connector,
     )
     baseline = config.get("baseline")
-
-    def takes_numbers() -> bool:
-        return not _has_discrete_actions(config)
-
     return [
         (
             "train_batch_size",
@@ -267,21 +263,21 @@ def _conditions(config: AlgorithmConfig) -> list[tuple[str, Callable[[], bool], 
         ("grad_clip_by", lambda: config.grad_clip is not None, "without grad_clip"),
         ("value_coeff", lambda: baseline == "value_head", "without baseline: value_head"),
         ("episode_lookback_horizon", lambda: any(connectors), "without connectors that look back"),
-        ("normalize_actions", takes_numbers, "where actions are discrete"),
-        ("clip_actions", takes_numbers, "where actions are discrete"),
+        ("normalize_actions", lambda: _takes_numbers(config), "where actions are discrete"),
+        ("clip_actions", lambda: _takes_numbers(config), "where actions are discrete"),
     ]
 
 
-def _has_discrete_actions(config: AlgorithmConfig) -> bool:
-    """Whether an environment known here takes discrete actions."""
+def _takes_numbers(config: AlgorithmConfig) -> bool:
+    """Whether an environment takes real numbers as actions; one that is not known here may."""
     if config.env in ENVIRONMENTS:
-        return True
+        return False
     try:
         env = make_single(config.env, config.env_config)
     except ValueError:  # one that a script registered with RLlib alone
-        return False
+        return True
     env.close()
-    return not isinstance(env.action_space, gym.spaces.Box)
+    return isinstance(env.action_space, gym.spaces.Box)
 
 
 def _does_nothing(config: AlgorithmConfig, section: str, key: str) -> ValueError:

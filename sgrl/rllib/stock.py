@@ -23,7 +23,7 @@ predictors a parameter group of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -179,12 +179,18 @@ class StockRunner(SingleAgentEnvRunner):
 
 
 class PolicyAlgorithmConfig(PolicyConfig):
-    """What the configs below share; to be put before RLlib's config of the algorithm."""
+    """What the configs below share; to be put before RLlib's config of the algorithm.
 
-    learner_class_of_policies: type[PolicyLearner]
+    Attributes:
+        name: of the algorithm in `STOCK_ALGORITHMS`.
+        learner_class_of_policies: its learner.
+    """
+
+    name: ClassVar[str]
+    learner_class_of_policies: ClassVar[type[PolicyLearner]]
 
     def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class)
+        super().__init__(algo_class=algo_class or STOCK_ALGORITHMS[self.name])
         self.predictor_lr = 1e-5
         self.env_runner_cls: type[EnvRunner] | None = StockRunner
         # Restarted in place, a runner would begin other episodes than a trial that goes on from
@@ -305,37 +311,28 @@ class IMPALALearner(PolicyLearner, IMPALATorchLearner):
 class PPOConfig(PolicyAlgorithmConfig, ppo.PPOConfig):
     """RLlib's PPOConfig, with `predictor_lr`."""
 
+    name = "PPO"
     learner_class_of_policies = PPOLearner
-
-    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class or PPO)
 
 
 class APPOConfig(PolicyAlgorithmConfig, appo.APPOConfig):
     """RLlib's APPOConfig, with `predictor_lr`."""
 
+    name = "APPO"
     learner_class_of_policies = APPOLearner
-
-    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class or APPO)
 
 
 class IMPALAConfig(PolicyAlgorithmConfig, impala.IMPALAConfig):
     """RLlib's IMPALAConfig, with `predictor_lr`."""
 
+    name = "IMPALA"
     learner_class_of_policies = IMPALALearner
-
-    def __init__(self, algo_class: type[Algorithm] | None = None) -> None:
-        super().__init__(algo_class=algo_class or IMPALA)
 
 
 class PPO(PolicyCheckpoints, ppo.PPO):
     """RLlib's PPO around a policy, on either API stack."""
 
-    @classmethod
-    def get_default_config(cls) -> PPOConfig:
-        """Return the default settings."""
-        return PPOConfig()
+    config_class = PPOConfig
 
     @classmethod
     def get_default_policy_class(cls, config: AlgorithmConfig) -> type[OldPolicy]:
@@ -346,19 +343,13 @@ class PPO(PolicyCheckpoints, ppo.PPO):
 class APPO(PolicyCheckpoints, appo.APPO):
     """RLlib's APPO around a policy (new API stack)."""
 
-    @classmethod
-    def get_default_config(cls) -> APPOConfig:
-        """Return the default settings."""
-        return APPOConfig()
+    config_class = APPOConfig
 
 
 class IMPALA(PolicyCheckpoints, impala.IMPALA):
     """RLlib's IMPALA around a policy (new API stack)."""
 
-    @classmethod
-    def get_default_config(cls) -> IMPALAConfig:
-        """Return the default settings."""
-        return IMPALAConfig()
+    config_class = IMPALAConfig
 
 
 #: RLlib's algorithms around our policies, by RLlib's name.

@@ -36,7 +36,7 @@ def algorithm_class(name: str) -> Any:
 
 def config_class_of(algorithm: str) -> Any:
     """Return the AlgorithmConfig subclass of an algorithm; raises as `algorithm_class`."""
-    return type(algorithm_class(algorithm).get_default_config())
+    return algorithm_class(algorithm).config_class
 
 
 def build_algorithm_config(trial: TrialConfig) -> Any:
