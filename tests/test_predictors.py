@@ -108,9 +108,9 @@ def record_targets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor
             torch.stack([getattr(a, part) for a in self.activations])[valid]
             for part in ("inputs", "attention")
         )
-        target = torch.stack([self.predictions[t] - self.residuals[t] for t in range(self.length)])[
-            valid
-        ]
+        steps = (self.steps[t] for t in range(self.length))
+        target = torch.stack([prediction - residual for _, _, prediction, _, residual in steps])
+        target = target[valid]
         seen.append((0, torch.cat([attention, inputs], 2).detach(), target.detach()))
         finish(self)
 

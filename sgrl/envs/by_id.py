@@ -41,11 +41,6 @@ class Description(NamedTuple):
     episode_length: int
 
 
-def known_ids() -> list[str]:
-    """All ids that gymnasium knows now."""
-    return list(gym.registry)
-
-
 def is_known(env: Any) -> bool:
     """Whether gymnasium has an environment of that id, or a module such a class.
 

@@ -150,7 +150,7 @@ def validate_env_config(env: str, env_config: Mapping[str, Any] | None = None) -
             raise ValueError(f"unknown environment {env!r}: {missing}")
         raise ValueError(
             f"unknown environment {env!r}; "
-            f"{did_you_mean(env, [*ENVIRONMENTS, *by_id.known_ids()])} (there are "
+            f"{did_you_mean(env, [*ENVIRONMENTS, *gym.registry])} (there are "
             f"{', '.join(ENVIRONMENTS)}, and gymnasium's and POPGym's ids; one that a module of "
             "yours registers is written module:Id-v0, a class of yours module:Class)"
         )

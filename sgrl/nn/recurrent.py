@@ -279,11 +279,8 @@ class _BackwardRecord:
         self.mask = mask
         self.activations: list[Activation] = []
         self.offered: list[Tensor] = []
-        self.gradients: dict[int, Tensor] = {}
-        self.mixed: dict[int, Tensor] = {}
-        self.predictions: dict[int, Tensor] = {}
-        self.substitutes: dict[int, Tensor] = {}
-        self.residuals: dict[int, Tensor] = {}
+        #: Of each step: received gradient, mixture, prediction, what was mixed in, and residual.
+        self.steps: dict[int, tuple[Tensor, ...]] = {}
 
     def add(self, activation: Activation, prediction: Tensor) -> None:
         self.activations.append(Activation(*(value.detach() for value in activation)))
@@ -299,9 +296,7 @@ class _BackwardRecord:
         mixed, substitute, residual = mix(
             self.rnn.sgprop, weight, gradient, prediction, self.offered[t], valid
         )
-        self.gradients[t], self.mixed[t] = gradient, mixed
-        self.predictions[t], self.substitutes[t] = prediction, substitute
-        self.residuals[t] = residual
+        self.steps[t] = gradient, mixed, prediction, substitute, residual
         if t == 0:
             self.finish()
         return mixed, 2 * residual / self.count
@@ -315,31 +310,27 @@ class _BackwardRecord:
     def finish(self) -> None:
         """Statistics, and the update of lambda from all valid steps, after the last mixture."""
         rnn, valid = self.rnn, self.mask
-
-        def stack(steps: dict[int, Tensor]) -> Tensor:
-            return torch.stack([steps[t] for t in range(self.length)])
-
-        def gather(steps: dict[int, Tensor]) -> Tensor:
-            return stack(steps)[valid]
+        every_step = zip(*(self.steps[t] for t in range(self.length)), strict=True)
+        gradient, mixed, prediction, substitute, residual = map(torch.stack, every_step)
 
         def mean_norm(vectors: Tensor) -> Tensor:
             return vectors.norm(dim=-1).sum() / max(vectors[..., 0].numel(), 1)
 
-        gradient, substitute = gather(self.gradients), gather(self.substitutes)
         rnn.statistics = {
-            "predictor_loss": gather(self.residuals).square().sum() / self.count,
-            "received_grad_norm": mean_norm(gradient),
-            "mixed_grad_norm": mean_norm(gather(self.mixed)),
-            "prediction_norm": mean_norm(gather(self.predictions)),
+            "predictor_loss": residual[valid].square().sum() / self.count,
+            "received_grad_norm": mean_norm(gradient[valid]),
+            "mixed_grad_norm": mean_norm(mixed[valid]),
+            "prediction_norm": mean_norm(prediction[valid]),
         }
         if not rnn.rule.updates:
             return
         every = Activation(*(torch.stack(values) for values in zip(*self.activations, strict=True)))
         scale, unit_gradients = rnn.neurons.scale, rnn.rule.unit_gradients
         if rnn.rule.samples == "episodes":
-            given = every, stack(self.gradients), stack(self.substitutes), valid
+            given = every, gradient, substitute, valid
             moments = episode_moments(*given, scale, unit_gradients)
         else:
             activation = Activation(*(values[valid] for values in every))
-            moments = batch_moments(activation, gradient, substitute, scale, unit_gradients)
+            of_valid = activation, gradient[valid], substitute[valid]
+            moments = batch_moments(*of_valid, scale, unit_gradients)
         rnn.rule.update(rnn.neurons, moments)

@@ -215,13 +215,9 @@ class Mirror(Store):
 
     def _upload(self, local: Path) -> None:
         remote = self._remote(local)
-
-        def upload() -> None:
-            if self.has_folders:
-                self.files.makedirs(remote.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(local), remote)
-
-        self._try(upload)
+        if self.has_folders:
+            self._try(lambda: self.files.makedirs(remote.rpartition("/")[0], exist_ok=True))
+        self._try(lambda: self.files.put_file(str(local), remote))
 
     def _remote(self, file: str | Path) -> str:
         """The storage's path of a file or folder of the mirror."""
@@ -234,14 +230,11 @@ class Mirror(Store):
     def _listed(self, place: Path) -> list[str]:
         """Names in a folder; none where there is no such folder."""
         folder = self._remote(place)
-
-        def listed() -> list[str]:
-            try:
-                return self.files.ls(folder, detail=False)
-            except FileNotFoundError:
-                return []
-
-        found = {path.rstrip("/") for path in self._try(listed)}
+        try:
+            listed = self._try(lambda: self.files.ls(folder, detail=False))
+        except FileNotFoundError:
+            return []
+        found = {path.rstrip("/") for path in listed}
         # Some list the folder itself.
         return sorted(path.rpartition("/")[2] for path in found - {folder})
 

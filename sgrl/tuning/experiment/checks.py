@@ -59,7 +59,9 @@ def _model_problems(
 
 
 def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
-    from sgrl.envs.by_id import is_known, known_ids, unknown_of_module
+    from gymnasium import registry
+
+    from sgrl.envs.by_id import is_known, unknown_of_module
     from sgrl.envs.registry import ENVIRONMENTS, validate_env_config
 
     key = "config.environment.env"
@@ -72,7 +74,7 @@ def _environment_problems(section: dict[str, Any]) -> Iterator[Problem]:
         if not is_known(env):
             if missing := unknown_of_module(env):
                 raise Problem(key, missing)
-            check_known(key, "environment", env, [*ENVIRONMENTS, *known_ids()])
+            check_known(key, "environment", env, [*ENVIRONMENTS, *registry])
         key = "config.environment.env_config"
         validate_env_config(env, section.get("env_config") or {})
     except ValueError as error:
