@@ -354,10 +354,10 @@ class RecurrentOracle:
             weights.copy_(kept)
             steps, of_units = [], []
             for t in range(LENGTH):
-                received, mixed, _, substitute, _ = record.steps[t]
+                received, combined, _, substitute, _ = record.steps[t]
                 if self.policy.core.sgprop.mask_predictions and not record.mask[t].all():
                     substitute = received
-                feedback = received, substitute, mixed, other.steps[t][0]
+                feedback = received, substitute, combined, other.steps[t][0]
                 parts = [self.of_feedback(record, t, TRAINED_BATCH * f) for f in feedback]
                 steps.append(torch.stack(parts))
                 of_units.append(

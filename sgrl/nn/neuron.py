@@ -157,12 +157,14 @@ class SlotNeurons(nn.Module):
         self.scale = 1 / math.sqrt(self.input_size)
         self.has_predictor = predictor
 
-        shapes = self.parameter_shapes(num_parents * neuron_size)
-        of_predictor = {
-            name: shapes.pop(name) for name in [*shapes] if name.startswith("predictor")
-        }
-        self._add_normal(shapes, self.scale, generator, dtype)
-        self._add_normal(of_predictor, predictor_std, predictor_generator, dtype)
+        for name, shape in self.parameter_shapes(num_parents * neuron_size).items():
+            std, source = self.scale, generator
+            if name.startswith("predictor"):
+                std, source = predictor_std, predictor_generator
+            values = torch.zeros(shape, dtype=dtype)
+            # Zeros draw nothing.
+            values = values.normal_(0.0, std, generator=source) if std else values
+            setattr(self, name, nn.Parameter(values))
         self.register_buffer(
             "mixing_weight", torch.full((num_neurons,), float(mixing_weight), dtype=dtype)
         )
@@ -189,19 +191,6 @@ class SlotNeurons(nn.Module):
         own: dict[str, Any] = {**vars(self), **self._parameters, **self._buffers}
         own = {name: own.get(name) for name in Layer._fields}
         return Layer(**own | {"sources": sources})
-
-    def _add_normal(
-        self,
-        shapes: dict[str, tuple[int, ...]],
-        std: float,
-        generator: torch.Generator | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        for name, shape in shapes.items():
-            values = torch.zeros(shape, dtype=dtype)
-            # Zeros draw nothing.
-            values = values.normal_(0.0, std, generator=generator) if std else values
-            setattr(self, name, nn.Parameter(values))
 
     def join_columns(
         self, weight_h: Float[Tensor, "W R read"], weight_x: Float[Tensor, "X R E"] | None

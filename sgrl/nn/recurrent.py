@@ -260,7 +260,8 @@ def eager_unroll(
         h = activation.output
         if rnn.sgprop.mixes:
             prediction = rnn.neurons.predict(activation)
-            record.add(activation, prediction)
+            record.activations.append(Activation(*(value.detach() for value in activation)))
+            record.offered.append(prediction.detach())
             h = MixGradient.apply(h, partial(record.mix, t), (prediction,), prediction)
         outputs.append(h)
     return torch.stack(outputs)
@@ -281,10 +282,6 @@ class _BackwardRecord:
         self.offered: list[Tensor] = []
         #: Of each step: received gradient, mixture, prediction, what was mixed in, and residual.
         self.steps: dict[int, tuple[Tensor, ...]] = {}
-
-    def add(self, activation: Activation, prediction: Tensor) -> None:
-        self.activations.append(Activation(*(value.detach() for value in activation)))
-        self.offered.append(prediction.detach())
 
     def mix(self, t: int, gradient: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Received gradient and prediction of step t, both [B, W, N] -> (mixed, residual)."""

@@ -106,7 +106,8 @@ class Rollout:
         mask = np.zeros((length, num_envs), bool)
         success = np.zeros(num_envs, bool)
         running = np.ones(num_envs, bool)
-        current = env.reset(self._reset_seeds())
+        first = self.seed * env.seed_spacing + self.first_env + self.batches * self.total_envs
+        current = env.reset([first + e for e in range(num_envs)])
         acting = policy.acting(length, num_envs, self.keep)
         with torch.inference_mode():
             for t, noise_now in enumerate(noise.unbind()):
@@ -134,11 +135,6 @@ class Rollout:
             acted=acting if self.keep and type(acting) is not Acting else None,
         )
         return batch.to(parameter.device if device is None else device)
-
-    def _reset_seeds(self) -> list[int]:
-        first = self.seed * self.env.seed_spacing
-        first += self.first_env + self.batches * self.total_envs
-        return [first + e for e in range(self.env.num_envs)]
 
     def get_state(self) -> dict[str, Any]:
         """Return all that the next batch depends on, except the policy.
