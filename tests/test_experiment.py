@@ -35,6 +35,7 @@ MIXING_RULE_STUDIES = {
 }
 RULES_ON_STEPS = [name for name, rule in MIXING_RULES.items() if rule.samples == "steps"]
 PLACEBOS = ["labyrinth_placebo", "mnist_placebo"]
+NOISY_NEURONS = ["labyrinth_neuron_noise", "mnist_neuron_noise"]
 
 SMALL = """
 name: small
@@ -504,6 +505,7 @@ def test_the_experiments_shipped():
         "ppo_memory",
         *MIXING_RULE_STUDIES,
         *PLACEBOS,
+        *NOISY_NEURONS,
     }
 
 
@@ -517,6 +519,10 @@ def test_shipped_experiment(path):
         first, placebo, _ = (entry["model"] for entry in experiment.resolved["methods"].values())
         differing = {key for key in first if first[key] != placebo[key]}
         assert differing - {"backend"} == {"shuffle_predictions"}
+    elif path.stem in NOISY_NEURONS:
+        seeds = len(experiment.resolved["seeds"])
+        amounts = [trial.config.model["neuron_noise"] for trial in experiment.trials]
+        assert amounts == [a for a in (0.0, 0.05, 0.1, 0.2, 0.5) for _ in range(seeds)] * 2
     elif "mnist" not in path.stem:
         assert set(experiment.resolved["methods"]) == set(METHODS)
 

@@ -71,6 +71,10 @@ def cut_down(arguments: list[str]) -> list[str]:
     if "mnist_parents" in arguments[1]:
         methods = ("sparse_sgprop", "sparse_sgprop_fixed", "sparse_backprop")
         small = small | {f"methods.{name}.model.num_parents": "2" for name in methods}
+    if "neuron_noise" in arguments[1]:
+        name = "sparse" if is_bandit(arguments[1]) else "sparsenet"
+        methods = (f"{name}_sgprop", f"{name}_backprop")
+        small = small | {f"methods.{name}.model.neuron_noise": "0.1" for name in methods}
     if "search" in arguments[1]:
         small = small | {"search.num_samples": "2"}
     if "popgym" in arguments[1]:
@@ -151,7 +155,8 @@ def test_commands_in_experiments(config: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("learning.md", 4), ("mixing_rules.md", 2), ("study.md", 4)]
+    ("page", "least"),
+    [("learning.md", 4), ("mixing_rules.md", 2), ("predictors.md", 2), ("study.md", 4)],
 )
 def test_commands_of_the_results(page: str, least: int, folder: Path) -> None:
     """The sweeps behind these pages are valid; that they run is tested above."""

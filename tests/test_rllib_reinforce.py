@@ -36,6 +36,7 @@ MODELS = {
     },
     "sgprop": SPARSE,
     "backprop": {**SPARSE, "propagation": "backprop"},
+    "noisy": {**SPARSE, "neuron_noise": 0.2},
     "dense": {"policy": "dense", "num_layers": 2, "hidden_size": 16},
     "feed-forward": {
         "policy": "sparse_mlp",
@@ -199,12 +200,17 @@ def test_same_seed_same_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rule"), [("float32", "published"), ("float64", "published"), ("float32", "running")]
+    ("model", "dtype", "rule"),
+    [
+        ("sgprop", "float32", "published"),
+        ("sgprop", "float64", "published"),
+        ("noisy", "float32", "running"),
+    ],
 )
 def test_restored_from_any_checkpoint_continues_exactly(
-    dtype: str, rule: str, tmp_path: Path
+    model: str, dtype: str, rule: str, tmp_path: Path
 ) -> None:
-    algorithm = config(dtype=dtype, mixing_rule=rule).build_algo()
+    algorithm = config(model, dtype=dtype, mixing_rule=rule).build_algo()
     results, states = [], []
     for iteration in range(5):
         algorithm.save_to_path(tmp_path / f"after_{iteration}")
@@ -325,13 +331,14 @@ def test_a_changed_learning_rate_outlives_restore(tmp_path: Path) -> None:
 
 
 def test_remote_runners(tmp_path: Path) -> None:
-    algorithm = config().env_runners(num_env_runners=2).build_algo()
+    algorithm = config("noisy").env_runners(num_env_runners=2).build_algo()
     batch = algorithm._sample()
     # The environments are those of one big runner.
     env = make_vector("labyrinth_escape", 2 * NUM_ENVS, ENV_CONFIG)
     first = env.reset([5 + e for e in range(2 * NUM_ENVS)])
     assert np.array_equal(batch.observations[0].numpy(), first)
-    assert not torch.equal(batch.actions[:, :NUM_ENVS], batch.actions[:, NUM_ENVS:])
+    for drawn in (batch.actions, batch.noise):
+        assert not torch.equal(drawn[:, :NUM_ENVS], drawn[:, NUM_ENVS:])
     rows(algorithm, 2)
     algorithm.save_to_path(tmp_path)
     results = [algorithm.train() for _ in range(2)]
@@ -365,8 +372,8 @@ def test_the_only_runner_may_move(before: int, after: int, tmp_path: Path) -> No
 
 
 def test_remote_learner() -> None:
-    local = config().build_algo()
-    remote = config().learners(num_learners=1).build_algo()
+    local = config("noisy").build_algo()
+    remote = config("noisy").learners(num_learners=1).build_algo()
     # Not to the last bit: what the local one has computed while acting, the remote one computes
     # anew, in other products.
     for row, expected in zip(rows(remote, 3), rows(local, 3), strict=True):
@@ -400,10 +407,12 @@ def test_non_finite_loss_changes_nothing() -> None:
 
 
 def test_evaluation_neither_disturbs_training_nor_sees_its_mazes() -> None:
-    plain = config().build_algo()
+    plain = config("noisy").build_algo()
     expected = rows(plain, 4)
     evaluated = (
-        config().evaluation(evaluation_interval=2, evaluation_duration=2 * NUM_ENVS).build_algo()
+        config("noisy")
+        .evaluation(evaluation_interval=2, evaluation_duration=2 * NUM_ENVS)
+        .build_algo()
     )
     results = [evaluated.train() for _ in range(4)]
     metrics = results[-1]["evaluation"]["env_runners"]

@@ -338,6 +338,10 @@ def test_the_target_network_keeps_its_connections() -> None:
         (lambda c: c.rl_module(model_config={"hidden_size": 3}), "model_config names no policy"),
         (lambda c: c.rl_module(model_config={**SPARSE, "value_head": False}), "value_head must"),
         (lambda c: c.rl_module(model_config={**SPARSE, "max_seq_len": 0}), "max_seq_len must be"),
+        (
+            lambda c: c.rl_module(model_config={**SPARSE, "neuron_noise": 0.1}),
+            "neuron_noise must be 0 for PPO",
+        ),
         (lambda c: c.learners(num_learners=2), "num_learners must be 0 or 1 under sgprop"),
         (lambda c: c.environment("my_env"), "max_seq_len is missing"),
         (lambda c: c.training(num_epochs=0), "num_epochs must be a whole number of at least 1"),

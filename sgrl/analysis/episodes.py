@@ -26,7 +26,7 @@ from sgrl.envs.registry import (
     validate_env_config,
 )
 from sgrl.errors import UserError, one_line
-from sgrl.nn.policy import Policy
+from sgrl.nn.policy import Policy, given
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import name_of
 from sgrl.results.checkpoints import open_policy
@@ -176,8 +176,9 @@ def record_episode(
     with torch.inference_mode():
         dtype = next(policy.parameters()).dtype
         inputs, state = observations.to(dtype), policy.initial_state(1)
-        hidden, _ = policy.run_core(policy.encoder(inputs), state, None)
-        probabilities = policy(inputs).logits.softmax(-1)
+        noise = None if batch.noise is None else batch.noise[:steps, place : place + 1]
+        hidden, _ = policy.run_core(policy.encoder(inputs), state, None, **given(noise))
+        probabilities = policy(inputs, **given(noise)).logits.softmax(-1)
     shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
     if hidden.shape[-1] == shape[0] * shape[1]:
         hidden = hidden.unflatten(-1, shape)

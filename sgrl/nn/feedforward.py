@@ -5,7 +5,8 @@
 
 Each neuron of the first layer reads P * N random numbers of the input; each neuron of a later
 layer reads P neurons of the layer below. Those layers are residual: h_l = tanh(neuron(h_{l-1})) +
-h_{l-1}, or, with `residual=False`, plain: h_l = neuron(h_{l-1}).
+h_{l-1}, or, with `residual=False`, plain: h_l = neuron(h_{l-1}). To all layers' h_l `neuron_noise`
+adds noise, which then also passes on through the residual branches.
 
 Under `propagation="sgprop"` the backward pass mixes each neuron's prediction of its incoming
 gradient into the gradient it uses and passes on, returns the predictor's regression gradient as
@@ -133,6 +134,7 @@ class SparseMLP(nn.Module):
                 neuron_size,
                 num_parents,
                 num_slots,
+                noise_std=sgprop.neuron_noise,
                 predictor=sgprop.mixes,
                 predictor_std=read**-0.5,
                 mixing_weight=sgprop.mixing_weight,
@@ -219,30 +221,41 @@ class SparseMLP(nn.Module):
         """Whether h_l = tanh(neuron output) + h_{l-1}; else h_l is the neuron output."""
         return self.residual and layer > 0
 
-    def forward(self, x: Float[Tensor, "*B F"]) -> Float[Tensor, "..."]:
+    def forward(
+        self, x: Float[Tensor, "*B F"], noise: Float[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "..."]:
         """Run all layers: x [..., input_size] -> [..., W, N] (flattened: [..., W*N]).
 
+        Args:
+            x: inputs.
+            noise: of noisy neurons, standard normal [..., L, W, N]: neuron_noise times these are
+                added to the layers' states. Not used by others.
+
         Raises:
-            ValueError: x of another shape, or of no sample at all.
+            ValueError: x or noise of another shape, or of no sample at all.
         """
         if is_autocast_on(x.device):
             # All backends compute in the parameters' precision.
             with torch.autocast(x.device.type, enabled=False):
-                return SparseMLP.forward(self, x.to(self.layers[0].weight_h.dtype))
+                return SparseMLP.forward(self, x.to(self.layers[0].weight_h.dtype), noise)
         if x.dim() < 2 or x.shape[-1] != self.input_size or x.numel() == 0:
             raise ValueError(f"x must be [B, {self.input_size}], got {list(x.shape)}")
         flat = x.flatten(0, -2)
+        shape = (len(self.layers), self.num_neurons, self.neuron_size)
+        noise = self.sgprop.check_noise(noise, (len(flat), *shape), x)
         backend = self.runs_on(flat)
         if backend == "eager":
-            output = eager_stack(self, flat)
+            output = eager_stack(self, flat, noise)
         else:
             kernel = native_stack if backend == "native" else torch_stack
-            output = kernel.stack(self.stack(), Mixing.of(self), flat)
+            output = kernel.stack(self.stack(), Mixing.of(self), flat, noise)
         output = output.unflatten(0, x.shape[:-1])
         return output.flatten(-2) if self.flatten else output
 
 
-def eager_stack(mlp: SparseMLP, x: Float[Tensor, "B F"]) -> Float[Tensor, "B W N"]:
+def eager_stack(
+    mlp: SparseMLP, x: Float[Tensor, "B F"], noise: Float[Tensor, "B L W N"] | None
+) -> Float[Tensor, "B W N"]:
     """The layers as a plain loop: x [B, input_size] -> [B, W, N]."""
     record = _BackwardRecord(mlp)
     h = x
@@ -255,6 +268,8 @@ def eager_stack(mlp: SparseMLP, x: Float[Tensor, "B F"]) -> Float[Tensor, "B W N
             record.activations.append(Activation(*(value.detach() for value in activation)))
             predictor = neurons.predictor_h, neurons.predictor_bias
             h = MixGradient.apply(h, partial(record.mix, layer), (), *predictor)
+        if noise is not None:
+            h = h + neurons.noise_std * noise[:, layer]
     return h
 
 

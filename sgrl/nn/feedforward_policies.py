@@ -19,11 +19,13 @@ from sgrl.nn.mixing import MixingRule
 from sgrl.nn.neuron import SlotNeurons, predictor_generator
 from sgrl.nn.policy import (
     Acting,
+    Noise,
     Policy,
     PolicyOutput,
     PolicySettings,
     RecordingActing,
     State,
+    given,
     make_linear,
 )
 from sgrl.nn.sgprop import MixGradient, Mixing, SGPropSettings
@@ -241,13 +243,26 @@ class SparseMLPPolicy(Policy):
         predictor = self.settings.propagation == "sgprop"
         return ActionHead(core_size, self.num_outputs, key_std, predictor, generator, dtype)
 
-    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+    @property
+    def noise_size(self) -> int:
+        settings = self.settings
+        size = settings.num_layers * settings.num_neurons * settings.neuron_size
+        return size if settings.neuron_noise else 0
+
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None, noise: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return self.core(embeddings, **given(noise)), {}
+
+    def acting(
+        self, length: int, batch_size: int, keep: bool = False, noise: Noise | None = None
+    ) -> Acting:
         # The record is of one forward pass, and so of one step.
         if keep and length == 1 and self.core_is_plain():
             weight = self.core.layers[0].weight_h
             if not is_autocast_on(weight.device) and self.core.runs_on(weight) == "native":
-                return _SparseMLPActing(self)
-        return super().acting(length, batch_size, keep)
+                return _SparseMLPActing(self, noise)
+        return super().acting(length, batch_size, keep, noise)
 
     def core_is_plain(self) -> bool:
         """Whether a forward pass has a plain `SparseMLP` between observations and actor.
@@ -266,12 +281,17 @@ class SparseMLPPolicy(Policy):
         )
 
     def forward(
-        self, observations: Tensor, state: State | None = None, mask: Tensor | None = None
+        self,
+        observations: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> PolicyOutput:
         if mask is None or bool(mask.all()) or self.initial_state(1):  # a subclass with memory
-            return super().forward(observations, state, mask)
+            return super().forward(observations, state, mask, noise)
         # Masked steps are passed over: their logits and values are zeros.
-        valid = super().forward(observations[mask].unsqueeze(0))
+        of_valid = None if noise is None else noise[mask].unsqueeze(0)
+        valid = super().forward(observations[mask].unsqueeze(0), noise=of_valid)
         logits = valid.logits.new_zeros(*mask.shape, self.num_outputs)
         logits[mask] = valid.logits[0]
         values = valid.values
@@ -292,21 +312,29 @@ class _SparseMLPActing(RecordingActing):
             raise ValueError(
                 f"{list(observations.shape)} {observations.dtype} is no input of this SparseMLP"
             )
-        self.done = StackForward(core.stack(), observations)
+        shape = (len(observations), len(core.layers), core.num_neurons, core.neuron_size)
+        noise = core.sgprop.check_noise(self.noise, shape, observations)
+        self.done = StackForward(core.stack(), observations, noise)
         return self.policy.actor(self.done.output.flatten(1))
 
-    def replay(self, policy: Policy, observations: Tensor, mask: Tensor | None) -> PolicyOutput:
+    def replay(
+        self,
+        policy: Policy,
+        observations: Tensor,
+        mask: Tensor | None,
+        noise: Tensor | None = None,
+    ) -> PolicyOutput:
         if mask is not None and not bool(mask.all()):  # masked samples are passed over
-            return policy(observations, mask=mask)
-        return super().replay(policy, observations, mask)
+            return policy(observations, mask=mask, **given(noise))
+        return super().replay(policy, observations, mask, noise)
 
-    def is_of(self, policy: Policy, observations: Tensor) -> bool:
-        return super().is_of(policy, observations) and self.policy.core_is_plain()
+    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
+        return super().is_of(policy, observations, noise) and self.policy.core_is_plain()
 
     def seen(self) -> Tensor | None:
         return None if self.done is None else self.done.x.unsqueeze(0)
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         core = self.policy.core
-        output = stack(core.stack(), Mixing.of(core), embeddings.flatten(0, -2), self.done)
+        output = stack(core.stack(), Mixing.of(core), embeddings.flatten(0, -2), done=self.done)
         return output.flatten(1).unflatten(0, embeddings.shape[:-1]), {}

@@ -45,6 +45,7 @@ class Layer(NamedTuple):
     external_size: int  # E
     num_input_neurons: int
     scale: float  # 1 / sqrt(I)
+    noise_std: float  # of what is added to the outputs that others read; 0: nothing
     sources: Int64[Tensor, "W read"]  # what each neuron reads: P neurons, or P * N single numbers
     weight_h: Tensor
     weight_x: Tensor | None
@@ -107,6 +108,7 @@ class SlotNeurons(nn.Module):
         num_slots: M.
         external_size: E, length of the external input (0: none).
         num_input_neurons: the first so many neurons read the external input.
+        noise_std: standard deviation of the noise that is added to the outputs, by the network.
         predictor: whether the neurons have a predictor of synthetic gradients.
         predictor_std: standard deviation of the predictor's initial weights and biases.
         mixing_weight: initial lambda of every neuron, in [0, 1].
@@ -138,6 +140,7 @@ class SlotNeurons(nn.Module):
         num_slots: int,
         external_size: int = 0,
         num_input_neurons: int = 0,
+        noise_std: float = 0.0,
         predictor: bool = False,
         predictor_std: float = 0.0,
         mixing_weight: float = 1.0,
@@ -155,6 +158,7 @@ class SlotNeurons(nn.Module):
         # The external inputs count for every neuron, also where they are always zero.
         self.input_size = num_parents * neuron_size + external_size
         self.scale = 1 / math.sqrt(self.input_size)
+        self.noise_std = noise_std
         self.has_predictor = predictor
 
         for name, shape in self.parameter_shapes(num_parents * neuron_size).items():

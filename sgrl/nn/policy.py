@@ -21,6 +21,13 @@ from sgrl.nn.actions import ActionSpace, Discrete
 State = dict[str, Tensor]
 #: True at valid steps.
 Mask = Bool[Tensor, "T B"]
+#: Of noisy neurons, standard normal; `Policy.noise_size` numbers a step.
+Noise = Float[Tensor, "T B noise"]
+
+
+def given(noise: Tensor | None) -> dict[str, Tensor]:
+    """The argument `noise` where there is any; policies without noisy neurons need not know it."""
+    return {} if noise is None else {"noise": noise}
 
 
 class PolicyOutput(NamedTuple):
@@ -110,6 +117,11 @@ class Policy(nn.Module):
             raise TypeError(f"{self.action_space} cannot be counted: see num_outputs")
         return self.action_space.size
 
+    @property
+    def noise_size(self) -> int:
+        """Random numbers that the neurons take at each step; 0 of those without noise."""
+        return 0
+
     def _build_encoder(self, generator: torch.Generator, dtype: torch.dtype) -> nn.Module:
         """Make the module between observations [..., F] and the core; none unless overridden."""
         return nn.Identity()
@@ -133,24 +145,27 @@ class Policy(nn.Module):
     ) -> tuple[Float[Tensor, "T B features"], State]:
         """Embeddings [T, B, E], state and mask [T, B] -> features [T, B, core size], new state.
 
-        Unless overridden, the core has no memory.
+        Unless overridden, the core has no memory. Where `noise_size` is not 0 it takes noise too.
         """
         core: Any = self.core
         return core(embeddings), {}
 
-    def acting(self, length: int, batch_size: int, keep: bool = False) -> "Acting":
+    def acting(
+        self, length: int, batch_size: int, keep: bool = False, noise: Noise | None = None
+    ) -> "Acting":
         """For acting through whole episodes of T steps, from the initial state on.
 
         With `keep` it may hold, where the policy can, what lets `Acting.replay` skip those steps
         of its core.
         """
-        return Acting(self, batch_size)
+        return Acting(self, batch_size, noise)
 
     def forward(
         self,
         observations: Float[Tensor, "T B F"],
         state: State | None = None,
         mask: Mask | None = None,
+        noise: Noise | None = None,
     ) -> PolicyOutput:
         """Run over whole sequences.
 
@@ -158,19 +173,27 @@ class Policy(nn.Module):
             observations: [T, B, F].
             state: before the first step; `initial_state` if None.
             mask: bool [T, B], True at valid steps; all if None.
+            noise: standard normal [T, B, noise_size], where that is not 0.
         """
         if state is None:
             state = self.initial_state(observations.shape[1])
-        return self.read_out(*self.run_core(self.encoder(observations), state, mask))
+        embeddings = self.encoder(observations)
+        return self.read_out(*self.run_core(embeddings, state, mask, **given(noise)))
 
     def read_out(self, features: Float[Tensor, "T B features"], state: State) -> PolicyOutput:
         """Actor and value head on the core's output [T, B, core size]."""
         values = None if self.value_head is None else self.value_head(features).squeeze(-1)
         return PolicyOutput(self.actor(features), values, state)
 
-    def step(self, observations: Float[Tensor, "B F"], state: State) -> PolicyOutput:
+    def step(
+        self,
+        observations: Float[Tensor, "B F"],
+        state: State,
+        noise: Float[Tensor, "B noise"] | None = None,
+    ) -> PolicyOutput:
         """One step: observations [B, F] -> logits [B, A], values [B], state."""
-        output = self(observations.unsqueeze(0), state)
+        now = None if noise is None else noise.unsqueeze(0)
+        output = self(observations.unsqueeze(0), state, **given(now))
         values = None if output.values is None else output.values[0]
         return PolicyOutput(output.logits[0], values, output.state)
 
@@ -182,18 +205,25 @@ class Acting:
     state along, and keeps nothing.
     """
 
-    def __init__(self, policy: Policy, batch_size: int) -> None:
+    def __init__(self, policy: Policy, batch_size: int, noise: Noise | None = None) -> None:
         self.policy = policy
         self.state = policy.initial_state(batch_size)
+        self.noise = noise
+        self.steps = 0
 
     def step(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
         """Observations [B, F] -> logits [B, A]."""
-        output = self.policy.step(observations, self.state)
-        self.state = output.state
+        noise = None if self.noise is None else self.noise[self.steps]
+        output = self.policy.step(observations, self.state, **given(noise))
+        self.state, self.steps = output.state, self.steps + 1
         return output.logits
 
     def replay(
-        self, policy: Policy, observations: Float[Tensor, "T B F"], mask: Mask | None
+        self,
+        policy: Policy,
+        observations: Float[Tensor, "T B F"],
+        mask: Mask | None,
+        noise: Noise | None = None,
     ) -> PolicyOutput:
         """`policy(observations, mask=mask)`, without the steps taken already where they are kept.
 
@@ -201,12 +231,13 @@ class Acting:
             policy: may be another one, or have changed meanwhile.
             observations: [T, B, F].
             mask: bool [T, B], True at valid steps; all if None.
+            noise: as of `Policy.forward`.
         """
-        if not self.is_of(policy, observations):
-            return policy(observations, mask=mask)
+        if not self.is_of(policy, observations, noise):
+            return policy(observations, mask=mask, **given(noise))
         return policy.read_out(*self.continue_core(policy.encoder(observations), mask))
 
-    def is_of(self, policy: Policy, observations: Tensor) -> bool:
+    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
         """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
         return False
 
@@ -220,8 +251,9 @@ class Acting:
 class RecordingActing(Acting):
     """Base of those that keep what `continue_core` goes on from, for the policy as it is now."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, noise: Noise | None) -> None:
         self.policy = policy
+        self.noise = noise
         self.versions = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -238,13 +270,14 @@ class RecordingActing(Acting):
         """The observations so far [t, B, F]; None if nothing is kept."""
         raise NotImplementedError(f"{type(self).__name__} must say what it has seen")
 
-    def is_of(self, policy: Policy, observations: Tensor) -> bool:
-        seen = self.seen()
+    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
+        seen, before = self.seen(), self.noise
         return (
             seen is not None
             and policy is self.policy
             and self._versions() == self.versions
             and torch.equal(observations[: len(seen)], seen)
+            and (before is None or (noise is not None and torch.equal(noise.to(before), before)))
         )
 
 

@@ -3,6 +3,7 @@
     rnn = SparseRNN(input_size=128)
     output, h_n = rnn(x)                  # x [T, B, 128] -> output [T, B, W, N], h_n [B, W, N]
     output, h_n = rnn(x, h_0, mask)       # mask [T, B]: False where a sequence has ended
+    output, h_n = rnn(x, noise=torch.randn(T, B, W, N))        # with neuron_noise above 0
 
 Under `propagation="sgprop"` the backward pass of the layer mixes each neuron's prediction of its
 incoming gradient into the gradient it uses and passes on through time, returns the predictor's
@@ -114,6 +115,7 @@ class SparseRNN(nn.Module):
             num_slots,
             external_size=input_size,
             num_input_neurons=num_input_neurons,
+            noise_std=sgprop.neuron_noise,
             predictor=sgprop.mixes,
             mixing_weight=sgprop.mixing_weight,
             memory_rows=len(self.rule.memory) if sgprop.mixes else 0,
@@ -198,6 +200,7 @@ class SparseRNN(nn.Module):
         x: Float[Tensor, "T B E"],
         h_0: Float[Tensor, "B ..."] | None = None,
         mask: Bool[Tensor, "T B"] | None = None,
+        noise: Float[Tensor, "T B ..."] | None = None,
     ) -> tuple[Float[Tensor, "T B ..."], Float[Tensor, "B ..."]]:
         """Unroll over time.
 
@@ -206,20 +209,22 @@ class SparseRNN(nn.Module):
             h_0: state before the first step [B, W, N]; zeros if None.
             mask: bool [T, B], True at valid steps; all if None. It affects only the predictor's
                 loss and the estimate of lambda (and, with `mask_predictions`, the mixture).
+            noise: of noisy neurons, standard normal [T, B, W, N]: neuron_noise times these are
+                added to what the neurons compute. Not used by others.
 
         Returns:
             (output [T, B, W, N], h_n [B, W, N] = output[-1]).
 
         Raises:
-            ValueError: x, h_0 or mask of another shape, a mask that is not bool, no step or no
-                sequence at all.
+            ValueError: x, h_0, mask or noise of another shape, a mask that is not bool, no step or
+                no sequence at all.
         """
         if is_autocast_on(x.device):
             # All backends compute in the parameters' precision.
             dtype = self.neurons.weight_h.dtype
             h_0 = None if h_0 is None else h_0.to(dtype)
             with torch.autocast(x.device.type, enabled=False):
-                return SparseRNN.forward(self, x.to(dtype), h_0, mask)
+                return SparseRNN.forward(self, x.to(dtype), h_0, mask, noise)
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be [T, B, {self.input_size}], got {list(x.shape)}")
         if 0 in x.shape[:2]:
@@ -234,13 +239,15 @@ class SparseRNN(nn.Module):
         elif h_0.shape[0] != x.shape[1] or h_0[0].numel() != state_shape[1] * state_shape[2]:
             raise ValueError(f"h_0 must be {list(state_shape)}, got {list(h_0.shape)}")
         h_0 = h_0.reshape(state_shape)
+        noise = self.sgprop.check_noise(noise, (len(x), *state_shape), x)
         backend, mixing = self.runs_on(x), Mixing.of(self)
         if backend == "eager":
-            output = eager_unroll(self, x, h_0, mask)
+            output = eager_unroll(self, x, h_0, mask, noise)
         elif backend == "native":
-            output = native_unroll.unroll(self.layer(), mixing, x, h_0, mask)
+            output = native_unroll.unroll(self.layer(), mixing, x, h_0, mask, noise)
         else:
-            output = torch_unroll.unroll(self.layer(), mixing, self.schedule, x, h_0, mask)
+            given = self.layer(), mixing, self.schedule, x, h_0, mask
+            output = torch_unroll.unroll(*given, noise=noise)
         if self.flatten:
             output = output.flatten(2)
         return output, output[-1]
@@ -251,6 +258,7 @@ def eager_unroll(
     x: Float[Tensor, "T B E"],
     h_0: Float[Tensor, "B W N"],
     mask: Bool[Tensor, "T B"] | None,
+    noise: Float[Tensor, "T B W N"] | None,
 ) -> Float[Tensor, "T B W N"]:
     """The unroll as a plain loop: x [T, B, E], h_0 [B, W, N], mask [T, B] -> [T, B, W, N]."""
     record = _BackwardRecord(rnn, len(x), x.shape[1], mask)
@@ -263,6 +271,8 @@ def eager_unroll(
             record.activations.append(Activation(*(value.detach() for value in activation)))
             record.offered.append(prediction.detach())
             h = MixGradient.apply(h, partial(record.mix, t), (prediction,), prediction)
+        if noise is not None:
+            h = h + rnn.neurons.noise_std * noise[t]
         outputs.append(h)
     return torch.stack(outputs)
 

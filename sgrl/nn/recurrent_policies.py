@@ -15,7 +15,7 @@ from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, EncoderSettings, i
 from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policy import Acting, Policy, RecordingActing, State
+from sgrl.nn.policy import Acting, Noise, Policy, RecordingActing, State, given
 from sgrl.nn.recurrent import SIZES, SparseRNN
 from sgrl.nn.sgprop import Mixing, SGPropSettings
 
@@ -182,10 +182,15 @@ class SparseNetPolicy(EncodedPolicy):
     def initial_state(self, batch_size: int) -> State:
         return {"h": self.core.initial_state(batch_size)}
 
+    @property
+    def noise_size(self) -> int:
+        settings = self.settings
+        return settings.num_neurons * settings.neuron_size if settings.neuron_noise else 0
+
     def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
+        self, embeddings: Tensor, state: State, mask: Tensor | None, noise: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        features, h = self.core(embeddings, state["h"], mask)
+        features, h = self.core(embeddings, state["h"], mask, **given(noise))
         return features, {"h": h}
 
     def core_is_plain(self) -> bool:
@@ -218,10 +223,12 @@ class SparseNetPolicy(EncodedPolicy):
             and not is_autocast_on(weight.device)
         )
 
-    def acting(self, length: int, batch_size: int, keep: bool = False) -> Acting:
+    def acting(
+        self, length: int, batch_size: int, keep: bool = False, noise: Noise | None = None
+    ) -> Acting:
         if self.step_is_published() and self.core.runs_on(self.core.neurons.weight_h) == "native":
-            return _SparseNetActing(self, length, batch_size, keep)
-        return super().acting(length, batch_size, keep)
+            return _SparseNetActing(self, length, batch_size, keep, noise)
+        return super().acting(length, batch_size, keep, noise)
 
 
 class _SparseNetActing(RecordingActing):
@@ -229,8 +236,16 @@ class _SparseNetActing(RecordingActing):
 
     policy: SparseNetPolicy
 
-    def __init__(self, policy: SparseNetPolicy, length: int, batch_size: int, keep: bool) -> None:
-        super().__init__(policy)
+    def __init__(
+        self,
+        policy: SparseNetPolicy,
+        length: int,
+        batch_size: int,
+        keep: bool,
+        noise: Noise | None,
+    ) -> None:
+        shape, weight = (length, batch_size, policy.noise_size), policy.core.neurons.weight_h
+        super().__init__(policy, policy.settings.check_noise(noise, shape, weight))
         self.recorder = Recorder(
             policy.core.layer(),
             list(policy.encoder.parameters()),
@@ -238,6 +253,7 @@ class _SparseNetActing(RecordingActing):
             length,
             batch_size,
             keep,
+            self.noise,
         )
 
     def step(self, observations: Tensor) -> Tensor:
@@ -247,10 +263,11 @@ class _SparseNetActing(RecordingActing):
         recorder = self.recorder
         return recorder.observations[: recorder.steps] if recorder.keep else None
 
-    def is_of(self, policy: Policy, observations: Tensor) -> bool:
-        same_length = len(observations) == self.recorder.length
+    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
         return (
-            same_length and super().is_of(policy, observations) and self.policy.step_is_published()
+            len(observations) == self.recorder.length
+            and super().is_of(policy, observations, noise)
+            and self.policy.step_is_published()
         )
 
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -258,5 +275,5 @@ class _SparseNetActing(RecordingActing):
         h_0 = core.initial_state(embeddings.shape[1])
         h_0 = h_0.view(-1, core.num_neurons, core.neuron_size)
         layer, mixing = core.layer(), Mixing.of(core)
-        states = unroll(layer, mixing, embeddings, h_0, mask, self.recorder).flatten(2)
+        states = unroll(layer, mixing, embeddings, h_0, mask, recorder=self.recorder).flatten(2)
         return states, {"h": states[-1]}

@@ -11,6 +11,7 @@ learned is in `mixing.py`.
 Source: the paper, Definition 1 and Sections 4, H.2 to H.4.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Self
@@ -48,6 +49,9 @@ class SGPropSettings:
         shuffle_predictions: mix into each sample the prediction of another one of the batch, drawn
             at random (`SampleShuffle`); the predictors learn as ever. A control: what is gained
             with it is not due to prediction. Not in the backend "native".
+        neuron_noise: standard deviation of the Gaussian noise in every number that a neuron puts
+            out at each step, whatever the propagation (paper, condition A.2). Gradients go back
+            through it as they are. 0 is none. With REINFORCE only, and not in packs.
 
     Raises:
         ValueError: a value that is impossible; one line that names the setting.
@@ -63,6 +67,7 @@ class SGPropSettings:
     predictor_target: Literal["mixed", "received"] = "mixed"
     mask_predictions: bool = False
     shuffle_predictions: bool = False
+    neuron_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -75,6 +80,8 @@ class SGPropSettings:
         for name in ("mixing_weight", "mixing_momentum", "schedule_beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.neuron_noise < math.inf:
+            raise ValueError(f"neuron_noise must be at least 0, got {self.neuron_noise}")
         mixing_rule(self.mixing_rule)
 
     @property
@@ -90,6 +97,29 @@ class SGPropSettings:
     def make_shuffle(self, generator: torch.Generator | None) -> "SampleShuffle | None":
         """The permutations that `shuffle_predictions` asks for; None where it does not."""
         return SampleShuffle(generator) if self.shuffle_predictions and self.mixes else None
+
+    def check_noise(
+        self, noise: Tensor | None, shape: tuple[int, ...], x: Tensor
+    ) -> Float[Tensor, "..."] | None:
+        """The noise as a layer takes it, of this shape; None where its neurons have none.
+
+        Args:
+            noise: standard normal numbers, as many.
+            shape: of all the layer's outputs.
+            x: its input, for device and type of numbers.
+
+        Raises:
+            ValueError: there is none though the neurons are noisy, or not as much.
+        """
+        if not self.neuron_noise:
+            return None
+        if noise is None or noise.numel() != math.prod(shape):
+            got = "none" if noise is None else list(noise.shape)
+            raise ValueError(
+                f"neuron_noise is {self.neuron_noise}: give noise {list(shape)}, standard normal "
+                f"numbers; got {got}"
+            )
+        return noise.reshape(shape).to(x)
 
     def changed(self, settings: dict[str, Any], unused: Sequence[str] = ()) -> Self:
         """These settings with some replaced.

@@ -60,7 +60,13 @@ class SyntheticGradient(nn.Module):
 
     sgprop_defaults: ClassVar = SGPropSettings(predictor_target="received")
     #: Settings of `SGPropSettings` that mean nothing here.
-    unused: ClassVar = ("propagation", "schedule_beta", "mask_predictions", "shuffle_predictions")
+    unused: ClassVar = (
+        "propagation",
+        "schedule_beta",
+        "mask_predictions",
+        "shuffle_predictions",
+        "neuron_noise",
+    )
 
     mixing_weight: Float[Tensor, " W"]
     mixing_memory: Float[Tensor, "rows W"]

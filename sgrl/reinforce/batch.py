@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from sgrl.nn.policy import Acting, Mask
+from sgrl.nn.policy import Acting, Mask, Noise
 
 
 @dataclass
@@ -26,6 +26,8 @@ class EpisodeBatch:
         lengths: int64 [B], steps of each episode.
         success: bool [B], whether the episode ended in success; None where the environment knows
             no success.
+        noise: [T, B, noise_size], what the policy's noisy neurons were given while it
+            acted, and the update gives them again; None where they have no noise.
         acted: what the policy kept while it acted, for `Acting.replay`; one update uses it up.
 
     Source: the paper, Section H.4.
@@ -37,6 +39,7 @@ class EpisodeBatch:
     mask: Mask
     lengths: Int64[Tensor, " B"]
     success: Bool[Tensor, " B"] | None = None
+    noise: Noise | None = None
     acted: Acting | None = None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from sgrl.names import did_you_mean
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.mixing import MixingModule, mixing_modules, split_parameters
 from sgrl.nn.neuron import Activation, SlotNeurons
-from sgrl.nn.policy import Mask, Policy
+from sgrl.nn.policy import Mask, Noise, Policy
 from sgrl.nn.recurrent import SparseRNN
 from sgrl.nn.registry import name_of
 
@@ -145,16 +145,19 @@ class LeastSquares(Adam):
         super().__init__(split_parameters(policy)[1], lr=lr, fused=True)
 
     @torch.no_grad()
-    def observe(self, observations: Float[Tensor, "T B F"], mask: Mask) -> None:
+    def observe(
+        self, observations: Float[Tensor, "T B F"], mask: Mask, noise: Noise | None = None
+    ) -> None:
         """Take in what the neurons see in a batch, before anything of the policy changes.
 
         Args:
             observations: [T, B, F].
             mask: bool [T, B], True at valid steps.
+            noise: of the policy's neurons, as of `EpisodeBatch`.
         """
         totals: list[list[_Sums] | None] = [None] * len(self.layers)
         embeddings = self.policy.encoder(observations)
-        for layer, inputs, attention in _seen(self.core, embeddings, mask):
+        for layer, inputs, attention in _seen(self.core, embeddings, mask, noise):
             parts = [
                 _Sums.of(group, self.layers[layer], inputs, attention)
                 for group in _groups(self.layers[layer])
@@ -220,7 +223,7 @@ def _groups(neurons: SlotNeurons) -> list[slice]:
 
 
 def _seen(
-    core: SparseRNN | SparseMLP, x: Float[Tensor, "T B E"], mask: Mask
+    core: SparseRNN | SparseMLP, x: Float[Tensor, "T B E"], mask: Mask, noise: Noise | None
 ) -> Iterator[tuple[int, Float[Tensor, "K W I"], Float[Tensor, "K W M"]]]:
     """Layer, inputs and attention of all valid samples, some at a time."""
     if isinstance(core, SparseMLP):
@@ -232,9 +235,12 @@ def _seen(
             yield index, activation.inputs, activation.attention
             output = activation.output
             h = torch.tanh(output) + h if core.is_residual(index) else output
+            if noise is not None:
+                shape = (len(h), len(core.layers), *h.shape[1:])
+                h = h + neurons.noise_std * noise.reshape(shape)[:, index].to(h)
         return
     neurons = core.neurons
-    states = core(x)[0].reshape(*x.shape[:2], core.num_neurons, core.neuron_size)
+    states = core(x, noise=noise)[0].reshape(*x.shape[:2], core.num_neurons, core.neuron_size)
     before = torch.cat([torch.zeros_like(states[:1]), states[:-1]])
     keys, _ = neurons.keys_and_matrices()
     for start in range(0, len(x), CHUNK_STEPS):

@@ -10,11 +10,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sgrl.envs.guard import EnvironmentFailed, named
 from sgrl.envs.registry import VectorEnv
 from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
-from sgrl.nn.policy import Acting, Policy
+from sgrl.nn.policy import Acting, Noise, Policy, given
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.generators import get_random_state, set_random_state
 
@@ -108,7 +109,8 @@ class Rollout:
         running = np.ones(num_envs, bool)
         first = self.seed * env.seed_spacing + self.first_env + self.batches * self.total_envs
         current = env.reset([first + e for e in range(num_envs)])
-        acting = policy.acting(length, num_envs, self.keep)
+        neuron_noise = self._neuron_noise(parameter)
+        acting = policy.acting(length, num_envs, self.keep, **given(neuron_noise))
         with torch.inference_mode():
             for t, noise_now in enumerate(noise.unbind()):
                 observations[t] = current
@@ -132,9 +134,23 @@ class Rollout:
             mask=torch.from_numpy(mask),
             lengths=torch.from_numpy(mask.sum(0)),
             success=torch.from_numpy(success) if env.has_success else None,
+            noise=neuron_noise,
             acted=acting if self.keep and type(acting) is not Acting else None,
         )
         return batch.to(parameter.device if device is None else device)
+
+    def _neuron_noise(self, parameter: Tensor) -> Noise | None:
+        """The batch's noise for the policy's neurons, if they are noisy; of the parameter's type.
+
+        Every batch has a stream of its own: nothing has to be kept, and no other stream is moved.
+        """
+        size = getattr(self.policy, "noise_size", 0)
+        if not size:
+            return None
+        stream = np.random.SeedSequence([self.seed, self.first_env], spawn_key=(self.batches,))
+        shape = (self.env.episode_length, self.env.num_envs, size)
+        numbers = np.random.default_rng(stream).standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(numbers).to(parameter)
 
     def get_state(self) -> dict[str, Any]:
         """Return all that the next batch depends on, except the policy.

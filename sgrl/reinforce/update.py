@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from sgrl.nn.mixing import backward_phase, split_parameters
+from sgrl.nn.policy import given
 from sgrl.nn.registry import Policy, mixing_statistics
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.loss import (
@@ -143,9 +144,9 @@ def batch_loss(policy: Policy, batch: EpisodeBatch, settings: UpdateSettings) ->
     returns = discounted_returns(batch.rewards, batch.mask, settings.gamma)
     observations = batch.observations.to(dtype)
     if batch.acted is None:
-        output = policy(observations, mask=batch.mask)
+        output = policy(observations, mask=batch.mask, **given(batch.noise))
     else:
-        output = batch.acted.replay(policy, observations, batch.mask)
+        output = batch.acted.replay(policy, observations, batch.mask, batch.noise)
     advantages = returns
     if settings.baseline == "batch_mean":
         advantages = subtract_batch_mean(returns, batch.mask)
@@ -234,7 +235,8 @@ def _observe(optimizers: Mapping[str, Optimizer], policy: Policy, batch: Episode
     """Show the batch to predictors that are fitted to what their neurons saw in it."""
     predictor = optimizers.get("predictor")
     if isinstance(predictor, LeastSquares):
-        predictor.observe(batch.observations.to(next(policy.parameters()).dtype), batch.mask)
+        observations = batch.observations.to(next(policy.parameters()).dtype)
+        predictor.observe(observations, batch.mask, batch.noise)
 
 
 def _backward(loss: Tensor, **how: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,7 +63,7 @@ def play(
         size = min(EVALUATION_BATCH, episodes - start)
         rollout = evaluation_rollout(policy, environment, seed + start, size, greedy)
         with contextlib.closing(rollout.env):
-            batches.append(rollout.collect())
+            batches.append(replace(rollout.collect(), noise=None))  # not kept: it is large
     known = [batch.success for batch in batches if batch.success is not None]
     return Episodes(
         returns=torch.cat([(batch.rewards * batch.mask).double().sum(0) for batch in batches]),

@@ -56,6 +56,8 @@ class PolicyNetwork(RecurrentNetwork, nn.Module):
             actions,
             **{"value_head": True, **settings},
         )
+        if self.policy.noise_size:
+            raise ValueError("neuron_noise must be 0 on the old API stack: it gives no noise")
         self._values: Tensor | None = None
 
     def get_initial_state(self) -> list[Tensor]:

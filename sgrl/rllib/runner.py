@@ -7,6 +7,7 @@ remote runner the one that `num_gpus_per_env_runner` says, of the local one the 
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -163,7 +164,8 @@ class EpisodeRunner(EnvRunner, Checkpointable):
                 sum(batch.env_steps() for batch in batches) < num_timesteps
                 or len(batches) * evaluation.env.num_envs < num_episodes
             ):
-                batches.append(self._log(evaluation.collect(CPU)))
+                # Without the neurons' noise, which is large.
+                batches.append(self._log(replace(evaluation.collect(CPU), noise=None)))
         rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
         self.metrics.log_value(EVALUATION_REWARD, rewards.mean().item(), reduce="item")
         return batches

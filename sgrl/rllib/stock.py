@@ -257,6 +257,11 @@ class PolicyAlgorithmConfig(PolicyConfig):
         arguments = policy_arguments(model)
         if not arguments["value_head"]:
             raise ValueError(f"value_head must be true for {self.algo_class.__name__}")
+        if arguments.get("neuron_noise"):
+            raise ValueError(
+                f"neuron_noise must be 0 for {self.algo_class.__name__}: only Reinforce gives its "
+                "updates the noise with which the policy acted"
+            )
         kind = policy_class(arguments["name"])
         default = setting_defaults(kind.Settings).get("propagation", "backprop")
         if self.num_learners > 1 and arguments.get("propagation", default) == "sgprop":

@@ -171,6 +171,7 @@ def layer_structure(layer: Layer, parameters: Mapping[str, Tensor | None]) -> An
         external=layer.external_size,
         inputs=layer.num_input_neurons,
         scale=layer.scale,
+        noise_std=layer.noise_std,
         parent=layer.sources.data_ptr(),
         **{name: pointer(parameters.get(name)) for name in PARAMETERS},
     )

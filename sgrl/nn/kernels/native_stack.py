@@ -27,17 +27,23 @@ PIECE = 256
 
 
 class StackForward:
-    """A forward pass on x [B, input size], to be gone on from by `stack`."""
+    """A forward pass on x [B, input size] and noise [B, L, W, N], to be gone on from by `stack`."""
 
-    def __init__(self, layers: Stack, x: Float[Tensor, "B F"]) -> None:
+    def __init__(
+        self, layers: Stack, x: Float[Tensor, "B F"], noise: Float[Tensor, "B L W N"] | None = None
+    ) -> None:
         # Tensors of inference mode could not enter the update.
         with torch.inference_mode(False), torch.no_grad():
             self.x = x.clone()
-            self.output, self.record = _forward(layers, self.x, keep=True)
+            self.output, self.record = _forward(layers, self.x, noise, keep=True)
 
 
 def stack(
-    layers: Stack, mixing: Mixing, x: Float[Tensor, "B F"], done: StackForward | None = None
+    layers: Stack,
+    mixing: Mixing,
+    x: Float[Tensor, "B F"],
+    noise: Float[Tensor, "B L W N"] | None = None,
+    done: StackForward | None = None,
 ) -> Float[Tensor, "B W N"]:
     """Run layers one after the other.
 
@@ -45,16 +51,17 @@ def stack(
         layers: of one size.
         mixing: how predictions are mixed in.
         x: [B, input size].
-        done: a forward pass on this x, which is not run again. The caller guarantees that x and
-            the parameters are unchanged.
+        noise: of noisy layers, standard normal [B, L, W, N].
+        done: a forward pass on this x, which is not run again. The caller guarantees that x, the
+            noise and the parameters are unchanged.
 
     Returns:
         The last layer's state [B, W, N].
     """
     inputs = (x, *layers.parameters())
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-        return _StackFunction.apply(layers, mixing, done, *inputs)
-    return _forward(layers, x.contiguous(), keep=False)[0]
+        return _StackFunction.apply(layers, mixing, noise, done, *inputs)
+    return _forward(layers, x.contiguous(), noise, keep=False)[0]
 
 
 class _Structures:
@@ -78,8 +85,11 @@ class _Structures:
         )
 
 
-def _forward(stack: Stack, x: Tensor, keep: bool) -> tuple[Tensor, Record | None]:
+def _forward(
+    stack: Stack, x: Tensor, noise: Tensor | None, keep: bool
+) -> tuple[Tensor, Record | None]:
     """-> output [B, W, N], and if to be kept what a backward pass needs."""
+    noise = None if noise is None else noise.contiguous()
     core = load(x.dtype)
     layers, piece = _Structures(stack, x.shape[1]), len(x)
     if not keep:
@@ -88,7 +98,7 @@ def _forward(stack: Stack, x: Tensor, keep: bool) -> tuple[Tensor, Record | None
     record = Record(size, x.dtype) if keep else None
     memory = x.new_empty(size) if record is None else record.memory
     output = x.new_empty(len(x), stack.layers[0].num_neurons, stack.layers[0].neuron_size)
-    pointers = map(pointer, (x, output, memory))
+    pointers = map(pointer, (x, noise, output, memory))
     core.sgrl_stack_forward(layers.pointer, len(x), piece, keep, *pointers)
     return output, record
 
@@ -99,12 +109,13 @@ class _StackFunction(torch.autograd.Function):
         ctx: Any,
         stack: Stack,
         mixing: Mixing,
+        noise: Tensor | None,
         done: StackForward | None,
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         if done is None:
-            output, ctx.record = _forward(stack, x.contiguous(), keep=True)
+            output, ctx.record = _forward(stack, x.contiguous(), noise, keep=True)
         else:
             output, ctx.record = done.output.view_as(done.output), done.record
         ctx.stack, ctx.mixing, ctx.input_size = stack, mixing, x.shape[1]
@@ -125,7 +136,7 @@ class _StackFunction(torch.autograd.Function):
         mixes = mixing.settings.mixes
         grad_output = grad_output.contiguous()
         grad_x = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             grad_x = grad_output.new_empty(len(grad_output), ctx.input_size)
         grads: list[Tensor | None] = [None] * ctx.num_parameters
         if rule.phase != "predictor":
@@ -153,7 +164,7 @@ class _StackFunction(torch.autograd.Function):
             if rule.updates:
                 for layer, sums in zip(stack.layers, moments, strict=True):
                     rule.update(layer, Moments.of_sums(sums.unbind(), len(grad_output)))
-        return (None, None, None, grad_x, *grads)
+        return (None, None, None, None, grad_x, *grads)
 
 
 def _write_statistics(mixing: Mixing, measured: Tensor) -> None:

@@ -29,6 +29,7 @@ def unroll(
     x: Float[Tensor, "T B E"],
     h_0: Float[Tensor, "B W N"],
     mask: Bool[Tensor, "T B"] | None,
+    noise: Float[Tensor, "T B W N"] | None = None,
     recorder: "Recorder | None" = None,
 ) -> Float[Tensor, "T B W N"]:
     """Unroll a layer over time.
@@ -39,21 +40,28 @@ def unroll(
         x: [T, B, E].
         h_0: state before the first step [B, W, N].
         mask: bool [T, B], True at valid steps; all if None.
+        noise: of a noisy layer, standard normal [T, B, W, N].
         recorder: has run the first steps of this x from the zero state, which are not run again.
-            The caller guarantees that x and the parameters are unchanged.
+            The caller guarantees that x, the noise and the parameters are unchanged.
 
     Returns:
         [T, B, W, N].
     """
     parameters = list(layer.parameters().values())
     inputs = (x, h_0, *parameters)
+    noise = None if noise is None else noise.contiguous()
     if not (torch.is_grad_enabled() and any(v.requires_grad for v in inputs)):
-        return _forward(layer, x.contiguous(), h_0.contiguous(), parameters, keep=False)[0]
-    return _Unroll.apply(layer, mixing, mask, recorder, *inputs)
+        return _forward(layer, x.contiguous(), h_0.contiguous(), noise, parameters, keep=False)[0]
+    return _Unroll.apply(layer, mixing, mask, noise, recorder, *inputs)
 
 
 def _forward(
-    layer: Layer, x: Tensor, h_0: Tensor, parameters: list[Tensor], keep: bool
+    layer: Layer,
+    x: Tensor,
+    h_0: Tensor,
+    noise: Tensor | None,
+    parameters: list[Tensor],
+    keep: bool,
 ) -> tuple[Tensor, Record | None]:
     """-> output [T, B, W, N], and if to be kept what a backward pass needs."""
     core = load(x.dtype)
@@ -67,7 +75,7 @@ def _forward(
     core.sgrl_forward(
         ctypes.byref(structure),
         *(length, batch, keep, 0, length),
-        *map(pointer, (x, h_0, output, memory)),
+        *map(pointer, (x, h_0, noise, output, memory)),
     )
     return output, record
 
@@ -90,6 +98,7 @@ class Recorder:
         length: T, the most steps it may take.
         batch_size: B.
         keep: False needs little memory and is only for acting.
+        noise: of a noisy layer, standard normal [T, B, W * N].
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Recorder:
         length: int,
         batch_size: int,
         keep: bool,
+        noise: Float[Tensor, "T B neurons"] | None = None,
     ) -> None:
         weight = layer.weight_h
         core = load(weight.dtype)
@@ -108,6 +118,7 @@ class Recorder:
         # Held here, since the structures know only their addresses.
         parameters = [p.detach().contiguous() for p in layer.parameters().values()]
         around = [p.detach().contiguous() for p in (*encoder, *actor)]
+        self.noise = None if noise is None else noise.contiguous()
         self._held = (layer.sources, parameters, around)
         (features, observation_size), bias = encoder[0].shape, actor[1]
         names = ("weight_1", "bias_1", "weight_2", "bias_2", "actor", "actor_bias")
@@ -149,13 +160,19 @@ class Recorder:
             self._layer,
             *self._sizes,
             self.steps,
-            *(pointers[row] for pointers in self._rows),
+            self._rows[0][row],
+            self._noise(),
+            *(pointers[row] for pointers in self._rows[1:]),
             self._logits.data_ptr(),
             self._memory.data_ptr(),
             self._policy_memory.data_ptr(),
         )
         self.steps += 1
         return self._logits
+
+    def _noise(self) -> int | None:
+        """Address of the next step's."""
+        return None if self.noise is None else pointer(self.noise[self.steps])
 
     def finish(self, x: Float[Tensor, "T B E"]) -> None:
         """The core's steps not yet taken, of x [T, B, E]."""
@@ -164,7 +181,7 @@ class Recorder:
             pointers = [pointers[self.steps] for pointers in self._rows[1:]]
             self._core.sgrl_forward(
                 *(self._layer, *self._sizes, self.steps, self.length),
-                *(pointers[0], None, pointers[1], self._memory.data_ptr()),
+                *(pointers[0], None, self._noise(), pointers[1], self._memory.data_ptr()),
             )
             self.steps = self.length
 
@@ -176,6 +193,7 @@ class _Unroll(torch.autograd.Function):
         layer: Layer,
         mixing: Mixing,
         mask: Tensor | None,
+        noise: Tensor | None,
         recorder: Recorder | None,
         x: Tensor,
         h_0: Tensor,
@@ -183,7 +201,8 @@ class _Unroll(torch.autograd.Function):
     ) -> Tensor:
         if recorder is None:
             x = x.contiguous()
-            output, ctx.record = _forward(layer, x, h_0.contiguous(), list(parameters), keep=True)
+            given = (x, h_0.contiguous(), noise, list(parameters))
+            output, ctx.record = _forward(layer, *given, keep=True)
         else:
             recorder.finish(x)
             x, ctx.record = recorder.x, recorder.record
@@ -204,9 +223,9 @@ class _Unroll(torch.autograd.Function):
         mask = None if ctx.mask is None else ctx.mask.contiguous()
         parameters = [parameter.detach().contiguous() for parameter in parameters]
         grad_output = grad_output.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[4] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[5] else None
         grad_h0 = None
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             grad_h0 = x.new_empty(batch, layer.num_neurons, layer.neuron_size)
         grads = [torch.empty_like(parameter) for parameter in parameters]
         moments = torch.zeros(4, layer.num_neurons, dtype=torch.float64)
@@ -229,4 +248,4 @@ class _Unroll(torch.autograd.Function):
                 samples = x.new_ones(length, batch, dtype=torch.bool) if mask is None else mask
                 samples = samples.any(0) if episodes else samples
                 mixing.rule.update(layer, Moments.of_sums(moments.unbind(), int(samples.sum())))
-        return (None, None, None, None, grad_x, grad_h0, *grads)
+        return (None, None, None, None, None, grad_x, grad_h0, *grads)

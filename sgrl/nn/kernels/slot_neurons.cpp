@@ -436,6 +436,7 @@ extern "C" {
 struct Layer {
   Index neurons, size, parents, slots, external, inputs;  // W, N, P, M, E, X
   double scale;                                           // of the scores
+  double noise_std;                                       // of what is added to the outputs
   const Index* parent;                                    // [W][P]
   const real *weight_h, *weight_x, *bias;
   const real *predictor_h, *predictor_x, *predictor_bias;
@@ -653,8 +654,17 @@ void list_parents(const Layer& layer, const Shape& s, Index j, const real* state
       *rows++ = states + (layer.parent[j * s.P + p] * s.N + n) * length;
 }
 
-// Step t of all neurons, from the states before it and the inputs in w.external.
-void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
+// Adds noise [B][W * N], its rows `noise_length` apart, to states [W * N][length].
+void add_noise(const Layer& layer, const Shape& s, const real* noise, Index noise_length,
+               Index batch, real* states, Index length) {
+  for (Index i = 0; i < s.W * s.N; ++i)
+    for (Index b = 0; b < batch; ++b)
+      states[i * length + b] += real(layer.noise_std) * noise[b * noise_length + i];
+}
+
+// Step t of all neurons, from the states before it, the inputs in w.external and the noise [B][W * N]
+// (null: none).
+void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t, const real* noise) {
   const bool keep = w.steps_kept == s.T;  // otherwise states alternate between two places
   const real* before = w.states + (keep ? t : t % 2) * s.state_step();
   real* after = w.states + (keep ? t + 1 : (t + 1) % 2) * s.state_step();
@@ -665,6 +675,7 @@ void step_forward(const Layer& layer, const Shape& s, Workspace& w, Index t) {
                   list_parents(layer, s, j, before, s.B, rows);
                   for (Index e = 0; e < s.E; ++e) rows[s.L + e] = w.external + e * s.lanes;
                 });
+  if (noise) add_noise(layer, s, noise, s.W * s.N, s.B, after, s.B);
 }
 
 // h_0 [B][W * N] (null: zeros) becomes the state before step 0.
@@ -763,14 +774,21 @@ void choose(const Policy& p, const Shape& s, const Workspace& w, PolicyWorkspace
 
 // Gradients of a neuron's scores (before their scale) and pre-activations, rows [R][out_length],
 // from that of its output, for the vector of samples at `column`. All arguments are rows of
-// `length` (feedback: of feedback_length).
+// `length` (feedback: of feedback_length). Without `output`, which noise may hide, it is made again.
 inline void row_gradients(const Shape& s, real scale, real* out, Index out_length,
                           const real* feedback, Index feedback_length, const real* attention,
                           const real* slots, Index length, const real* const* output,
                           Index column) {
   vec mean = {};  // sum_k a_k v_k = <g, output>
-  for (Index n = 0; n < s.N; ++n)
-    mean += load(feedback + n * feedback_length + column) * load(output[n] + column);
+  if (output)
+    for (Index n = 0; n < s.N; ++n)
+      mean += load(feedback + n * feedback_length + column) * load(output[n] + column);
+  else
+    for (Index m = 0; m < s.M; ++m)
+      for (Index n = 0; n < s.N; ++n)
+        mean += load(attention + m * length + column) *
+                load(feedback + n * feedback_length + column) *
+                load(slots + (m * s.N + n) * length + column);
   for (Index m = 0; m < s.M; ++m) {
     const vec weight = load(attention + m * length + column);
     vec value = {};  // v_m = <g, y_m>
@@ -1004,7 +1022,8 @@ void carry_back(const Layer& layer, const Shape& s, Workspace& w, const Mixing* 
       for (Index b = 0; b < s.B; b += V)
         row_gradients(s, real(layer.scale), w.step_rows, s.lanes, feedback, s.lanes,
                       w.attention + (t * s.W + j) * s.M * s.B,
-                      w.slots + (t * s.W + j) * s.M * s.N * s.B, s.B, output.data(), b);
+                      w.slots + (t * s.W + j) * s.M * s.N * s.B, s.B,
+                      layer.noise_std > 0 ? nullptr : output.data(), b);
       for (Index p = 0; p < s.P; ++p)
         for (Index n = 0; n < s.N; ++n)
           to[p * s.N + n] = before + (layer.parent[j * s.P + p] * s.N + n) * s.lanes;
@@ -1022,7 +1041,7 @@ struct Samples {
   const real *gradient, *prediction;    // received g and s [N]
   const real *weight, *valid;           // lambda; 1 or 0
   const real *slope;                    // [N] of a residual layer: 1 - tanh^2; else null
-  const real* const* output;            // [N]
+  const real* const* output;            // [N]; null where only noisy ones are kept
   const real* const* inputs;            // the rows that the neuron reads, `depth` of them
   Index depth;
 };
@@ -1254,7 +1273,7 @@ void sum_samples(const Layer& layer, const Shape& s, Workspace& w,
       for (const real*& row : shifted) row += c.offset;
       const Samples samples{c.samples, w.panel, w.panel_attention, w.panel_slots, w.panel_gradient,
                             w.panel_prediction, w.panel_weight, w.valid + c.offset, nullptr,
-                            output.data(), shifted.data(), depth};
+                            layer.noise_std > 0 ? nullptr : output.data(), shifted.data(), depth};
       fill_rows(s, real(layer.scale), mixing, per_term, samples, w.panel_rows, w.panel_vectors,
                 sums);
       dot(episodes ? at.w : at.end, depth + 1, c.samples, w.panel_rows, w.panel, shifted.data(),
@@ -1342,7 +1361,9 @@ void list_stack_inputs(const Stack& k, const Shape& s, Index l, Index j, const r
     for (Index i = 0; i < s.L; ++i) rows[i] = below + layer.parent[j * s.L + i] * s.lanes;
 }
 
-void stack_forward(const Stack& k, const Shape& s, StackWorkspace& w) {
+// noise [B][count][W * N] or null; it is added to the layers' states.
+void stack_forward(const Stack& k, const Shape& s, StackWorkspace& w, const real* noise,
+                   Index batch) {
   for (Index l = 0; l < k.count; ++l) {
     layer_forward(k.layers[l], s, w.bias[l], w.scores, w.attention[l], w.slots[l],
                   w.output[l], [&](Index j, const real** rows) {
@@ -1353,6 +1374,9 @@ void stack_forward(const Stack& k, const Shape& s, StackWorkspace& w) {
       const vec output = load(w.output[l] + i);
       store(w.states[l + 1] + i, residual ? tanh(output) + load(w.states[l] + i) : output);
     }
+    if (noise)
+      add_noise(k.layers[l], s, noise + l * s.W * s.N, k.count * s.W * s.N, batch,
+                w.states[l + 1], s.lanes);
   }
 }
 
@@ -1437,16 +1461,19 @@ Index sgrl_workspace(const Layer* layer, Index steps, Index batch, std::int32_t 
 }
 
 // Steps [first, stop) of an unroll of `steps`: x [stop - first][B][E] -> out [..][B][W * N]. Step 0
-// starts from h_0 [B][W * N] (null: zeros); the others must follow in order, on the same block.
+// starts from h_0 [B][W * N] (null: zeros); the others must follow in order, on the same block. noise
+// is as long as out, or null.
 void sgrl_forward(const Layer* layer, Index steps, Index batch, std::int32_t keep, Index first,
-                  Index stop, const real* x, const real* h_0, real* out, real* block) {
+                  Index stop, const real* x, const real* h_0, const real* noise, real* out,
+                  real* block) {
   const Shape s(*layer, steps, batch);
   Workspace w(s, keep, block);
   if (first == 0) start_forward(*layer, s, w, h_0);
   for (Index t = first; t < stop; ++t) {
     if (s.X) transpose<true>(w.external, s.lanes, x + (t - first) * s.B * s.E, s.E, s.B, s.E);
-    step_forward(*layer, s, w, t);
-    write_states(s, w, t, out + (t - first) * s.B * s.W * s.N);
+    const Index place = (t - first) * s.B * s.W * s.N;
+    step_forward(*layer, s, w, t, noise ? noise + place : nullptr);
+    write_states(s, w, t, out + place);
   }
 }
 
@@ -1455,10 +1482,10 @@ Index sgrl_policy_workspace(const Policy* policy, const Layer* layer, Index batc
 }
 
 // Step `t` of an unroll from the zero state, the policy's other parts with it: observations [B][F]
-// -> x [B][E], states [B][W * N], logits [B][A].
+// and noise [B][W * N] (or null) -> x [B][E], states [B][W * N], logits [B][A].
 void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch,
-              std::int32_t keep, Index t, const real* observations, real* x, real* states,
-              real* logits, real* block, real* policy_block) {
+              std::int32_t keep, Index t, const real* observations, const real* noise, real* x,
+              real* states, real* logits, real* block, real* policy_block) {
   const Shape s(*layer, steps, batch);
   const Policy& p = *policy;
   Workspace w(s, keep, block);
@@ -1470,7 +1497,7 @@ void sgrl_act(const Policy* policy, const Layer* layer, Index steps, Index batch
   }
   encode(p, s, w, q, observations);
   transpose<false>(x, s.E, w.external, s.lanes, s.E, s.B);
-  step_forward(*layer, s, w, t);
+  step_forward(*layer, s, w, t, noise);
   write_states(s, w, t, states);
   choose(p, s, w, q, t, logits);
 }
@@ -1498,9 +1525,10 @@ Index sgrl_stack_workspace(const Stack* stack, Index batch, std::int32_t keep) {
   return StackWorkspace(*stack, stack_shape(*stack, batch), keep, nullptr).total;
 }
 
-// x [B][inputs] -> out [B][W * N], `piece` samples at a time (all of them if to be kept).
+// x [B][inputs] and noise [B][layers][W * N] (or null) -> out [B][W * N], `piece` samples at a time
+// (all of them if to be kept).
 void sgrl_stack_forward(const Stack* stack, Index batch, Index piece, std::int32_t keep,
-                        const real* x, real* out, real* block) {
+                        const real* x, const real* noise, real* out, real* block) {
   const Shape s = stack_shape(*stack, piece);
   StackWorkspace w(*stack, s, keep, block);
   for (Index l = 0; l < stack->count; ++l)
@@ -1511,7 +1539,7 @@ void sgrl_stack_forward(const Stack* stack, Index batch, Index piece, std::int32
     for (Index i = 0; i < inputs && count < s.lanes; ++i)
       std::fill(w.states[0] + i * s.lanes + count, w.states[0] + (i + 1) * s.lanes, real(0));
     transpose<false>(w.states[0], s.lanes, x + first * inputs, inputs, count, inputs);
-    stack_forward(*stack, s, w);
+    stack_forward(*stack, s, w, noise ? noise + first * stack->count * WN : nullptr, count);
     transpose<false>(out + first * WN, WN, w.states[stack->count], s.lanes, WN, count);
   }
 }

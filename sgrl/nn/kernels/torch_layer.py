@@ -15,11 +15,18 @@ class Pass:
 
     Attributes:
         states: [T+1, W, N, B], the first being the initial state.
+        outputs: [T, W, N, B], of the neurons: the states without their noise.
         attention: [T, W, M, B].
         slots: [T, W, M, N, B].
     """
 
-    def __init__(self, layer: Layer, length: int, h_0: Float[Tensor, "S B w N"]) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        length: int,
+        h_0: Float[Tensor, "S B w N"],
+        noise: Float[Tensor, "T W N B"] | None = None,
+    ) -> None:
         assert layer.weight_x is not None
         num_neurons, size, num_slots = layer.num_neurons, layer.neuron_size, layer.num_slots
         batch = h_0.shape[1]
@@ -29,6 +36,8 @@ class Pass:
         self.lay_out()
         self.states = h_0.new_empty(length + 1, num_neurons, size, batch)
         self.states[0] = h_0.permute(0, 2, 3, 1).flatten(0, 1)
+        self.noise = noise
+        self.outputs = self.states[1:] if noise is None else torch.empty_like(self.states[1:])
         self.attention = h_0.new_empty(length, num_neurons, num_slots, batch)
         self.slots = h_0.new_empty(length, num_neurons, num_slots, size, batch)
 
@@ -62,16 +71,19 @@ class Pass:
         torch.softmax(scores[:, :num_slots], dim=1, out=attention[t])
         pre = slots[t].view(num_neurons, -1, batch)
         torch.add(scores[:, num_slots:], self.bias_rows, out=pre).tanh_()
-        torch.sum(attention[t].unsqueeze(2) * slots[t], dim=1, out=states[t + 1])
+        torch.sum(attention[t].unsqueeze(2) * slots[t], dim=1, out=self.outputs[t])
+        if self.noise is not None:
+            torch.add(self.outputs[t], self.noise[t], alpha=layer.noise_std, out=states[t + 1])
 
     def output(self) -> Float[Tensor, "S T B w N"]:
         """All states but the initial one."""
         return self.states[1:].unflatten(1, (self.layer.num_runs, -1)).permute(1, 0, 4, 2, 3)
 
 
-def forward_pass(layer: Layer, x: Tensor, h_0: Tensor) -> Pass:
-    """All steps over inputs x [S, T, B, E], from states h_0 [S, B, w, N]."""
-    passed = Pass(layer, x.shape[1], h_0)
+@torch.no_grad()
+def forward_pass(layer: Layer, x: Tensor, h_0: Tensor, noise: Tensor | None = None) -> Pass:
+    """All steps over inputs x [S, T, B, E], from states h_0 [S, B, w, N]; noise [T, B, W, N]."""
+    passed = Pass(layer, x.shape[1], h_0, None if noise is None else noise.permute(0, 2, 3, 1))
     external = passed.external(x)
     for t in range(x.shape[1]):
         passed.step(t, external[:, :, :, t])

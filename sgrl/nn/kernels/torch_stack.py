@@ -33,13 +33,19 @@ class _Pass(NamedTuple):
     output: Tensor  # [W, N, B], before the residual
 
 
-def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "*S B F"]) -> Float[Tensor, "*S B w N"]:
+def stack(
+    layers: Stack,
+    mixing: Mixing,
+    x: Float[Tensor, "*S B F"],
+    noise: Float[Tensor, "B L W N"] | None = None,
+) -> Float[Tensor, "*S B w N"]:
     """Run layers one after the other; where runs are stacked all shapes begin with S.
 
     Args:
         layers: of one size.
         mixing: how predictions are mixed in.
         x: [B, input size].
+        noise: of noisy layers, standard normal; not where runs are stacked.
 
     Returns:
         The last layer's state [B, W, N].
@@ -47,9 +53,11 @@ def stack(layers: Stack, mixing: Mixing, x: Float[Tensor, "*S B F"]) -> Float[Te
     alone = layers.layers[0].runs is None
     inputs = (x[None] if alone else x, *layers.parameters())
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-        output = _Stack.apply(layers, mixing, *inputs)
+        output = _Stack.apply(layers, mixing, noise, *inputs)
     else:
-        pieces = [_forward(layers, piece)[0] for piece in inputs[0].split(CHUNK_SAMPLES, dim=1)]
+        parts = inputs[0].split(CHUNK_SAMPLES, dim=1)
+        noises = [None] * len(parts) if noise is None else noise.split(CHUNK_SAMPLES)
+        pieces = [_forward(layers, *part)[0] for part in zip(parts, noises, strict=True)]
         output = _by_run(torch.cat(pieces, dim=2), len(inputs[0]))
     return output[0] if alone else output
 
@@ -59,12 +67,12 @@ def _by_run(h: Tensor, runs: int) -> Tensor:
     return h.unflatten(0, (runs, -1)).permute(0, 3, 1, 2)
 
 
-def _forward(stack: Stack, x: Tensor) -> tuple[Tensor, list[_Pass]]:
+def _forward(stack: Stack, x: Tensor, noise: Tensor | None) -> tuple[Tensor, list[_Pass]]:
     """From x [S, B, F]: last state [W, N, B], and what all layers computed."""
     batch = x.shape[1]
     passes = []
     h = x.transpose(1, 2).reshape(-1, batch)
-    for layer, residual in zip(stack.layers, stack.residual, strict=True):
+    for index, (layer, residual) in enumerate(zip(stack.layers, stack.residual, strict=True)):
         num_neurons, sources = layer.num_neurons, layer.sources.flatten()
         states = h.view(len(h), -1, batch)  # single inputs, or neurons
         read = states.flatten(1).index_select(0, sources).view(num_neurons, -1, batch)
@@ -76,15 +84,24 @@ def _forward(stack: Stack, x: Tensor) -> tuple[Tensor, list[_Pass]]:
         slots = slots.view(num_neurons, layer.num_slots, -1, batch)
         output = (attention.unsqueeze(2) * slots).sum(1)
         h = torch.tanh(output).add_(h) if residual else output
+        if noise is not None:
+            h = torch.add(h, noise[:, index].permute(1, 2, 0), alpha=layer.noise_std)
         passes.append(_Pass(read, read_square, attention, slots, output))
     return h, passes
 
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stack: Stack, mixing: Mixing, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        stack: Stack,
+        mixing: Mixing,
+        noise: Tensor | None,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
         weights = parameters[: 2 * len(stack.layers) : 2]
-        h, passes = _forward(stack, x)
+        h, passes = _forward(stack, x, noise)
         ctx.stack, ctx.mixing, ctx.num_inputs = stack, mixing, 1 + len(parameters)
         ctx.slopes, ctx.scratch = [None] * len(passes), None
         # The predictors are not saved: the policy step mixes in what they predict after their own
@@ -144,7 +161,7 @@ class _Stack(torch.autograd.Function):
                 grad_bias = rows[:, layer.num_slots :].sum(-1).view_as(layer.bias)
                 grads[2 * index] = torch.bmm(rows, done.read.transpose(1, 2))
                 grads[2 * index + 1] = grad_bias
-            if index or ctx.needs_input_grad[2]:
+            if index or ctx.needs_input_grad[3]:
                 grad_read = ctx.scratch.read
                 torch.bmm(weights[index].transpose(1, 2), rows, out=grad_read)
                 sources = layer.sources.flatten()
@@ -158,7 +175,7 @@ class _Stack(torch.autograd.Function):
                     grad_x = grad_x.unflatten(0, (runs, -1)).transpose(1, 2)
         for name, value in sums.items():
             mixing.statistics[name] = value[0] if stack.layers[0].runs is None else value
-        return (None, None, grad_x, *grads)
+        return (None, None, None, grad_x, *grads)
 
 
 def _mean_of_runs(values: Tensor, runs: int) -> Tensor:

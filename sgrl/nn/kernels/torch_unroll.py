@@ -51,6 +51,7 @@ def unroll(
     h_0: Float[Tensor, "*S B w N"],
     mask: Bool[Tensor, "*S T B"] | None,
     passed: Pass | None = None,
+    noise: Float[Tensor, "T B W N"] | None = None,
 ) -> Float[Tensor, "*S T B w N"]:
     """Unroll a layer over time; where runs are stacked all shapes begin with S, w being W / S.
 
@@ -62,6 +63,7 @@ def unroll(
         h_0: state before the first step [B, W, N].
         mask: bool [T, B], True at valid steps; all if None.
         passed: this very forward pass, if it was made already.
+        noise: of a noisy layer, standard normal; not where runs are stacked.
 
     Returns:
         [T, B, W, N].
@@ -70,10 +72,11 @@ def unroll(
         x, h_0, mask = x[None], h_0[None], None if mask is None else mask[None]
     parameters = layer.parameters()
     inputs = (x, h_0, *parameters.values())
+    passed = passed or forward_pass(layer, x, h_0, noise)
     if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
         output = _Unroll.apply(layer, mixing, schedule, mask, passed, *inputs)
     else:
-        output = forward_pass(layer, x, h_0).output()
+        output = passed.output()
     return output[0] if layer.runs is None else output
 
 
@@ -85,7 +88,7 @@ class _Unroll(torch.autograd.Function):
         mixing: Mixing,
         schedule: Callable[[int], Tensor],
         mask: Tensor | None,
-        passed: Pass | None,
+        passed: Pass,
         x: Tensor,
         h_0: Tensor,
         weight_h: Tensor,
@@ -93,10 +96,9 @@ class _Unroll(torch.autograd.Function):
         bias: Tensor,
         *predictor: Tensor,
     ) -> Tensor:
-        passed = passed or forward_pass(layer, x, h_0)
         ctx.layer, ctx.mixing, ctx.mask = layer, mixing, mask
         ctx.schedule = schedule(x.shape[1]) if mixing.settings.mixes else None
-        kept = (passed.states, passed.attention, passed.slots)
+        kept = (passed.states, passed.outputs, passed.attention, passed.slots)
         ctx.save_for_backward(x, weight_h, weight_x, *kept, *predictor)
         return passed.output().clone(memory_format=torch.contiguous_format)
 
@@ -104,7 +106,7 @@ class _Unroll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         layer, mixing, mask = ctx.layer, ctx.mixing, ctx.mask
-        x, weight_h, weight_x, states, attention, slots, *predictor = ctx.saved_tensors
+        x, weight_h, weight_x, states, outputs, attention, slots, *predictor = ctx.saved_tensors
         num_neurons, num_slots = layer.num_neurons, layer.num_slots
         runs, length, batch, _ = x.shape
         rows = weight_h.shape[1]
@@ -137,7 +139,7 @@ class _Unroll(torch.autograd.Function):
         for stop in range(length, 0, -chunk):
             steps = slice(max(0, stop - chunk), stop)
             count = steps.stop - steps.start
-            a, y, h = attention[steps], slots[steps], states[1:][steps]
+            a, y, h = attention[steps], slots[steps], outputs[steps]
             inputs = _inputs(layer, states[steps], x[:, steps])
             grad_rows = x.new_empty(count, num_neurons, rows, batch)
             if measured is not None:
@@ -166,7 +168,7 @@ class _Unroll(torch.autograd.Function):
                 if mixing.rule.updates:
                     measured.add_moments(mixture, a, y, h, *inputs)
         if measured is not None:
-            measured.finish(x, states, attention, slots)
+            measured.finish(x, states, outputs, attention, slots)
         grad_h0 = None
         if ctx.needs_input_grad[6]:
             grad_h0 = carried.unflatten(0, (runs, -1)).permute(0, 3, 1, 2)
@@ -312,6 +314,7 @@ class _Measured:
         self,
         x: Float[Tensor, "S T B E"],
         states: Float[Tensor, "T+1 W N B"],
+        outputs: Float[Tensor, "T W N B"],
         attention: Float[Tensor, "T W M B"],
         slots: Float[Tensor, "T W M N B"],
     ) -> None:
@@ -321,7 +324,7 @@ class _Measured:
         if not self.mixing.rule.updates:
             return
         if self.mixing.rule.samples == "episodes":
-            moments = self._episode_moments(x, states, attention, slots)
+            moments = self._episode_moments(x, states, outputs, attention, slots)
         else:
             moments = self._step_moments()
         self.mixing.rule.update(self.layer, moments)
@@ -340,7 +343,7 @@ class _Measured:
         return Moments.of_sums(sums, num_samples)
 
     def _episode_moments(
-        self, x: Tensor, states: Tensor, attention: Tensor, slots: Tensor
+        self, x: Tensor, states: Tensor, outputs: Tensor, attention: Tensor, slots: Tensor
     ) -> Moments:
         """Those of the sums over each episode, some neurons of every run at a time."""
         layer = self.layer
@@ -359,7 +362,7 @@ class _Measured:
             for part in (slice(i, min(i + chunk, stop)) for i in range(first, stop, chunk)):
                 gradient, other, a, y, h = (
                     values.unflatten(1, (runs, -1))[:, :, part].flatten(1, 2)
-                    for values in (received, difference, attention, slots, states[1:])
+                    for values in (received, difference, attention, slots, outputs)
                 )
                 read = states[:-1].index_select(1, sources[:, part].flatten())
                 inputs = [read.view(length, len(a[0]), -1, batch)]
