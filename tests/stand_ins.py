@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from sweeps import CONFIG
+from worker_server import local_ray
 
 from sgrl.results.metrics import count_rows
 from sgrl.tuning import sweep
@@ -130,7 +131,7 @@ def under_kills(config, folder, name, rows):
 if __name__ == "__main__":
     sweep.TrialRunner = stand_in_runner(seconds=0.02)
     what, where, *results = sys.argv[1:]
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), local_ray():
         if what == "sweep":
             sweep.run_sweep(load_experiment(where), *results)
         else:

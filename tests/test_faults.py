@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from sweeps import make_experiment, metrics_without_times, summary
+from worker_server import ALONE
 
 from sgrl.results.checkpoints import (
     MANIFEST,
@@ -281,7 +282,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(tmp_path, finished):
         capture_output=True,
         text=True,
         timeout=240,
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        env={k: v for k, v in os.environ.items() if not k.startswith(ALONE)}
         | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.returncode == 0, child.stdout + child.stderr

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
+from worker_server import ALONE
 
 from sgrl.cli import app
 from sgrl.envs.guard import EnvironmentFailed, flag_fault, observation_fault, reward_fault
@@ -668,7 +669,7 @@ with local_ray():
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, "sweep", "mine.yaml"],
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        env={k: v for k, v in os.environ.items() if not k.startswith(ALONE)}
         | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import ThreadedFTPServer
 from sweeps import make_experiment, metrics_without_times
 from typer.testing import CliRunner
+from worker_server import driver
 
 from sgrl.cli import app
 from sgrl.results.checkpoints import MANIFEST, list_checkpoints, verify, write_checkpoint
@@ -203,7 +203,7 @@ def run(*words, mirror, **options):
     """Start `sgrl` as on a machine whose mirrors are in one folder of their own."""
     environment = {**os.environ, "SGRL_MIRROR_DIR": str(mirror), "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-c", "from sgrl.cli import main; main()", *map(str, words)]
+    command = [*driver("from sgrl.cli import main; main()"), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
@@ -224,15 +224,13 @@ def test_a_killed_sweep_goes_on_on_another_machine(s3, tmp_path, monkeypatch):
     results = f"{s3}/{tmp_path.name}"
     there = f"{results}/small"
 
-    first = run(
-        "sweep", config, "--results", results, mirror=tmp_path / "one", start_new_session=True
-    )
+    first = run("sweep", config, "--results", results, mirror=tmp_path / "one", process_group=0)
     files, root = fsspec.core.url_to_fs(there, use_listings_cache=False)
     deadline = time.monotonic() + 120
     while sum(name.endswith(f"/{MANIFEST}") for name in files.find(root)) < 3:
         assert time.monotonic() < deadline
         assert first.poll() is None, first.stderr.read()
-        time.sleep(0.1)
+        time.sleep(0.5)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     # Nothing but the storage goes on: not even a process of the first machine.

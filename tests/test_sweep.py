@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summary
+from worker_server import driver
 
 from sgrl.compiled.processor import processor_kind
 from sgrl.results.checkpoints import list_checkpoints, newest_valid_checkpoint, verify
@@ -209,6 +209,8 @@ def test_a_killed_trial_process_is_replaced(tmp_path, ray_session, finished, cap
 def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_session):
     experiment = make_experiment(
         tmp_path / "small.yaml",
+        ("sparsenet_sgprop",),
+        seeds=[0, 1, 2],
         concurrency=2,
         stop={"training_iteration": 250},
         checkpoint={"every": 25, "keep": 2},
@@ -223,7 +225,7 @@ def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_sessio
         )
         # A session of its own: Ray must not find the one of these tests.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
-        driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
+        process = subprocess.Popen(driver(code), env=environment)
 
         def between_checkpoints(name):
             rows = count_rows(killed / name / "metrics.csv")
@@ -231,11 +233,11 @@ def test_a_sweep_whose_driver_is_killed_twice_loses_nothing(tmp_path, ray_sessio
 
         try:
             while not all(between_checkpoints(name) for name in names):
-                assert driver.poll() is None, "the sweep ended before it was killed"
-                time.sleep(0.01)
+                assert process.poll() is None, "the sweep ended before it was killed"
+                time.sleep(0.02)
         finally:
-            driver.kill()
-            driver.wait()
+            process.kill()
+            process.wait()
         for name in names:
             rows = count_rows(killed / name / "metrics.csv")
             assert least[name] < rows < 250

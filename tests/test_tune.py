@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 from ray import tune
 from sweeps import metrics_without_times
 from typer.testing import CliRunner
+from worker_server import driver
 
 from sgrl.cli import app
 from sgrl.results.evaluation import evaluate
@@ -31,15 +31,13 @@ FILE, FROM_YAML = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
 SCRIPT, NEW_STACK, OLD_STACK, _RACE = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"^\.venv/bin/sgrl (.*)$", TEXT, flags=re.MULTILINE)
 KILLER = """
-import os, ray, signal
+import os, signal
 from ray import tune
 
 class Killer(tune.Callback):
     def on_trial_result(self, *, result, **info):
         if result["training_iteration"] == 4 and "KILLED" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
-
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 """
 
 
@@ -84,7 +82,7 @@ def test_a_killed_script_goes_on_and_has_the_rows_of_the_experiment_file(
     metrics = tmp_path / "results/tuned/gru_seed=3/metrics.csv"
     for code, rows, more in ((-9, 4, {"KILLED": "1"}), (0, 6, {})):
         ended = subprocess.run(
-            [sys.executable, "-c", KILLER + script],
+            driver(KILLER + script),
             env=environment | more,
             capture_output=True,
             text=True,

@@ -5,6 +5,7 @@ of a processor, where a fork costs a tenth of one. What runs in the process is R
 all of a Ray share one seed of hashes. Rays that tests start as users do start workers as users' do.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -17,6 +18,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,10 @@ MODULES = [
 ]
 #: What workers cannot change after the imports, where Ray reads the number of the job.
 FIXED = ["RAY_JOB_ID", "PYTHONPATH"]
+ADDRESS = "SGRL_TEST_WORKERS"
+#: How the names of variables begin that a process lacks which is to find neither the Ray nor the
+#: worker server of these tests.
+ALONE = ("RAY_ADDRESS", ADDRESS)
 
 
 @contextlib.contextmanager
@@ -49,6 +56,29 @@ def local_ray() -> Iterator[None]:
         "include_log_monitor": False,
         "no_monitor": True,
     }
+    with worker_server():
+        with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **changes)):
+            ray.init(
+                "local",
+                num_cpus=4,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                # These would belong to no job.
+                _system_config={"prestart_worker_first_driver": False},
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def worker_server() -> Iterator[None]:
+    """What forks this process's workers, and those of all processes below it."""
+    if ADDRESS in os.environ:
+        yield
+        return
     with tempfile.TemporaryDirectory(prefix="sgrl-") as folder:
         address = f"{folder}/workers"
         with socket.socket(socket.AF_UNIX) as listener:
@@ -60,24 +90,21 @@ def local_ray() -> Iterator[None]:
                 pass_fds=[listener.fileno()],
                 process_group=0,
             )
-        with server:  # it ends when its standard input does, however this process ends
-            with (
-                mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **changes)),
-                mock.patch.dict(os.environ, {"SGRL_TEST_WORKERS": address}),
-            ):
-                ray.init(
-                    "local",
-                    num_cpus=4,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="error",
-                    # These would belong to no job.
-                    _system_config={"prestart_worker_first_driver": False},
-                )
-            try:
-                yield
-            finally:
-                ray.shutdown()
+        # It ends when its standard input does, however this process ends.
+        with server, mock.patch.dict(os.environ, {ADDRESS: address}):
+            yield
+
+
+def driver(code: str) -> list[str]:
+    """The command of a process that has such a Ray of its own while it runs the code."""
+    lines = [
+        "import sys",
+        f"sys.path.append({str(Path(__file__).parent)!r})",
+        "from worker_server import local_ray",
+        "with local_ray():",
+        f"    exec({code!r})",
+    ]
+    return [sys.executable, "-c", "\n".join(lines)]
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
@@ -113,11 +140,20 @@ def serve(listener: socket.socket) -> dict[str, Any]:
 
 def prepare() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in Ray's own, and read by torch's import
-    for module in MODULES:
-        importlib.import_module(module)
+    # Ray's workers end with the raylet that this named when Ray was imported; it may be any of
+    # several here. See `end_with`.
+    with mock.patch.dict(os.environ, RAY_RAYLET_PID=str(os.getppid())):
+        for module in MODULES:
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)
+
+
+def end_with(raylet: str) -> None:
+    while Path("/proc", raylet).exists():
+        time.sleep(1)
+    os._exit(1)
 
 
 def reap(*_: object) -> None:
@@ -127,7 +163,12 @@ def reap(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    # The last of all exit handlers: Python's own end would touch, so copy, most of the memory that
+    # the workers share, at twice the cost of all the rest of a short one.
+    atexit.register(os._exit, 0)
     request = serve(socket.socket(fileno=int(sys.argv[1])))
+    raylet = request["environment"]["RAY_RAYLET_PID"]
+    threading.Thread(target=end_with, args=[raylet], daemon=True).start()
     import numpy as np
     from ray._private.workers import __path__ as folders
 
