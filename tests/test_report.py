@@ -28,6 +28,7 @@ from sgrl.analysis.tables import cells
 from sgrl.cli import app
 from sgrl.nn.mixing import split_parameters
 from sgrl.nn.registry import load_policy
+from sgrl.results.archive import write_archive
 from sgrl.results.metrics import AXES, read_metrics
 from sgrl.results.runs import ResultsError, load_results
 from sgrl.theory.expert_network import simulate, sweep_cells
@@ -127,6 +128,7 @@ def test_the_page_in_a_browser(sweep, tmp_path):
             assert complete
             assert natural > 200
             assert min(width, height) == 0 if drawn else min(width, height) > 200
+            assert width <= 1.5 * natural + 1
         assert [image[-1] for image in images] == [name in DRAWN for name in FIGURES]
         text = browser.evaluate("document.body.innerText")
         wide = browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -453,6 +455,29 @@ def test_several_folders_and_the_expert_network(sweep, tmp_path):
     assert page.count("<img") == 3 + len(FIGURES)
     assert "2^(d-k)" in page
     assert "all experiments" not in page
+
+
+def test_nothing_is_written_beside_what_is_published(sweep, tmp_path):
+    """Neither an archive nor another folder changes, wherever the report goes."""
+    published = tmp_path / "results" / "published"
+    experts = published / "experts"
+    experts.mkdir(parents=True)
+    write_expert_network(simulate(sweep_cells([3, 4], [2], [1]), trials=4), experts)
+    write_archive(sweep, published / "small")
+    before = {path: path.read_bytes() for path in published.rglob("*") if path.is_file()}
+    reports = tmp_path / "results" / "reports"
+    for names, page in (
+        (["experts"], "experts"),
+        (["small"], "small"),
+        (["small", "experts"], "report"),
+    ):
+        out = write_report([published / name for name in names])
+        assert out == reports / f"{page}.html"
+        assert "<img" in out.read_text()
+    page = write_report([experts], tmp_path / "experts.html").read_text()
+    # Figures of one panel, 3.7 inches wide, are not stretched to the page's width.
+    assert re.findall(r'<img [^>]*width="(\d+)"', page) == ["533"] * 3
+    assert before == {path: path.read_bytes() for path in published.rglob("*") if path.is_file()}
 
 
 def test_several_sweeps_share_a_table_and_an_overlay(sweep, tmp_path):

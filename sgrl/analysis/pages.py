@@ -65,6 +65,7 @@ def html_page(sections: Sequence[Section], out: Path) -> str:
         cells=cells,
         bold_cells=bold_cells,
         image=_image,
+        width=_width,
         anchor=_anchor,
         interactive=any(figure.curves for section in sections for figure in section.figures),
         library=lambda name: _part(f"uplot/{name}"),
@@ -82,6 +83,17 @@ def _image(figure: Figure) -> str:
     """Encode a figure's SVG as a data URL."""
     svg = figure.path.with_suffix(".svg").read_bytes()
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _width(figure: Figure) -> int:
+    """The most pixels a figure is drawn across: half as many again as its size in inches asks for.
+
+    Larger text than that would not go with the page's.
+    """
+    svg = figure.path.with_suffix(".svg").read_text(encoding="utf-8")
+    points = re.search(r'<svg [^>]*\bwidth="([\d.]+)pt"', svg)
+    assert points is not None
+    return round(1.5 * float(points[1]) * 96 / 72)
 
 
 def _anchor(*parts: str) -> str:

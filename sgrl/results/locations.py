@@ -15,6 +15,9 @@ from sgrl.results.storage import StorageError, Store, is_address, is_archive
 from sgrl.results.tune_folder import is_tune_folder
 from sgrl.results.zoo import find_policy
 
+#: The folder, in that of all results, of those that a checkout keeps under version control.
+PUBLISHED = "published"
+
 
 def open_store(location: str | Path, role: str) -> Store:
     """The results of a sweep, wherever they lie.
@@ -43,6 +46,11 @@ def mirror_folder(address: str, role: str) -> Path:
 def is_copied(location: str | Path) -> bool:
     """Whether what `reading` yields is a copy, in which nothing is to be kept."""
     return is_address(location) or is_archive(location) or is_tune_folder(location)
+
+
+def is_published(location: str | Path) -> bool:
+    """Whether results lie in a folder `published`, in which nothing else is to be written."""
+    return not is_address(location) and Path(location).resolve().parent.name == PUBLISHED
 
 
 @contextlib.contextmanager
