@@ -17,7 +17,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.sdist import sdist
@@ -159,10 +159,13 @@ class SourceArchive(sdist):
 
 
 setup(
+    # The experiments beside the package are in it where it is installed.
+    packages=[*find_packages(include=["sgrl*"]), "sgrl.tune_configs"],
+    package_dir={"sgrl.tune_configs": "tune_configs"},
     cmdclass={
         "bdist_wheel": Wheel,
         "build": Build,
         "build_core": BuildCore,
         "sdist": SourceArchive,
-    }
+    },
 )

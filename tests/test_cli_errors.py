@@ -267,7 +267,10 @@ def test_no_mapping(run, text):
 
 def test_missing_file(run):
     refused(run("sweep", "experment.yaml"), "no such file; did you mean experiment.yaml?")
-    refused(run("sweep", "nowhere/experiment.yaml"), "no such file")
+    refused(
+        run("sweep", "nowhere/experiment.yaml"),
+        "no such file; sgrl list experiments shows those that sgrl brings along",
+    )
     refused(run("sweep", "."), "cannot be read")
 
 

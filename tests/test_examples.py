@@ -114,6 +114,9 @@ def test_quickstart(
         ahead = sum(a > b for a in ours for b in other)
         assert f"ahead in {ahead} of 4 pairs" in sentence
         assert "cannot give a p-value below 0.33" in sentence
+    assert bandit.endswith(
+        "With one reward in five flipped, backprop was ahead in the few seeds run."
+    )
     printed = capsys.readouterr().out
     page = Path("results/quickstart.html").read_text()
     for name in ("gru", "sparse_backprop", "expert network"):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from worker_server import ALONE
+from worker_server import driver
 
 from sgrl.cli import app
 from sgrl.envs.guard import EnvironmentFailed, flag_fault, observation_fault, reward_fault
@@ -659,18 +659,12 @@ def test_a_sweep_whose_environment_breaks(tmp_path: Path) -> None:
     """Of a module in the current folder; the failure is the environment's, not a divergence."""
     (tmp_path / "my_envs.py").write_text(BREAKS)
     (tmp_path / "mine.yaml").write_text(SWEEP)
-    code = """
-from worker_server import local_ray
-from sgrl.cli import main
-with local_ray():
-    main()
-"""
     # With -P the current folder is not on Python's path, as under the command itself.
+    python, *code = driver("from sgrl.cli import main; main()")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, "sweep", "mine.yaml"],
+        [python, "-P", *code, "sweep", "mine.yaml"],
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if not k.startswith(ALONE)}
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")},
         capture_output=True,
         text=True,
         timeout=240,

@@ -131,9 +131,26 @@ def test_one_name() -> None:
     assert json.loads(listed("settings", "--json")).keys() == all_settings().keys()
 
 
+def test_experiments_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run from any folder, and a file of the name that is there comes first."""
+    monkeypatch.chdir(tmp_path)
+    files = sorted((ROOT / "tune_configs").glob("*.yaml"))
+    assert [line.split()[0] for line in listed("experiments").splitlines()] == [
+        file.stem for file in files
+    ]
+    text = (ROOT / "tune_configs" / "quickstart.yaml").read_text()
+    assert listed("experiments", "quickstart") == text
+    dry = ["sweep", "quickstart", "--dry-run", "--no-estimate"]
+    said = CliRunner().invoke(app, [*dry, "--seeds", "3", "--methods", "gru"])
+    assert (said.exit_code, said.output) == (0, "quickstart: 1 trials\n  gru_seed=3\n")
+    Path("quickstart").write_text("")
+    assert "quickstart: empty" in CliRunner().invoke(app, dry).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["experiments", "quikstart"], "did you mean 'quickstart'?"),
         (["polices"], "no such list: 'polices'; did you mean 'policies'?"),
         (["policies", "grru"], "no such name among the policies: 'grru'; did you mean 'gru'?"),
         (["settings", "hiden_size"], "did you mean 'hidden_size'?"),

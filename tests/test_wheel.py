@@ -203,12 +203,14 @@ def test_what_they_hold(built: Built) -> None:
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "sgrl").rglob("*")
-        if path.suffix in (".py", ".cpp", ".html", ".typed")
+        if path.is_file() and path.suffix != ".pyc" and path.parent != prebuilt.FOLDER
     }
+    experiments = {f"tune_configs/{path.name}" for path in (ROOT / "tune_configs").iterdir()}
+    package |= {f"sgrl/{name}" for name in experiments}
     assert {n for n in names if n.startswith("sgrl/") and "/prebuilt/" not in n} == package
     with tarfile.open(built.sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert package < inside
+    assert package - {f"sgrl/{name}" for name in experiments} | experiments < inside
     assert {"CHANGELOG.md", "LICENSE", "setup.py", "tune_configs/quickstart.yaml"} < inside
     assert not {name for name in inside if name.startswith("tests") or name.endswith(".so")}
 
@@ -275,6 +277,10 @@ def test_sweeps_and_resumes_without_a_compiler(
     sgrl = python.with_name("sgrl")
     assert f"sgrl {__version__}\ncore: {HERE[0]}, " in run(sgrl, "--version", cwd=tmp_path)
     common = without_compiler | {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    # What the wheel brings along has names.
+    assert "\nlabyrinth_escape " in run(sgrl, "list", "experiments", cwd=tmp_path)
+    found = run(sgrl, "sweep", "labyrinth_escape", "--dry-run", "--no-estimate", cwd=tmp_path)
+    assert found.startswith("labyrinth_escape: 300 trials\n")
     run(sgrl, "sweep", "small.yaml", cwd=tmp_path, **common)
     going_on = run(
         sgrl, "resume", "results/small", "--iterations", "5",

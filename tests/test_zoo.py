@@ -58,5 +58,8 @@ def test_unknown_names(published: Path, name: str, hint: str) -> None:
 
 def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "PUBLISHED", tmp_path)
-    with pytest.raises(zoo.ZooError, match="the zoo lies in results/published of a checkout"):
+    with pytest.raises(
+        zoo.ZooError,
+        match="the zoo is not in what pip installs: it lies in results/published of a checkout",
+    ):
         sgrl.load_policy("zoo:labyrinth_escape/gru")

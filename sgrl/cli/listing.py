@@ -1,4 +1,4 @@
-"""The command that lists what an experiment file can say, and what its results hold."""
+"""The command that lists experiments, what their files can say, and what their results hold."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,10 @@ from sgrl.cli.terminal import print_json, print_lines
 
 def list_names(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="envs, policies, rules, settings or columns.")
+        str,
+        typer.Argument(
+            metavar="KIND", help="envs, policies, rules, settings, columns or experiments."
+        ),
     ],
     name: Annotated[
         str | None,
@@ -23,7 +26,10 @@ def list_names(
         typer.Option(callback=home, metavar="FILE", help="Page to bring up to date."),
     ] = None,
 ) -> None:
-    """List environments, policies, mixing rules, settings, or columns of metrics.csv."""
+    """List environments, policies, mixing rules, settings, columns of metrics.csv, or experiments.
+
+    Of one experiment it prints the file: sgrl list experiments quickstart > mine.yaml
+    """
     from sgrl.tuning.experiment.settings import (
         check_kind,
         docstring_of,
@@ -31,6 +37,7 @@ def list_names(
         page_table,
         settings_named,
     )
+    from sgrl.tuning.experiment.shipped import shipped_experiments
 
     check_kind(kind)
     if write is not None:
@@ -49,6 +56,9 @@ def list_names(
             typer.echo("and every id of gymnasium and POPGym, as in CartPole-v1")
         return
     groups = settings_named(kind, name)
+    if name is not None and kind == "experiments":
+        typer.echo(shipped_experiments()[name].read_text(encoding="utf-8"), nl=False)
+        return
     if json:
         print_json({group: [s._asdict() for s in settings] for group, settings in groups.items()})
         return

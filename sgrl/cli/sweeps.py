@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", callback=home, help="Experiment file, as in tune_configs/."),
+    typer.Argument(metavar="CONFIG", callback=home, help="Experiment file, or as in quickstart."),
 ]
 Results = Annotated[
     str,
@@ -83,7 +83,9 @@ def sweep(
     """Run all trials of an experiment file into RESULTS/NAME."""
     with _without_collector() if dry_run else nullcontext():
         from sgrl.tuning.experiment.load import load_experiment
+        from sgrl.tuning.experiment.shipped import find_experiment
 
+        config = find_experiment(config)
         experiment = load_experiment(
             config,
             set_ or [],

@@ -297,6 +297,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         found = [str(other) for other in path.parent.glob("*.yaml")]
         hint = f"; did you mean {nearest(path, found)}?" if found else ""
+        hint = hint or "; sgrl list experiments shows those that sgrl brings along"
         raise Problem("", f"no such file{hint}") from None
     except UnicodeDecodeError:
         raise Problem("", "not a text file") from None
@@ -305,7 +306,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
     except YAMLFileError as error:
         raise Problem("", f"line {error.line}: {error}" if error.line else str(error)) from None
     if content is None:
-        raise Problem("", "empty; tune_configs/quickstart.yaml is an example to start from")
+        raise Problem("", "empty; sgrl list experiments quickstart prints an example to start from")
     if not isinstance(content, dict):
         raise Problem("", "not an experiment: expected 'key: value' lines")
     # Sections of helpers hold what aliases repeat.

@@ -38,7 +38,10 @@ def find_policy(location: str | Path) -> Path:
     if name in index:
         return PUBLISHED / index[name]
     if not index:
-        raise ZooError(f"{location}: the zoo lies in results/published of a checkout of sgrl")
+        raise ZooError(
+            f"{location}: the zoo is not in what pip installs: it lies in results/published of a "
+            "checkout of sgrl (git clone, then pip install -e .)"
+        )
     raise ZooError(f"{location}: no such policy; {did_you_mean(name, sorted(index))}")
 
 

@@ -30,10 +30,11 @@ from sgrl.tuning.experiment.file import (
     StopKeys,
 )
 from sgrl.tuning.experiment.sections import section_arguments
+from sgrl.tuning.experiment.shipped import about, shipped_experiments
 from sgrl.user_code import module_of
 
 #: What can be listed.
-KINDS = ("envs", "policies", "rules", "settings", "columns")
+KINDS = ("envs", "policies", "rules", "settings", "columns", "experiments")
 #: Sections of `config` whose settings are listed.
 SECTIONS = (
     "environment",
@@ -76,13 +77,16 @@ def names_of(kind: str) -> dict[str, str]:
     """Return what can be named in an experiment.
 
     Args:
-        kind: envs, policies or rules; columns, of metrics.csv, are named in the results.
+        kind: envs, policies or rules; columns, of metrics.csv, are named in the results,
+            experiments where `sgrl sweep` takes a file.
 
     Returns:
         By its name, what it is.
     """
     if kind == "columns":
         return {name: column.line for name, column in METRICS.items()}
+    if kind == "experiments":
+        return {name: about(path) for name, path in shipped_experiments().items()}
     things = _things(kind)
     return {name: first_sentence(inspect.getdoc(thing) or "") for name, thing in things.items()}
 
@@ -206,7 +210,7 @@ def settings_named(kind: str, name: str | None) -> dict[str, list[Setting]]:
     names = [*groups, *keys] if kind == "settings" else list(names_of(kind))
     if name not in names:
         raise ListError(f"no such name among the {kind}: {name!r}; {did_you_mean(name, names)}")
-    if kind in ("rules", "columns"):
+    if kind in ("rules", "columns", "experiments"):
         return {}
     if kind != "settings":
         group = {"envs": "env", "policies": "policy"}[kind]
