@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -56,7 +57,8 @@ def local_ray() -> Iterator[None]:
         "include_log_monitor": False,
         "no_monitor": True,
     }
-    with worker_server():
+    # To count what callbacks are used, Ray would import all trackers that are installed.
+    with worker_server(), mock.patch("ray.air._internal.usage.tag_callbacks"):
         with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **changes)):
             ray.init(
                 "local",
@@ -145,6 +147,7 @@ def prepare() -> None:
     with mock.patch.dict(os.environ, RAY_RAYLET_PID=str(os.getppid())):
         for module in MODULES:
             importlib.import_module(module)
+    inspect.stack = partial(inspect.stack, context=0)  # conftest.py
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)
