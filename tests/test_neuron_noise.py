@@ -1,6 +1,8 @@
 """`neuron_noise`: by its definition on every backend, and the same in rollout and update."""
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +78,8 @@ def computed(network: SparseRNN | SparseMLP, given: dict[str, Any]) -> dict[str,
     output = network(**{**given, "x": x})
     output = output[0] if isinstance(output, tuple) else output
     draw = torch.Generator().manual_seed(2)
-    output.backward(torch.randn(output.shape, generator=draw, dtype=torch.float64))
+    by_output = torch.randn(output.shape, generator=draw, dtype=torch.float64)
+    output.backward(by_output.to(output))
     assert x.grad is not None
     grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     weights = {name: b for name, b in network.named_buffers() if "mixing_weight" in name}
@@ -223,6 +226,17 @@ def test_by_the_definition(network: str, propagation: str) -> None:
             output = one(**given)
         output = output[0] if isinstance(output, tuple) else output
         torch.testing.assert_close(output, expected["output"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("network", ["recurrent", "feedforward"])
+def test_on_cuda(network: str) -> None:
+    given = inputs(network)
+    expected = computed(build(network, backend="torch"), given)
+    there = {name: value.cuda() for name, value in given.items()}
+    found = computed(build(network, backend="torch").cuda(), there)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].cpu(), value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("rule", ["published", "episodes"])
@@ -394,6 +408,14 @@ def test_killed_and_resumed_it_goes_on_bitwise(name: str, optimizer: str) -> Non
     assert rows == [update(resumed, again, continued.collect(), how) for _ in range(2)]
     for key, value in policy.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_the_example_of_the_docs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "predictors.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "predictors.md", "exec"), names)
+    assert names["output"].shape == (5, 3, 128, 6)
 
 
 def test_batches_side_by_side_and_evaluation() -> None:

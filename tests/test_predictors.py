@@ -63,7 +63,10 @@ def batches(name: str, count: int) -> list[EpisodeBatch]:
 def run(name: str, backend: str, optimizer: str, count: int, settings: UpdateSettings, **kind):
     policy = make(name, backend, **kind)
     optimizers = make_optimizers(policy, 1e-3, 1e-2, optimizer, 0.8)
-    for batch in batches(name, count):
+    for number, batch in enumerate(batches(name, count)):
+        if policy.noise_size:
+            shape = (*batch.mask.shape, policy.noise_size)
+            batch.noise = torch.randn(shape, generator=torch.Generator().manual_seed(number))
         update(policy, optimizers, batch, settings)
     return policy, optimizers
 
@@ -134,7 +137,9 @@ def record_targets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor
         ("sparsenet", SETTINGS, {}),
         ("sparsenet", SETTINGS, {"predictor_target": "received"}),
         ("sparsenet", SETTINGS, {"num_input_neurons": 6}),
+        ("sparsenet", SETTINGS, {"neuron_noise": 0.3}),
         ("sparse_mlp", SETTINGS, {}),
+        ("sparse_mlp", SETTINGS, {"neuron_noise": 0.3}),
         ("sparse_mlp", UpdateSettings(two_phase=True), {}),
     ],
 )

@@ -200,6 +200,7 @@ def tiny_maze() -> tuple[MazeTask, Shard]:
         torch.randint(3, (LENGTH, 7), generator=generator),
         torch.where(mask, returns, 0.0),
         mask,
+        torch.zeros(LENGTH, 7, dtype=torch.int64),
     )
     loss = Loss.of([episodes])
     return MazeTask(policy, loss, TRAINED_BATCH), Shard(episodes, {})

@@ -29,6 +29,7 @@ from sgrl.envs.mnist_bandit import PUBLISHED_CLASSES
 from sgrl.envs.registry import make_vector
 from sgrl.nn import feedforward, recurrent
 from sgrl.nn.mixing import split_parameters, unit
+from sgrl.nn.policy import given
 from sgrl.nn.registry import (
     SparseMLPPolicy,
     SparseNetPolicy,
@@ -50,6 +51,7 @@ from sgrl.theory.probe.bandit import bandit_sums
 from sgrl.theory.probe.estimates import BACKPROP_COLUMNS, moments, neuron_numbers, resampled_counts
 from sgrl.theory.probe.gradients import Feedback, Group, Sums
 from sgrl.theory.probe.labyrinth import Episodes, Loss, Shard, labyrinth_shard, labyrinth_sums, play
+from sgrl.theory.probe.noise import noise_of
 from sgrl.theory.probe.sufficiency import explain
 from sgrl.theory.tasks import TheoryError
 
@@ -59,7 +61,9 @@ TRAINED_BATCH = 3
 P_FLIP = 0.3
 
 
-def tiny_bandit(residual: bool = True, actions: int = 3) -> SparseMLPPolicy:
+def tiny_bandit(
+    residual: bool = True, actions: int = 3, neuron_noise: float = 0.0
+) -> SparseMLPPolicy:
     """Three layers of four neurons, each with a mixing weight of its own."""
     policy = make_policy(
         "sparse_mlp",
@@ -73,6 +77,7 @@ def tiny_bandit(residual: bool = True, actions: int = 3) -> SparseMLPPolicy:
         num_parents=2,
         num_slots=3,
         residual=residual,
+        neuron_noise=neuron_noise,
         adaptive=False,
         backend="eager",
     )
@@ -92,9 +97,11 @@ def all_neurons(policy: SparseMLPPolicy) -> list[Group]:
 class Population:
     """A few images with unequal probabilities, and all that can follow them, by autograd."""
 
-    def __init__(self, policy: SparseMLPPolicy, num_images: int = 5) -> None:
+    def __init__(
+        self, policy: SparseMLPPolicy, num_images: int = 5, noise: Tensor | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(3)
-        self.policy = policy
+        self.policy, self.noise = policy, noise
         self.images = torch.randn(num_images, 6, dtype=torch.float64, generator=generator)
         self.right = torch.arange(num_images) % policy.num_actions
         weights = torch.rand(num_images, dtype=torch.float64, generator=generator) + 0.2
@@ -105,7 +112,8 @@ class Population:
             for action in range(policy.num_actions)
             for flipped in (False, True)
         ]
-        chances = policy(self.images.unsqueeze(0)).logits[0].softmax(1).detach()
+        chances = torch.stack([self.logits(image) for image in range(num_images)])
+        chances = chances.softmax(1).detach()
         self.probabilities = torch.stack(
             [
                 self.weights[i] * chances[i, a] * (P_FLIP if flipped else 1 - P_FLIP)
@@ -114,6 +122,10 @@ class Population:
         )
         self.outcomes = outcomes
         self.seen = torch.tensor([image for image, _, _ in outcomes])
+
+    def logits(self, image: int) -> Tensor:
+        noise = {} if self.noise is None else {"noise": self.noise[image].view(1, 1, -1)}
+        return self.policy(self.images[image].view(1, 1, -1), **noise).logits[0, 0]
 
     def gradients(self, layer: int, own: float | None, above: float | None) -> Tensor:
         """Each outcome's parameter gradients of a layer's neurons [S, W, D], by the network's own
@@ -126,7 +138,7 @@ class Population:
                 neurons.mixing_weight.fill_(replaced)
         rows = []
         for image, action, flipped in self.outcomes:
-            logits = self.policy(self.images[image].view(1, 1, -1)).logits[0, 0]
+            logits = self.logits(image)
             reward = float((action == int(self.right[image])) != flipped)
             loss = -reward * logits.log_softmax(0)[action] / TRAINED_BATCH
             neurons = layers[layer]
@@ -251,6 +263,41 @@ def test_bandit_equals_enumeration(residual: bool) -> None:
         assert feedback[layer].second is feedback[layer].first or torch.equal(*feedback[layer][2:4])
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_noisy_bandit_equals_enumeration(residual: bool) -> None:
+    """An image and its noise are a sample; the ECV counts noise that the neuron does not see."""
+    policy = tiny_bandit(residual, neuron_noise=0.4)
+    seeds = torch.arange(10).view(2, 5)
+    noise, other = (noise_of(policy, row.view(5, 1)).squeeze(1) for row in seeds)
+    population = Population(policy, noise=noise)
+    groups = all_neurons(policy)
+    arguments = (population.images, population.right, P_FLIP, groups, TRAINED_BATCH)
+    sums, feedback = bandit_sums(policy, *arguments, population.weights, seeds)
+    n, p, seen = 4, population.probabilities, population.seen
+    for layer, (of_layer, group) in enumerate(zip(sums, groups, strict=True)):
+        numbers = numbers_of(of_layer, n, group)
+        shared = 8 * layer
+        replicate = Population(policy, noise=torch.cat([noise[:, :shared], other[:, shared:]], 1))
+        w, s, m, b = population.kinds(layer)
+        target = mean(b, p)
+        for name, kind, again in (
+            ("sgprop", m, replicate.kinds(layer)[2]),
+            ("backprop", b, replicate.kinds(layer)[3]),
+        ):
+            terms = error_terms(kind, seen, target, p)
+            equal(numbers[f"mse_{name}"], terms.mse(n))
+            ecv = terms.ecv
+            for image, weight in enumerate(population.weights):
+                here = seen == image
+                one = mean(kind[here], p[here] / weight)
+                two = mean(again[here], replicate.probabilities[here] / weight)
+                ecv = ecv + weight * (one - two).square().sum(1) / 2
+            equal(numbers[f"ecv_{name}"], ecv)
+            equal(numbers[f"vcm_{name}"], total_variance(kind, p) - ecv)
+        equal(numbers["best_mixing_weight"], optimal_mixing_weight(w, s, target, n, p))
+        assert not torch.allclose(feedback[layer].first, feedback[layer].second)
+
+
 LENGTH = 5
 
 
@@ -296,6 +343,7 @@ def random_episodes(seed: int, count: int) -> Episodes:
         torch.randint(3, shape, generator=generator),
         torch.where(mask, torch.randn(shape, dtype=torch.float64, generator=generator), 0.0),
         mask,
+        torch.randint(2**40, shape, generator=generator),
     )
 
 
@@ -319,7 +367,8 @@ class RecurrentOracle:
         parameters = (neurons.weight_h, neurons.weight_x, neurons.bias)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recurrent._BackwardRecord, "finish", keep)
-            logits = self.policy(episodes.observations[:, one], mask=mask).logits
+            noise = given(noise_of(self.policy, episodes.seeds[:, one]))
+            logits = self.policy(episodes.observations[:, one], mask=mask, **noise).logits
             returns = (episodes.returns[:, one] - self.loss.mean) / (self.loss.std + 1e-8)
             terms = reinforce_loss(
                 logits, episodes.actions[:, one], returns, mask, self.loss.entropy_coeff
@@ -371,7 +420,9 @@ class RecurrentOracle:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"positive_projection": True, "mask_predictions": True}], ids=["", "variant"]
+    "settings",
+    [{}, {"positive_projection": True, "mask_predictions": True}, {"neuron_noise": 0.4}],
+    ids=["", "variant", "noisy"],
 )
 def test_recurrent_equals_autograd(settings: dict) -> None:
     policy = tiny_recurrent(**settings)
@@ -451,9 +502,10 @@ def test_play_is_a_rollout() -> None:
         assert torch.equal(episodes.observations[t], episodes.observations[steps])
 
 
-def test_replicates_share_the_past() -> None:
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_replicates_share_the_past(sigma: float) -> None:
     env = "labyrinth_explore"
-    policy = make_policy("sparsenet", 56, 4, num_neurons=16)
+    policy = make_policy("sparsenet", 56, 4, num_neurons=16, neuron_noise=sigma)
     settings = policy, env, {"episode_length": 12}, [0, 4], 3, 20
     episodes, replicates = labyrinth_shard(*settings, 1)
     again = labyrinth_shard(*settings, 1)
@@ -465,6 +517,9 @@ def test_replicates_share_the_past() -> None:
         assert same[: t + 1].all()
         assert not same[t + 1 :].all()
         assert torch.equal(replicate.actions[:t], episodes.actions[:t])
+        same = replicate.seeds == episodes.seeds
+        assert same[:t].all()
+        assert bool(same[t:].any()) == (sigma == 0)
         assert not torch.equal(replicate.actions[t], episodes.actions[t])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sgrl.envs.registry import make_vector, validate_env_config
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.neuron import Activation
+from sgrl.nn.policy import given
 from sgrl.nn.registry import SparseMLPPolicy
 from sgrl.nn.sgprop import mixture
 from sgrl.theory.probe.gradients import (
@@ -25,6 +26,7 @@ from sgrl.theory.probe.gradients import (
     scatter,
     sums_over_samples,
 )
+from sgrl.theory.probe.noise import noise_of, noise_seeds
 
 #: Images worked on at once; no result depends on it but for rounding.
 CHUNK_IMAGES = 16
@@ -65,7 +67,13 @@ def bandit_shard(
     images, right = bandit_images(env_config, seed, size, shard)
     images = images.to(next(policy.parameters()).dtype)
     p_flip = validate_env_config("mnist_bandit", env_config)["p_flip"]
-    return bandit_sums(policy, images, right, p_flip, groups, trained_batch)
+    seeds = bandit_seeds(policy, seed, size, shard)
+    return bandit_sums(policy, images, right, p_flip, groups, trained_batch, None, seeds)
+
+
+def bandit_seeds(policy: SparseMLPPolicy, seed: int, size: int, shard: int) -> Int64[Tensor, "2 K"]:
+    """Seeds of the neurons' noise, of one shard's images and of a replicate of each."""
+    return noise_seeds(policy, (2, size), [seed, shard, 0, 1])
 
 
 def bandit_images(
@@ -116,6 +124,7 @@ def bandit_sums(
     groups: Sequence[Group],
     trained_batch: int,
     weights: Float[Tensor, " K"] | None = None,
+    seeds: Int64[Tensor, "2 K"] | None = None,
 ) -> tuple[list[Sums], list[Feedback]]:
     """Sums over images and all their outcomes, for each layer's chosen neurons.
 
@@ -127,15 +136,21 @@ def bandit_sums(
         groups: one a layer.
         trained_batch: see `probe`.
         weights: of the images [K], as a population's probabilities; ones if None.
+        seeds: of noisy neurons, from `bandit_seeds`.
 
-    The observation that `Sums.noise` conditions on is the image, which determines everything a
-    neuron sees: where different images look the same to it, the ECV is larger than that.
+    The observation that `Sums.noise` conditions on is the image, and the noise of the layers below,
+    which determine everything a neuron sees: where these differ and look the same to it, the ECV is
+    larger than that.
     """
     weights = images.new_ones(len(images)) if weights is None else weights
-    chunks = zip(*(t.split(CHUNK_IMAGES) for t in (images, right, weights)), strict=True)
+    if seeds is None:
+        seeds = torch.zeros(2, len(images), dtype=torch.int64)
+    chunks = zip(*(t.split(CHUNK_IMAGES) for t in (images, right, weights, seeds.T)), strict=True)
     parts = [
-        _bandit_chunk(policy, some, their_right, their_weights, p_flip, groups, trained_batch)
-        for some, their_right, their_weights in chunks
+        _bandit_chunk(
+            policy, some, their_right, their_weights, own.T, p_flip, groups, trained_batch
+        )
+        for some, their_right, their_weights, own in chunks
     ]
     sums, feedback = zip(*parts, strict=True)
     return (
@@ -149,6 +164,7 @@ def layer_feedback(
     images: Float[Tensor, "K F"],
     by_logits: Float[Tensor, "K O A"],
     trained_batch: int,
+    noise: Float[Tensor, "1 K noise"] | None,
 ) -> Iterator[LayerFeedback]:
     """Forward and both backward passes, with and without mixing, from the last layer down.
 
@@ -157,8 +173,10 @@ def layer_feedback(
         images: [K, F].
         by_logits: of each image, O gradients of the loss by the logits [K, O, A].
         trained_batch: see `probe`.
+        noise: of noisy neurons.
     """
     mlp: SparseMLP = policy.core
+    shape = (len(images), len(mlp.layers), mlp.num_neurons, mlp.neuron_size)
     h, activations = images, []
     for index, neurons in enumerate(mlp.layers):
         parents = mlp.parents[index - 1] if index else None
@@ -167,6 +185,8 @@ def layer_feedback(
         )
         output = activation.output
         h = torch.tanh(output) + h if mlp.is_residual(index) else output
+        if noise is not None:
+            h = h + neurons.noise_std * noise.view(shape)[:, index]
         activations.append(activation)
     head, count = policy.actor, by_logits.shape[1]
     by_state = (by_logits @ head.keys * head.scale).unflatten(2, h.shape[1:])
@@ -198,27 +218,70 @@ def _bandit_chunk(
     images: Tensor,
     right: Tensor,
     weights: Tensor,
+    seeds: Tensor,
     p_flip: float,
     groups: Sequence[Group],
     trained_batch: int,
 ) -> tuple[list[Sums], list[Feedback]]:
-    logits = policy(images.unsqueeze(0)).logits[0]
+    noise = noise_of(policy, seeds[:1])
+    logits = policy(images.unsqueeze(0), **given(noise)).logits[0]
     probabilities, by_logits = bandit_outcomes(logits, right, p_flip)
     sums, feedback = [], []
-    for of_layer in layer_feedback(policy, images, by_logits, trained_batch):
+    for of_layer in layer_feedback(policy, images, by_logits, trained_batch, noise):
         index, activation, received, backprop, prediction, slope = of_layer
         group = groups[index]
         chosen = group.neurons
         w, b = received[chosen] * slope[chosen], backprop[chosen] * slope[chosen]
         s = (prediction[chosen] * slope[chosen]).expand_as(w)
         seen = Seen.of(activation, policy.core.layers[index].scale, chosen)
-        sums.append(
-            sums_over_samples(
-                seen, w, s, b, group.mixing_weight.view(-1, 1, 1, 1), probabilities, weights
+        share = group.mixing_weight.view(-1, 1, 1, 1)
+        of_group = sums_over_samples(seen, w, s, b, share, probabilities, weights)
+        mean = other = torch.einsum("jkon,ko->jkn", backprop[chosen], probabilities)
+        if noise is not None:
+            means = [torch.einsum("jkon,ko->jkn", kind, probabilities) for kind in (w, s, b)]
+            others, other = _replicate(
+                policy, images, right, seeds, p_flip, index, chosen, trained_batch, noise
             )
-        )
-        mean = torch.einsum("jkon,ko->jkn", backprop[chosen], probabilities)
+            w, s, b = ((m - o).unsqueeze(2) for m, o in zip(means, others, strict=True))
+            one = torch.ones_like(weights).unsqueeze(1)
+            of_noise = sums_over_samples(seen, w, s, b, share, one, weights)
+            of_group = of_group._replace(noise=of_group.noise + of_noise.products / 2)
+        sums.append(of_group)
         feedback.append(
-            Feedback(seen.inputs, seen.attention, mean, mean, prediction[chosen].squeeze(2))
+            Feedback(seen.inputs, seen.attention, mean, other, prediction[chosen].squeeze(2))
         )
     return sums[::-1], feedback[::-1]
+
+
+def _replicate(
+    policy: SparseMLPPolicy,
+    images: Tensor,
+    right: Tensor,
+    seeds: Tensor,
+    p_flip: float,
+    layer: int,
+    chosen: Tensor,
+    trained_batch: int,
+    noise: Tensor,
+) -> tuple[list[Float[Tensor, "J K N"]], Float[Tensor, "J K N"]]:
+    """Means over outcomes with other noise from a layer's own on, which its neurons do not see.
+
+    Returns:
+        Those of the feedback w, s and b on the neurons' outputs, and of backprop's on their states.
+    """
+    own = noise_of(policy, seeds[1:])
+    assert own is not None
+    below = layer * (policy.noise_size // len(policy.core.layers))
+    noise = torch.cat([noise[..., :below], own[..., below:]], dim=2)
+    logits = policy(images.unsqueeze(0), noise=noise).logits[0]
+    probabilities, by_logits = bandit_outcomes(logits, right, p_flip)
+    for of_layer in layer_feedback(policy, images, by_logits, trained_batch, noise):
+        if of_layer.layer == layer:
+            break
+    slope, prediction = of_layer.slope[chosen], of_layer.prediction[chosen]
+    w, b = (
+        torch.einsum("jkon,ko->jkn", kind[chosen], probabilities)
+        for kind in (of_layer.received, of_layer.backprop)
+    )
+    s = prediction.squeeze(2)
+    return [kind * slope.squeeze(2) for kind in (w, s, b)], b

@@ -31,6 +31,7 @@ from sgrl.theory.probe.gradients import (
     scatter,
     sums_over_samples,
 )
+from sgrl.theory.probe.noise import noise_of, noise_seeds
 
 #: Episodes worked on at once; no result depends on it but for rounding.
 CHUNK_EPISODES = 10
@@ -75,6 +76,7 @@ class Episodes(NamedTuple):
     actions: Int64[Tensor, "T K"]
     returns: Float[Tensor, "T K"]  # discounted, not normalised
     mask: Bool[Tensor, "T K"]  # True until the end
+    seeds: Int64[Tensor, "T K"]  # of the neurons' noise (`noise_of`)
 
 
 class Loss(NamedTuple):
@@ -155,16 +157,19 @@ def unroll(
     embeddings = policy.encoder(episodes.observations)
     length, count = episodes.mask.shape
     h = rnn.initial_state(count).view(count, num_neurons, size)
-    activations, predictions = [], []
-    for x in embeddings.unbind():
+    noise = noise_of(policy, episodes.seeds)
+    activations, predictions, states = [], [], []
+    for t, x in enumerate(embeddings.unbind()):
         activation = neurons(neurons.read(h, rnn.parents, x))
         h = activation.output
         predictions.append(torch.zeros_like(h))
         if neurons.has_predictor:
             predictions[-1] = trained_batch * neurons.predict(activation)
+        if noise is not None:
+            h = h + neurons.noise_std * noise[t].view_as(h)
+        states.append(h)
         activations.append(activation._replace(inputs=activation.inputs[:, kept]))
-    states = torch.stack([activation.output for activation in activations])
-    by_states = loss.by_states(policy, states.flatten(2), episodes).unflatten(
+    by_states = loss.by_states(policy, torch.stack(states).flatten(2), episodes).unflatten(
         2, (num_neurons, size)
     )
     by_states = by_states.permute(0, 2, 1, 3)  # [T, W, K, N]
@@ -220,8 +225,8 @@ def labyrinth_sums(
         weights: of the episodes [K], as a population's probabilities; ones if None.
 
     `Sums.noise` is the covariance given all that happened before the step's action (the episode's
-    observations so far, and in explore also which rewards will be withheld): less than given the
-    local observation only, since what is conditioned on includes it.
+    observations so far, the noise of the neurons before, and in explore also which rewards will be
+    withheld): less than given the local observation only, since what is conditioned on includes it.
 
     Feedback is that of groups over all steps, at the steps that have replicates, while episodes
     last.
@@ -338,19 +343,25 @@ def _pairs(
 
 
 def play(
-    policy: SparseNetPolicy, env: VectorEnv, seeds: Sequence[int], noise: Float[Tensor, "T K A"]
+    policy: SparseNetPolicy,
+    env: VectorEnv,
+    seeds: Sequence[int],
+    noise: Float[Tensor, "T K A"],
+    neuron_seeds: Int64[Tensor, "T K"] | None = None,
 ) -> Episodes:
     """Run an episode of each environment; `noise` [T, K, A] are logs of exponential numbers.
 
-    As `Rollout`: an action is argmax(logits - noise).
+    As `Rollout`: an action is argmax(logits - noise). `neuron_seeds` are of the neurons' noise.
     """
     length, count = noise.shape[:2]
+    if neuron_seeds is None:
+        neuron_seeds = torch.zeros(length, count, dtype=torch.int64)
     observations, rewards = [], []
     actions = torch.zeros(length, count, dtype=torch.int64)
     mask = torch.zeros(length, count, dtype=torch.bool)
     running = np.ones(count, bool)
     current = env.reset(seeds)
-    acting = policy.acting(length, count)
+    acting = policy.acting(length, count, noise=noise_of(policy, neuron_seeds))
     with torch.inference_mode():
         for t in range(length):
             observations.append(torch.from_numpy(current).to(noise))
@@ -361,7 +372,7 @@ def play(
             rewards.append(torch.from_numpy(step.rewards))
             running = running & ~(step.terminated | step.truncated)
     returns = discounted_returns(torch.stack(rewards), mask, UpdateSettings.gamma)
-    return Episodes(torch.stack(observations).clone(), actions, returns, mask)
+    return Episodes(torch.stack(observations).clone(), actions, returns, mask, neuron_seeds)
 
 
 def labyrinth_shard(
@@ -375,7 +386,8 @@ def labyrinth_shard(
 ) -> Shard:
     """Play one shard of the sample, with a replicate for each step.
 
-    A replicate has the same mazes and the same actions before the step, then actions of its own.
+    A replicate has the same mazes, and the same actions and noise of neurons before the step, then
+    of its own.
     """
     generator = np.random.default_rng([seed, shard])
     vector = make_vector(env, size, env_config)
@@ -387,10 +399,15 @@ def labyrinth_shard(
         shape = vector.episode_length, size, policy.num_actions
         return torch.empty(shape, dtype=dtype).exponential_(generator=draws).log_()
 
-    shared = noise()
+    def neuron_seeds(replicate: int) -> Tensor:
+        return noise_seeds(policy, (vector.episode_length, size), [seed, shard, replicate, 1])
+
+    shared = noise(), neuron_seeds(0)
     with contextlib.closing(vector):
-        episodes = play(policy, vector, seeds, shared)
+        episodes = play(policy, vector, seeds, *shared)
         replicates = {}
         for t in steps:
-            replicates[t] = play(policy, vector, seeds, torch.cat([shared[:t], noise()[t:]]))
+            own = noise(), neuron_seeds(1 + t)
+            both = (torch.cat([a[:t], b[t:]]) for a, b in zip(shared, own, strict=True))
+            replicates[t] = play(policy, vector, seeds, *both)
     return Shard(episodes, replicates)

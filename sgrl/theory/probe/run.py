@@ -96,8 +96,6 @@ def check_settings(
             f"the probe computes the gradients of {policy.name} as it is published; this one, a "
             f"{type(policy).__name__}, computes in another way"
         )
-    if policy.noise_size:
-        raise TheoryError("the probe knows no noise of neurons: neuron_noise must be 0")
     samples = (960 if recurrent else 4800) if samples is None else samples
     trained_batch = (20 if recurrent else 64) if trained_batch is None else trained_batch
     batch_size = trained_batch if batch_size is None else batch_size

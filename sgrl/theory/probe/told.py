@@ -14,10 +14,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sgrl.envs.registry import validate_env_config
+from sgrl.nn.policy import given
 from sgrl.nn.registry import SparseMLPPolicy, SparseNetPolicy
-from sgrl.theory.probe.bandit import bandit_images, bandit_outcomes, layer_feedback
+from sgrl.theory.probe.bandit import (
+    bandit_images,
+    bandit_outcomes,
+    bandit_seeds,
+    layer_feedback,
+)
 from sgrl.theory.probe.gradients import Group, Seen
 from sgrl.theory.probe.labyrinth import Episodes, Loss, Shard, unroll
+from sgrl.theory.probe.noise import noise_of
 
 #: Samples worked on at once; no result depends on it but for rounding.
 CHUNK = 10
@@ -95,13 +102,16 @@ class BanditTask(NamedTuple):
         images = images.to(next(self.policy.parameters()).dtype)
         p_flip = validate_env_config("mnist_bandit", self.env_config)["p_flip"]
         generator = torch.Generator().manual_seed(self.seed * 2**16 + shard)
+        seeds = bandit_seeds(self.policy, self.seed, self.size, shard)
         for which in torch.arange(self.size).split(8 * CHUNK):
-            logits = self.policy(images[which].unsqueeze(0)).logits[0]
+            noise = noise_of(self.policy, seeds[:1, which])
+            logits = self.policy(images[which].unsqueeze(0), **given(noise)).logits[0]
             probabilities, by_logits = bandit_outcomes(logits, right[which], p_flip)
             outcome = torch.multinomial(probabilities, 1, generator=generator)
             drawn = by_logits.take_along_dim(outcome.unsqueeze(2), dim=1)
             told: dict[int, Told] = {}
-            for of_layer in layer_feedback(self.policy, images[which], drawn, self.trained_batch):
+            how = (drawn, self.trained_batch, noise)
+            for of_layer in layer_feedback(self.policy, images[which], *how):
                 chosen = groups[of_layer.layer].neurons
                 backprop, predicted, slope = (
                     part[chosen].squeeze(2).unsqueeze(0)
