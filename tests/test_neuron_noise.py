@@ -5,17 +5,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from sgrl.analysis.episodes import record_episode
 from sgrl.envs.registry import make_vector
 from sgrl.nn.feedforward import SparseMLP
 from sgrl.nn.mixing import batch_moments
 from sgrl.nn.neuron import Activation, SlotNeurons
 from sgrl.nn.policy import Acting, Policy
 from sgrl.nn.recurrent import SparseRNN
-from sgrl.nn.registry import make_policy
+from sgrl.nn.registry import make_policy, save_policy
 from sgrl.nn.sgprop import temporal_schedule
 from sgrl.reinforce import Rollout, UpdateSettings, make_optimizers, update
 from sgrl.reinforce.batch import EpisodeBatch, concatenate
@@ -437,3 +439,18 @@ def test_batches_side_by_side_and_evaluation() -> None:
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, still)
+
+
+def test_a_drawn_episode_shows_what_acted(tmp_path: Path) -> None:
+    policy = make("sparsenet")
+    environment = {"env": "labyrinth_escape", "env_config": MAZE}
+    save_policy(policy, tmp_path, environment=environment)
+    episode = record_episode(tmp_path, number=2)
+    batch = evaluation_rollout(policy, environment, 0).collect()
+    assert batch.noise is not None
+    embeddings = policy.encoder(batch.observations.double())
+    states = policy.core(embeddings, noise=batch.noise)[0].detach()
+    steps = int(batch.lengths[2])
+    hidden = torch.from_numpy(episode.hidden).flatten(1)
+    torch.testing.assert_close(hidden, states[:steps, 2].float())
+    assert np.array_equal(episode.actions, batch.actions[:steps, 2].numpy())

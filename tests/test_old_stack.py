@@ -206,6 +206,13 @@ def test_same_logits_in_all_three(name: str) -> None:
         torch.testing.assert_close(part, value, rtol=0, atol=0)
 
 
+def test_noisy_neurons_are_refused() -> None:
+    spaces = gym.spaces.Box(-np.inf, np.inf, (5,)), gym.spaces.Discrete(4)
+    settings = {**SETTINGS["sparsenet"], "neuron_noise": 0.1}
+    with pytest.raises(ValueError, match="neuron_noise must be 0 on the old API stack"):
+        NETWORKS["sparsenet"](*spaces, 4, {"max_seq_len": 7}, "test", **settings)
+
+
 def test_padding_is_masked() -> None:
     """Padded steps leave the predictors' gradients and the mixing weights as they are."""
     length, num_envs, size, num_actions = 6, 4, 5, 3
