@@ -113,7 +113,7 @@ def test_every_machine_must_see_the_results(ray_session, tmp_path, monkeypatch):
     (node,) = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: [node, node])
     cluster.check_visible(Store(tmp_path))
-    monkeypatch.setattr(cluster, "_look", lambda location: (None, ""))
+    monkeypatch.setattr(cluster, "look", lambda location: (None, ""))
     with pytest.raises(sweep.SweepError, match=f"is not there on {node['NodeManagerAddress']}: "):
         cluster.check_visible(Store(tmp_path))
     # What is only in this process's memory is nowhere else.
@@ -152,7 +152,7 @@ def test_every_machine_must_have_the_users_modules(ray_session, own_module, monk
     refused = r"^the user's code cannot be imported on .*: no module named 'own_envs.poles': "
     with pytest.raises(sweep.SweepError, match=refused):
         cluster.check_modules(own_module)
-    monkeypatch.setattr(cluster, "_try_import", lambda modules: "")
+    monkeypatch.setattr(cluster, "try_import", lambda modules: "")
     cluster.check_modules(own_module)
 
 

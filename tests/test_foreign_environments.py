@@ -655,7 +655,7 @@ gym.register("Breaks-v0", entry_point=Breaks, max_episode_steps=7)
 """
 
 
-def test_a_sweep_whose_environment_breaks(tmp_path: Path) -> None:
+def test_a_sweep_whose_environment_breaks(tmp_path: Path, ray_session: None) -> None:
     """Of a module in the current folder; the failure is the environment's, not a divergence."""
     (tmp_path / "my_envs.py").write_text(BREAKS)
     (tmp_path / "mine.yaml").write_text(SWEEP)

@@ -5,8 +5,7 @@ Every machine of a cluster must see the results and import environments and the 
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sgrl.errors import UserError
 from sgrl.local_ray import ray_logging, start_local_ray
-from sgrl.results.mirror import Mirror
-from sgrl.results.storage import Store, is_address
+from sgrl.results.storage import Store
 from sgrl.tuning.client import reach
 from sgrl.tuning.experiment.load import Experiment
 from sgrl.tuning.experiment.resources import user_modules
+from sgrl.tuning.machine import look, try_import
 from sgrl.tuning.trial import first_line
-from sgrl.user_code import UserCodeError, import_named, source_of
+from sgrl.user_code import source_of
 
 # Set unless the user has: Ray says less and leaves our working directory alone.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
@@ -52,7 +51,7 @@ def check_visible(store: Store) -> None:
     if len(_nodes()) == 1 and type(store) is Store:
         return
     text = store.sweep.experiment.read_text(encoding="utf-8")
-    found = _on_every_node(_look, store.location)
+    found = _on_every_node(look, store.location)
     blind = sorted(address for address, (read, _) in found.items() if read != text)
     if blind and type(store) is Store:
         raise SweepError(
@@ -64,43 +63,17 @@ def check_visible(store: Store) -> None:
         raise SweepError(f"{store} cannot be read on {', '.join(blind)}: {reason}")
 
 
-def _look(location: str) -> tuple[str | None, str]:
-    """Return the experiment file as this machine sees it, or else None and why it cannot."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            mirrored = is_address(location)
-            store = Mirror(location, Path(folder)) if mirrored else Store(Path(location))
-            store.pull(store.sweep.experiment)
-            return store.sweep.experiment.read_text(encoding="utf-8"), ""
-    except FileNotFoundError:
-        return None, ""
-    except OSError as error:
-        return None, str(error)
-
-
 def check_modules(experiment: Experiment) -> None:
     """Refuse a cluster of which some machine cannot import environments or the user's own parts."""
     modules = user_modules(experiment)
     if not modules or len(_nodes()) == 1:
         return
-    wrong = {
-        address: line for address, line in _on_every_node(_try_import, modules).items() if line
-    }
+    wrong = {address: line for address, line in _on_every_node(try_import, modules).items() if line}
     if wrong:
         raise SweepError(
             f"the user's code cannot be imported on {', '.join(sorted(wrong))}: "
             f"{min(wrong.items())[1]}; install what it needs on every machine of the cluster"
         )
-
-
-def _try_import(modules: Sequence[str]) -> str:
-    """What is wrong on this machine with the modules; empty where nothing is."""
-    try:
-        for module in modules:
-            import_named(module)
-    except UserCodeError as error:
-        return str(error)
-    return ""
 
 
 def start_ray(experiment: Experiment) -> None:
