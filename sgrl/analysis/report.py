@@ -76,15 +76,13 @@ def write_report(
 
     Several sweeps begin with one table and one overlay of all their curves. Figures are written to
     each folder's `figures/`, the overlay's to `<out>_files/`, a sweep's numbers to its
-    `comparison.csv` and `pairs.csv`. If a folder is read-only and `out` lies elsewhere, or is
-    published (`is_published`), or the report is on some of the trials, they are written to
-    `<out>_files/<folder>/` beside the page.
+    `comparison.csv` and `pairs.csv`. If a folder is published, or is read-only and `out` lies
+    elsewhere, or only some trials are reported on, they go to `<out>_files/<folder>/` instead.
 
     Args:
         locations: folders, archives or addresses, at least one.
-        out: file to write; by default report.html (.md, .tex) in the folder, or for several
-            folders in the one that holds the first. Of results/published/<folder> it is
-            results/reports/<folder>.html; of an address there is no default.
+        out: file to write; by default report.html (.md, .tex) in the folder, of several in the one
+            that holds the first, of published/<folder> reports/<folder>.html; of an address none.
         format: "html", "markdown" or "latex"; of an archive, an address or an experiment
             of Tune's "html", which alone holds the figures.
         threshold: the score that sample efficiency counts to.
@@ -110,12 +108,12 @@ def write_report(
         raise ResultsError(f"a report in {format} refers to figures in the results: use html")
     elsewhere = out is not None
     if out is None:
-        first = Path(locations[0])
-        home = first if len(locations) == 1 else first.resolve().parent
-        out = home / f"report{suffix}"
+        first, alone = Path(locations[0]), len(locations) == 1
+        home, name = first if alone else first.resolve().parent, "report"
         if is_published(first):
-            name = first.resolve().name if len(locations) == 1 else "report"
-            out = first.resolve().parents[1] / "reports" / f"{name}{suffix}"
+            home = first.resolve().parents[1] / "reports"
+            name = first.resolve().name if alone else name
+        out = home / f"{name}{suffix}"
     with ExitStack() as stack:
         folders = [stack.enter_context(reading(place)) for place in locations]
         for folder in folders:
@@ -123,9 +121,9 @@ def write_report(
                 raise ResultsError(f"{folder} is no folder: give one such as results/quickstart")
         written = {folder: folder for folder in folders}
         names = [folder.resolve().name for folder in folders]
-        for i, (folder, place, name) in enumerate(zip(folders, locations, names, strict=True), 1):
-            published = is_published(place) and not is_copied(place)
-            if published or (elsewhere and (only != ALL or not _can_be_written(folder))):
+        for i, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
+            apart = elsewhere and (only != ALL or not _can_be_written(folder))
+            if apart or is_published(folder):
                 alone = names.count(name) == 1
                 home = out.with_name(f"{out.stem}_files")
                 written[folder] = home / (name if alone else f"{name}_{i}")
