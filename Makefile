@@ -47,7 +47,7 @@ asan: .venv/installed-for-tests
 	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	SGRL_CXXFLAGS="-fsanitize=address -g" $(BIN)/python -m pytest -q -s -p no:cacheprovider \
 	tests/test_golden_recurrent.py tests/test_golden_feedforward.py tests/test_feedforward.py \
-	tests/test_native.py -k "native and not fallback and not compiling"
+	tests/test_native.py tests/test_native_rnn.py -k "native and not fallback and not compiling"
 
 # dist/: an sdist, and of it a wheel for this machine and for each of the others that there is a
 # cross compiler for (as Debian names them). The same bytes again from the same commit and compiler.

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from gpu_kernels import measure_kernels
 
-from sgrl.bench import POLICIES, Contender, measure, places, processor, train
+from sgrl.bench import POLICIES, Contender, backends_of, measure, places, processor, train
 from sgrl.envs.mnist import DataError
 from sgrl.envs.registry import make_device, make_vector
 from sgrl.nn.registry import Policy, make_policy
@@ -274,7 +274,7 @@ def speed(given: Given) -> dict[str, Any]:
         contenders = []
         for label, (arguments, _) in POLICIES.items():
             arguments = arguments | given.settings(arguments["name"])
-            for place in places(given.device, sparse=arguments["name"] == "sparsenet"):
+            for place in places(given.device, backends_of(arguments["name"])):
                 if place.backend != "eager":
                     batches = train("labyrinth_escape", num_envs, arguments, place)
                     contenders.append(Contender("", label, place.implementation, batches))

@@ -30,8 +30,8 @@ REQUIRED = {
     (40, "sgprop adaptive"): 10,
     (20, "sgprop fixed"): 9,
     (20, "backprop"): 10,
-    (20, "gru"): 2,
-    (20, "lstm"): 2,
+    (20, "gru"): 5,
+    (20, "lstm"): 5,
 }
 MOST_MEGABYTES = 200
 

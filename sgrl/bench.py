@@ -24,7 +24,7 @@ from sgrl import __version__
 from sgrl.compiled.processor import processor
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels import native
-from sgrl.nn.kernels.backends import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS, DENSE_BACKENDS
 from sgrl.nn.registry import Policy, make_policy
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.device import prepare_device
@@ -111,24 +111,32 @@ class Place:
         return time.perf_counter()
 
 
-def places(device: torch.device, sparse: bool = True) -> list[Place]:
-    """All backends that run on a device (dense networks have but one), and a GPU's baseline."""
+def places(device: torch.device, backends: Sequence[str] = BACKENDS) -> list[Place]:
+    """Those of a policy's backends that run on a device, and a GPU's baseline.
+
+    A policy without any runs in torch.
+    """
     on_cpu = device.type == "cpu"
     native_runs = on_cpu and native.unavailable(torch.float32) is None
-    backends = [backend for backend in BACKENDS if native_runs or backend != "native"]
-    found = [Place(backend, device, backend) for backend in backends]
-    if not sparse:
+    found = [Place(b, device, b) for b in backends if native_runs or b != "native"]
+    if not backends:
         found = [Place("torch", device)]
     if not on_cpu:
         found.append(Place(BASELINE["cuda"], torch.device("cpu")))
     return found
 
 
+def backends_of(policy: str) -> Sequence[str]:
+    """The backends that a policy has, different ones."""
+    of_policy = {"gru": DENSE_BACKENDS, "lstm": DENSE_BACKENDS, "dense": ()}
+    return of_policy.get(policy, BACKENDS)
+
+
 def labyrinth(experiment: str, num_envs: int, device: torch.device) -> list[Contender]:
     """Every policy and backend on a labyrinth of the published size."""
     plain, contenders = load_plain(), []
     for policy, (arguments, plain_name) in POLICIES.items():
-        for place in places(device, sparse=arguments["name"] == "sparsenet"):
+        for place in places(device, backends_of(arguments["name"])):
             batches = train(experiment, num_envs, arguments, place)
             contenders.append(Contender(experiment, policy, place.implementation, batches))
         if plain is not None and device.type == "cpu":
@@ -182,7 +190,7 @@ def bandit(device: torch.device) -> list[Contender]:
     sizes = {"observation_size": PIXELS, "num_actions": CLASSES}
     contenders = []
     for policy, arguments in BANDIT_POLICIES.items():
-        for place in places(device, sparse=arguments["name"] == "sparse_mlp"):
+        for place in places(device, backends_of(arguments["name"])):
             batches = train_bandit(place.make_policy(**arguments, **sizes), images, place)
             contenders.append(Contender("mnist_bandit", policy, place.implementation, batches))
     plain = load_plain("plain_mnist")

@@ -34,7 +34,13 @@ LABYRINTHS = {
 }
 RECURRENT = {"num_neurons": 24, "num_parents": 4, "num_slots": 3, "num_input_neurons": 6}
 FEED_FORWARD = {"num_layers": 3, "num_neurons": 20, "num_parents": 3, "num_slots": 3}
-DENSE = {"gru": {"hidden_size": 16}, "lstm": {"hidden_size": 16}, "mlp": {"hidden_size": 16}}
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gru": ("gru", {"backend": "torch"}),
+    "gru/native": ("gru", {"backend": "native"}),
+    "lstm": ("lstm", {"backend": "torch"}),
+    "lstm/native": ("lstm", {"backend": "native"}),
+    "mlp": ("mlp", {}),
+}
 
 Rows = list[dict[str, float]]
 
@@ -95,9 +101,9 @@ def runs() -> Iterator[tuple[str, Callable[[torch.dtype], Rows]]]:
             run = partial(bandit, policy="sparse_mlp", **FEED_FORWARD, **how)
             yield f"mnist_bandit/sparse_mlp_{propagation}/{backend}", run
             yield f"ppo/sparsenet_{propagation}/{backend}", partial(ppo, **RECURRENT, **how)
-    for policy, settings in DENSE.items():
-        run = partial(labyrinth, "labyrinth_escape", policy=policy, **settings)
-        yield f"labyrinth_escape/{policy}", run
+    for name, (policy, settings) in DENSE.items():
+        run = partial(labyrinth, "labyrinth_escape", policy=policy, hidden_size=16, **settings)
+        yield f"labyrinth_escape/{name}", run
     dense = partial(bandit, policy="dense", num_layers=3, hidden_size=16)
     yield "mnist_bandit/dense", dense
 

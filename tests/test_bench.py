@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sgrl import bench
 from sgrl.cli import app
-from sgrl.nn.kernels.backends import BACKENDS
+from sgrl.nn.kernels.backends import BACKENDS, DENSE_BACKENDS
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
@@ -34,7 +34,7 @@ def test_every_backend_policy_and_experiment(
     sparse = ("sgprop adaptive", "sgprop fixed", "backprop")
     expected = [
         *(("labyrinth_explore", policy, b) for policy in sparse for b in BACKENDS),
-        *(("labyrinth_explore", policy, "torch") for policy in ("gru", "lstm")),
+        *(("labyrinth_explore", policy, b) for policy in ("gru", "lstm") for b in DENSE_BACKENDS),
         *(("mnist_bandit", policy, b) for policy in sparse for b in BACKENDS),
         ("mnist_bandit", "dense", "torch"),
     ]

@@ -14,6 +14,8 @@ from sgrl.nn.kernels.backends import resolve_backend
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.recurrent_policies import SparseNetPolicy
 from sgrl.nn.registry import POLICIES, policy_settings
+from sgrl.results.archive import ArchivedTrial
+from sgrl.results.folder import SweepFolder
 from sgrl.results.plan import ExperimentError
 from sgrl.tuning.experiment.load import extend_experiment, load_experiment
 from sgrl.tuning.experiment.resources import (
@@ -23,6 +25,8 @@ from sgrl.tuning.experiment.resources import (
     required_resources,
 )
 from sgrl.tuning.experiment.sections import build_algorithm_config
+from sgrl.tuning.sweep import resume_plan
+from sgrl.tuning.verify import _shortened
 from sgrl.yaml_files import dump_yaml, parse_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "tune_configs").glob("*.yaml"))
@@ -285,8 +289,41 @@ def test_backends_of_trials_that_the_machine_does_not_decide(load, monkeypatch):
     assert resolved["methods"]["sparse"]["model"]["backend"] == "auto"
 
 
+def test_a_sweep_that_began_before_a_policy_had_backends_stays_with_torch(load, tmp_path):
+    """GRU and LSTM were computed by torch then; what begins now takes the fastest."""
+    resolved = load(SMALL, "methods.old={model: {policy: lstm}}").resolved
+    for method in ("gru", "old"):
+        assert resolved["methods"][method]["model"].pop("backend") == resolve_backend("auto")
+    sweep = SweepFolder(tmp_path)
+    sweep.experiment.write_text(dump_yaml(resolved))
+    experiments = {
+        "torch": [
+            extend_experiment(sweep.experiment),
+            load_experiment(sweep.experiment, begun=True),
+        ],
+        resolve_backend("auto"): [load_experiment(sweep.experiment)],
+    }
+    for backend, found in experiments.items():
+        for experiment in found:
+            models = {t.method: t.config.model for t in experiment.trials}
+            assert {models[name]["backend"] for name in ("gru", "old")} == {backend}
+            assert models["sparse"]["backend"] == resolve_backend("auto")
+    # Its trials' own files do not say it either.
+    trial = by_name(experiments["torch"][0])["gru_envs=2_lr=0.0005_seed=3"]
+    config = trial.as_dict()
+    del config["model"]["backend"]
+    folder = sweep.trial(trial.name)
+    folder.path.mkdir()
+    folder.config.write_text(dump_yaml(config))
+    planned, _ = resume_plan(tmp_path)
+    assert {t.config.model["backend"] for t in planned if t.method == "gru"} == {"torch"}
+    again = _shortened(ArchivedTrial(trial.name, config, {}, [], []), 1)
+    assert again.config.model == trial.config.model
+
+
 def test_compiled_code_that_is_named_must_run_before_the_start(load, monkeypatch):
-    native = load(SMALL, "methods.sparse.model.backend=native")
+    backends = ["methods.sparse.model.backend=native", "methods.gru.model.backend=torch"]
+    native = load(SMALL, *backends)
     check_backends(native)
     on_gpus = load(dump_yaml(native.resolved), "config.learners={num_gpus_per_learner: 1}")
     with pytest.raises(ExperimentError, match=r"native of trial sparse_.*the trial asks for GPUs"):

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from sgrl.compiled.prebuilt import FLAGS, SOURCE
+from sgrl.compiled.prebuilt import FLAGS, SOURCE, read_source
 from sgrl.compiled.processor import cpuinfo
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -103,7 +103,7 @@ def _compile(command: list[str], to: Path) -> Path:
 
 
 def _fingerprint(command: list[str]) -> str:
-    parts = [SOURCE.read_text(), *command, _version(command), platform.machine(), _processor()]
+    parts = [read_source(), *command, _version(command), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -64,6 +64,11 @@ class Prebuilt(NamedTuple):
     libraries: Mapping[str, ctypes.CDLL]
 
 
+def read_source() -> str:
+    """All of the core's C++ source: what is compiled, and the headers beside it."""
+    return "".join(file.read_text() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+
+
 def build(folder: Path, machine: str, command: Sequence[str], compiler: str) -> None:
     """Build the libraries of an architecture, and their manifest.
 
@@ -89,7 +94,7 @@ def build(folder: Path, machine: str, command: Sequence[str], compiler: str) -> 
             subprocess.run([*command, *flags, script, *sources, "-o", str(library)], check=True)
             digests[library.name] = _digest(library)
     exported.unlink()
-    manifest = {"source": _digest(SOURCE), "compiler": compiler, "libraries": digests}
+    manifest = {"source": _digest_of_source(), "compiler": compiler, "libraries": digests}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -117,7 +122,7 @@ def find(levels: Sequence[str]) -> Prebuilt | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         _warn(f"{MANIFEST} cannot be read ({type(error).__name__})")
         return None
-    if source != _digest(SOURCE):
+    if source != _digest_of_source():
         return None
     for level in levels:
         names = {real: f"{level}-{real}.so" for real in REALS}
@@ -139,6 +144,10 @@ def _load(name: str, digest: str) -> ctypes.CDLL:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_of_source() -> str:
+    return hashlib.sha256(read_source().encode()).hexdigest()
 
 
 def _warn(what: str) -> None:

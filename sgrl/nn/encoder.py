@@ -87,6 +87,31 @@ def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> boo
     )
 
 
+def is_published_actor(actor: nn.Module, size_in: int, size_out: int) -> bool:
+    """Whether a module is exactly the actor that `EncodedPolicy` makes, of any width.
+
+    Args:
+        actor: the module.
+        size_in: length of the core's output.
+        size_out: number of logits.
+    """
+    if not is_plain(actor, nn.Sequential) or len(actor) != 5:
+        return False
+    first, slope, second, other_slope, last = actor
+    return (
+        is_plain(first, nn.Linear)
+        and is_plain(slope, nn.LeakyReLU)
+        and is_plain(second, nn.Linear)
+        and is_plain(other_slope, nn.LeakyReLU)
+        and is_plain(last, nn.Linear)
+        and first.weight.shape == (first.out_features, size_in)
+        and second.weight.shape == (first.out_features, first.out_features)
+        and last.weight.shape == (size_out, first.out_features)
+        and None not in (first.bias, second.bias, last.bias)
+        and slope.negative_slope == other_slope.negative_slope == 0.01
+    )
+
+
 @dataclass(frozen=True)
 class DenseCoreSettings(EncoderSettings):
     """Settings of the labyrinths' dense policies.

@@ -51,6 +51,9 @@ class PolicySettings:
 
     value_head: bool = False
 
+    #: What a policy was computed with of whose settings a record lacks one, if not its default.
+    older: ClassVar[dict[str, Any]] = {}
+
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for name in (field.name for field in fields(self)):

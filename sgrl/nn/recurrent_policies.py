@@ -11,13 +11,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sgrl.nn.encoder import DenseCoreSettings, EncodedPolicy, EncoderSettings, is_published_encoder
+from sgrl.nn.encoder import (
+    DenseCoreSettings,
+    EncodedPolicy,
+    EncoderSettings,
+    is_published_actor,
+    is_published_encoder,
+)
+from sgrl.nn.kernels import native_rnn
+from sgrl.nn.kernels.backends import (
+    DENSE_BACKENDS,
+    check_backend,
+    choose_backend,
+    resolve_backend,
+)
+from sgrl.nn.kernels.native import StepRecorder
+from sgrl.nn.kernels.native_rnn import Cells, DenseRecorder
 from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
 from sgrl.nn.policy import Acting, Noise, Policy, RecordingActing, State, given
 from sgrl.nn.recurrent import SIZES, SparseRNN
 from sgrl.nn.sgprop import Mixing, SGPropSettings
+
+
+@dataclass(frozen=True)
+class DenseRecurrentSettings(DenseCoreSettings):
+    """Settings of the labyrinths' dense policies with memory.
+
+    Attributes:
+        backend: "auto", "torch" or "native".
+    """
+
+    backend: str = "auto"
+
+    older: ClassVar[dict[str, Any]] = {"backend": "torch"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_backend(self.backend, among=DENSE_BACKENDS)
 
 
 class DenseRecurrentPolicy(EncodedPolicy):
@@ -28,13 +60,14 @@ class DenseRecurrentPolicy(EncodedPolicy):
         states: names of the parts of its state.
     """
 
-    Settings = DenseCoreSettings
-    settings: DenseCoreSettings
+    Settings = DenseRecurrentSettings
+    settings: DenseRecurrentSettings
     kind: ClassVar[type[nn.GRU] | type[nn.LSTM]]
     states: ClassVar[tuple[str, ...]]
 
     def _build_core(self, generator: torch.Generator, dtype: torch.dtype) -> int:
         """Each whole stacked weight matrix orthogonal, biases zero."""
+        resolve_backend(self.settings.backend, dtype)
         size = self.settings.hidden_size
         # Made without values first: torch's own would be drawn from the process-wide generator.
         core = self.kind(self.settings.embedding_size, size, dtype=dtype, device="meta")
@@ -50,6 +83,52 @@ class DenseRecurrentPolicy(EncodedPolicy):
         shape, weight = (batch_size, self.settings.hidden_size), next(self.core.parameters())
         return {name: weight.new_zeros(shape) for name in self.states}
 
+    def run_core(
+        self, embeddings: Tensor, state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        before = tuple(state[name] for name in self.states)
+        if self.runs_on(embeddings) == "native":
+            features, after = native_rnn.unroll(Cells.of(self.core), embeddings, before)
+            return features, dict(zip(self.states, after, strict=True))
+        before = tuple(part.unsqueeze(0).contiguous() for part in before)
+        features, last = self.core(embeddings, before if len(before) > 1 else before[0])
+        after = last if isinstance(last, tuple) else (last,)
+        return features, {name: part[0] for name, part in zip(self.states, after, strict=True)}
+
+    def runs_on(self, x: Tensor) -> str:
+        """The backend that runs the core over x.
+
+        Raises:
+            ValueError: the one that was asked for by name cannot.
+        """
+        return choose_backend(
+            self.settings.backend,
+            lambda name: None if name == "torch" else native_rnn.obstacle(self.core, self.kind, x),
+        )
+
+    def step_is_published(self) -> bool:
+        """Whether a step is just what `DenseRecorder` computes, with nothing of a subclass's."""
+        methods = ("forward", "step", "run_core", "initial_state")
+        if not is_unchanged(self, DenseRecurrentPolicy, *methods):
+            return False
+        settings, weight = self.settings, self.core.weight_hh_l0
+        parts = (*self.encoder.parameters(), *self.actor.parameters())
+        return (
+            is_published_encoder(self.encoder, self.observation_size, settings.embedding_size)
+            and is_published_actor(self.actor, settings.hidden_size, self.num_outputs)
+            and (self.core.input_size, self.core.hidden_size)
+            == (settings.embedding_size, settings.hidden_size)
+            and all(p.dtype == weight.dtype and p.device == weight.device for p in parts)
+        )
+
+    def acting(
+        self, length: int, batch_size: int, keep: bool = False, noise: Noise | None = None
+    ) -> Acting:
+        weight = next(self.core.parameters(), None)
+        if weight is not None and self.runs_on(weight) == "native" and self.step_is_published():
+            return _DenseActing(self, length, batch_size, keep)
+        return super().acting(length, batch_size, keep, noise)
+
 
 class GRUPolicy(DenseRecurrentPolicy):
     """Dense recurrent baseline: one layer of gated recurrent units."""
@@ -58,12 +137,6 @@ class GRUPolicy(DenseRecurrentPolicy):
     kind = nn.GRU
     states = ("h",)
 
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        features, h = self.core(embeddings, state["h"].unsqueeze(0).contiguous())
-        return features, {"h": h[0]}
-
 
 class LSTMPolicy(DenseRecurrentPolicy):
     """Dense recurrent baseline: one layer of long short-term memory."""
@@ -71,13 +144,6 @@ class LSTMPolicy(DenseRecurrentPolicy):
     name = "lstm"
     kind = nn.LSTM
     states = ("h", "c")
-
-    def run_core(
-        self, embeddings: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        before = tuple(state[name].unsqueeze(0).contiguous() for name in self.states)
-        features, (h, c) = self.core(embeddings, before)
-        return features, {"h": h[0], "c": c[0]}
 
 
 @dataclass(frozen=True)
@@ -231,10 +297,30 @@ class SparseNetPolicy(EncodedPolicy):
         return super().acting(length, batch_size, keep, noise)
 
 
-class _SparseNetActing(RecordingActing):
+class _StepsActing(RecordingActing):
     """Whole steps in compiled code, which leave a record for the core's backward pass."""
 
+    policy: DenseRecurrentPolicy | SparseNetPolicy
+    recorder: StepRecorder
+
+    def step(self, observations: Tensor) -> Tensor:
+        return self.recorder.act(observations)
+
+    def seen(self) -> Tensor | None:
+        recorder = self.recorder
+        return recorder.observations[: recorder.steps] if recorder.keep else None
+
+    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
+        return (
+            len(observations) == self.recorder.length
+            and super().is_of(policy, observations, noise)
+            and self.policy.step_is_published()
+        )
+
+
+class _SparseNetActing(_StepsActing):
     policy: SparseNetPolicy
+    recorder: Recorder
 
     def __init__(
         self,
@@ -256,20 +342,6 @@ class _SparseNetActing(RecordingActing):
             self.noise,
         )
 
-    def step(self, observations: Tensor) -> Tensor:
-        return self.recorder.act(observations)
-
-    def seen(self) -> Tensor | None:
-        recorder = self.recorder
-        return recorder.observations[: recorder.steps] if recorder.keep else None
-
-    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
-        return (
-            len(observations) == self.recorder.length
-            and super().is_of(policy, observations, noise)
-            and self.policy.step_is_published()
-        )
-
     def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
         core = self.policy.core
         h_0 = core.initial_state(embeddings.shape[1])
@@ -277,3 +349,23 @@ class _SparseNetActing(RecordingActing):
         layer, mixing = core.layer(), Mixing.of(core)
         states = unroll(layer, mixing, embeddings, h_0, mask, recorder=self.recorder).flatten(2)
         return states, {"h": states[-1]}
+
+
+class _DenseActing(_StepsActing):
+    policy: DenseRecurrentPolicy
+    recorder: DenseRecorder
+
+    def __init__(
+        self, policy: DenseRecurrentPolicy, length: int, batch_size: int, keep: bool
+    ) -> None:
+        super().__init__(policy, None)
+        around = [*policy.encoder.parameters(), *policy.actor.parameters()]
+        cells = Cells.of(policy.core)
+        self.recorder = DenseRecorder(cells, around, length, batch_size, keep)
+
+    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+        policy = self.policy
+        before = tuple(policy.initial_state(embeddings.shape[1]).values())
+        cells = Cells.of(policy.core)
+        features, after = native_rnn.unroll(cells, embeddings, before, self.recorder)
+        return features, dict(zip(policy.states, after, strict=True))

@@ -107,6 +107,21 @@ def policy_settings(name: str, settings: Mapping[str, Any]) -> PolicySettings:
     return kind(**settings)
 
 
+def recorded_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a record has them, and those that there were not yet when it was written.
+
+    Only these, and only where they are not what is the default now.
+
+    Args:
+        name: the policy's.
+        settings: of the record.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    return {**policy_class(name).Settings.older, **settings}
+
+
 def make_policy(
     name: str,
     observation_size: int,
@@ -223,7 +238,7 @@ def load_policy(path: str | Path) -> Policy:
         description = json.loads(description_file.read_text())
         if description["format"] != FORMAT_VERSION:
             raise ValueError(f"{description_file} has the unknown format {description['format']}")
-        settings = dict(description["settings"])
+        settings = recorded_settings(description["policy"], description["settings"])
         if settings.get("backend") == "native":
             settings["backend"] = "auto"
         policy = make_policy(

@@ -42,7 +42,7 @@ from sgrl.tuning.cluster import (
 )
 from sgrl.tuning.course import Course
 from sgrl.tuning.experiment.load import Experiment, extend_experiment
-from sgrl.tuning.experiment.method import with_defaults
+from sgrl.tuning.experiment.method import as_recorded, with_defaults
 from sgrl.tuning.experiment.resources import (
     check_backends,
     check_resources,
@@ -329,7 +329,7 @@ def _check_config(folder: TrialFolder, trial: Trial) -> None:
     before, config = folder.read_config(), trial.as_dict()
     # A setting that is newer than the sweep was what it now is by default.
     with contextlib.suppress(KeyError, TypeError):
-        before["model"] = with_defaults(before["model"])
+        before["model"] = with_defaults(as_recorded(before["model"]))
         # Of older trials on GPUs, which left it to each process.
         if before["model"].get("backend") == "auto":
             before["model"]["backend"] = trial.config.model["backend"]

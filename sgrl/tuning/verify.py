@@ -20,7 +20,7 @@ from sgrl.results.plan import Trial
 from sgrl.results.provenance import describe, what_rounds_otherwise
 from sgrl.results.storage import is_archive
 from sgrl.tuning.experiment.load import load_experiment
-from sgrl.tuning.experiment.method import asks_for_gpus
+from sgrl.tuning.experiment.method import as_recorded, asks_for_gpus
 from sgrl.tuning.sweep import run_sweep
 
 #: Algorithms of which no run repeats, see docs/rllib.md.
@@ -79,7 +79,7 @@ def verify_archive(
             f"{archive} holds no {plan.name}, as results of a Tuner script do not: what its trials "
             "would be trained with again is not known"
         )
-    experiment = load_experiment(plan, name="verify", track="none")
+    experiment = load_experiment(plan, name="verify", track="none", begun=True)
     if experiment.file.algorithm in NEVER_REPEAT:
         raise ArchiveError(
             f"{archive}: no run of {experiment.resolved['algorithm']} repeats (it learns in a "
@@ -116,7 +116,9 @@ def verify_archive(
 
 
 def _shortened(trial: ArchivedTrial, iterations: int) -> Trial:
-    return Trial.from_dict(trial.config | {"stop": {"training_iteration": iterations}})
+    model = as_recorded(trial.config["model"])
+    changes = {"model": model, "stop": {"training_iteration": iterations}}
+    return Trial.from_dict(trial.config | changes)
 
 
 def compare_rows(trial: str, archived: Sequence[Row], again: Sequence[Row], exact: bool) -> Verdict:

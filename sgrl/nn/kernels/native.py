@@ -1,22 +1,23 @@
 """The compiled core of the "native" backend: compiled code for the CPU, and its view of a layer.
 
-The C++ is in `slot_neurons.cpp`, `sgrl.compiled` has it as a library, this file declares it to
-ctypes; `native_unroll.py` and `native_stack.py` hand it torch's memory. It runs in one thread and
-releases the GIL. Structures and functions are declared in the C++ alone; `read_declarations` makes
-what ctypes needs of it.
+The C++ is in `slot_neurons.cpp` and the headers beside it, `sgrl.compiled` has it as a library, and
+this file declares it to ctypes; `native_unroll.py`, `native_stack.py` and `native_rnn.py` hand it
+torch's memory. It runs in one thread and releases the GIL. Structures and functions are declared in
+the C++ alone; `read_declarations` makes what ctypes needs of it.
 """
 
 import ctypes
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sgrl.compiled.compiler import CompileError
 from sgrl.compiled.library import load_library
-from sgrl.compiled.prebuilt import SOURCE
+from sgrl.compiled.prebuilt import read_source
 from sgrl.nn.neuron import PARAMETERS, Layer
 from sgrl.nn.sgprop import NORMS, Mixing
 
@@ -25,7 +26,7 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 #: What a backward pass measures, in the order of `Gradients.statistics` in slot_neurons.cpp.
 STATISTICS = ("predictor_loss", *NORMS)
 
-#: Types that declarations in slot_neurons.cpp may use, beside pointers.
+#: Types that declarations in C++ may use, beside pointers.
 _TYPES: dict[str, Any] = {
     "Index": ctypes.c_int64,
     "std::int32_t": ctypes.c_int32,
@@ -38,12 +39,12 @@ def _declaration(text: str) -> list[tuple[str, Any]]:
     """A declaration of C++ without its semicolon, as in `const real *a, *b` -> names and types."""
     match = re.fullmatch(r"\s*(?:const\s+)?([\w:]+)\b([\s\w*,\[\]]+)", text)
     if match is None:
-        raise ValueError(f"slot_neurons.cpp: cannot read the declaration {text.strip()!r}")
+        raise ValueError(f"C++ source: cannot read the declaration {text.strip()!r}")
     declared = []
     for part in match[2].split(","):
         name = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d+)\])?", part)
         if name is None or not (name[1] or match[1] in _TYPES):
-            raise ValueError(f"slot_neurons.cpp: cannot read the declaration {text.strip()!r}")
+            raise ValueError(f"C++ source: cannot read the declaration {text.strip()!r}")
         kind = ctypes.c_void_p if name[1] else _TYPES[match[1]]
         declared.append((name[2], kind * int(name[3]) if name[3] else kind))
     return declared
@@ -72,11 +73,11 @@ def read_declarations(
     return structures, functions
 
 
-_STRUCTURES, _FUNCTIONS = read_declarations(SOURCE.read_text())
+_STRUCTURES, _FUNCTIONS = read_declarations(read_source())
 
 
 def make_structure(name: str, **values: Any) -> Any:
-    """A structure of slot_neurons.cpp with all its fields.
+    """A structure of the C++ source with all its fields.
 
     Raises:
         TypeError: the structure has other fields than these.
@@ -85,12 +86,12 @@ def make_structure(name: str, **values: Any) -> Any:
     fields = [field[0] for field in structure._fields_]
     if set(fields) != values.keys():
         different = ", ".join(sorted(set(fields) ^ values.keys()))
-        raise TypeError(f"{name} of slot_neurons.cpp and native.py differ in: {different}")
+        raise TypeError(f"{name} of the C++ source and native.py differ in: {different}")
     return structure(**values)
 
 
 def make_array(name: str, count: int) -> Any:
-    """So many structures of slot_neurons.cpp side by side."""
+    """So many structures of the C++ source side by side."""
     return (_STRUCTURES[name] * count)()
 
 
@@ -226,6 +227,80 @@ class Record:
 
     def __del__(self, spare: list[Tensor] = _spare) -> None:  # the name is gone at exit
         spare[:] = [self.memory]
+
+
+class StepRecorder:
+    """A policy's steps in compiled code through episodes of T steps, from the zero state on.
+
+    With `keep` it leaves what the core's backward pass needs, and that can go on from it instead of
+    running the steps again. The parameters must stay as they are meanwhile.
+
+    Args:
+        kind: prefix of the functions `_act` and `_workspace` that take the policy.
+        policy: what the policy has around its core, a structure.
+        core: the core, a structure.
+        size: numbers that the core's block of memory holds.
+        held: tensors whose addresses the structures know.
+        length: T, the most steps it may take.
+        batch_size: B.
+        keep: False needs little memory and is only for acting.
+        widths: shapes of a sequence's observation, embedding, output and logits at one step.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        policy: Any,
+        core: Any,
+        size: int,
+        held: Sequence[Tensor],
+        length: int,
+        batch_size: int,
+        keep: bool,
+        widths: Sequence[Sequence[int]],
+    ) -> None:
+        new = held[0].new_empty
+        self.library = load(held[0].dtype)
+        self.length, self.keep, self.steps = length, keep, 0
+        self.core, self._policy, self._held = ctypes.pointer(core), ctypes.pointer(policy), held
+        self.sizes = (length, batch_size, keep)
+        self.record = Record(size, held[0].dtype) if keep else None
+        self.memory = new(size) if self.record is None else self.record.memory
+        self._act = getattr(self.library, f"{kind}_act")
+        workspace = getattr(self.library, f"{kind}_workspace")
+        self._policy_memory = new(workspace(self._policy, self.core, batch_size))
+        # Steps that are not kept are all written to the same place.
+        rows = length if keep else 1
+        self.observations, self.x, self.output = (
+            new(rows, batch_size, *width) for width in widths[:3]
+        )
+        self._logits = new(batch_size, *widths[3])
+        self.rows = [
+            tuple(int(buffer.data_ptr() + t * buffer[0].nbytes) for t in range(rows))
+            for buffer in (self.observations, self.x, self.output)
+        ]
+
+    def inputs(self, row: int) -> tuple[int | None, ...]:
+        """Addresses of what the next step takes."""
+        return (self.rows[0][row],)
+
+    def act(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
+        """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
+        row = self.steps if self.keep else 0
+        self.observations[row].copy_(observations)
+        self._act(
+            self._policy,
+            self.core,
+            *self.sizes,
+            self.steps,
+            *self.inputs(row),
+            *(pointers[row] for pointers in self.rows[1:]),
+            self._logits.data_ptr(),
+            self.memory.data_ptr(),
+            self._policy_memory.data_ptr(),
+        )
+        self.steps += 1
+        return self._logits
 
 
 def gradients_structure(parameters: Mapping[str, Tensor | None], moments: Tensor) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sgrl.nn.kernels.native import (
     STATISTICS,
     Record,
+    StepRecorder,
     gradients_structure,
     layer_structure,
     load,
@@ -85,11 +86,8 @@ def _structure(layer: Layer, parameters: Sequence[Tensor]) -> Any:
     return layer_structure(layer, dict(zip(layer.parameters(), parameters, strict=True)))
 
 
-class Recorder:
-    """A SparseNet policy's steps through episodes of T steps, from the zero state on.
-
-    With `keep` it leaves what the core's backward pass needs, and `unroll` can go on from it
-    instead of running the steps again. The parameters must stay as they are meanwhile.
+class Recorder(StepRecorder):
+    """A SparseNet policy's steps, which `unroll` can go on from.
 
     Args:
         layer: the core's, on the CPU.
@@ -111,64 +109,31 @@ class Recorder:
         keep: bool,
         noise: Float[Tensor, "T B neurons"] | None = None,
     ) -> None:
-        weight = layer.weight_h
-        core = load(weight.dtype)
-        self.length, self.keep, self.steps = length, keep, 0
-        self._core = core
-        # Held here, since the structures know only their addresses.
+        core = load(layer.weight_h.dtype)
+        self.noise = None if noise is None else noise.contiguous()
         parameters = [p.detach().contiguous() for p in layer.parameters().values()]
         around = [p.detach().contiguous() for p in (*encoder, *actor)]
-        self.noise = None if noise is None else noise.contiguous()
-        self._held = (layer.sources, parameters, around)
         (features, observation_size), bias = encoder[0].shape, actor[1]
         names = ("weight_1", "bias_1", "weight_2", "bias_2", "actor", "actor_bias")
-        self._layer = ctypes.pointer(_structure(layer, parameters))
-        self._policy = ctypes.pointer(
-            make_structure(
-                "Policy",
-                observation=observation_size,
-                features=features,
-                actions=bias.shape[0],
-                slots=bias.shape[1],
-                **dict(zip(names, map(pointer, around), strict=True)),
-            )
+        structure = _structure(layer, parameters)
+        policy = make_structure(
+            "Policy",
+            observation=observation_size,
+            features=features,
+            actions=bias.shape[0],
+            slots=bias.shape[1],
+            **dict(zip(names, map(pointer, around), strict=True)),
         )
-        self._sizes = (length, batch_size, keep)
-        size = core.sgrl_workspace(self._layer, length, batch_size, keep)
-        self.record = Record(size, weight.dtype) if keep else None
-        self._memory = weight.new_empty(size) if self.record is None else self.record.memory
-        self._policy_memory = weight.new_empty(
-            core.sgrl_policy_workspace(self._policy, self._layer, batch_size)
+        size = core.sgrl_workspace(ctypes.byref(structure), length, batch_size, keep)
+        state = (layer.num_neurons, layer.neuron_size)
+        widths = ((observation_size,), (layer.external_size,), state, (len(bias),))
+        held = (*parameters, layer.sources, *around)
+        super().__init__(
+            *("sgrl_policy", policy, structure, size, held, length, batch_size, keep, widths)
         )
-        # Steps that are not kept are all written to the same place.
-        rows = length if keep else 1
-        self.observations = weight.new_empty(rows, batch_size, observation_size)
-        self.x = weight.new_empty(rows, batch_size, layer.external_size)
-        self.output = weight.new_empty(rows, batch_size, layer.num_neurons, layer.neuron_size)
-        self._logits = weight.new_empty(batch_size, len(bias))
-        self._rows = [
-            tuple(int(buffer.data_ptr() + t * buffer[0].nbytes) for t in range(rows))
-            for buffer in (self.observations, self.x, self.output)
-        ]
 
-    def act(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
-        """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
-        row = self.steps if self.keep else 0
-        self.observations[row].copy_(observations)
-        self._core.sgrl_act(
-            self._policy,
-            self._layer,
-            *self._sizes,
-            self.steps,
-            self._rows[0][row],
-            self._noise(),
-            *(pointers[row] for pointers in self._rows[1:]),
-            self._logits.data_ptr(),
-            self._memory.data_ptr(),
-            self._policy_memory.data_ptr(),
-        )
-        self.steps += 1
-        return self._logits
+    def inputs(self, row: int) -> tuple[int | None, ...]:
+        return *super().inputs(row), self._noise()
 
     def _noise(self) -> int | None:
         """Address of the next step's."""
@@ -178,10 +143,10 @@ class Recorder:
         """The core's steps not yet taken, of x [T, B, E]."""
         if self.steps < self.length:
             self.x[self.steps :].copy_(x[self.steps :])
-            pointers = [pointers[self.steps] for pointers in self._rows[1:]]
-            self._core.sgrl_forward(
-                *(self._layer, *self._sizes, self.steps, self.length),
-                *(pointers[0], None, self._noise(), pointers[1], self._memory.data_ptr()),
+            pointers = [pointers[self.steps] for pointers in self.rows[1:]]
+            self.library.sgrl_forward(
+                *(self.core, *self.sizes, self.steps, self.length),
+                *(pointers[0], None, self._noise(), pointers[1], self.memory.data_ptr()),
             )
             self.steps = self.length
 

@@ -31,7 +31,7 @@ from sgrl.results.selection import parse_seeds
 from sgrl.tuning.experiment.checks import point_problems
 from sgrl.tuning.experiment.edits import add, keep_methods, override
 from sgrl.tuning.experiment.file import ExperimentFile, validate_file
-from sgrl.tuning.experiment.method import complete_model
+from sgrl.tuning.experiment.method import as_recorded, complete_model
 from sgrl.tuning.experiment.places import places_of
 from sgrl.tuning.experiment.schedules import complete_schedule, schedule_problems
 from sgrl.tuning.experiment.searches import (
@@ -85,6 +85,7 @@ def load_experiment(
     methods: Sequence[str] = (),
     seeds: str | None = None,
     concurrency: int | None = None,
+    begun: bool = False,
 ) -> Experiment:
     """Read, override and check an experiment file.
 
@@ -97,6 +98,7 @@ def load_experiment(
         methods: those to keep; all by default.
         seeds: as in 0..5 or 0,2,7..9, in the place of the experiment's own.
         concurrency: in the place of the experiment's own.
+        begun: whether it is the file of a sweep that has begun, in its folder.
 
     Raises:
         ExperimentError: it cannot run; all that is wrong with it.
@@ -105,6 +107,8 @@ def load_experiment(
     changed = {_key(setting): f"--set {_key(setting)}" for setting in overrides}
 
     def edit(content: dict[str, Any]) -> None:
+        if begun:
+            _as_recorded(content)
         for setting in overrides:
             override(content, setting)
         if methods:
@@ -124,7 +128,7 @@ def extend_experiment(
     *,
     concurrency: int | None = None,
 ) -> Experiment:
-    """Read an experiment file and make it longer, or wider.
+    """Read the experiment file of a sweep that has begun and make it longer, or wider.
 
     Every trial of the file is still one, under the same name. Values that are there already
     change nothing, so the same extension can be asked for again.
@@ -141,7 +145,7 @@ def extend_experiment(
         ExperimentError: it cannot run, or not be extended so; all that is wrong with it.
     """
     path = Path(path)
-    experiment = _load(path)
+    experiment = _load(path, _as_recorded)
     options = {"track": track, "concurrency": concurrency}
     options = {key: value for key, value in options.items() if value is not None}
     if iterations is None and not additions and not options:
@@ -160,6 +164,14 @@ def extend_experiment(
         content |= options
 
     return _load(path, edit, {_key(addition): f"--add {_key(addition)}" for addition in additions})
+
+
+def _as_recorded(content: dict[str, Any]) -> None:
+    """Write into the methods of a sweep that has begun what older revisions did not."""
+    methods = content.get("methods")
+    for method in methods.values() if isinstance(methods, dict) else ():
+        if isinstance(method, dict) and isinstance(method.get("model"), dict):
+            method["model"] = as_recorded(method["model"])
 
 
 def _check_extension(

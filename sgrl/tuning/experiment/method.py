@@ -55,6 +55,19 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
         ]
 
 
+def as_recorded(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model of a sweep that has begun, with what its trials were computed with.
+
+    Older sweeps do not say it of settings that there were not yet.
+    """
+    from sgrl.nn.registry import recorded_settings
+
+    try:
+        return recorded_settings(model["policy"], model)
+    except (ValueError, KeyError):
+        return dict(model)  # and whoever needs its policy says what is wrong
+
+
 def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's model with the settings that it leaves to its policy's defaults."""
     from sgrl.nn.registry import policy_class, setting_defaults
