@@ -22,7 +22,7 @@ from sgrl.envs.registry import make_single, make_vector
 from sgrl.nn import SparseRNN, SyntheticGradient
 from sgrl.nn.feedforward_policies import SparseMLPPolicy
 from sgrl.nn.policy import Policy, PolicyOutput, State, make_linear
-from sgrl.nn.recurrent_policies import SlotActor, SparseNetPolicy
+from sgrl.nn.recurrent_policies import DenseRecurrentPolicy, SlotActor, SparseNetPolicy
 from sgrl.nn.registry import POLICIES, load_policy, make_policy, save_policy
 from sgrl.reinforce import Rollout, UpdateSettings, action_space_of, train
 from sgrl.reinforce.batch import EpisodeBatch
@@ -360,7 +360,7 @@ SUBCLASSES = {
 }
 #: What compiled code computes all the same.
 STILL_PUBLISHED = {"sparsenet", "SameEncoder", "TanhValues", "sparsenet/scale"}
-STILL_PUBLISHED |= {"sparse_mlp", "DenseHeadMLP", "sparse_mlp/actor_hook"}
+STILL_PUBLISHED |= {"sparse_mlp", "DenseHeadMLP", "sparse_mlp/actor_hook", "gru", "lstm"}
 NETWORKS = [
     *POLICIES,
     *SUBCLASSES,
@@ -437,7 +437,7 @@ def test_a_network_acts_and_learns_as_written(name: str, length: int) -> None:
                 keep
                 and name in STILL_PUBLISHED
                 and backend in ("native", "auto")
-                and (length == 1 or isinstance(policy, SparseNetPolicy))
+                and (length == 1 or isinstance(policy, SparseNetPolicy | DenseRecurrentPolicy))
             )
             batch.acted = acting if kept else None
             close(policy(observations).values, expected.values, f"{backend} values")

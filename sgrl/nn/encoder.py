@@ -82,7 +82,7 @@ def is_published_encoder(encoder: nn.Module, size_in: int, size_out: int) -> boo
         and norm.normalized_shape == (first.out_features,)
         and (norm.eps, norm.weight, norm.bias) == (1e-5, None, None)
         and second.weight.shape == (size_out, first.out_features)
-        and None not in (first.bias, second.bias)
+        and all(layer.bias is not None for layer in (first, second))
         and slope.negative_slope == 0.01
     )
 
@@ -107,7 +107,7 @@ def is_published_actor(actor: nn.Module, size_in: int, size_out: int) -> bool:
         and first.weight.shape == (first.out_features, size_in)
         and second.weight.shape == (first.out_features, first.out_features)
         and last.weight.shape == (size_out, first.out_features)
-        and None not in (first.bias, second.bias, last.bias)
+        and all(layer.bias is not None for layer in (first, second, last))
         and slope.negative_slope == other_slope.negative_slope == 0.01
     )
 

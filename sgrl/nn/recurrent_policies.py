@@ -19,12 +19,7 @@ from sgrl.nn.encoder import (
     is_published_encoder,
 )
 from sgrl.nn.kernels import native_rnn
-from sgrl.nn.kernels.backends import (
-    DENSE_BACKENDS,
-    check_backend,
-    choose_backend,
-    resolve_backend,
-)
+from sgrl.nn.kernels.backends import check_backend, choose_backend, resolve_backend
 from sgrl.nn.kernels.native import StepRecorder
 from sgrl.nn.kernels.native_rnn import Cells, DenseRecorder
 from sgrl.nn.kernels.native_unroll import Recorder, unroll
@@ -40,7 +35,7 @@ class DenseRecurrentSettings(DenseCoreSettings):
     """Settings of the labyrinths' dense policies with memory.
 
     Attributes:
-        backend: "auto", "torch" or "native".
+        backend: "auto", "torch" (or "eager", the same here: torch's own module) or "native".
     """
 
     backend: str = "auto"
@@ -49,7 +44,7 @@ class DenseRecurrentSettings(DenseCoreSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_backend(self.backend, among=DENSE_BACKENDS)
+        check_backend(self.backend)
 
 
 class DenseRecurrentPolicy(EncodedPolicy):

@@ -11,24 +11,21 @@ from sgrl.nn.kernels import native
 
 #: From the plain definition to the fastest.
 BACKENDS = ("eager", "torch", "native")
-#: Those of GRU and LSTM, which torch's own modules define.
+#: Those of GRU and LSTM that differ: "eager" and "torch" are both torch's own module.
 DENSE_BACKENDS = ("torch", "native")
 
 
-def check_backend(
-    name: str, shuffle_predictions: bool = False, among: tuple[str, ...] = BACKENDS
-) -> None:
+def check_backend(name: str, shuffle_predictions: bool = False) -> None:
     """Check a layer's backend.
 
     Args:
-        name: "auto" or one of `among`.
+        name: "auto" or one of `BACKENDS`.
         shuffle_predictions: whether the layer is to shuffle them.
-        among: the backends that the layer has.
 
     Raises:
         ValueError: no backend of that name, or one that cannot shuffle predictions.
     """
-    known = ("auto", *among)
+    known = ("auto", *BACKENDS)
     if name not in known:
         raise ValueError(f"unknown backend {name!r}; {did_you_mean(name, known)}")
     if shuffle_predictions and name == "native":
