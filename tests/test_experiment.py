@@ -298,7 +298,7 @@ def test_a_sweep_that_began_before_a_policy_had_backends_stays_with_torch(load, 
     sweep.experiment.write_text(dump_yaml(resolved))
     experiments = {
         "torch": [
-            extend_experiment(sweep.experiment),
+            extend_experiment(sweep.experiment, additions=["seeds=7"], begun=True),
             load_experiment(sweep.experiment, begun=True),
         ],
         resolve_backend("auto"): [load_experiment(sweep.experiment)],

@@ -121,7 +121,9 @@ def resume_sweep(
     with _locked(store):
         store.pull_reports()
         experiment = extend_experiment(
-            store.sweep.experiment, iterations, additions, track, concurrency=concurrency
+            *(store.sweep.experiment, iterations, additions, track),
+            concurrency=concurrency,
+            begun=True,
         )
         _check_trials(store, experiment, iterations)
         _check_selection(store, experiment, selection)
@@ -149,7 +151,7 @@ def resume_plan(
     _check_is_sweep(store)
     with _locked(store):
         store.pull_reports()
-        experiment = extend_experiment(store.sweep.experiment, iterations, additions)
+        experiment = extend_experiment(store.sweep.experiment, iterations, additions, begun=True)
         _check_trials(store, experiment, iterations)
         _check_selection(store, experiment, selection)
         todo = []

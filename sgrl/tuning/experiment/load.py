@@ -127,8 +127,9 @@ def extend_experiment(
     track: str | None = None,
     *,
     concurrency: int | None = None,
+    begun: bool = False,
 ) -> Experiment:
-    """Read the experiment file of a sweep that has begun and make it longer, or wider.
+    """Read an experiment file and make it longer, or wider.
 
     Every trial of the file is still one, under the same name. Values that are there already
     change nothing, so the same extension can be asked for again.
@@ -140,12 +141,13 @@ def extend_experiment(
             swept.
         track: in the place of the experiment's own.
         concurrency: in the place of the experiment's own.
+        begun: as of `load_experiment`.
 
     Raises:
         ExperimentError: it cannot run, or not be extended so; all that is wrong with it.
     """
     path = Path(path)
-    experiment = _load(path, _as_recorded)
+    experiment = _load(path, _as_recorded if begun else lambda content: None)
     options = {"track": track, "concurrency": concurrency}
     options = {key: value for key, value in options.items() if value is not None}
     if iterations is None and not additions and not options:
