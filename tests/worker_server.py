@@ -166,10 +166,11 @@ def reap(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    # The last of all exit handlers: Python's own end would touch, so copy, most of the memory that
-    # the workers share, at twice the cost of all the rest of a short one.
-    atexit.register(os._exit, 0)
     request = serve(socket.socket(fileno=int(sys.argv[1])))
+    # Python's end, and what modules have registered for it, would touch, so copy, much memory that
+    # workers share, at twice the cost of all the rest of a short one. What trials register stays.
+    atexit._clear()
+    atexit.register(os._exit, 0)
     raylet = request["environment"]["RAY_RAYLET_PID"]
     threading.Thread(target=end_with, args=[raylet], daemon=True).start()
     import numpy as np
