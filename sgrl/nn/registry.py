@@ -119,7 +119,8 @@ def recorded_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: unknown policy.
     """
-    return {**policy_class(name).Settings.older, **settings}
+    older = policy_class(name).Settings.older
+    return {**settings, **{key: older[key] for key in older if key not in settings}}
 
 
 def make_policy(

@@ -120,10 +120,9 @@ def resume_sweep(
     _check_is_sweep(store)
     with _locked(store):
         store.pull_reports()
+        extension = iterations, additions, track
         experiment = extend_experiment(
-            *(store.sweep.experiment, iterations, additions, track),
-            concurrency=concurrency,
-            begun=True,
+            store.sweep.experiment, *extension, concurrency=concurrency, begun=True
         )
         _check_trials(store, experiment, iterations)
         _check_selection(store, experiment, selection)
