@@ -44,7 +44,7 @@ config:
   env_runners: {num_envs_per_env_runner: 3}
 methods:
   sparsenet: {model: {policy: sparsenet, num_neurons: 20, neuron_size: 3, backend: native}}
-  gru: {model: {policy: gru, hidden_size: 8}}
+  gru: {model: {policy: gru, hidden_size: 8, backend: torch}}
 stop: {training_iteration: 3}
 checkpoint: {every: 1}
 seeds: [0]
