@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from sgrl.compiled.compiler import CompileError
+from sgrl.nn.kernels import backends as backends_module
 from sgrl.nn.kernels.backends import resolve_backend
 from sgrl.nn.mixing_rules import MIXING_RULES
 from sgrl.nn.recurrent_policies import SparseNetPolicy
@@ -337,6 +338,7 @@ def test_compiled_code_that_is_named_must_run_before_the_start(load, monkeypatch
     assert "\n" not in str(error.value)
     # Reading such an experiment, as for a report, needs no compiler.
     assert load(dump_yaml(native.resolved)).trials == native.trials
+    backends_module._warn.cache_clear()  # another test may have had the process's one warning
     with pytest.warns(RuntimeWarning, match="using the slower torch backend"):
         automatic = load(SMALL).resolved["methods"]["sparse"]["model"]["backend"]
     assert automatic == "torch"
