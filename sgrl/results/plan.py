@@ -109,8 +109,10 @@ class Stop:
             least, value = getattr(self, name), rows[-1].get(name, math.nan)
             if least is not None and value >= least:
                 return f"{name} {value:,.6g} (at least {least:,.6g})"
+        if self.hours is None:
+            return ""
         hours = sum(row["iteration_seconds"] for row in rows) / 3600
-        if self.hours is not None and hours >= self.hours:
+        if hours >= self.hours:
             return f"{hours:.3g} hours (at least {self.hours:.3g})"
         return ""
 
