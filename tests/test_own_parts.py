@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def test_a_policy_and_a_rule_by_their_paths(folder: Path) -> None:
     for name, value in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     said = CliRunner().invoke(app, ["list", "policies", "my_package.models:HalvedPolicy"])
-    assert "share                a number; default 0.5. Of what the core gives.\n" in said.output
+    assert re.search(r"share +a number; default 0\.5\. Of what the core gives\.\n", said.output)
     said = CliRunner().invoke(app, ["list", "rules", "my_package.rules:HalvingRule"])
     assert said.output == "Lambda is halved in every update.\n\n"
 

@@ -260,6 +260,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_of([one, policies_of("sgprop", runs, torch.float32)[1]], runs)
     with pytest.raises(ValueError, match="shuffle_predictions does not stack"):
         pack_of(policies_of("sgprop", runs, shuffle_predictions=[True, True]), runs)
+    with pytest.raises(ValueError, match="normalize_observations does not stack"):
+        pack_of(policies_of("gru", runs, normalize_observations=[True, True]), runs)
     with pytest.raises(ValueError, match="neuron_noise does not stack"):
         pack_of(policies_of("sgprop", runs, neuron_noise=[0.1, 0.1]), runs)
     with pytest.raises(ValueError, match="one of each"):

@@ -36,7 +36,7 @@ MODELS = {
     },
     "sgprop": SPARSE,
     "backprop": {**SPARSE, "propagation": "backprop"},
-    "noisy": {**SPARSE, "neuron_noise": 0.2},
+    "noisy": {**SPARSE, "neuron_noise": 0.2, "normalize_observations": True},
     "dense": {"policy": "dense", "num_layers": 2, "hidden_size": 16},
     "feed-forward": {
         "policy": "sparse_mlp",
@@ -345,6 +345,8 @@ def test_remote_runners(tmp_path: Path) -> None:
     last = results[-1]["sgrl"]
     assert last["padded_env_steps"] == 4 * 2 * NUM_ENVS * ENV_CONFIG["episode_length"]
     assert last["env_steps"] == steps_learned(results[-1])
+    # The learner's alone: runners only act with them.
+    assert algorithm.policy.normalizer.count == last["env_steps"]
     algorithm.stop()
 
     restored = Reinforce.from_checkpoint(tmp_path)

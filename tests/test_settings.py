@@ -122,7 +122,8 @@ def test_names(kind: str, names: dict) -> None:
 def test_one_name() -> None:
     said = listed("policies", "gru")
     assert said.startswith("Dense recurrent baseline")
-    assert "\n  hidden_size     a whole number; default 256. Length of the core's output" in said
+    line = r"\n  hidden_size +a whole number; default 256\. Length of the core's output"
+    assert re.search(line, said)
     assert "brings each sample" in listed("rules", "raw")
     found = json.loads(listed("settings", "hidden_size", "--json"))
     assert list(found) == [f"policy {name}" for name in ("gru", "lstm", "mlp", "dense")]

@@ -75,7 +75,7 @@ def asynchronous(kind: type[APPOConfig | IMPALAConfig], env: str) -> APPOConfig 
         .environment(env, env_config=env_config)
         .env_runners(num_env_runners=0, num_envs_per_env_runner=4, rollout_fragment_length=length)
         .learners(num_learners=0)
-        .rl_module(model_config=SPARSE)
+        .rl_module(model_config={**SPARSE, "normalize_observations": True})
         .training(train_batch_size_per_learner=4 * length, lr=1e-3, predictor_lr=2e-4)
         .reporting(min_time_s_per_iteration=0)
         .debugging(seed=5)
@@ -183,7 +183,9 @@ def test_lambda_one_is_backprop(grad_clip: float | None, model: dict[str, Any]) 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ppo_continues_to_the_last_bit(dtype: str, tmp_path: Path) -> None:
-    config = ppo(dtype=dtype).evaluation(evaluation_interval=2, evaluation_duration=4)
+    normalized = dtype == "float32"
+    config = ppo(dtype=dtype, normalize_observations=normalized)
+    config.evaluation(evaluation_interval=2, evaluation_duration=4)
     # The checkpoint, after 264 steps, is in the middle of both.
     rate, entropy_coeff = SCHEDULES
     config.training(lr=rate, entropy_coeff=entropy_coeff)
@@ -198,6 +200,8 @@ def test_ppo_continues_to_the_last_bit(dtype: str, tmp_path: Path) -> None:
     algorithm.stop()
     assert [np.isnan(row["eval_reward"]) for row in rows] == [True, False, True, False, True]
     assert [row["env_steps"] for row in rows] == [4 * 11 * 2 * i for i in range(1, 6)]
+    if normalized:  # each step once, and none of an evaluation or that RLlib adds
+        assert expected["normalizer.count"] == rows[-1]["env_steps"]
 
     restored = type(algorithm).from_checkpoint(tmp_path)
     assert schedules(restored) == saved
@@ -316,6 +320,7 @@ def test_the_target_network_keeps_its_connections() -> None:
     module = learner_of(algorithm).module[DEFAULT_MODULE_ID]
     algorithm.stop()
     [(main, target)] = module.get_target_network_pairs()
+    assert module.target.normalizer is module.policy.normalizer
     with torch.no_grad():
         for parameter in module.policy.parameters():
             parameter.add_(1.0)
@@ -343,6 +348,12 @@ def test_the_target_network_keeps_its_connections() -> None:
             "neuron_noise must be 0 for PPO",
         ),
         (lambda c: c.learners(num_learners=2), "num_learners must be 0 or 1 under sgprop"),
+        (
+            lambda c: c.rl_module(
+                model_config={"policy": "mlp", "normalize_observations": True}
+            ).learners(num_learners=2),
+            "num_learners must be 0 or 1 with normalize_observations",
+        ),
         (lambda c: c.environment("my_env"), "max_seq_len is missing"),
         (lambda c: c.training(num_epochs=0), "num_epochs must be a whole number of at least 1"),
         (lambda c: c.env_runners(observation_filter="MeanSdFilter"), "observation_filter does"),

@@ -177,7 +177,7 @@ def record_episode(
         dtype = next(policy.parameters()).dtype
         inputs, state = observations.to(dtype), policy.initial_state(1)
         noise = None if batch.noise is None else batch.noise[:steps, place : place + 1]
-        hidden, _ = policy.run_core(policy.encoder(inputs), state, None, **given(noise))
+        hidden, _ = policy.run_core(policy.encode(inputs), state, None, **given(noise))
         probabilities = policy(inputs, **given(noise)).logits.softmax(-1)
     shape = (core.num_neurons, core.neuron_size) if isinstance(core, SparseRNN) else (0, 0)
     if hidden.shape[-1] == shape[0] * shape[1]:

@@ -271,7 +271,7 @@ class SparseMLPPolicy(Policy):
         were replaced, changed or given hooks (see `sgrl.nn.kernels.plain`).
         """
         core = self.core
-        methods = ("forward", "step", "run_core", "initial_state")
+        methods = ("forward", "step", "encode", "run_core", "initial_state")
         return (
             is_unchanged(self, SparseMLPPolicy, *methods)
             and is_plain(self.encoder, nn.Identity)
@@ -307,7 +307,7 @@ class _SparseMLPActing(RecordingActing):
     done: StackForward | None = None
 
     def step(self, observations: Tensor) -> Tensor:
-        core = self.policy.core
+        core, observations = self.policy.core, self.policy.prepare(observations)
         if observations.shape[1:] != (core.input_size,) or core.runs_on(observations) != "native":
             raise ValueError(
                 f"{list(observations.shape)} {observations.dtype} is no input of this SparseMLP"
@@ -328,8 +328,8 @@ class _SparseMLPActing(RecordingActing):
             return policy(observations, mask=mask, **given(noise))
         return super().replay(policy, observations, mask, noise)
 
-    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
-        return super().is_of(policy, observations, noise) and self.policy.core_is_plain()
+    def is_of(self, policy: Policy, prepared: Tensor, noise: Tensor | None = None) -> bool:
+        return super().is_of(policy, prepared, noise) and self.policy.core_is_plain()
 
     def seen(self) -> Tensor | None:
         return None if self.done is None else self.done.x.unsqueeze(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sgrl.annotations import accepts, in_words
 from sgrl.nn.actions import ActionSpace, Discrete
+from sgrl.nn.observations import RunningNormalizer
 
 State = dict[str, Tensor]
 #: True at valid steps.
@@ -47,9 +48,12 @@ class PolicySettings:
 
     Attributes:
         value_head: whether the policy also estimates the value of its state.
+        normalize_observations: whether each feature is brought to mean 0 and variance 1 over the
+            steps trained on so far, and clipped to +-10.
     """
 
     value_head: bool = False
+    normalize_observations: bool = False
 
     #: What a policy was computed with of whose settings a record lacks one, if not its default.
     older: ClassVar[dict[str, Any]] = {}
@@ -106,6 +110,9 @@ class Policy(nn.Module):
         self.action_space = num_actions
         self.num_outputs = self.action_space.num_outputs
         self.settings = settings
+        self.normalizer = (
+            RunningNormalizer(observation_size) if settings.normalize_observations else None
+        )
         self.encoder = self._build_encoder(generator, dtype)
         core_size = self._build_core(generator, dtype)
         self.actor = self._build_actor(core_size, generator, dtype)
@@ -180,8 +187,34 @@ class Policy(nn.Module):
         """
         if state is None:
             state = self.initial_state(observations.shape[1])
-        embeddings = self.encoder(observations)
+        embeddings = self.encode(observations)
         return self.read_out(*self.run_core(embeddings, state, mask, **given(noise)))
+
+    def prepare(self, observations: Float[Tensor, "*B F"]) -> Float[Tensor, "*B F"]:
+        """Bring observations [..., F] into the form that the encoder reads."""
+        return observations if self.normalizer is None else self.normalizer(observations)
+
+    def encode(self, observations: Float[Tensor, "*B F"]) -> Float[Tensor, "*B E"]:
+        """Observations [..., F] -> embeddings [..., E], which the core reads."""
+        return self.encoder(self.prepare(observations))
+
+    def observe(
+        self, observations: Float[Tensor, "*B F"], mask: Bool[Tensor, "*B"] | None = None
+    ) -> None:
+        """Take a batch that was trained on into the statistics of observations, if there are any.
+
+        To be called once a batch, after its last update, so that a batch is sampled and learned
+        from with the same statistics.
+
+        Args:
+            observations: [..., F].
+            mask: bool [...], True at valid steps; all if None.
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        if self.normalizer is not None:
+            self.normalizer.observe(observations, mask)
 
     def read_out(self, features: Float[Tensor, "T B features"], state: State) -> PolicyOutput:
         """Actor and value head on the core's output [T, B, core size]."""
@@ -236,12 +269,19 @@ class Acting:
             mask: bool [T, B], True at valid steps; all if None.
             noise: as of `Policy.forward`.
         """
-        if not self.is_of(policy, observations, noise):
+        prepared = policy.prepare(observations)
+        if not self.is_of(policy, prepared, noise):
             return policy(observations, mask=mask, **given(noise))
-        return policy.read_out(*self.continue_core(policy.encoder(observations), mask))
+        return policy.read_out(*self.continue_core(policy.encoder(prepared), mask))
 
-    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
-        """Whether `continue_core` gives this policy's features of observations [T, B, F]."""
+    def is_of(self, policy: Policy, prepared: Tensor, noise: Tensor | None = None) -> bool:
+        """Whether `continue_core` gives this policy's features of observations [T, B, F].
+
+        Args:
+            policy: this one.
+            prepared: these, as `Policy.prepare` returns them.
+            noise: as of `Policy.forward`.
+        """
         return False
 
     def continue_core(
@@ -270,16 +310,16 @@ class RecordingActing(Acting):
         ]
 
     def seen(self) -> Float[Tensor, "t B F"] | None:
-        """The observations so far [t, B, F]; None if nothing is kept."""
+        """The observations so far [t, B, F], prepared; None if nothing is kept."""
         raise NotImplementedError(f"{type(self).__name__} must say what it has seen")
 
-    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
+    def is_of(self, policy: Policy, prepared: Tensor, noise: Tensor | None = None) -> bool:
         seen, before = self.seen(), self.noise
         return (
             seen is not None
             and policy is self.policy
             and self._versions() == self.versions
-            and torch.equal(observations[: len(seen)], seen)
+            and torch.equal(prepared[: len(seen)], seen)
             and (before is None or (noise is not None and torch.equal(noise.to(before), before)))
         )
 

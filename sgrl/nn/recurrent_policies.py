@@ -103,7 +103,7 @@ class DenseRecurrentPolicy(EncodedPolicy):
 
     def step_is_published(self) -> bool:
         """Whether a step is just what `DenseRecorder` computes, with nothing of a subclass's."""
-        methods = ("forward", "step", "run_core", "initial_state")
+        methods = ("forward", "step", "encode", "run_core", "initial_state")
         if not is_unchanged(self, DenseRecurrentPolicy, *methods):
             return False
         settings, weight = self.settings, self.core.weight_hh_l0
@@ -281,6 +281,7 @@ class SparseNetPolicy(EncodedPolicy):
             is_published_encoder(encoder, self.observation_size, core.input_size)
             and actor.keys.shape == actor.A.shape == shape
             and all(p.dtype == weight.dtype and p.device == weight.device for p in parts)
+            and is_unchanged(self, SparseNetPolicy, "encode")
             and not is_autocast_on(weight.device)
         )
 
@@ -299,16 +300,16 @@ class _StepsActing(RecordingActing):
     recorder: StepRecorder
 
     def step(self, observations: Tensor) -> Tensor:
-        return self.recorder.act(observations)
+        return self.recorder.act(self.policy.prepare(observations))
 
     def seen(self) -> Tensor | None:
         recorder = self.recorder
         return recorder.observations[: recorder.steps] if recorder.keep else None
 
-    def is_of(self, policy: Policy, observations: Tensor, noise: Tensor | None = None) -> bool:
+    def is_of(self, policy: Policy, prepared: Tensor, noise: Tensor | None = None) -> bool:
         return (
-            len(observations) == self.recorder.length
-            and super().is_of(policy, observations, noise)
+            len(prepared) == self.recorder.length
+            and super().is_of(policy, prepared, noise)
             and self.policy.step_is_published()
         )
 

@@ -156,7 +156,7 @@ class LeastSquares(Adam):
             noise: of the policy's neurons, as of `EpisodeBatch`.
         """
         totals: list[list[_Sums] | None] = [None] * len(self.layers)
-        embeddings = self.policy.encoder(observations)
+        embeddings = self.policy.encode(observations)
         for layer, inputs, attention in _seen(self.core, embeddings, mask, noise):
             parts = [
                 _Sums.of(group, self.layers[layer], inputs, attention)

@@ -221,6 +221,7 @@ def update(
         for buffer, before in buffers:  # the backward pass has moved the mixing weights
             buffer.copy_(before)
         raise
+    policy.observe(batch.observations, batch.mask)
     if next(_updates) % TRIM_EVERY == 0:
         release_freed_memory()
     return {

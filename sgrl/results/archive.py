@@ -288,7 +288,10 @@ def _copy_policy(source: TrialFolder, target: TrialFolder, half: bool) -> None:
         shutil.copyfile(checkpoint / DESCRIPTION_FILE, directory / DESCRIPTION_FILE)
         state = load_file(checkpoint / WEIGHTS_FILE)
         if half:
-            state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+            for name, value in state.items():
+                # Statistics of observations may be too large for it.
+                if value.is_floating_point() and not name.startswith("normalizer."):
+                    state[name] = value.half()
         save_file(state, directory / WEIGHTS_FILE)
 
     try:

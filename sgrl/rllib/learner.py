@@ -6,6 +6,7 @@
 import copy
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import tree
@@ -27,6 +28,7 @@ from sgrl.reinforce.device import prepare_device
 from sgrl.reinforce.schedules import set_learning_rates
 from sgrl.reinforce.update import UpdateSettings, optimizers_of, update
 from sgrl.rllib.base import Components
+from sgrl.rllib.module import PolicyModule
 
 COMPONENT_KL = "kl_coefficients"
 COMPONENT_SCHEDULES = "schedules"
@@ -81,10 +83,18 @@ class PolicyLearner(ExactLearner):
     has predictors as "predictor", at its predictor_lr. RLlib clips the gradients of each optimizer
     separately. Modules that hold no policy of ours are left to the algorithm's own learner.
     A minibatch holds at least one sequence.
+    Running statistics of observations take in each batch once, after its last minibatch.
     """
 
     #: Environment steps at the last update, by which the schedules go.
     _timestep: int | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        #: What is being learned from.
+        self._batch: MultiAgentBatch | None = None
+        #: In the statistics of observations already: APPO learns from a batch more than once.
+        self._observed: WeakSet[MultiAgentBatch] = WeakSet()
 
     def configure_optimizers_for_module(self, module_id: str, config: AlgorithmConfig) -> None:
         """Register the optimizers "policy" and, where the policy has predictors, "predictor"."""
@@ -111,14 +121,14 @@ class PolicyLearner(ExactLearner):
         minibatch_size: int | None = None,
         **kwargs: Any,
     ) -> Iterable[MultiAgentBatch]:
-        if minibatch_size and not training_data.data_iterators:
-            # RLlib takes minibatch_size / (mean length) sequences, rounded down, and where that
-            # is 0 it waits for the end of an epoch for ever.
-            batch = self._make_batch_if_necessary(training_data)
+        if not training_data.data_iterators:
+            self._batch = batch = self._make_batch_if_necessary(training_data)
             training_data = TrainingData(batch=batch)
             for columns in batch.policy_batches.values():
                 lengths = columns.get(Columns.SEQ_LENS)
-                if lengths is not None:
+                if minibatch_size and lengths is not None:
+                    # RLlib takes minibatch_size / (mean length) sequences, rounded down, and where
+                    # that is 0 it waits for the end of an epoch for ever.
                     minibatch_size = max(minibatch_size, len(columns) // len(lengths) + 1)
         return super()._create_iterator_if_necessary(
             training_data=training_data, minibatch_size=minibatch_size, **kwargs
@@ -127,6 +137,13 @@ class PolicyLearner(ExactLearner):
     def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         """Report what sgprop measured in the update's last backward pass, under "sgrl"."""
         super().after_gradient_based_update(timesteps=timesteps)
+        batch, self._batch = self._batch, None
+        if batch is not None and batch not in self._observed:
+            self._observed.add(batch)
+            for module_id, columns in batch.policy_batches.items():
+                module = self.module[module_id].unwrapped()
+                if isinstance(module, PolicyModule):
+                    module.observe(columns)
         self._timestep = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         for module_id, module in self.module.items():
             measured = mixing_statistics(_policy_of(module) or module.unwrapped())

@@ -102,6 +102,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     def make_target_networks(self) -> None:
         """Make the copy of the policy that `forward_target` runs."""
         self.target = make_target_network(self.policy)
+        self.target.normalizer = self.policy.normalizer  # it reads the same observations
 
     def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the parameters of policy and copy; RLlib moves the second towards the first."""
@@ -116,6 +117,16 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
         assert self.target is not None
         with torch.no_grad():
             return {TARGET_NETWORK_ACTION_DIST_INPUTS: self._run(self.target, batch)[0]}
+
+    def observe(self, batch: Mapping[str, Any]) -> None:
+        """Take a batch that was trained on into the policy's statistics of observations."""
+        if self.policy.normalizer is None:
+            return
+        axes = 2 if self.policy.initial_state(1) else 1  # as `_run` has it
+        observations = batch[Columns.OBS].flatten(start_dim=axes)
+        mask = batch.get(Columns.LOSS_MASK)
+        dtype = next(self.policy.parameters()).dtype
+        self.policy.observe(observations.to(dtype), None if mask is None else mask.bool())
 
     @staticmethod
     def _run(

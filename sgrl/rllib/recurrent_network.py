@@ -58,6 +58,11 @@ class PolicyNetwork(RecurrentNetwork, nn.Module):
         )
         if self.policy.noise_size:
             raise ValueError("neuron_noise must be 0 on the old API stack: it gives no noise")
+        if self.policy.normalizer is not None:
+            raise ValueError(
+                "normalize_observations must be false on the old API stack: RLlib's own "
+                "observation_filter does it there"
+            )
         self._values: Tensor | None = None
 
     def get_initial_state(self) -> list[Tensor]:

@@ -269,6 +269,11 @@ class PolicyAlgorithmConfig(PolicyConfig):
                 f"num_learners must be 0 or 1 under sgprop, got {self.num_learners}: several "
                 "learners would each estimate mixing weights of their own"
             )
+        if self.num_learners > 1 and arguments.get("normalize_observations"):
+            raise ValueError(
+                f"num_learners must be 0 or 1 with normalize_observations, got {self.num_learners}"
+                ": several learners would each keep statistics of their own"
+            )
         if kind.initial_state is Policy.initial_state:
             if "max_seq_len" in self._model_config:
                 raise ValueError(

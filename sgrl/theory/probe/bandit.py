@@ -177,7 +177,7 @@ def layer_feedback(
     """
     mlp: SparseMLP = policy.core
     shape = (len(images), len(mlp.layers), mlp.num_neurons, mlp.neuron_size)
-    h, activations = images, []
+    h, activations = policy.encode(images), []
     for index, neurons in enumerate(mlp.layers):
         parents = mlp.parents[index - 1] if index else None
         activation = neurons(

@@ -154,7 +154,7 @@ def unroll(
     """
     rnn, neurons = policy.core, policy.core.neurons
     num_neurons, size = neurons.num_neurons, neurons.neuron_size
-    embeddings = policy.encoder(episodes.observations)
+    embeddings = policy.encode(episodes.observations)
     length, count = episodes.mask.shape
     h = rnn.initial_state(count).view(count, num_neurons, size)
     noise = noise_of(policy, episodes.seeds)

@@ -188,8 +188,11 @@ def _probe_labyrinth(
 
 
 def fresh_policy(policy: Policy, seed: int) -> Policy:
-    """A policy of the same kind and settings with initial weights and connections of its own."""
-    return make_policy(
+    """A policy of the same kind and settings with initial weights and connections of its own.
+
+    It reads observations as the other does.
+    """
+    fresh = make_policy(
         name_of(policy),
         policy.observation_size,
         policy.num_actions,
@@ -197,6 +200,9 @@ def fresh_policy(policy: Policy, seed: int) -> Policy:
         dtype=next(policy.parameters()).dtype,
         **asdict(policy.settings),
     )
+    if fresh.normalizer is not None and policy.normalizer is not None:
+        fresh.normalizer.load_state_dict(policy.normalizer.state_dict())
+    return fresh
 
 
 @contextmanager
