@@ -9,7 +9,7 @@ import popgym.wrappers
 import pytest
 
 from sgrl.envs.by_id import POPGYM_IDS
-from sgrl.envs.registry import make_single, make_vector, observation_size, validate_env_config
+from sgrl.envs.registry import make_single, make_vector, observation_shape, validate_env_config
 from sgrl.envs.wrappers import seed_of_32_bits
 from sgrl.nn.registry import make_policy, save_policy
 from sgrl.reinforce import Rollout
@@ -125,7 +125,7 @@ def test_observations_of_any_kind_become_flat() -> None:
     # Action 2 is 7 in its own space.
     observation, reward, *_ = single.step(2)
     assert (reward, observation[-3:].tolist()) == (7.0, [0, 0, 1])
-    assert observation_size(env, {"episode_length": 4}) == 12
+    assert observation_shape(env, {"episode_length": 4}) == (12,)
     unflattened = make_single(env, {"episode_length": 4, "flatten": False})
     assert unflattened.reset(seed=3)[0]["pair"][0] == 2
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sgrl.envs.cards import GAMES, VectorCards
-from sgrl.envs.registry import VectorEnv, make_vector, observation_size
+from sgrl.envs.registry import VectorEnv, make_vector, observation_shape
 
 # Of 415 and 831 steps.
 FEWER_EPISODES = {"popgym-RepeatFirstMedium-v0": 8, "popgym-RepeatFirstHard-v0": 4}
@@ -31,7 +31,8 @@ def test_random_episodes_equal_popgym(env: str, previous_action: bool) -> None:
     python = make_vector(env, count, config | {"vectorized": False})
     assert isinstance(vectorised, VectorCards)
     assert not isinstance(python, VectorCards)
-    assert vectorised.observation_size == observation_size(env, config) == python.observation_size
+    assert vectorised.observation_shape == observation_shape(env, config)
+    assert vectorised.observation_shape == python.observation_shape
     assert vectorised.action_space == python.action_space
     assert vectorised.seed_spacing == python.seed_spacing
     assert vectorised.has_success == python.has_success

@@ -167,7 +167,8 @@ def test_the_old_stack_refuses_it() -> None:
         GRUNetwork(*spaces, 3, {"max_seq_len": 4}, "gru", normalize_observations=True)
 
 
-def test_the_page() -> None:
+def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of docs/observations.md runs."""
+    monkeypatch.delitem(gym.registry, "Corners-v0", raising=False)
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
         exec(compile(code, PAGE.name, "exec"), {})

@@ -236,7 +236,7 @@ def _drawn_frames(
         for action in actions:
             observed.append(single.step(action)[0])
             frames.append(_frame(single, env, hint))
-    return np.stack(observed).astype(np.float32), frames
+    return np.stack([np.ravel(one) for one in observed]).astype(np.float32), frames
 
 
 def _frame(single: gym.Env, env: str, hint: str) -> NDArray[np.uint8]:

@@ -3,7 +3,8 @@
 Ids are gymnasium's, as in `popgym-RepeatPreviousEasy-v0` or `CartPole-v1`; of a module that
 registers its environments when imported, `module:Id-v0`. A class that is registered nowhere is
 named `module:Class`. Observations are flattened to a Box [F]
-(Discrete and MultiDiscrete one-hot, the parts of a Tuple or Dict one after the other).
+(Discrete and MultiDiscrete one-hot, the parts of a Tuple or Dict one after the other), but for
+images, a Box of uint8 [height, width, channels].
 
 Source of POPGym: Morad et al., "POPGym", ICLR 2023.
 """
@@ -17,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from popgym.core.env import POPGymEnv
 
 from sgrl.envs.guard import Guard, failure
+from sgrl.envs.vector import is_image, observation_shape
 from sgrl.envs.wrappers import IsolateRandomState, PlainActions, PreviousAction
 from sgrl.errors import one_line
 from sgrl.names import did_you_mean
@@ -33,11 +35,11 @@ class Description(NamedTuple):
     """Properties of an environment that are known once it is built.
 
     Attributes:
-        observation_size: F of the flattened observation.
+        observation_shape: (F,) of the flattened observation, or (height, width, channels).
         episode_length: T.
     """
 
-    observation_size: int
+    observation_shape: tuple[int, ...]
     episode_length: int
 
 
@@ -112,7 +114,7 @@ def make(
         episode_length: T, after which episodes are truncated; None leaves it to the environment.
         previous_action: whether observations end with the previous action (one-hot), as POPGym's
             wrapper of that name has it.
-        flatten: whether observations are flattened to a Box [F].
+        flatten: whether observations other than images are flattened to a Box [F].
         kwargs: of the environment itself.
 
     Raises:
@@ -141,7 +143,7 @@ def make(
         made = gym.wrappers.TimeLimit(made, length)
     if previous_action:
         made = PreviousAction(made)
-    if flatten:
+    if flatten and not is_image(made.observation_space):
         try:
             made = gym.wrappers.FlattenObservation(made)
         except (NotImplementedError, ValueError, TypeError):
@@ -175,10 +177,9 @@ def describe(env: str, config: Mapping[str, Any]) -> Description:
         length = config["episode_length"] or _own_length(made)
         if length is None:
             raise ValueError("its episodes have no end of their own: give episode_length, in steps")
-        space = made.observation_space
-        size = gym.spaces.flatdim(space)
+        shape = observation_shape(made.observation_space)
         made.close()
-        _descriptions[key] = Description(size, length)
+        _descriptions[key] = Description(shape, length)
     return _descriptions[key]
 
 

@@ -187,13 +187,16 @@ def check_flat(env: str, env_config: Mapping[str, Any]) -> None:
         )
 
 
-def observation_size(env: str, env_config: Mapping[str, Any] | None = None) -> int:
-    """F, the length of an environment's flat observation. Raises as `validate_env_config`."""
+def observation_shape(env: str, env_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """The shape of an environment's observations, as `VectorEnv.observation_shape`.
+
+    Raises as `validate_env_config`.
+    """
     config = validate_env_config(env, env_config)
     if env in ENVIRONMENTS:
-        return ENVIRONMENTS[env].vector.observation_size
+        return (ENVIRONMENTS[env].vector.observation_size,)
     del config["vectorized"]
-    return by_id.describe(env, config).observation_size
+    return by_id.describe(env, config).observation_shape
 
 
 def has_success(env: str) -> bool:
@@ -224,7 +227,7 @@ def prepare(env: str, env_config: Mapping[str, Any] | None, report: Report) -> N
 
 
 def make_single(env: str, env_config: Mapping[str, Any] | None = None) -> gym.Env:
-    """One gymnasium environment with flat observations, its random state kept to itself.
+    """One gymnasium environment with flat observations or images, its random state kept to itself.
 
     For the labyrinths it is popgym's own, wrapped. Raises ValueError as `validate_env_config`.
     Actions are as `sgrl.envs.wrappers.PlainActions` has them.

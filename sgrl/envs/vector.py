@@ -13,6 +13,25 @@ from sgrl.envs import guard
 Observations = NDArray[np.float32]
 
 
+def is_image(space: gym.Space) -> bool:
+    """Whether observations are images: a Box of uint8 [height, width, channels]."""
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
+
+
+def observation_shape(space: gym.Space) -> tuple[int, ...]:
+    """The shape of observations as policies take it.
+
+    Args:
+        space: of observations.
+
+    Returns:
+        (height, width, channels) of images; else (F,), how many numbers a flat observation has.
+    """
+    if is_image(space) and space.shape is not None:
+        return space.shape
+    return (gym.spaces.flatdim(space),)
+
+
 class StepResult(NamedTuple):
     """What one step of B environments gives; the arrays are new and the caller's to keep.
 
@@ -62,6 +81,11 @@ class VectorEnv(ABC):
     num_actions: int
     has_success: bool = True
     seed_spacing: int = 1
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Of one environment, see the function of that name; observations are flat in any case."""
+        return (self.observation_size,)
 
     @property
     def action_space(self) -> gym.Space:
@@ -120,7 +144,7 @@ class VectorEnv(ABC):
 
 
 class PythonVectorEnv(VectorEnv):
-    """Gymnasium environments with flat Box observations stepped one by one.
+    """Gymnasium environments with Box observations, stepped one by one.
 
     Args:
         envs: B environments of one kind. What of their endings is a success, `is_success` says.
@@ -152,13 +176,18 @@ class PythonVectorEnv(VectorEnv):
         self._finished = np.ones(self.num_envs, bool)
 
     @property
+    def observation_shape(self) -> tuple[int, ...]:
+        return observation_shape(self.envs[0].observation_space)
+
+    @property
     def action_space(self) -> gym.Space:
         return self.envs[0].action_space
 
     def reset(self, seeds: Sequence[int]) -> Observations:
         self._check_seeds(seeds)
         for e, (env, seed) in enumerate(zip(self.envs, seeds, strict=True)):
-            self._observations[e], _ = env.reset(seed=int(seed))
+            observation, _ = env.reset(seed=int(seed))
+            self._observations[e] = np.ravel(observation)
         self._finished[:] = False
         return self._observations.copy()
 
@@ -170,7 +199,8 @@ class PythonVectorEnv(VectorEnv):
         for e in np.flatnonzero(~self._finished):
             action = int(actions[e]) if self._discrete else actions[e]
             stepped = self.envs[e].step(action)
-            self._observations[e], rewards[e], terminated[e], truncated[e], info = stepped
+            observation, rewards[e], terminated[e], truncated[e], info = stepped
+            self._observations[e] = np.ravel(observation)
             if success is not None:
                 success[e] = is_success(terminated[e], info)
         self._finished |= terminated | truncated

@@ -120,12 +120,12 @@ class SparseMLPSettings(SGPropSettings, PolicySettings):
     def __post_init__(self) -> None:
         PolicySettings.__post_init__(self)
         # Any input will do here: `check_observations` knows the real one.
-        self.check_observations(max(self.num_parents * self.neuron_size, 1))
+        self.check_observations((max(self.num_parents * self.neuron_size, 1),))
         SGPropSettings.__post_init__(self)
 
-    def check_observations(self, observation_size: int) -> None:
+    def check_observations(self, shape: tuple[int, ...]) -> None:
         SparseMLP.check_settings(
-            input_size=observation_size,
+            input_size=math.prod(shape),
             **self.core_settings(),
             shuffle_predictions=self.shuffle_predictions,
         )

@@ -7,7 +7,8 @@ A policy is added by subclassing `Policy` and giving it a `Settings` dataclass. 
 `module:Class`, or one of its own by a line in `registry.POLICIES`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
@@ -50,13 +51,16 @@ class PolicySettings:
         value_head: whether the policy also estimates the value of its state.
         normalize_observations: whether each feature is brought to mean 0 and variance 1 over the
             steps trained on so far, and clipped to +-10.
+        scale_images: whether images are brought from 0..255 to [0, 1]; nothing to flat
+            observations.
     """
 
     value_head: bool = False
     normalize_observations: bool = False
+    scale_images: bool = True
 
     #: What a policy was computed with of whose settings a record lacks one, if not its default.
-    older: ClassVar[dict[str, Any]] = {}
+    older: ClassVar[dict[str, Any]] = {"scale_images": False}
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
@@ -69,20 +73,25 @@ class PolicySettings:
             if name.endswith("_size") and type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def check_observations(self, observation_size: int) -> None:
-        """Raise ValueError where observations of this length cannot be read."""
+    def check_observations(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where observations of this shape, as a policy's, cannot be read."""
 
 
 class Policy(nn.Module):
     """Base of all policies: encoder, core and actor (the subclass's), optional value head.
 
     Args:
-        observation_size: F, length of a flat observation.
+        observation_size: F, length of a flat observation; or the shape of images, whose numbers
+            are 0..255: [height, width, channels]. Policies are given these flat, too.
         num_actions: A, of Discrete actions; other kinds as `sgrl.nn.actions` has them, and A is
             then their number of outputs.
         settings: an instance of the class's `Settings`.
         generator: source of all initial weights, a CPU generator.
         dtype: floating-point type of the parameters.
+
+    Attributes:
+        observation_shape: (F,), or (height, width, channels) of images.
+        observation_size: F, how many numbers an observation has.
     """
 
     name: ClassVar[str]
@@ -92,26 +101,35 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        observation_size: int,
+        observation_size: int | Sequence[int],
         num_actions: int | ActionSpace,
         settings: PolicySettings,
         generator: torch.Generator,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        if observation_size < 1 or (not isinstance(num_actions, ActionSpace) and num_actions < 1):
+        sizes = [observation_size] if isinstance(observation_size, int) else observation_size
+        shape = tuple(int(size) for size in sizes)
+        if min(shape) < 1 or (not isinstance(num_actions, ActionSpace) and num_actions < 1):
             raise ValueError(
                 "observation_size and num_actions must be at least 1, "
                 f"got {observation_size} and {num_actions}"
             )
-        self.observation_size = observation_size
+        if len(shape) not in (1, 3):
+            raise ValueError(
+                "observation_size must be a number, or [height, width, channels] of images, "
+                f"got {list(shape)}"
+            )
+        settings.check_observations(shape)
+        self.observation_shape = shape
+        self.observation_size = math.prod(shape)
         if not isinstance(num_actions, ActionSpace):
             num_actions = Discrete(int(num_actions))
         self.action_space = num_actions
         self.num_outputs = self.action_space.num_outputs
         self.settings = settings
         self.normalizer = (
-            RunningNormalizer(observation_size) if settings.normalize_observations else None
+            RunningNormalizer(self.observation_size) if settings.normalize_observations else None
         )
         self.encoder = self._build_encoder(generator, dtype)
         core_size = self._build_core(generator, dtype)
@@ -192,7 +210,12 @@ class Policy(nn.Module):
 
     def prepare(self, observations: Float[Tensor, "*B F"]) -> Float[Tensor, "*B F"]:
         """Bring observations [..., F] into the form that the encoder reads."""
+        observations = self._scale(observations)
         return observations if self.normalizer is None else self.normalizer(observations)
+
+    def _scale(self, observations: Tensor) -> Tensor:
+        are_scaled = len(self.observation_shape) == 3 and self.settings.scale_images
+        return observations / 255 if are_scaled else observations
 
     def encode(self, observations: Float[Tensor, "*B F"]) -> Float[Tensor, "*B E"]:
         """Observations [..., F] -> embeddings [..., E], which the core reads."""
@@ -214,7 +237,7 @@ class Policy(nn.Module):
             FloatingPointError: one of them is NaN or infinite.
         """
         if self.normalizer is not None:
-            self.normalizer.observe(observations, mask)
+            self.normalizer.observe(self._scale(observations), mask)
 
     def read_out(self, features: Float[Tensor, "T B features"], state: State) -> PolicyOutput:
         """Actor and value head on the core's output [T, B, core size]."""

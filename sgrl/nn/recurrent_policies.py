@@ -40,7 +40,7 @@ class DenseRecurrentSettings(DenseCoreSettings):
 
     backend: str = "auto"
 
-    older: ClassVar[dict[str, Any]] = {"backend": "torch"}
+    older: ClassVar[dict[str, Any]] = {**DenseCoreSettings.older, "backend": "torch"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ output = policy(observations)                     # logits [T, B, A]
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import get_annotations
 from pathlib import Path
 from statistics import fmean
@@ -125,7 +125,7 @@ def recorded_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_policy(
     name: str,
-    observation_size: int,
+    observation_size: int | Sequence[int],
     num_actions: int | ActionSpace,
     *,
     seed: int = 0,
@@ -136,7 +136,7 @@ def make_policy(
 
     Args:
         name: a key of `POLICIES`, or a class as in my_package.models:MyPolicy.
-        observation_size: F.
+        observation_size: F of flat observations, or [height, width, channels] of images.
         num_actions: A of Discrete actions, or another kind of `sgrl.nn.actions`.
         seed: of connectivity and initial weights.
         dtype: of the parameters.
@@ -208,6 +208,7 @@ def save_policy(policy: Policy, directory: str | Path, **extra: Any) -> None:
         "format": FORMAT_VERSION,
         "policy": name_of(policy),
         "observation_size": policy.observation_size,
+        "observation_shape": list(policy.observation_shape),
         "action_space": policy.action_space.description(),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "settings": dataclasses.asdict(policy.settings),
@@ -244,7 +245,8 @@ def load_policy(path: str | Path) -> Policy:
             settings["backend"] = "auto"
         policy = make_policy(
             description["policy"],
-            description["observation_size"],
+            # Only their number where it was written before images had a shape.
+            description.get("observation_shape") or description["observation_size"],
             # Only a number where it was written before there were other actions than Discrete.
             description.get("num_actions") or action_space_from(description["action_space"]),
             dtype=getattr(torch, description["dtype"]),

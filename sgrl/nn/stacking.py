@@ -64,6 +64,8 @@ def stack_policies(policies: Sequence[Policy], device: torch.device | str = "cpu
         raise ValueError("neuron_noise does not stack: train such runs by themselves")
     if first.normalizer is not None:
         raise ValueError("normalize_observations does not stack: train such runs by themselves")
+    if len(first.observation_shape) > 1:
+        raise ValueError("policies of images do not stack: train such runs by themselves")
     dtype = next(first.parameters()).dtype
     sizes = first.observation_size, first.action_space
     fresh = type(first)(*sizes, first.settings, torch.Generator(), dtype)

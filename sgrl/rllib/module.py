@@ -20,6 +20,7 @@ from ray.rllib.core.rl_module.apis import (
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
+from sgrl.envs.vector import observation_shape
 from sgrl.nn.actions import MultiDiscrete
 from sgrl.nn.registry import Policy, make_policy, policy_settings
 from sgrl.reinforce.rollout import action_space_of
@@ -39,9 +40,9 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     own "max_seq_len" (steps of the sequences that stock algorithms cut episodes into for truncated
     BPTT, default 20, RLlib's own default).
 
-    Observations are a Box of any shape (put RLlib's FlattenObservations connector before it for
-    other spaces); actions are Discrete, MultiDiscrete or a Box on one axis. The state is a dict of
-    arrays, empty for policies without memory.
+    Observations are a Box of any shape, of which uint8 on three axes are images (put RLlib's
+    FlattenObservations connector before it for other spaces); actions are Discrete, MultiDiscrete
+    or a Box on one axis. The state is a dict of arrays, empty for policies without memory.
     """
 
     policy: Policy
@@ -66,7 +67,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
             )
         self.model_config.setdefault("max_seq_len", 20)
         self.policy = make_policy(
-            observation_size=int(np.prod(self.observation_space.shape)),
+            observation_size=observation_shape(self.observation_space),
             num_actions=actions,
             **policy_arguments(self.model_config),
         )

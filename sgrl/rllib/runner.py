@@ -82,7 +82,10 @@ class EpisodeRunner(EnvRunner, Checkpointable):
     def make_env(self) -> None:
         """Make the environments, `config.num_envs_per_env_runner` of them."""
         self.env = self._make_vector(evaluating=self.config.in_evaluation)
-        observations = gym.spaces.Box(-np.inf, np.inf, (self.env.observation_size,), np.float32)
+        shape = self.env.observation_shape
+        observations = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        if len(shape) == 3:
+            observations = gym.spaces.Box(0, 255, shape, np.uint8)
         spaces = (observations, self.env.action_space)
         self.spaces = {
             DEFAULT_MODULE_ID: spaces,

@@ -1,5 +1,6 @@
 """Checks of one grid point of one method, before a trial's processes would find out."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -88,25 +89,26 @@ def _observation_problems(content: dict[str, Any]) -> Iterator[Problem]:
     """
     import torch
 
-    from sgrl.envs.registry import observation_size
+    from sgrl.envs.registry import observation_shape
     from sgrl.nn.registry import make_policy, policy_settings
     from sgrl.rllib.module import policy_arguments
 
     section = content["config"]["environment"]
     arguments = policy_arguments(content["model"])
     settings = {key: arguments[key] for key in arguments if key not in ("name", "seed", "dtype")}
-    name, size = arguments["name"], observation_size(section["env"], section.get("env_config"))
+    name, shape = arguments["name"], observation_shape(section["env"], section.get("env_config"))
     try:
-        policy_settings(name, settings).check_observations(size)
+        policy_settings(name, settings).check_observations(shape)
     except ValueError as error:
         yield Problem("model", one_line(error))
         return
     if module_of(name):
         try:
-            logits = make_policy(name, size, 2, **settings)(torch.zeros(1, 1, size)).logits
+            observations = torch.zeros(1, 1, math.prod(shape))
+            logits = make_policy(name, shape, 2, **settings)(observations).logits
             if logits.shape != (1, 1, 2):
-                shape = tuple(logits.shape)
-                yield Problem("model", f"{name} returns logits {shape} where [T, B, A] = (1, 1, 2)")
+                found = tuple(logits.shape)
+                yield Problem("model", f"{name} returns logits {found} where [T, B, A] = (1, 1, 2)")
         except FAILURES as error:
             yield Problem("model", f"{name} fails: {described(error)}")
 
