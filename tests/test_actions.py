@@ -11,18 +11,23 @@ from ray.rllib.core.distribution.torch.torch_distribution import (
     TorchCategorical,
     TorchDiagGaussian,
     TorchMultiCategorical,
+    TorchMultiDistribution,
 )
 
-from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete, action_space_from
+from sgrl.nn.actions import ActionSpace, Box, Discrete, Mixed, MultiDiscrete, action_space_from
 from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce import action_space_of
 
-SPACES: list[ActionSpace] = [Discrete(5), MultiDiscrete((3, 2, 4)), Box(2)]
+SPACES: list[ActionSpace] = [Discrete(5), MultiDiscrete((3, 2, 4)), Box(2), Mixed((3, 2), 2)]
 
 
 def rllib_distribution(space: ActionSpace, outputs: torch.Tensor):
     if isinstance(space, MultiDiscrete):
         return TorchMultiCategorical.from_logits(outputs, input_lens=list(space.sizes))
+    if isinstance(space, Mixed):
+        choices, numbers = outputs.split([5, 4], -1)
+        parts = rllib_distribution(space.parts[0], choices), TorchDiagGaussian.from_logits(numbers)
+        return TorchMultiDistribution(parts)
     kind = TorchCategorical if isinstance(space, Discrete) else TorchDiagGaussian
     return kind.from_logits(outputs)
 
@@ -40,7 +45,8 @@ def test_log_probability_and_entropy_are_rllibs(space: ActionSpace) -> None:
     assert actions.shape == (7, 3, *space.shape)
     oracle = rllib_distribution(space, outputs)
     log_prob, entropy = space.log_prob_and_entropy(outputs, actions)
-    torch.testing.assert_close(log_prob, oracle.logp(actions))
+    given = actions.split([2, 2], -1) if isinstance(space, Mixed) else actions
+    torch.testing.assert_close(log_prob, oracle.logp(given))
     torch.testing.assert_close(entropy, oracle.entropy())
 
 
@@ -75,6 +81,10 @@ def test_greedy_actions_are_the_likeliest(space: ActionSpace) -> None:
         (gym.spaces.Discrete(5), Discrete(5)),
         (gym.spaces.MultiDiscrete([3, 2, 4]), MultiDiscrete((3, 2, 4))),
         (gym.spaces.Box(-1, 1, (2,)), Box(2)),
+        (
+            gym.spaces.Tuple((gym.spaces.MultiDiscrete([3, 2]), gym.spaces.Box(-1, 1, (4,)))),
+            Mixed((3, 2), 4),
+        ),
     ],
 )
 def test_kinds_of_gymnasium_spaces(space: gym.Space, expected: ActionSpace) -> None:
@@ -89,6 +99,7 @@ def test_kinds_of_gymnasium_spaces(space: gym.Space, expected: ActionSpace) -> N
         gym.spaces.Box(-1, 1, (2, 2)),
         gym.spaces.Box(0, 9, (2,), np.int64),
         gym.spaces.Tuple((gym.spaces.Discrete(2),)),
+        gym.spaces.Tuple((gym.spaces.Box(-1, 1, (4,)), gym.spaces.MultiDiscrete([3, 2]))),
     ],
     ids=str,
 )

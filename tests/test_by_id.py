@@ -1,18 +1,20 @@
 """POPGym's and gymnasium's environments by id, against those packages' own."""
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import popgym.wrappers
 import pytest
+import torch
+import tree
 
 from sgrl.envs.by_id import POPGYM_IDS
 from sgrl.envs.registry import make_single, make_vector, observation_shape, validate_env_config
 from sgrl.envs.wrappers import seed_of_32_bits
 from sgrl.nn.registry import make_policy, save_policy
-from sgrl.reinforce import Rollout
+from sgrl.reinforce import Rollout, action_space_of
 from sgrl.results.checkpoints import CheckpointError
 from sgrl.results.evaluation import evaluate
 
@@ -27,6 +29,7 @@ class ManySpaces(gym.Env):
         }
     )
     action_space: gym.Space = gym.spaces.Discrete(3, start=5)
+    taken: ClassVar[list[Any]] = []
 
     def __init__(self, colour: str = "red") -> None:
         self.colour = colour
@@ -42,7 +45,9 @@ class ManySpaces(gym.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         assert self.action_space.contains(action)
-        return self._observe(), float(np.sum(action)), False, False, {}
+        self.taken.append(action)
+        total = sum(np.sum(part) for part in tree.flatten(action))
+        return self._observe(), float(total), False, False, {}
 
 
 class Grid(ManySpaces):
@@ -57,6 +62,35 @@ class Levers(ManySpaces):
     action_space = gym.spaces.Box(-0.5, 0.25, (2, 1), np.float64)
 
 
+class Panel(ManySpaces):
+    """Choices alone, in parts."""
+
+    action_space = gym.spaces.Tuple(
+        (
+            gym.spaces.Discrete(3, start=1),
+            gym.spaces.Dict({"on": Switches.action_space, "at": Grid.action_space}),
+        )
+    )
+
+
+class Joints(ManySpaces):
+    """Numbers alone, in parts."""
+
+    action_space = gym.spaces.Dict(
+        {"arm": Levers.action_space, "leg": gym.spaces.Box(-1, 1, (), np.float32)}
+    )
+
+
+class Robot(ManySpaces):
+    """Both."""
+
+    action_space = gym.spaces.Tuple((Joints.action_space, Panel.action_space))
+
+
+class Spoken(ManySpaces):
+    action_space = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Text(4)))
+
+
 class Words(ManySpaces):
     observation_space = gym.spaces.Sequence(gym.spaces.Discrete(2))  # type: ignore[assignment]
 
@@ -65,7 +99,7 @@ class Whole(ManySpaces):
     action_space = gym.spaces.Box(0, 9, (2,), np.int64)
 
 
-for _class in (ManySpaces, Grid, Switches, Levers, Words, Whole):
+for _class in (ManySpaces, Grid, Switches, Levers, Panel, Joints, Robot, Spoken, Words, Whole):
     gym.register(f"sgrl-test/{_class.__name__}-v0", entry_point=_class)
 
 
@@ -138,24 +172,71 @@ def test_observations_of_any_kind_become_flat() -> None:
         (
             "Levers",
             gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-            [-2.0, 0.1],
-            [[-0.5], [np.float32(0.1)]],
+            [-2.0, 0.125],
+            [[-0.5], [0.125]],
+        ),
+        (
+            "Panel",
+            gym.spaces.MultiDiscrete([3, 2, 3, 4, 5, 2, 2, 2]),
+            [2, 1, 2, 3, 4, 0, 1, 1],
+            (3, {"at": [[2, 3], [4, 5]], "on": [0, 1, 1]}),
+        ),
+        (
+            "Joints",
+            gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+            [-2.0, 0.125, 0.5],
+            {"arm": [[-0.5], [0.125]], "leg": 0.5},
+        ),
+        (
+            "Robot",
+            gym.spaces.Tuple(
+                (
+                    gym.spaces.MultiDiscrete([3, 2, 3, 4, 5, 2, 2, 2]),
+                    gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+                )
+            ),
+            [2, 1, 2, 3, 4, 0, 1, 1, -2.0, 0.125, 0.5],
+            (
+                {"arm": [[-0.5], [0.125]], "leg": 0.5},
+                (3, {"at": [[2, 3], [4, 5]], "on": [0, 1, 1]}),
+            ),
         ),
     ],
 )
 def test_actions_reach_the_environment_in_its_own_space(
-    env: str, space: gym.Space, action: list, given: list
+    env: str, space: gym.Space, action: list, given: Any
 ) -> None:
     vector = make_vector(f"sgrl-test/{env}-v0", 1, {"episode_length": 3})
     assert vector.action_space == space
     vector.reset([0])
-    dtype = np.float32 if isinstance(space, gym.spaces.Box) else np.int64
-    stepped = vector.step(np.array([action], dtype))
-    assert stepped.rewards[0] == np.float32(np.sum(given))
+    dtype = action_space_of(space).dtype
+    stepped = vector.step(torch.tensor([action], dtype=dtype).numpy())
+    assert as_lists(ManySpaces.taken.pop()) == given
     assert not stepped.truncated[0]
     for _ in range(2):
-        truncated = vector.step(np.array([action], dtype)).truncated
+        truncated = vector.step(torch.tensor([action], dtype=dtype).numpy()).truncated
     assert truncated[0]
+    if isinstance(space, gym.spaces.Tuple):
+        single = make_single(f"sgrl-test/{env}-v0", {"episode_length": 3})
+        single.reset(seed=0)
+        single.step((np.array(action[:8]), np.array(action[8:], np.float32)))  # as RLlib does
+        assert as_lists(ManySpaces.taken.pop()) == given
+
+
+def test_previous_actions_in_parts() -> None:
+    single = make_single("sgrl-test/Joints-v0", {"episode_length": 3, "previous_action": True})
+    assert single.reset(seed=0)[0][-3:].tolist() == [0, 0, 0]
+    observation = single.step(np.array([-2.0, 0.125, 0.5], np.float32))[0]
+    assert observation[-3:].tolist() == [-0.5, 0.125, 0.5]
+
+
+def as_lists(action: Any) -> Any:
+    match action:
+        case tuple():
+            return tuple(map(as_lists, action))
+        case dict():
+            return {key: as_lists(part) for key, part in action.items()}
+    return np.asarray(action).tolist()
 
 
 def test_episodes_follow_from_their_seed_alone() -> None:
@@ -201,6 +282,7 @@ def test_lengths() -> None:
         ),
         ("sgrl-test/Words-v0", {"episode_length": 3}, ["observation space", "no fixed size"]),
         ("sgrl-test/Whole-v0", {"episode_length": 3}, ["action space", "not supported"]),
+        ("sgrl-test/Spoken-v0", {"episode_length": 3}, ["action space Text(", "a Tuple or Dict"]),
     ],
 )
 def test_bad_settings_are_one_clear_line(env: str, config: dict, words: list[str]) -> None:

@@ -188,7 +188,21 @@ class Knob(Flawed):
         return np.full(3, action[0], np.float32), 1.0, False, False, {}
 
 
-for _class in (Flawed, Stateful, Drawing, SignedSeed, Parts, Knob):
+class Robot(Drawing):
+    """Its action is a choice and two numbers, of which it knows what it was given."""
+
+    action_space = gym.spaces.Dict(
+        {"gear": gym.spaces.Discrete(2), "turn": gym.spaces.Box(-1, 1, (2,), np.float32)}
+    )
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        observation, *rest = super().step(action)
+        observation[1:] = action["gear"], *action["turn"]
+        return observation, *rest
+
+
+for _class in (Flawed, Stateful, Drawing, SignedSeed, Parts, Knob, Robot):
     gym.register(f"{_class.__name__}-v0", entry_point=_class, max_episode_steps=12)
     register_environment(f"{_class.__name__}-v0")
 
@@ -465,7 +479,7 @@ class TestUnderRay:
         assert "pendulum.py" in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize("config", [reinforce, ppo])
-    @pytest.mark.parametrize("env", ["Drawing-v0", "Stateful-v0"])
+    @pytest.mark.parametrize("env", ["Drawing-v0", "Stateful-v0", "Robot-v0"])
     def test_restored_it_goes_on_exactly(self, config: Any, env: str, tmp_path: Path) -> None:
         algorithm = config(env).build_algo()
         rows = []

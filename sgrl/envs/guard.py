@@ -57,8 +57,9 @@ class Guard(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self._steps += 1
-        if isinstance(action, np.ndarray) and not np.isfinite(action).all():
-            raise FloatingPointError(f"the policy's action is {action.tolist()}{self._where()}")
+        if not _is_finite(action):
+            shown = action.tolist() if isinstance(action, np.ndarray) else action
+            raise FloatingPointError(f"the policy's action is {shown}{self._where()}")
         try:
             result = self.env.step(action)
         except FAILURES as error:
@@ -149,6 +150,15 @@ def observation_fault(observation: Any, space: gym.Space, name: str = "observati
     except (TypeError, ValueError, KeyError, IndexError, OverflowError):
         return f"{name} is {_form(observation)}, not of its space {space}"
     return next(filter(None, (observation_fault(*part) for part in parts)), None)
+
+
+def _is_finite(action: Any) -> bool:
+    match action:
+        case tuple():
+            return all(map(_is_finite, action))
+        case Mapping():
+            return all(map(_is_finite, action.values()))
+    return not isinstance(action, np.ndarray) or bool(np.isfinite(action).all())
 
 
 def named(number: float) -> str:

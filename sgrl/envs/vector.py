@@ -89,7 +89,10 @@ class VectorEnv(ABC):
 
     @property
     def action_space(self) -> gym.Space:
-        """Of one environment: Discrete and MultiDiscrete from 0, or a Box [D] without bounds."""
+        """Of one environment: Discrete, MultiDiscrete, a Box [D] or a Tuple of these last two.
+
+        Discrete and MultiDiscrete count from 0, a Box has no bounds.
+        """
         return gym.spaces.Discrete(self.num_actions)
 
     @abstractmethod
@@ -113,7 +116,8 @@ class VectorEnv(ABC):
 
         Args:
             actions: ignored where finished. Discrete: int64 [B], each in [0, num_actions);
-                MultiDiscrete: int64 [B, number of factors]; Box: float32 [B, D].
+                MultiDiscrete: int64 [B, number of factors]; Box: float32 [B, D]; Tuple: float32,
+                the factors and then the numbers of the Box.
 
         Returns:
             What the step gave each environment.

@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 from popgym.wrappers import PreviousAction as POPGymPreviousAction
 
 
@@ -95,7 +96,9 @@ class PlainActions(gym.ActionWrapper):
     """Convert an environment's actions into those that policies give.
 
     These are Discrete or MultiDiscrete counted from 0, or a Box without bounds; MultiDiscrete and
-    Box on one axis.
+    Box on one axis. What a Tuple or Dict holds, however deep, is put side by side: choices in a
+    MultiDiscrete, numbers in a Box, and where there are both in a Tuple of these two, whose actions
+    may also be given as one row of numbers.
 
     MultiBinary becomes MultiDiscrete. What a Box without bounds gives is clipped to the bounds of
     the environment's own. RLlib rescales actions of a bounded Box only, so the actions of its
@@ -107,32 +110,93 @@ class PlainActions(gym.ActionWrapper):
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         space = self._space = env.action_space
-        match space:
-            case gym.spaces.Discrete():
-                self.action_space = gym.spaces.Discrete(int(space.n))
-            case gym.spaces.MultiDiscrete():
-                self.action_space = gym.spaces.MultiDiscrete(space.nvec.ravel())
-            case gym.spaces.MultiBinary():
-                self.action_space = gym.spaces.MultiDiscrete([2] * int(np.prod(space.shape)))
-            case gym.spaces.Box() if np.issubdtype(space.dtype, np.floating):
-                size = (int(np.prod(space.shape)),)
-                self.action_space = gym.spaces.Box(-np.inf, np.inf, size, np.float32)
-            case _:
-                raise ValueError(
-                    f"the action space {space} is not supported: it must be Discrete, "
-                    "MultiDiscrete, MultiBinary or a Box of real numbers"
-                )
+        leaves = list(_leaves(space))
+        plain = [_plain(leaf) for leaf in leaves]
+        choices = [
+            s.nvec if isinstance(s, gym.spaces.MultiDiscrete) else [s.n]
+            for s in plain
+            if not isinstance(s, gym.spaces.Box)
+        ]
+        numbers = sum(s.shape[0] for s in plain if isinstance(s, gym.spaces.Box))
+        merged: list[gym.Space] = []
+        if choices:
+            merged.append(gym.spaces.MultiDiscrete(np.concatenate(choices)))
+        if numbers:
+            merged.append(gym.spaces.Box(-np.inf, np.inf, (numbers,), np.float32))
+        if not merged:
+            raise _unsupported(space)
+        if isinstance(space, gym.spaces.Tuple | gym.spaces.Dict):
+            self.action_space = merged[0] if len(merged) == 1 else gym.spaces.Tuple(merged)
+        else:
+            self.action_space = plain[0]
+        #: Each leaf, and its place in a row of all choices and then all numbers.
+        self._leaves: list[tuple[gym.Space, slice]] = []
+        start = {False: 0, True: sum(map(len, choices))}
+        for leaf, flat in zip(leaves, plain, strict=True):
+            kind, size = isinstance(flat, gym.spaces.Box), int(np.prod(flat.shape or ()))
+            self._leaves.append((leaf, slice(start[kind], start[kind] + size)))
+            start[kind] += size
 
     def action(self, action: Any) -> Any:
-        space = self._space
-        if isinstance(space, gym.spaces.Discrete):
-            return int(action) + int(space.start)
-        action = np.reshape(action, space.shape)
-        if isinstance(space, gym.spaces.MultiDiscrete):
-            action = action + space.start
-        elif isinstance(space, gym.spaces.Box):
-            action = np.clip(action, space.low, space.high)
-        return action.astype(space.dtype)
+        if isinstance(action, tuple):
+            action = np.concatenate(action)
+        row = np.ravel(action)
+        return _nested(self._space, (_restored(leaf, row[where]) for leaf, where in self._leaves))
+
+
+def _leaves(space: gym.Space) -> Iterator[gym.Space]:
+    """What a Tuple or Dict holds, in its order."""
+    match space:
+        case gym.spaces.Tuple():
+            for part in space.spaces:
+                yield from _leaves(part)
+        case gym.spaces.Dict():
+            for part in space.spaces.values():
+                yield from _leaves(part)
+        case _:
+            yield space
+
+
+def _nested(space: gym.Space, leaves: Iterator[Any]) -> Any:
+    """The leaves, in their order, in a space's Tuples and Dicts."""
+    match space:
+        case gym.spaces.Tuple():
+            return tuple(_nested(part, leaves) for part in space.spaces)
+        case gym.spaces.Dict():
+            return {key: _nested(part, leaves) for key, part in space.spaces.items()}
+    return next(leaves)
+
+
+def _plain(space: gym.Space) -> gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.Box:
+    match space:
+        case gym.spaces.Discrete():
+            return gym.spaces.Discrete(int(space.n))
+        case gym.spaces.MultiDiscrete():
+            return gym.spaces.MultiDiscrete(space.nvec.ravel())
+        case gym.spaces.MultiBinary():
+            return gym.spaces.MultiDiscrete([2] * int(np.prod(space.shape)))
+        case gym.spaces.Box() if np.issubdtype(space.dtype, np.floating):
+            return gym.spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),), np.float32)
+    raise _unsupported(space)
+
+
+def _restored(space: gym.Space, row: NDArray[Any]) -> Any:
+    """A row of a plain action, in the environment's own space."""
+    if isinstance(space, gym.spaces.Discrete):
+        return int(row[0]) + int(space.start)
+    action = np.reshape(row, space.shape or ())
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        action = action + space.start
+    elif isinstance(space, gym.spaces.Box):
+        action = np.clip(action, space.low, space.high)
+    return np.array(action, space.dtype)
+
+
+def _unsupported(space: gym.Space) -> ValueError:
+    return ValueError(
+        f"the action space {space} is not supported: it must be Discrete, MultiDiscrete, "
+        "MultiBinary or a Box of real numbers, or a Tuple or Dict of these"
+    )
 
 
 #: Apart from an environment's other random numbers of the same seed.

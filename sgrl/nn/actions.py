@@ -4,13 +4,15 @@
     actions = policy.action_space.greedy(policy(observations).logits)       # int64 [T, B, 2]
 
 Outputs are laid out as RLlib's own distributions read them (TorchCategorical,
-TorchMultiCategorical, TorchDiagGaussian), so that every algorithm can train the same policy.
+TorchMultiCategorical, TorchDiagGaussian, and TorchMultiDistribution of these last two), so that
+every algorithm can train the same policy.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -154,7 +156,61 @@ class Box(ActionSpace):
         return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
 
 
-KINDS: dict[str, type[ActionSpace]] = {kind.kind: kind for kind in (Discrete, MultiDiscrete, Box)}
+@dataclass(frozen=True)
+class Mixed(ActionSpace):
+    """Choices as of MultiDiscrete, and `size` numbers as of Box, one after the other in a row.
+
+    Outputs: those of the choices, then those of the numbers; all are independent.
+    """
+
+    kind: ClassVar[str] = "mixed"
+    dtype = torch.float32
+    sizes: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        object.__setattr__(self, "num_outputs", sum(part.num_outputs for part in self.parts))
+        object.__setattr__(self, "shape", (len(self.sizes) + self.size,))
+
+    @cached_property
+    def parts(self) -> tuple[MultiDiscrete, Box]:
+        """The choices and the numbers."""
+        return MultiDiscrete(self.sizes), Box(self.size)
+
+    def noise(self, *batch: int, generator: torch.Generator) -> Noise:
+        return torch.cat([part.noise(*batch, generator=generator) for part in self.parts], -1)
+
+    def sample(self, outputs: Outputs, noise: Noise) -> Actions:
+        drawn = zip(
+            self.parts,
+            self._outputs(outputs),
+            noise.split([self.parts[0].num_outputs, self.size], -1),
+            strict=True,
+        )
+        return torch.cat([part.sample(*given).to(outputs) for part, *given in drawn], -1)
+
+    def greedy(self, outputs: Outputs) -> Actions:
+        pairs = zip(self.parts, self._outputs(outputs), strict=True)
+        return torch.cat([part.greedy(of_part).to(outputs) for part, of_part in pairs], -1)
+
+    def log_prob_and_entropy(self, outputs: Outputs, actions: Actions) -> tuple[Each, Each]:
+        choices, numbers = actions.split([len(self.sizes), self.size], -1)
+        of_choices, of_numbers = (
+            part.log_prob_and_entropy(of_part, taken)
+            for part, of_part, taken in zip(
+                self.parts, self._outputs(outputs), (choices.long(), numbers), strict=True
+            )
+        )
+        return of_choices[0] + of_numbers[0], of_choices[1] + of_numbers[1]
+
+    def _outputs(self, outputs: Outputs) -> tuple[Tensor, ...]:
+        return outputs.split([part.num_outputs for part in self.parts], -1)
+
+
+KINDS: dict[str, type[ActionSpace]] = {
+    kind.kind: kind for kind in (Discrete, MultiDiscrete, Box, Mixed)
+}
 
 
 def action_space_from(description: Mapping[str, Any]) -> ActionSpace:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgrl.envs.guard import EnvironmentFailed, named
 from sgrl.envs.registry import VectorEnv
-from sgrl.nn.actions import ActionSpace, Box, Discrete, MultiDiscrete
+from sgrl.nn.actions import ActionSpace, Box, Discrete, Mixed, MultiDiscrete
 from sgrl.nn.policy import Acting, Noise, Policy, given
 from sgrl.reinforce.batch import EpisodeBatch
 from sgrl.reinforce.generators import get_random_state, set_random_state
@@ -41,9 +41,14 @@ def action_space_of(space: gym.Space) -> ActionSpace:
             return MultiDiscrete(tuple(space.nvec.tolist()))
         case gym.spaces.Box() if len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
             return Box(space.shape[0])
+        case gym.spaces.Tuple(spaces=(gym.spaces.MultiDiscrete(), gym.spaces.Box())):
+            choices, numbers = map(action_space_of, space.spaces)
+            if isinstance(choices, MultiDiscrete) and isinstance(numbers, Box):
+                return Mixed(choices.sizes, numbers.size)
     raise ValueError(
         f"action space {space} is not supported: it must be Discrete or MultiDiscrete, counted "
-        "from 0, or a Box of real numbers, on one axis (sgrl.envs.registry.make_single sees to it)"
+        "from 0, or a Box of real numbers, on one axis, or a Tuple of these last two "
+        "(sgrl.envs.registry.make_single sees to it)"
     )
 
 

@@ -10,7 +10,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
+from ray.rllib.core.distribution.distribution import Distribution
+from ray.rllib.core.distribution.torch.torch_distribution import (
+    TorchDiagGaussian,
+    TorchMultiCategorical,
+    TorchMultiDistribution,
+)
 from ray.rllib.core.learner.utils import make_target_network
 from ray.rllib.core.rl_module.apis import (
     TARGET_NETWORK_ACTION_DIST_INPUTS,
@@ -21,7 +26,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from sgrl.envs.vector import observation_shape
-from sgrl.nn.actions import MultiDiscrete
+from sgrl.nn.actions import Mixed, MultiDiscrete
 from sgrl.nn.registry import Policy, make_policy, policy_settings
 from sgrl.reinforce.rollout import action_space_of
 
@@ -41,8 +46,9 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
     BPTT, default 20, RLlib's own default).
 
     Observations are a Box of any shape, of which uint8 on three axes are images (put RLlib's
-    FlattenObservations connector before it for other spaces); actions are Discrete, MultiDiscrete
-    or a Box on one axis. The state is a dict of arrays, empty for policies without memory.
+    FlattenObservations connector before it for other spaces); actions are Discrete, MultiDiscrete,
+    a Box on one axis, or a Tuple of these last two. The state is a dict of arrays, empty for
+    policies without memory.
     """
 
     policy: Policy
@@ -61,9 +67,15 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
                 "FlattenObservations connector to env_to_module_connector"
             )
         actions = action_space_of(self.action_space)
-        if isinstance(actions, MultiDiscrete):  # the one that RLlib does not find by itself
-            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(
-                space=self.action_space, input_lens=list(actions.sizes)
+        # Those that RLlib does not find by itself.
+        if isinstance(actions, MultiDiscrete):
+            self.action_dist_cls = _categorical(actions)
+        elif isinstance(actions, Mixed):
+            choices, numbers = actions.parts
+            self.action_dist_cls = TorchMultiDistribution.get_partial_dist_cls(
+                space=self.action_space,
+                child_distribution_cls_struct=(_categorical(choices), TorchDiagGaussian),
+                input_lens=[choices.num_outputs, numbers.num_outputs],
             )
         self.model_config.setdefault("max_seq_len", 20)
         self.policy = make_policy(
@@ -175,6 +187,12 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI):
         strange = [key for key in (*missing, *unexpected) if not key.startswith(TARGET)]
         if strange:
             raise ValueError(f"not the state of this policy: {', '.join(strange)}")
+
+
+def _categorical(actions: MultiDiscrete) -> type[Distribution]:
+    return TorchMultiCategorical.get_partial_dist_cls(
+        space=gym.spaces.MultiDiscrete(list(actions.sizes)), input_lens=list(actions.sizes)
+    )
 
 
 def policy_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:

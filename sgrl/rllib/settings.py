@@ -277,7 +277,7 @@ def _takes_numbers(config: AlgorithmConfig) -> bool:
     except ValueError:  # one that a script registered with RLlib alone
         return True
     env.close()
-    return isinstance(env.action_space, gym.spaces.Box)
+    return isinstance(env.action_space, gym.spaces.Box | gym.spaces.Tuple)
 
 
 def _does_nothing(config: AlgorithmConfig, section: str, key: str) -> ValueError:
