@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sweeps import make_experiment
+from sweeps import METHODS, make_experiment
 from test_runs import write_results
 from typer.testing import CliRunner
 
@@ -168,7 +168,10 @@ def test_rows_with_columns_that_begin_empty() -> None:
 
 
 def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
-    experiment = make_experiment(tmp_path / "small.yaml", stop={"training_iteration": 3})
+    gru = {"policy": "gru", "hidden_size": 8, "normalize_observations": True}
+    methods = {"sparsenet_sgprop": METHODS["sparsenet_sgprop"], "gru": {"model": gru}}
+    stop = {"training_iteration": 3}
+    experiment = make_experiment(tmp_path / "small.yaml", methods, stop=stop)
     sweep = run_sweep(experiment, tmp_path / "results")
     out, policy = tmp_path / "published", "gru_seed=0"
     line = ["archive", str(sweep), "--out", str(out), "--policy", policy, "--half"]
@@ -179,7 +182,10 @@ def test_an_archive_is_trained_again(tmp_path: Path, ray_session: None) -> None:
     kept = out / policy / "checkpoints" / "000003"
     original = load_policy(sweep / policy / "checkpoints" / "000003")
     for name, value in load_policy(kept).state_dict().items():
-        assert torch.equal(value, original.state_dict()[name].half().to(value.dtype))
+        before = original.state_dict()[name]
+        # Statistics of observations are kept as they are: they may be too large.
+        halved = before if name.startswith("normalizer.") else before.half().to(value.dtype)
+        assert torch.equal(value, halved), name
     result = CliRunner().invoke(app, ["evaluate", str(kept), "--episodes", "5"])
     assert result.exit_code == 0, result.output
 

@@ -228,6 +228,10 @@ def test_previous_actions_in_parts() -> None:
     assert single.reset(seed=0)[0][-3:].tolist() == [0, 0, 0]
     observation = single.step(np.array([-2.0, 0.125, 0.5], np.float32))[0]
     assert observation[-3:].tolist() == [-0.5, 0.125, 0.5]
+    # Before the first step, where 0 is no action, the lowest there is.
+    single = make_single("sgrl-test/Panel-v0", {"episode_length": 3, "previous_action": True})
+    lowest = [1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert single.reset(seed=0)[0][-20:].tolist() == lowest
 
 
 def as_lists(action: Any) -> Any:

@@ -73,7 +73,8 @@ class PreviousAction(gym.Wrapper):
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self._inner_space = env.observation_space
-        self._null_action = POPGymPreviousAction.get_null_action(env.action_space)
+        leaves = map(_null_action, _leaves(env.action_space))
+        self._null_action = _nested(env.action_space, leaves)
         self.observation_space = POPGymPreviousAction.add_act_space_to_obs_space(
             env.observation_space, env.action_space
         )
@@ -142,6 +143,13 @@ class PlainActions(gym.ActionWrapper):
             action = np.concatenate(action)
         row = np.ravel(action)
         return _nested(self._space, (_restored(leaf, row[where]) for leaf, where in self._leaves))
+
+
+def _null_action(space: gym.Space) -> Any:
+    if isinstance(space, gym.spaces.MultiDiscrete):  # popgym's fails where they do not start at 0
+        zeros = np.zeros_like(space.start)
+        return zeros if space.contains(zeros) else space.start
+    return POPGymPreviousAction.get_null_action(space)
 
 
 def _leaves(space: gym.Space) -> Iterator[gym.Space]:
