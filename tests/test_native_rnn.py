@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from sgrl.envs.registry import make_vector
 from sgrl.nn.kernels import native
 from sgrl.nn.kernels.native_rnn import Cells, unroll
-from sgrl.nn.policy import State
+from sgrl.nn.policy import PolicyOutput, State
 from sgrl.nn.recurrent_policies import DenseRecurrentPolicy, GRUPolicy
 from sgrl.nn.registry import load_policy, make_policy, save_policy
 from sgrl.reinforce.loop import train
@@ -28,10 +28,12 @@ KINDS = {"gru": nn.GRU, "lstm": nn.LSTM}
 both = pytest.mark.parametrize("name", KINDS)
 
 
-def trained(name: str, backend: str, actions: int = 4, **sizes: Any) -> DenseRecurrentPolicy:
+def trained(
+    name: str, backend: str, actions: int = 4, observation: int = 56, **sizes: Any
+) -> DenseRecurrentPolicy:
     """A policy with biases other than zero, in float64 unless `sizes` says otherwise."""
     given = {"dtype": torch.float64, **SMALL, **sizes}
-    policy = make_policy(name, 56, actions, backend=backend, **given)
+    policy = make_policy(name, observation, actions, backend=backend, **given)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -119,6 +121,31 @@ def test_acts_as_it_computes(name: str, batch: int) -> None:
         torch.testing.assert_close(state[part], value)
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(list(KINDS)),
+    st.tuples(*[st.sampled_from([1, 2, 5, 8, 17, 33]) for _ in range(7)]),
+    st.booleans(),
+)
+def test_a_replay_is_the_policy(name: str, sizes: tuple, value_head: bool) -> None:
+    """Outputs and the gradients of all parameters, of sizes that do and do not fill vectors."""
+    batch, length, observation, actions, *parts = sizes
+    made = dict(zip(SMALL, parts, strict=True), value_head=value_head, dtype=torch.float64)
+    policies = [trained(name, b, actions, observation, **made) for b in ("native", "torch")]
+    observations = torch.randn(length, batch, observation, dtype=torch.float64)
+    acting = policies[0].acting(length, batch, keep=True)
+    for now in observations[: (length + 1) // 2]:
+        acting.step(now)
+    found = []
+    for policy, run in zip(policies, (acting.replay, lambda p, x, _: p(x)), strict=True):
+        logits, values, state = run(policy, observations, None)
+        outputs = [logits, *state.values(), *([] if values is None else [values])]
+        total = sum((i + 1) * weighted(part) for i, part in enumerate(outputs))
+        found.append([*outputs, *torch.autograd.grad(total, list(policy.parameters()))])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
 def gradients(policy: DenseRecurrentPolicy, batch: Any) -> dict[str, Tensor]:
     policy.zero_grad()
     batch_loss(policy, batch, UpdateSettings()).loss.backward()
@@ -189,6 +216,13 @@ def test_passes_nan_on(name: str) -> None:
     assert logits[1:, 2].isnan().all()
     logits.sum().backward()
     assert policy.core.weight_hh_l0.grad.isnan().any()
+
+
+class Louder(GRUPolicy):
+    """Reads its core's output in a way of its own."""
+
+    def read_out(self, features: Tensor, state: State) -> PolicyOutput:
+        return super().read_out(2 * features, state)
 
 
 class Doubled(GRUPolicy):
@@ -275,12 +309,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_a_subclass_computes_what_it_says() -> None:
     """Its steps are not those of compiled code; the core in them is."""
     made = (64, 4, trained("gru", "native").settings, torch.Generator().manual_seed(0))
-    one, other = (kind(*made, torch.float64) for kind in (GRUPolicy, Doubled))
+    one, other, louder = (kind(*made, torch.float64) for kind in (GRUPolicy, Doubled, Louder))
     x = torch.randn(3, 2, 64, dtype=torch.float64)
     assert not torch.allclose(one(x).logits, other(x).logits)
     acting = other.acting(3, 2, keep=True)
     logits = torch.stack([acting.step(now) for now in x])
     torch.testing.assert_close(logits, other(x).logits, rtol=1e-10, atol=1e-12)
+    for acting in (louder.acting(3, 2), louder.acting(3, 2, keep=True)):
+        logits = torch.stack([acting.step(now) for now in x])
+        torch.testing.assert_close(logits, louder(x).logits, rtol=1e-10, atol=1e-12)
     other.actor[0] = nn.Linear(11, 128, dtype=torch.float64)
     other.actor[1] = nn.Tanh()
     assert not other.step_is_published()

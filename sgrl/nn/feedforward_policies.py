@@ -334,7 +334,8 @@ class _SparseMLPActing(RecordingActing):
     def seen(self) -> Tensor | None:
         return None if self.done is None else self.done.x.unsqueeze(0)
 
-    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
-        core = self.policy.core
+    def finish(self, prepared: Tensor, mask: Tensor | None) -> PolicyOutput:
+        core, embeddings = self.policy.core, self.policy.encoder(prepared)
         output = stack(core.stack(), Mixing.of(core), embeddings.flatten(0, -2), done=self.done)
-        return output.flatten(1).unflatten(0, embeddings.shape[:-1]), {}
+        features = output.flatten(1).unflatten(0, embeddings.shape[:-1])
+        return self.policy.read_out(features, {})

@@ -241,8 +241,13 @@ class Policy(nn.Module):
 
     def read_out(self, features: Float[Tensor, "T B features"], state: State) -> PolicyOutput:
         """Actor and value head on the core's output [T, B, core size]."""
-        values = None if self.value_head is None else self.value_head(features).squeeze(-1)
-        return PolicyOutput(self.actor(features), values, state)
+        return PolicyOutput(self.actor(features), self.read_values(features), state)
+
+    def read_values(
+        self, features: Float[Tensor, "*T_B features"]
+    ) -> Float[Tensor, " *T_B"] | None:
+        """The value head on the core's output, where there is one."""
+        return None if self.value_head is None else self.value_head(features).squeeze(-1)
 
     def step(
         self,
@@ -284,7 +289,7 @@ class Acting:
         mask: Mask | None,
         noise: Noise | None = None,
     ) -> PolicyOutput:
-        """`policy(observations, mask=mask)`, without the steps taken already where they are kept.
+        """`policy(observations, mask=mask)`, without the steps already taken where they are kept.
 
         Args:
             policy: may be another one, or have changed meanwhile.
@@ -295,27 +300,24 @@ class Acting:
         prepared = policy.prepare(observations)
         if not self.is_of(policy, prepared, noise):
             return policy(observations, mask=mask, **given(noise))
-        return policy.read_out(*self.continue_core(policy.encoder(prepared), mask))
+        return self.finish(prepared, mask)
 
     def is_of(self, policy: Policy, prepared: Tensor, noise: Tensor | None = None) -> bool:
-        """Whether `continue_core` gives this policy's features of observations [T, B, F].
-
-        Args:
-            policy: this one.
-            prepared: these, as `Policy.prepare` returns them.
-            noise: as of `Policy.forward`.
-        """
+        """Whether `finish` gives what this policy makes of observations [T, B, F], prepared."""
         return False
 
-    def continue_core(
-        self, embeddings: Float[Tensor, "T B E"], mask: Mask | None
-    ) -> tuple[Float[Tensor, "T B features"], State]:
-        """As `Policy.run_core` from the initial state, without the steps already taken."""
+    def finish(self, prepared: Float[Tensor, "T B F"], mask: Mask | None) -> PolicyOutput:
+        """As `Policy.forward` from the initial state, without the steps already taken.
+
+        Args:
+            prepared: observations [T, B, F] as `Policy.prepare` returns them.
+            mask: bool [T, B], True at valid steps; all if None.
+        """
         raise NotImplementedError(f"{type(self).__name__} keeps nothing to continue from")
 
 
 class RecordingActing(Acting):
-    """Base of those that keep what `continue_core` goes on from, for the policy as it is now."""
+    """Base of those that keep what `finish` goes on from, for the policy as it is now."""
 
     def __init__(self, policy: Policy, noise: Noise | None) -> None:
         self.policy = policy

@@ -25,7 +25,15 @@ from sgrl.nn.kernels.native_rnn import Cells, DenseRecorder
 from sgrl.nn.kernels.native_unroll import Recorder, unroll
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain, is_unchanged
 from sgrl.nn.neuron import SlotNeurons
-from sgrl.nn.policy import Acting, Noise, Policy, RecordingActing, State, given
+from sgrl.nn.policy import (
+    Acting,
+    Noise,
+    Policy,
+    PolicyOutput,
+    RecordingActing,
+    State,
+    given,
+)
 from sgrl.nn.recurrent import SIZES, SparseRNN
 from sgrl.nn.sgprop import Mixing, SGPropSettings
 
@@ -103,8 +111,8 @@ class DenseRecurrentPolicy(EncodedPolicy):
 
     def step_is_published(self) -> bool:
         """Whether a step is just what `DenseRecorder` computes, with nothing of a subclass's."""
-        methods = ("forward", "step", "encode", "run_core", "initial_state")
-        if not is_unchanged(self, DenseRecurrentPolicy, *methods):
+        methods = ("forward", "step", "encode", "run_core", "read_out", "read_values")
+        if not is_unchanged(self, DenseRecurrentPolicy, *methods, "initial_state"):
             return False
         settings, weight = self.settings, self.core.weight_hh_l0
         parts = (*self.encoder.parameters(), *self.actor.parameters())
@@ -281,7 +289,7 @@ class SparseNetPolicy(EncodedPolicy):
             is_published_encoder(encoder, self.observation_size, core.input_size)
             and actor.keys.shape == actor.A.shape == shape
             and all(p.dtype == weight.dtype and p.device == weight.device for p in parts)
-            and is_unchanged(self, SparseNetPolicy, "encode")
+            and is_unchanged(self, SparseNetPolicy, "encode", "read_out")
             and not is_autocast_on(weight.device)
         )
 
@@ -338,13 +346,14 @@ class _SparseNetActing(_StepsActing):
             self.noise,
         )
 
-    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
-        core = self.policy.core
+    def finish(self, prepared: Tensor, mask: Tensor | None) -> PolicyOutput:
+        policy, core = self.policy, self.policy.core
+        embeddings = policy.encoder(prepared)
         h_0 = core.initial_state(embeddings.shape[1])
         h_0 = h_0.view(-1, core.num_neurons, core.neuron_size)
         layer, mixing = core.layer(), Mixing.of(core)
         states = unroll(layer, mixing, embeddings, h_0, mask, recorder=self.recorder).flatten(2)
-        return states, {"h": states[-1]}
+        return policy.read_out(states, {"h": states[-1]})
 
 
 class _DenseActing(_StepsActing):
@@ -355,13 +364,15 @@ class _DenseActing(_StepsActing):
         self, policy: DenseRecurrentPolicy, length: int, batch_size: int, keep: bool
     ) -> None:
         super().__init__(policy, None)
-        around = [*policy.encoder.parameters(), *policy.actor.parameters()]
         cells = Cells.of(policy.core)
-        self.recorder = DenseRecorder(cells, around, length, batch_size, keep)
+        self.recorder = DenseRecorder(cells, self._around(), length, batch_size, keep)
 
-    def continue_core(self, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, State]:
+    def finish(self, prepared: Tensor, mask: Tensor | None) -> PolicyOutput:
         policy = self.policy
-        before = tuple(policy.initial_state(embeddings.shape[1]).values())
-        cells = Cells.of(policy.core)
-        features, after = native_rnn.unroll(cells, embeddings, before, self.recorder)
-        return features, dict(zip(policy.states, after, strict=True))
+        parameters = (*Cells.of(policy.core).parameters, *self._around())
+        logits, features, after = self.recorder.replay(prepared, parameters)
+        state = dict(zip(policy.states, after, strict=True))
+        return PolicyOutput(logits, policy.read_values(features), state)
+
+    def _around(self) -> list[Tensor]:
+        return [*self.policy.encoder.parameters(), *self.policy.actor.parameters()]

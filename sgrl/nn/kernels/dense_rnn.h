@@ -1,4 +1,4 @@
-// GRU and LSTM over time, forward and backward, and whole steps of the policies around them.
+// GRU and LSTM over time, forward and backward.
 //
 // What they compute is defined by torch.nn.GRU and torch.nn.LSTM of one layer; native_rnn.py hands
 // over torch's memory. Part of slot_neurons.cpp, whose rules hold here.
@@ -29,13 +29,6 @@ struct Cells {
 
 struct CellGradients {
   real *weight_ih, *weight_hh, *bias_ih, *bias_hh;
-};
-
-// What a dense policy has around the layer: two linear layers before, three behind.
-struct DensePolicy {
-  Index observation, features, hidden, actions;  // F, D, units of the actor's layers, A
-  const real *weight_1, *bias_1, *weight_2, *bias_2;
-  const real *weight_3, *bias_3, *weight_4, *bias_4, *weight_5, *bias_5;
 };
 
 }  // extern "C"
@@ -294,8 +287,8 @@ void lay_out_back(const Cells& c, const CellShape& s, CellWorkspace& w) {
 }
 
 // All steps, the last one first; the gradients of the state and cell before step 0 stay in
-// w.carried_h[0] and w.carried_c. grad_output [T][B][H]; grad_cell [B][H], of the last, or null.
-void cells_backward(const CellShape& s, CellWorkspace& w, const real* grad_output,
+// w.carried_h[0] and w.carried_c. grad_output [T][B][length]; grad_cell [B][H], of the last, or null.
+void cells_backward(const CellShape& s, CellWorkspace& w, const real* grad_output, Index length,
                     const real* grad_cell) {
   const Rows back = list_weights(w.back_h, s.blocks * s.Hp, s.Hp);
   std::fill(w.carried_h[0], w.carried_h[0] + s.B * s.Hp, real(0));
@@ -304,7 +297,7 @@ void cells_backward(const CellShape& s, CellWorkspace& w, const real* grad_outpu
   for (Index t = s.T - 1; t >= 0; --t) {
     real *now = w.carried_h[0], *past = w.carried_h[1];
     for (Index b = 0; b < s.B; ++b) {
-      const real* gradient = grad_output + (t * s.B + b) * s.H;
+      const real* gradient = grad_output + (t * s.B + b) * length;
       for (Index u = 0; u < s.H; ++u) now[b * s.Hp + u] += gradient[u];
     }
     gates_backward(s, w, t, now, past);
@@ -314,13 +307,26 @@ void cells_backward(const CellShape& s, CellWorkspace& w, const real* grad_outpu
   }
 }
 
-// Gradients of the parameters, sums over all samples.
+// out[column] = the sum over samples of rows `step` apart, for whole vectors of columns.
+void sum_rows(Index samples, const real* rows, Index step, Index columns, real* out) {
+  for (Index c = 0; c < columns; c += V) {
+    vec total = {};
+    for (Index first = 0; first < samples; first += depth_at_once) {
+      vec sum = {};
+      for (Index k = first; k < std::min(samples, first + depth_at_once); ++k)
+        sum += load(rows + k * step + c);
+      total += sum;
+    }
+    store(out + c, total);
+  }
+}
+
+// Gradients of the parameters, sums over all samples; inputs x [K][Ep].
 void cell_sums(const CellShape& s, CellWorkspace& w, const real* x, const CellGradients& out) {
   const Index X = s.blocks * s.Hp, K = s.T * s.B;
   const real* of_state = w.gradients + s.first_of_state * s.Hp;
-  pad_rows(w.inputs, s.Ep, x, K, s.E);
   std::fill(w.sums, w.sums + X * s.Ep, real(0));
-  add_outer(K, X, w.gradients, s.row, s.Ep, w.inputs, w.sums, w.panels);
+  add_outer(K, X, w.gradients, s.row, s.Ep, x, w.sums, w.panels);
   for (Index j = 0; j < s.blocks; ++j)
     unpad_rows(out.weight_ih + s.input_order[j] * s.H * s.E, w.sums + j * s.Hp * s.Ep, s.Ep, s.H,
                s.E);
@@ -328,94 +334,23 @@ void cell_sums(const CellShape& s, CellWorkspace& w, const real* x, const CellGr
   add_outer(K, X, of_state, s.row, s.Hp, w.states, w.sums, w.panels);
   for (Index j = 0; j < s.blocks; ++j)
     unpad_rows(out.weight_hh + j * s.H * s.H, w.sums + j * s.Hp * s.Hp, s.Hp, s.H, s.H);
-  for (Index u = 0; u < 4 * s.Hp; u += V) {
-    vec total = {};
-    for (Index first = 0; first < K; first += depth_at_once) {
-      vec sum = {};
-      for (Index k = first; k < std::min(K, first + depth_at_once); ++k)
-        sum += load(w.gradients + k * s.row + u);
-      total += sum;
-    }
-    store(w.bias_sums + u, total);
-  }
+  sum_rows(K, w.gradients, s.row, 4 * s.Hp, w.bias_sums);
   for (Index j = 0; j < s.blocks; ++j) {
     std::copy_n(w.bias_sums + j * s.Hp, s.H, out.bias_ih + s.input_order[j] * s.H);
     std::copy_n(w.bias_sums + (s.first_of_state + j) * s.Hp, s.H, out.bias_hh + j * s.H);
   }
 }
 
-void inputs_backward(const CellShape& s, CellWorkspace& w, real* grad_x) {
+// Those of the inputs: grad_x, rows `length` apart.
+void inputs_backward(const CellShape& s, CellWorkspace& w, real* grad_x, Index length) {
   const Index X = s.blocks * s.Hp, K = s.T * s.B;
   const Rows back = list_weights(w.back_x, X, s.Ep);
   for (Index first = 0; first < K; first += rows_at_once) {
     const Index count = std::min(rows_at_once, K - first);
     std::fill(w.grad_inputs, w.grad_inputs + count * s.Ep, real(0));
     add_product(count, X, w.gradients + first * s.row, s.row, back, s.Ep, w.grad_inputs, s.Ep);
-    unpad_rows(grad_x + first * s.E, w.grad_inputs, s.Ep, count, s.E);
-  }
-}
-
-// -------------------------------------------------------------------------------------- acting
-
-// A linear layer's weights transposed [in][out padded] and its bias, and room for what comes out.
-struct Linear {
-  Index in, out, row;
-  real *weight, *bias, *output;  // the output [B][row]
-
-  Linear(Cutter& take, Index in, Index out, Index batch)
-      : in(in), out(out), row(padded(out)), weight(take(in * row)), bias(take(row)),
-        output(take(batch * row)) {}
-
-  void lay_out(const real* from, const real* from_bias) {
-    transpose<true>(weight, row, from, in, out, in);
-    pad_rows(bias, row, from_bias, 1, out);
-  }
-  void apply(Index batch, const real* x, Index x_step) {
-    for (Index b = 0; b < batch; ++b) std::copy_n(bias, row, output + b * row);
-    add_product(batch, in, x, x_step, list_weights(weight, in, row), row, output, row);
-  }
-  void leak(Index batch) {
-    for (Index i = 0; i < batch * row; i += V) {
-      const vec value = load(output + i);
-      store(output + i, value < 0 ? value * real(0.01) : value);
-    }
-  }
-};
-
-struct DenseWorkspace {
-  Linear first, second, third, fourth, last;
-  Index total;
-
-  DenseWorkspace(const DensePolicy& p, const CellShape& s, Cutter take)
-      : first(take, p.observation, p.features, s.B), second(take, p.features, s.E, s.B),
-        third(take, s.H, p.hidden, s.B), fourth(take, p.hidden, p.hidden, s.B),
-        last(take, p.hidden, p.actions, s.B), total(take.total()) {}
-
-  void lay_out(const DensePolicy& p) {
-    first.lay_out(p.weight_1, p.bias_1);
-    second.lay_out(p.weight_2, p.bias_2);
-    third.lay_out(p.weight_3, p.bias_3);
-    fourth.lay_out(p.weight_4, p.bias_4);
-    last.lay_out(p.weight_5, p.bias_5);
-  }
-};
-
-// Layer norm without parameters, of rows of `count` numbers that zeros follow.
-void normalise(real* rows, Index count, Index length, Index batch) {
-  vec known = {};  // the last vector's lanes that hold numbers
-  for (int lane = 0; lane < V; ++lane) known[lane] = count - (length - V) > lane;
-  for (real* row = rows; row < rows + batch * length; row += length) {
-    vec sums = {}, squares = {};
-    for (Index i = 0; i < length; i += V) sums += load(row + i);
-    const real mean = real(sum(sums) / count);
-    for (Index i = 0; i < length; i += V) {
-      vec difference = load(row + i) - mean;
-      if (i + V == length) difference *= known;
-      store(row + i, difference);
-      squares += difference * difference;
-    }
-    const real scale = real(1 / std::sqrt(sum(squares) / count + 1e-5));
-    for (Index i = 0; i < length; i += V) store(row + i, load(row + i) * scale);
+    for (Index k = 0; k < count; ++k)
+      std::copy_n(w.grad_inputs + k * s.Ep, std::min(length, s.Ep), grad_x + (first + k) * length);
   }
 }
 
@@ -457,45 +392,12 @@ void sgrl_cells_backward(const Cells* cells, Index steps, Index batch, const rea
   const CellShape s(*cells, steps, batch);
   CellWorkspace w(s, true, block);
   lay_out_back(*cells, s, w);
-  cells_backward(s, w, grad_output, grad_cell);
-  cell_sums(s, w, x, *out);
-  if (grad_x) inputs_backward(s, w, grad_x);
+  cells_backward(s, w, grad_output, s.H, grad_cell);
+  pad_rows(w.inputs, s.Ep, x, s.T * s.B, s.E);
+  cell_sums(s, w, w.inputs, *out);
+  if (grad_x) inputs_backward(s, w, grad_x, s.E);
   if (grad_h0) unpad_rows(grad_h0, w.carried_h[0], s.Hp, s.B, s.H);
   if (grad_c0) unpad_rows(grad_c0, w.carried_c, s.Hp, s.B, s.H);
-}
-
-Index sgrl_dense_workspace(const DensePolicy* policy, const Cells* cells, Index batch) {
-  return DenseWorkspace(*policy, CellShape(*cells, 1, batch), Cutter(nullptr)).total;
-}
-
-// Step `t` of an unroll from the zero state, the policy's other parts with it: observations [B][F]
-// -> x [B][E], states [B][H], logits [B][A].
-void sgrl_dense_act(const DensePolicy* policy, const Cells* cells, Index steps, Index batch,
-                    std::int32_t keep, Index t, const real* observations, real* x, real* states,
-                    real* logits, real* block, real* policy_block) {
-  const CellShape s(*cells, steps, batch);
-  const DensePolicy& p = *policy;
-  CellWorkspace w(s, keep, block);
-  DenseWorkspace q(p, s, Cutter(policy_block));
-  const Index X = s.blocks * s.Hp;
-  if (t == 0) {
-    start_cells(*cells, s, w, nullptr, nullptr);
-    q.lay_out(p);
-  }
-  q.first.apply(s.B, observations, p.observation);
-  normalise(q.first.output, p.features, q.first.row, s.B);
-  q.second.apply(s.B, q.first.output, q.first.row);
-  q.second.leak(s.B);
-  unpad_rows(x, q.second.output, q.second.row, s.B, s.E);
-  step_cells(s, w, list_weights(w.weight_x, s.E, X), list_weights(w.weight_h, s.H, X), t,
-             q.second.output, q.second.row);
-  unpad_rows(states, w.state(s, t + 1), s.Hp, s.B, s.H);
-  q.third.apply(s.B, w.state(s, t + 1), s.Hp);
-  q.third.leak(s.B);
-  q.fourth.apply(s.B, q.third.output, q.third.row);
-  q.fourth.leak(s.B);
-  q.last.apply(s.B, q.fourth.output, q.fourth.row);
-  unpad_rows(logits, q.last.output, q.last.row, s.B, p.actions);
 }
 
 }  // extern "C"

@@ -236,48 +236,48 @@ class StepRecorder:
     running the steps again. The parameters must stay as they are meanwhile.
 
     Args:
-        kind: prefix of the functions `_act` and `_workspace` that take the policy.
+        act: name of the function that takes a step.
         policy: what the policy has around its core, a structure.
         core: the core, a structure.
-        size: numbers that the core's block of memory holds.
+        memory: numbers that the core's and the policy's blocks of memory hold.
         held: tensors whose addresses the structures know.
         length: T, the most steps it may take.
         batch_size: B.
         keep: False needs little memory and is only for acting.
-        widths: shapes of a sequence's observation, embedding, output and logits at one step.
+        shapes: of a sequence's observation at one step, and of all that `act` writes, logits last.
+
+    Attributes:
+        buffers: these, each [T, B, ..], or [1, B, ..] if not kept.
     """
 
     def __init__(
         self,
-        kind: str,
+        act: str,
         policy: Any,
         core: Any,
-        size: int,
+        memory: tuple[int, int],
         held: Sequence[Tensor],
         length: int,
         batch_size: int,
         keep: bool,
-        widths: Sequence[Sequence[int]],
+        shapes: Sequence[Sequence[int]],
     ) -> None:
         new = held[0].new_empty
         self.library = load(held[0].dtype)
         self.length, self.keep, self.steps = length, keep, 0
-        self.core, self._policy, self._held = ctypes.pointer(core), ctypes.pointer(policy), held
+        self.core, self.policy, self._held = ctypes.pointer(core), ctypes.pointer(policy), held
         self.sizes = (length, batch_size, keep)
-        self.record = Record(size, held[0].dtype) if keep else None
-        self.memory = new(size) if self.record is None else self.record.memory
-        self._act = getattr(self.library, f"{kind}_act")
-        workspace = getattr(self.library, f"{kind}_workspace")
-        self._policy_memory = new(workspace(self._policy, self.core, batch_size))
+        self.record = Record(memory[0], held[0].dtype) if keep else None
+        self.memory = new(memory[0]) if self.record is None else self.record.memory
+        self.policy_memory = new(memory[1])
+        self._act = getattr(self.library, act)
         # Steps that are not kept are all written to the same place.
         rows = length if keep else 1
-        self.observations, self.x, self.output = (
-            new(rows, batch_size, *width) for width in widths[:3]
-        )
-        self._logits = new(batch_size, *widths[3])
+        self.buffers = [new(rows, batch_size, *shape) for shape in shapes]
+        self.observations = self.buffers[0]
         self.rows = [
             tuple(int(buffer.data_ptr() + t * buffer[0].nbytes) for t in range(rows))
-            for buffer in (self.observations, self.x, self.output)
+            for buffer in self.buffers
         ]
 
     def inputs(self, row: int) -> tuple[int | None, ...]:
@@ -285,22 +285,21 @@ class StepRecorder:
         return (self.rows[0][row],)
 
     def act(self, observations: Float[Tensor, "B F"]) -> Float[Tensor, "B A"]:
-        """The next step: observations [B, F] -> logits [B, A], overwritten by the next."""
+        """The next step: observations [B, F] -> logits [B, A], of which only kept ones stay."""
         row = self.steps if self.keep else 0
         self.observations[row].copy_(observations)
         self._act(
-            self._policy,
+            self.policy,
             self.core,
             *self.sizes,
             self.steps,
             *self.inputs(row),
             *(pointers[row] for pointers in self.rows[1:]),
-            self._logits.data_ptr(),
             self.memory.data_ptr(),
-            self._policy_memory.data_ptr(),
+            self.policy_memory.data_ptr(),
         )
         self.steps += 1
-        return self._logits
+        return self.buffers[-1][row]
 
 
 def gradients_structure(parameters: Mapping[str, Tensor | None], moments: Tensor) -> Any:

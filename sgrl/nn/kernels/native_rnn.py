@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sgrl.nn.kernels.native import Record, StepRecorder, load, make_structure, pointer, unavailable
 from sgrl.nn.kernels.plain import is_autocast_on, is_plain
 
+#: Of what is around the cells, as C++ numbers it.
+_AROUND = [f"{kind}_{i}" for i in range(1, 6) for kind in ("weight", "bias")]
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 #: What a layer must be set to.
 _SETTINGS = {
@@ -101,7 +103,6 @@ def unroll(
     cells: Cells,
     x: Float[Tensor, "T B E"],
     state: Sequence[Float[Tensor, "B H"]],
-    recorder: "DenseRecorder | None" = None,
 ) -> tuple[Float[Tensor, "T B H"], tuple[Float[Tensor, "B H"], ...]]:
     """Run a layer over time.
 
@@ -109,8 +110,6 @@ def unroll(
         cells: the layer.
         x: [T, B, E].
         state: before the first step, each [B, H]: hidden state, and of an LSTM cell state.
-        recorder: has run the first steps of this x from the zero state, which are not run again.
-            The caller guarantees that x and the parameters are unchanged.
 
     Returns:
         Hidden states [T, B, H], and the state after the last step.
@@ -127,7 +126,7 @@ def unroll(
             raise ValueError(f"the state must be {expected}, got {part.dtype} {list(part.shape)}")
     given = (x, state[0], state[1] if cells.is_lstm else None, *cells.parameters)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
-        output, last = _Cells.apply(cells.is_lstm, recorder, *given)
+        output, last = _Cells.apply(cells.is_lstm, *given)
     else:
         start = [part.contiguous() for part in state]
         output, last, _ = _forward(cells.plain(), x.contiguous(), start, keep=False)
@@ -154,7 +153,7 @@ def _forward(
 
 
 class DenseRecorder(StepRecorder):
-    """A GRU or LSTM policy's steps, which `unroll` can go on from.
+    """A GRU or LSTM policy's steps, and their backward pass.
 
     Args:
         cells: the core's, on the CPU.
@@ -167,36 +166,102 @@ class DenseRecorder(StepRecorder):
     def __init__(
         self, cells: Cells, around: Sequence[Tensor], length: int, batch_size: int, keep: bool
     ) -> None:
-        cells = cells.plain()
-        around = [parameter.detach().contiguous() for parameter in around]
+        self.cells = cells = cells.plain()
+        self.around = around = [parameter.detach().contiguous() for parameter in around]
         sizes = {
             "observation": around[0].shape[1],
             "features": around[0].shape[0],
             "hidden": around[4].shape[0],
             "actions": around[8].shape[0],
         }
-        names = [f"{kind}_{i}" for i in range(1, 6) for kind in ("weight", "bias")]
-        tensors = dict(zip(names, map(pointer, around), strict=True))
+        tensors = dict(zip(_AROUND, map(pointer, around), strict=True))
         policy, structure = make_structure("DensePolicy", **sizes, **tensors), cells.structure()
-        library = load(cells.weight_hh.dtype)
-        size = library.sgrl_cells_workspace(ctypes.byref(structure), length, batch_size, keep)
-        units, inputs = cells.weight_hh.shape[1], cells.weight_ih.shape[1]
-        widths = ((sizes["observation"],), (inputs,), (units,), (sizes["actions"],))
+        library, shape = load(cells.weight_hh.dtype), ctypes.byref(structure)
+        memory = (
+            library.sgrl_cells_workspace(shape, length, batch_size, keep),
+            library.sgrl_dense_workspace(ctypes.byref(policy), shape, length, batch_size, keep),
+        )
+        shapes = ((sizes["observation"],), (cells.weight_hh.shape[1],), (sizes["actions"],))
         held = (*cells.parameters, *around)
         super().__init__(
-            *("sgrl_dense", policy, structure, size, held, length, batch_size, keep, widths)
+            *("sgrl_dense_act", policy, structure, memory, held, length, batch_size, keep, shapes)
         )
 
-    def finish(self, x: Float[Tensor, "T B E"], last: Tensor | None) -> None:
-        """The core's steps not yet taken, of x [T, B, E]; `last` becomes an LSTM's last cell."""
-        self.x[self.steps :].copy_(x[self.steps :])
-        # Nothing is read or written at these where there is no such step.
-        from_, to = (pointer(buffer[self.steps :]) for buffer in (self.x, self.output))
-        self.library.sgrl_cells_forward(
-            *(self.core, *self.sizes, self.steps, self.length),
-            *(from_, None, None, to, pointer(last), self.memory.data_ptr()),
+    def replay(
+        self,
+        observations: Float[Tensor, "T B F"],
+        parameters: Sequence[Tensor],
+    ) -> tuple[Float[Tensor, "T B A"], Float[Tensor, "T B H"], tuple[Float[Tensor, "B H"], ...]]:
+        """What the policy computes over time, without the steps already taken.
+
+        Args:
+            observations: of all T steps; the caller guarantees that those already seen and the
+                parameters are unchanged.
+            parameters: of the cells and around them, in the order of the arguments.
+
+        Returns:
+            Logits [T, B, A], hidden states [T, B, H], and the state after the last step.
+        """
+        logits, states, last = _Policy.apply(self, observations, *parameters)
+        return logits, states, (states[-1], last) if self.cells.is_lstm else (states[-1],)
+
+
+class _Policy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, recorder: DenseRecorder, observations: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        for now in observations[recorder.steps :]:
+            recorder.act(now)
+        _, states, logits = recorder.buffers
+        last = None
+        if recorder.cells.is_lstm:
+            last = torch.empty_like(states[0])
+            after = recorder.length
+            recorder.library.sgrl_cells_forward(  # takes no step
+                *(recorder.core, *recorder.sizes, after, after, None, None, None, None),
+                *(last.data_ptr(), recorder.memory.data_ptr()),
+            )
+        ctx.recorder = recorder
+        ctx.set_materialize_grads(False)
+        return logits.view_as(logits), states.view_as(states), last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any,
+        grad_logits: Tensor | None,
+        grad_states: Tensor | None,
+        grad_last: Tensor | None,
+    ) -> Any:
+        recorder = ctx.recorder
+        observations, _, logits = recorder.buffers
+        if grad_logits is None:
+            grad_logits = torch.zeros_like(logits)
+        given = [
+            None if g is None else g.contiguous() for g in (grad_logits, grad_states, grad_last)
+        ]
+        of_cells, around = (
+            [torch.empty_like(parameter) for parameter in parameters]
+            for parameters in (recorder.cells.parameters, recorder.around)
         )
-        self.steps = self.length
+        recorder.library.sgrl_dense_backward(
+            *(recorder.policy, recorder.core, *recorder.sizes[:2]),
+            *map(pointer, (observations, *given)),
+            *(
+                _pointers("DenseGradients", _AROUND, around),
+                _pointers("CellGradients", PARAMETERS, of_cells),
+            ),
+            *(recorder.memory.data_ptr(), recorder.policy_memory.data_ptr()),
+        )
+        return (None, None, *of_cells, *around)
+
+
+def _pointers(kind: str, names: Sequence[str], tensors: Sequence[Tensor]) -> Any:
+    """A structure of nothing but addresses, by reference."""
+    return ctypes.byref(
+        make_structure(kind, **dict(zip(names, map(pointer, tensors), strict=True)))
+    )
 
 
 class _Cells(torch.autograd.Function):
@@ -204,22 +269,15 @@ class _Cells(torch.autograd.Function):
     def forward(
         ctx: Any,
         is_lstm: bool,
-        recorder: DenseRecorder | None,
         x: Tensor,
         h_0: Tensor,
         c_0: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        if recorder is None:
-            x = x.contiguous()
-            state = [part.contiguous() for part in (h_0, c_0) if part is not None]
-            cells = Cells(is_lstm, *parameters).plain()
-            output, last, ctx.record = _forward(cells, x, state, keep=True)
-        else:
-            last = torch.empty_like(c_0) if c_0 is not None else None
-            recorder.finish(x, last)
-            x, ctx.record = recorder.x, recorder.record
-            output = recorder.output.view_as(recorder.output)
+        x = x.contiguous()
+        state = [part.contiguous() for part in (h_0, c_0) if part is not None]
+        cells = Cells(is_lstm, *parameters).plain()
+        output, last, ctx.record = _forward(cells, x, state, keep=True)
         ctx.is_lstm = is_lstm
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parameters)
@@ -236,17 +294,14 @@ class _Cells(torch.autograd.Function):
             grad_output = x.new_zeros(length, batch, units)
         grad_output = grad_output.contiguous()
         grad_last = None if grad_last is None else grad_last.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         grad_h, grad_c = (
-            x.new_empty(batch, units) if needed else None for needed in ctx.needs_input_grad[3:5]
+            x.new_empty(batch, units) if needed else None for needed in ctx.needs_input_grad[2:4]
         )
         grads = [torch.empty_like(parameter) for parameter in cells.parameters]
-        results = make_structure(
-            "CellGradients", **dict(zip(PARAMETERS, map(pointer, grads), strict=True))
-        )
         library.sgrl_cells_backward(
             *(ctypes.byref(cells.structure()), length, batch),
             *map(pointer, (x, grad_output, grad_last, grad_x, grad_h, grad_c)),
-            *(ctypes.byref(results), ctx.record.memory.data_ptr()),
+            *(_pointers("CellGradients", PARAMETERS, grads), ctx.record.memory.data_ptr()),
         )
-        return (None, None, grad_x, grad_h, grad_c, *grads)
+        return (None, grad_x, grad_h, grad_c, *grads)

@@ -124,13 +124,18 @@ class Recorder(StepRecorder):
             slots=bias.shape[1],
             **dict(zip(names, map(pointer, around), strict=True)),
         )
-        size = core.sgrl_workspace(ctypes.byref(structure), length, batch_size, keep)
+        shape = ctypes.byref(structure)
+        memory = (
+            core.sgrl_workspace(shape, length, batch_size, keep),
+            core.sgrl_policy_workspace(ctypes.byref(policy), shape, batch_size),
+        )
         state = (layer.num_neurons, layer.neuron_size)
-        widths = ((observation_size,), (layer.external_size,), state, (len(bias),))
+        shapes = ((observation_size,), (layer.external_size,), state, (len(bias),))
         held = (*parameters, layer.sources, *around)
         super().__init__(
-            *("sgrl_policy", policy, structure, size, held, length, batch_size, keep, widths)
+            *("sgrl_policy_act", policy, structure, memory, held, length, batch_size, keep, shapes)
         )
+        _, self.x, self.output, _ = self.buffers
 
     def inputs(self, row: int) -> tuple[int | None, ...]:
         return *super().inputs(row), self._noise()

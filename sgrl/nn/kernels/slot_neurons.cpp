@@ -1150,4 +1150,4 @@ void sgrl_stack_backward(const Stack* stack, Index batch, const Mixing* mixing,
 
 }  // extern "C"
 
-#include "dense_rnn.h"
+#include "dense_policy.h"
