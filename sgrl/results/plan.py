@@ -161,6 +161,7 @@ class TrialConfig:
         max_failures: restarts without a new checkpoint in between.
         iteration_timeout: seconds after which an iteration counts as hung; None is any.
         callbacks: what of the user's own follows it, as in my_package:MyCallbacks, if anything.
+        pack: how many such trials are trained as one, or auto; None: each by itself.
     """
 
     algorithm: str
@@ -175,6 +176,7 @@ class TrialConfig:
     max_failures: int = 2
     iteration_timeout: float | None = None
     callbacks: str | None = None
+    pack: int | str | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "TrialConfig":
@@ -189,6 +191,8 @@ class TrialConfig:
         """Return it as plain YAML holds it."""
         content = dataclasses.asdict(self)
         content["stop"] = {key: v for key, v in content["stop"].items() if v is not None}
+        if self.pack is None:
+            del content["pack"]
         return {"config" if key == "sections" else key: content[key] for key in content}
 
 

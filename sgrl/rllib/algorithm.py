@@ -16,8 +16,6 @@ config gives the same numbers as `sgrl.reinforce.train`, and a restored algorith
 """
 
 import dataclasses
-import itertools
-import math
 from operator import itemgetter
 from typing import Any, Literal, Self
 
@@ -39,6 +37,7 @@ from sgrl.envs.registry import check_flat, validate_env_config
 from sgrl.names import did_you_mean
 from sgrl.nn.registry import Policy, policy_class
 from sgrl.reinforce.batch import EpisodeBatch, StepCounts, concatenate
+from sgrl.reinforce.iterations import last_update, mean_row
 from sgrl.reinforce.predictors import PREDICTOR_OPTIMIZERS
 from sgrl.reinforce.update import UpdateSettings
 from sgrl.rllib.base import Components, PolicyCheckpoints, PolicyConfig
@@ -289,7 +288,8 @@ class Reinforce(PolicyCheckpoints):
         The local runner is handed the new weights.
         """
         rows = []
-        end = self._last_update_of_iteration()
+        config = self.config
+        end = last_update(self._updates, config.total_updates, config.total_iterations)
         while self._updates < end:
             with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                 batch = self._sample()
@@ -300,16 +300,7 @@ class Reinforce(PolicyCheckpoints):
             if self.env_runner_group.num_remote_env_runners() == 0 and not self._is_all_local:
                 self.env_runner.set_state({COMPONENT_RL_MODULE: self._weights()})
             rows.append({**vars(self._counts), **batch.statistics(), **measured})
-        self._row = _mean_row(rows)
-
-    def _last_update_of_iteration(self) -> int:
-        """How many updates there will have been when the current iteration ends."""
-        updates, iterations = self.config.total_updates, self.config.total_iterations
-        if updates is None or iterations is None:
-            return self._updates + 1
-        spacing = (updates - 1) / (iterations - 1)
-        ends = (int(1 + i * spacing) for i in itertools.count())
-        return next(end for end in ends if end > self._updates)
+        self._row = mean_row(rows)
 
     def _sample(self) -> EpisodeBatch:
         if self.env_runner_group.num_remote_env_runners() == 0:
@@ -402,16 +393,6 @@ class Reinforce(PolicyCheckpoints):
             )
         names = (field.name for field in dataclasses.fields(StepCounts))
         return StepCounts(**{name: state[name] for name in names})
-
-
-def _mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an iteration's updates; counts and mixing weights are the last ones."""
-    counts = vars(StepCounts())
-    row = dict(rows[-1])
-    for name in row if len(rows) > 1 else ():
-        if name not in counts and "mixing_weight" not in name:
-            row[name] = math.fsum(other[name] for other in rows) / len(rows)
-    return row
 
 
 def _check_resources(config: AlgorithmConfig) -> None:

@@ -40,6 +40,7 @@ from sgrl.tuning.evaluation import ACTIONS, Evaluation
 from sgrl.tuning.experiment.load import Experiment
 from sgrl.tuning.experiment.resources import check_backends, required_resources
 from sgrl.tuning.experiment.sections import build_algorithm_config
+from sgrl.tuning.packs import MOST, PackedRun, check_packs
 from sgrl.tuning.trial import first_line
 
 #: To be measured for so long: one kind of trials, and all of them.
@@ -189,6 +190,8 @@ def measure(trial: TrialConfig, seconds: float = SECONDS, others: int = 0) -> fl
     torch.set_num_threads(trial.num_threads)
     config = build_algorithm_config(trial)
     work_of = plain_work if _is_plain(trial, config) else _algorithm_work
+    if trial.pack is not None:
+        work_of = _pack_work
     try:
         with warnings.catch_warnings(), generators_aside([trial.seed]):
             warnings.simplefilter("ignore")  # RLlib's, of what it does itself
@@ -252,6 +255,19 @@ def _play(policy: Any, trial: TrialConfig) -> None:
     assert trial.evaluate is not None
     for greedy in ACTIONS.values():
         play(policy, trial.sections["environment"], trial.evaluate.episodes, trial.seed, greedy)
+
+
+@contextlib.contextmanager
+def _pack_work(trial: TrialConfig, config: Any) -> Iterator[Work]:
+    """Train a full pack of trials like this one; a step is an update of all of them."""
+    size = trial.pack if isinstance(trial.pack, int) else MOST
+    runs = [PackedRun(trial)] * size
+    pack = runs[0].pack_with(runs)
+    updates = (config.total_updates or 1) / (config.total_iterations or 1)
+    evaluations: list[tuple[Callable[[], object], int]] = []
+    if trial.evaluate is not None:
+        evaluations.append((lambda: _play(runs[0].policy, trial), trial.evaluate.every))
+    yield Work(pack.train, updates / size, evaluations)
 
 
 @contextlib.contextmanager
@@ -382,7 +398,9 @@ def _check(experiment: Experiment, kind: Kind, present: Mapping[str, float]) -> 
         if amount > present.get(resource, 0.0):
             has = present.get(resource, 0.0)
             raise UserError(f"needs {amount:g} {resource}s and there are {has:g}")
-    check_backends(dataclasses.replace(experiment, examples=kind.trials[:1]))
+    of_kind = dataclasses.replace(experiment, examples=kind.trials[:1])
+    check_backends(of_kind)
+    check_packs(of_kind)
 
 
 def _figure(value: float) -> str:

@@ -9,6 +9,7 @@ random generators.
 
 from typing import Any
 
+from ray.rllib.algorithms import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from sgrl.nn.policy import Policy
@@ -52,7 +53,9 @@ class Evaluation:
         return found
 
     def _copy(self, algorithm: Any) -> Policy:
-        """The policy as it is, in a module of its own: the learner's may be training on."""
+        """The policy as it is; of RLlib's in a module of its own: the learner may train on."""
+        if not isinstance(algorithm, Algorithm):
+            return algorithm.policy
         if self.module is None:
             spec = algorithm.config.get_rl_module_spec(spaces=algorithm.spaces)
             self.module = spec.build()

@@ -9,29 +9,29 @@ from sgrl.tuning.rounds import Leg
 
 
 class Feed(Searcher):
-    """Hands legs to Tune, round by round.
+    """Hands legs to Tune, round by round, those together that one process runs.
 
     Args:
-        legs: those of the first round.
-        next_legs: returns those of the next round once all before have ended; none at the end. May
-            raise, which ends the sweep: see `error`.
-        settings: of Tune's trial that runs a leg.
+        packs: the legs of the first round.
+        next_packs: returns those of the next round once all before have ended; none at the end.
+            May raise, which ends the sweep: see `error`.
+        settings: of Tune's trial that runs a pack of legs.
         limit: how many run at a time; as many as fit if None.
 
     Attributes:
-        error: what `next_legs` raised.
+        error: what `next_packs` raised.
     """
 
     def __init__(
         self,
-        legs: list[Leg],
-        next_legs: Callable[[], list[Leg]],
-        settings: Callable[[Leg], dict[str, Any]],
+        packs: list[list[Leg]],
+        next_packs: Callable[[], list[list[Leg]]],
+        settings: Callable[[list[Leg]], dict[str, Any]],
         limit: int | None,
     ) -> None:
         super().__init__()
-        self.next_legs, self.settings, self.limit = next_legs, settings, limit
-        self.waiting = list(legs)
+        self.next_packs, self.settings, self.limit = next_packs, settings, limit
+        self.waiting = list(packs)
         self.running: set[str] = set()
         self.error: Exception | None = None
 
@@ -39,7 +39,7 @@ class Feed(Searcher):
         """Return the settings of Tune's next trial, None to wait, or that all is over."""
         if not self.waiting and not self.running and self.error is None:
             try:
-                self.waiting = self.next_legs()
+                self.waiting = self.next_packs()
             except Exception as error:
                 self.error = error
         if not self.waiting:

@@ -81,6 +81,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         self.trials = trials
         self.disk_full = False
         self.saved: dict[str, int] = {}
+        self.ended: set[str] = set()
         self.said: set[str] = set()
         self.console = console
         self.live: Live | None = None
@@ -103,47 +104,59 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         yield sweep_view(rows, self.sweep.name, console.height, seconds)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.trials[trial.config["trial"]].state = "running"
+        for name in trial.config["trials"]:
+            self.trials[name].state = "running"
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
-        row = self.trials[trial.config["trial"]]
-        row.iteration = result["iteration"]
-        row.score = Score(*result["score"])
-        row.seconds_per_iteration = result["seconds_per_iteration"]
-        for note in result["notes"]:
-            self._say(note)
-        if result["disk_full"]:
-            self.disk_full = True
-        elif result["done"]:
-            self._end(row.trial)
-        if result["saved"] > self.saved.get(row.trial.name, 0):
+        has_saved = False
+        for name in self._running(trial):
+            row, report = self.trials[name], result["trials"][name]
+            row.iteration = report["iteration"]
+            row.score = Score(*report["score"])
+            row.seconds_per_iteration = report["seconds_per_iteration"]
+            for note in report["notes"]:
+                self._say(note)
+            if report["done"] and not result["disk_full"]:
+                self.ended.add(name)
+                self._end(row.trial)
+            if report["saved"] > self.saved.get(name, 0):
+                self.saved[name] = report["saved"]
+                has_saved = True
+        self.disk_full |= result["disk_full"]
+        if has_saved:
             # Only failures without a new checkpoint in between add up.
-            self.saved[row.trial.name] = result["saved"]
             trial.run_metadata.num_failures = 0
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        row = self.trials[trial.config["trial"]]
-        row.state = "pending"
-        if not self._is_disk_full(trial):
-            place = f"{self.store}/{row.trial.name}/"
-            self._say(f"{row.trial.name} is started again after {self._reason(trial, place)}")
+        for name in self._running(trial):
+            self.trials[name].state = "pending"
+            if not self._is_disk_full(trial):
+                reason = self._reason(trial, f"{self.store}/{name}/")
+                self._say(f"{name} is started again after {reason}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        name = trial.config["trial"]
-        if not self._is_disk_full(trial):
-            folder, error = self.sweep.trial(name), _error(trial)
-            if error is not None and not isinstance(error, RayTaskError):
-                # The process was lost, and could not write down why.
-                text = "".join(traceback.format_exception(error))
-                write_text(folder.error, f"{text}\n{self.sweep.log.name} may say more.\n")
-            row, notes = self.trials[name], list[str]()
-            following = Following(row.trial, folder.path, notes)
-            following.call("on_trial_end", row.iteration, "failed")
-            folder.write_status(state="failed", reason=self._reason(trial), notes=notes)
-            self.store.push(folder.status, *([folder.error] if folder.error.is_file() else []))
-            self._end(self.trials[name].trial)
+        for name in self._running(trial):
+            if not self._is_disk_full(trial):
+                self._fail(trial, name)
+
+    def _fail(self, trial: Any, name: str) -> None:
+        folder, error = self.sweep.trial(name), _error(trial)
+        if error is not None and not isinstance(error, RayTaskError):
+            # The process was lost, and could not write down why.
+            text = "".join(traceback.format_exception(error))
+            write_text(folder.error, f"{text}\n{self.sweep.log.name} may say more.\n")
+        row, notes = self.trials[name], list[str]()
+        following = Following(row.trial, folder.path, notes)
+        following.call("on_trial_end", row.iteration, "failed")
+        folder.write_status(state="failed", reason=self._reason(trial), notes=notes)
+        self.store.push(folder.status, *([folder.error] if folder.error.is_file() else []))
+        self._end(self.trials[name].trial)
+
+    def _running(self, trial: Any) -> list[str]:
+        """The trials that one of Tune's runs, without those that have ended."""
+        return [name for name in trial.config["trials"] if name not in self.ended]
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         """Whether a trial is to end with this result; none is."""
@@ -173,8 +186,8 @@ class SweepMonitor(tune.Callback, tune.Stopper):
 
     def _reason(self, trial: Any, place: str = "") -> str:
         """Why a trial's process ended, in one line that names files after `place`."""
-        config = self.trials[trial.config["trial"]].trial.config
-        folder = self.sweep.trial(trial.config["trial"])
+        first = trial.config["trials"][0]  # the process writes down there where it hung
+        config, folder = self.trials[first].trial.config, self.sweep.trial(first)
         if folder.hang.is_file() and folder.hang.stat().st_size:
             where = f"{place}{folder.hang.name} says where it hung"
             return f"an iteration of more than {config.iteration_timeout:g} s ({where})"
@@ -187,6 +200,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
 
     def admit(self, trial: Trial) -> None:
         """Show a trial as one that waits."""
+        self.ended.discard(trial.name)
         self.trials[trial.name].state = "pending"
 
     def decide(self, trial: Trial, state: str, reason: str) -> None:

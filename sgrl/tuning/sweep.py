@@ -24,14 +24,14 @@ from sgrl.bars import progress_bar
 from sgrl.commands import command
 from sgrl.envs.registry import ENVIRONMENTS, prepare
 from sgrl.files import write_text
-from sgrl.results.folder import SweepFolder, TrialFolder
+from sgrl.results.folder import SweepFolder
 from sgrl.results.locations import open_store
 from sgrl.results.metrics import read_metrics
-from sgrl.results.plan import Trial, TrialConfig, planned_trials
+from sgrl.results.plan import Trial, planned_trials
 from sgrl.results.provenance import changed_parts, record_start
 from sgrl.results.selection import ALL, Selection
 from sgrl.results.status import Progress, read_progress, read_stopped
-from sgrl.results.storage import Store, display, is_address, is_archive, join
+from sgrl.results.storage import Store, is_address, is_archive, join
 from sgrl.results.tune_folder import RESTORE, is_of_tuner
 from sgrl.tuning.cluster import (
     SweepError,
@@ -42,16 +42,16 @@ from sgrl.tuning.cluster import (
 )
 from sgrl.tuning.course import Course
 from sgrl.tuning.experiment.load import Experiment, extend_experiment
-from sgrl.tuning.experiment.method import as_recorded, with_defaults
 from sgrl.tuning.experiment.resources import (
     check_backends,
     check_resources,
-    may_move,
     resource_request,
     user_modules,
 )
 from sgrl.tuning.feed import Feed
+from sgrl.tuning.packs import PackRunner, check_packs, group_legs, slots_of
 from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
+from sgrl.tuning.recorded import check_config, write_config
 from sgrl.tuning.rounds import Leg
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
@@ -63,8 +63,6 @@ TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-# What a trial's numbers do not depend on may change from one start to the next.
-CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout", "callbacks"}
 
 
 def run_sweep(
@@ -172,7 +170,7 @@ def _check_trials(store: Store, experiment: Experiment, iterations: int | None) 
     """Refuse to change trials that have begun, or to end one before where it is."""
     for trial in experiment.trials:
         folder = store.sweep.trial(trial.name)
-        _check_config(folder, trial)
+        check_config(folder, trial)
         done = len(read_metrics(folder.metrics))
         if iterations is not None and done > iterations:
             raise SweepError(
@@ -251,7 +249,7 @@ def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Pa
             words = f"{package} is not what it was when the sweep was last started"
             console.print(words, soft_wrap=True, highlight=False)
         prepare_tracker(experiment.file.track, sweep)
-        moved = {t.name for t in experiment.trials if _write_config(folders[t.name], t)}
+        moved = {t.name for t in experiment.trials if write_config(folders[t.name], t)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
         monitor = SweepMonitor(store, progress, console)
 
@@ -260,7 +258,7 @@ def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Pa
             for trial in trials:
                 if trial.name not in progress:
                     folder = folders[trial.name] = sweep.trial(trial.name)
-                    _write_config(folder, trial)
+                    write_config(folder, trial)
                     progress[trial.name] = read_progress(sweep, trial)
                     if not folder.status.is_file():
                         folder.write_status(state="pending")
@@ -320,41 +318,6 @@ def at_most(experiment: Experiment) -> str:
     return "" if experiment.file.search is None else f" of at most {most}"
 
 
-def _check_config(folder: TrialFolder, trial: Trial) -> None:
-    """Refuse to change what a trial's first iterations were trained with.
-
-    The resolved backend and the threads count; the processes that it computes in may change.
-    """
-    if not folder.config.is_file():
-        return
-    before, config = folder.read_config(), trial.as_dict()
-    # A setting that is newer than the sweep was what it now is by default.
-    with contextlib.suppress(KeyError, TypeError):
-        before["model"] = with_defaults(as_recorded(before["model"]))
-        # Of older trials on GPUs, which left it to each process.
-        if before["model"].get("backend") == "auto":
-            before["model"]["backend"] = trial.config.model["backend"]
-    for key in sorted((before.keys() | config.keys()) - CHANGEABLE):
-        if before.get(key) != config.get(key):
-            if key == "config" and may_move(TrialConfig.from_dict(before), trial.config):
-                continue
-            experiment = SweepFolder(folder.path.parent).experiment
-            raise SweepError(
-                f"{display(folder.config)} says {key}: {before.get(key)}, {experiment.name} says "
-                f"{config.get(key)}: undo the change or start another sweep with --name"
-            )
-
-
-def _write_config(folder: TrialFolder, trial: Trial) -> bool:
-    """Write a trial's config.yaml; whether another one was there before, of other processes."""
-    before = folder.read_config() if folder.config.is_file() else {}
-    config = trial.as_dict()
-    if before != config:
-        folder.path.mkdir(exist_ok=True)
-        write_text(folder.config, dump_yaml(config))
-    return before.get("config", config["config"]) != config["config"]
-
-
 def _run_trials(
     store: Store,
     experiment: Experiment,
@@ -396,15 +359,21 @@ def _tune(
     waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(max(1, int(ray.cluster_resources()["CPU"])))}
     os.environ.update(TUNE_ENVIRONMENT | before | waiting)
 
-    def settings(leg: Leg) -> dict[str, Any]:
-        monitor.admit(leg.trial)
-        request = resource_request(leg.trial)
-        return {"trial": leg.trial.name, "until": leg.until, "request": request}
+    def settings(legs: list[Leg]) -> dict[str, Any]:
+        for leg in legs:
+            monitor.admit(leg.trial)
+        names, request = [leg.trial.name for leg in legs], resource_request(legs[0].trial)
+        return {"trials": names, "until": legs[0].until, "request": request}
 
-    feed = Feed(legs, course.next_legs, settings, limit if isinstance(limit, int) else None)
+    def packed(legs: list[Leg]) -> list[list[Leg]]:
+        return group_legs(legs, slots_of(experiment, ray.cluster_resources()))
+
+    most = limit if isinstance(limit, int) else None
+    feed = Feed(packed(legs), lambda: packed(course.next_legs()), settings, most)
+    runner = TrialRunner if experiment.file.pack is None else PackRunner
     try:
         tune.Tuner(
-            tune.with_resources(TrialRunner, lambda config: config["request"]),
+            tune.with_resources(runner, lambda config: config["request"]),
             param_space={
                 "sweep": store.location,
                 "tracker": experiment.file.track,
@@ -442,6 +411,7 @@ def _check_resources(experiment: Experiment, resuming: bool = False) -> None:
     present = ray.cluster_resources() if ray.is_initialized() else machine_resources()
     check_resources(experiment, present, resuming)
     check_backends(experiment)
+    check_packs(experiment)
 
 
 def _check_schedule(store: Store, experiment: Experiment) -> None:

@@ -1,4 +1,4 @@
-"""One trial: its folder, and the process that runs it.
+"""Trials: their folders, and the process that runs one.
 
 The state of a trial is in `<sweep>/<trial>/`: `config.yaml`, `metrics.csv`, `checkpoints/`,
 `status.json` and `provenance.json`. Whichever process was killed, a restarted trial continues from
@@ -13,6 +13,7 @@ import math
 import os
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -58,13 +59,12 @@ REPORT_SECONDS = 1.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class TrialRunner(tune.Trainable):
-    """Runs any RLlib Algorithm as the trial `config["trial"]` of the sweep in `config["sweep"]`.
+class TrialWork:
+    """All that training does with a trial's folder: its rows, checkpoints, status and notes.
 
-    Up to the iteration `config["until"]`, or the trial's last one: others decide on the rest.
-
-    The process is reused for one trial after the other. The algorithm is built in the first step,
-    not in setup, so that every failure is one of a step, which Tune retries.
+    Whatever trains is its `algorithm`, which has RLlib's `train`, `save_checkpoint`,
+    `load_checkpoint` and `stop`. It is built in the first step, not in setup, so that every failure
+    is one of a step, which Tune retries.
     """
 
     store: Store
@@ -76,8 +76,9 @@ class TrialRunner(tune.Trainable):
     tracking: Tracking | None = None
     hang: TextIO | None = None
 
-    def setup(self, config: dict) -> None:
-        self.sweep, self.name = config["sweep"], config["trial"]
+    def begin(self, name: str, config: dict) -> None:
+        """Take on a trial, by Tune's config of whatever runs it."""
+        self.sweep, self.name = config["sweep"], name
         self.tracker, self.wandb_mode = config["tracker"], config["wandb_mode"]
         self.rows: list[Row] = []
         self.notes: list[str] = []
@@ -88,44 +89,12 @@ class TrialRunner(tune.Trainable):
         self.parameters: int | None = None
         self.following = None
 
-    def reset_config(self, new_config: dict) -> bool:
-        self._release()
-        self.setup(new_config)
-        return True
-
-    def cleanup(self) -> None:
-        self._release()
-
-    def step(self) -> dict:
-        """Train for about a second, or to the trial's end, and report its progress.
-
-        Re-raises errors that may be transient: Tune then restarts the trial.
-        """
-        disk_full = False
-        try:
-            try:
-                if self.algorithm is None:
-                    self._start()
-                self._train()
-            except FloatingPointError as error:
-                self._write_error(error)
-                # Training again would only produce the same number.
-                self._finish("failed", first_line(error), diverged=True)
-            except Exception as error:
-                self._write_error(error)
-                if not self._fails_again(error):
-                    raise
-                reason = f"{first_line(error)} (again, after iteration {len(self.rows)}"
-                self._finish("failed", f"{reason}; {self.folder.error.name} says where)")
-        except BaseException as error:
-            self._release()
-            disk_full = is_disk_full(error)
-            if not disk_full:
-                raise
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the sweep's process is told of the trial."""
         return {
             "iteration": len(self.rows),
             "saved": self.saved,
-            "disk_full": disk_full,
             "score": score(self.rows),
             "seconds_per_iteration": seconds_per_iteration(self.rows),
             "notes": self.notes,
@@ -202,31 +171,34 @@ class TrialRunner(tune.Trainable):
             )
 
     def _build(self, config: TrialConfig) -> Any:
-        settings = build_algorithm_config(config)
-        # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
-        return settings.algo_class(config=settings, storage=self._storage)
+        """What trains."""
+        raise NotImplementedError(f"{type(self).__name__} must say what trains")
 
-    def _train(self) -> None:
-        config, deadline = self.trial.config, time.monotonic() + REPORT_SECONDS
-        stop = config.stop
-        while not (self._is_at_last_iteration() or stop.reached(self.rows)):
-            iteration, start = len(self.rows) + 1, time.perf_counter()
-            result = self._train_once()
-            row = metrics_row(result, iteration, time.perf_counter() - start)
-            if config.evaluate is not None:
-                row |= dict.fromkeys(EVALUATION_COLUMNS, math.nan)
-                row |= self.evaluation.columns(self.algorithm, iteration)
-            # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
-            # no checkpoint followed are cut off on restart.
-            append_row(self.folder.metrics, row)
-            self.rows.append(row)
-            self._follow("on_iteration", dict(row))
-            if iteration % config.checkpoint.every == 0:
-                self._checkpoint()
-            if time.monotonic() >= deadline:
-                break
+    def _iterate(self) -> None:
+        """Train for an iteration, and write down what it measured."""
+        config, iteration = self.trial.config, len(self.rows) + 1
+        result, seconds = self._train_once()
+        row = metrics_row(result, iteration, seconds)
+        if config.evaluate is not None:
+            row |= dict.fromkeys(EVALUATION_COLUMNS, math.nan)
+            row |= self.evaluation.columns(self.algorithm, iteration)
+        # The row comes before the checkpoint: a checkpoint never lacks a row, and rows that
+        # no checkpoint followed are cut off on restart.
+        append_row(self.folder.metrics, row)
+        self.rows.append(row)
+        self._follow("on_iteration", dict(row))
+        if iteration % config.checkpoint.every == 0:
+            self._checkpoint()
+
+    def _send(self) -> None:
         assert self.tracking is not None
         self.tracking.send(self.rows)
+
+    def _is_over(self) -> bool:
+        return self._is_at_last_iteration() or bool(self.trial.config.stop.reached(self.rows))
+
+    def _end_if_over(self) -> None:
+        stop = self.trial.config.stop
         reached = stop.reached(self.rows)
         if reached or self._is_at_last_iteration():
             self._checkpoint()
@@ -236,17 +208,36 @@ class TrialRunner(tune.Trainable):
     def _is_at_last_iteration(self) -> bool:
         return len(self.rows) >= self.last_iteration
 
-    def _train_once(self) -> dict:
-        """One iteration; a process in which it takes too long is ended."""
+    def _train_once(self) -> tuple[dict, float]:
+        """One iteration and its seconds; a process in which it takes too long is ended."""
+        start = time.perf_counter()
+        with self._watched():
+            result = self.algorithm.train()
+        return result, time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
         timeout = self.trial.config.iteration_timeout
         if self.hang is None or timeout is None:
-            return self.algorithm.train()
+            yield
+            return
         # The watchdog thread is written in C: it also ends a process that hangs outside Python.
         faulthandler.dump_traceback_later(timeout, file=self.hang, exit=True)
         try:
-            return self.algorithm.train()
+            yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _diverge(self, error: FloatingPointError) -> None:
+        """End the trial, whose loss or gradient is no longer finite."""
+        self._write_error(error)
+        # Training again would only produce the same number.
+        self._finish("failed", first_line(error), diverged=True)
+
+    def _give_up(self, error: Exception) -> None:
+        """End the trial with an error that came again."""
+        reason = f"{first_line(error)} (again, after iteration {len(self.rows)}"
+        self._finish("failed", f"{reason}; {self.folder.error.name} says where)")
 
     def _fails_again(self, error: Exception) -> bool:
         """Whether the error is the trial's own.
@@ -339,6 +330,67 @@ class TrialRunner(tune.Trainable):
                 self.folder.hang.unlink(missing_ok=True)
             if lock is not None:
                 lock.release()
+
+
+class TrialRunner(TrialWork, tune.Trainable):
+    """Runs any RLlib Algorithm as the only one of `config["trials"]` of `config["sweep"]`.
+
+    Up to the iteration `config["until"]`, or the trial's last one: others decide on the rest.
+
+    The process is reused for one trial after the other.
+    """
+
+    def setup(self, config: dict) -> None:
+        [name] = config["trials"]
+        self.begin(name, config)
+
+    def reset_config(self, new_config: dict) -> bool:
+        self._release()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._release()
+
+    def step(self) -> dict:
+        """Train for about a second, or to the trial's end, and report its progress.
+
+        Re-raises errors that may be transient: Tune then restarts the trial.
+        """
+        disk_full = False
+        try:
+            try:
+                if self.algorithm is None:
+                    self._start()
+                self._train()
+            except FloatingPointError as error:
+                self._diverge(error)
+            except Exception as error:
+                self._write_error(error)
+                if not self._fails_again(error):
+                    raise
+                self._give_up(error)
+        except BaseException as error:
+            self._release()
+            disk_full = is_disk_full(error)
+            if not disk_full:
+                raise
+        done = self.algorithm is None
+        return {"trials": {self.name: self.report}, "disk_full": disk_full, "done": done}
+
+    def _build(self, config: TrialConfig) -> Any:
+        settings = build_algorithm_config(config)
+        # Algorithm.__init__ without storage would leave a folder in ~/ray_results.
+        return settings.algo_class(config=settings, storage=self._storage)
+
+    def _train(self) -> None:
+        deadline = time.monotonic() + REPORT_SECONDS
+        while not self._is_over():
+            self._iterate()
+            if time.monotonic() >= deadline:
+                break
+        self._send()
+        self._end_if_over()
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def check_known(key: str, kind: str, name: Any, names: Sequence[str]) -> Any:
     return name
 
 
-def _check_concurrency(trials: Any) -> Any:
+def _check_count(trials: Any) -> Any:
     if trials != "auto" and type(trials) is not int:
         raise ValueError(f"expected auto or a whole number, got {trials!r}")
     if trials != "auto" and trials < 1:
@@ -168,6 +168,8 @@ class ExperimentFile(_Keys):
         iteration_timeout: seconds after which an iteration counts as hung; null is never.
         num_threads: torch threads of one trial.
         concurrency: trials at a time; auto is as many as fit.
+        pack: how many trials that differ in seed and numbers only are trained as one, on a GPU;
+            auto is as many as fill it; null is each by itself.
         track: where else the curves go: none, tensorboard, wandb or mlflow.
         callbacks: a class of your own that follows each trial, as in my_package:MyCallbacks.
     """
@@ -185,7 +187,8 @@ class ExperimentFile(_Keys):
     max_failures: Annotated[int, Field(ge=0)] = TrialConfig.max_failures
     iteration_timeout: Annotated[float, Field(gt=0, le=1e9)] | None = TrialConfig.iteration_timeout
     num_threads: Positive = TrialConfig.num_threads
-    concurrency: Annotated[int | str, BeforeValidator(_check_concurrency)] = "auto"
+    concurrency: Annotated[int | str, BeforeValidator(_check_count)] = "auto"
+    pack: Annotated[int | str, BeforeValidator(_check_count)] | None = None
     track: Annotated[
         str, BeforeValidator(lambda n: check_known("track", "tracker", n, TRACKERS))
     ] = "none"
@@ -197,7 +200,7 @@ class ExperimentFile(_Keys):
         for method in content["methods"].values():
             if method["config"] is None:
                 del method["config"]
-        for key in ("search", "schedule"):
+        for key in ("search", "schedule", "pack"):
             if content[key] is None:
                 del content[key]
         return content

@@ -275,7 +275,8 @@ def _complete(file: ExperimentFile) -> Iterator[Problem]:
     """
     for name, method in file.methods.items():
         try:
-            complete_model(name, method.model, (file.config, method.config))
+            configs, packed = (file.config, method.config), file.pack is not None
+            complete_model(name, method.model, configs, packed)
         except Problem as problem:
             method.model.clear()
             yield problem

@@ -16,7 +16,9 @@ ONE_POLICY = (
 )
 
 
-def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -> None:
+def complete_model(
+    method: str, model: dict[str, Any], configs: Sequence[Any], packed: bool = False
+) -> None:
     """Write into a model what it leaves to defaults, and the backend that `auto` stands for.
 
     A resumed sweep computes with what it was started with.
@@ -25,6 +27,7 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
         method: its name.
         model: changed in place.
         configs: the sections of AlgorithmConfig that apply to it.
+        packed: whether its trials are packed.
 
     Raises:
         Problem: there is no such policy.
@@ -48,10 +51,11 @@ def complete_model(method: str, model: dict[str, Any], configs: Sequence[Any]) -
     model.update(with_defaults(model))
     backend = model.get("backend")
     if backend == "auto":
-        model["backend"] = _automatic_backend(model, configs)
+        model["backend"] = _automatic_backend(model, configs, packed)
     elif isinstance(backend, dict) and isinstance(backend.get("grid"), list):
         backend["grid"] = [
-            _automatic_backend(model, configs) if b == "auto" else b for b in backend["grid"]
+            _automatic_backend(model, configs, packed) if b == "auto" else b
+            for b in backend["grid"]
         ]
 
 
@@ -78,17 +82,19 @@ def with_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, **{key: given[key] for key in given if key not in model}}
 
 
-def _automatic_backend(model: Mapping[str, Any], configs: Sequence[Any]) -> str:
+def _automatic_backend(model: Mapping[str, Any], configs: Sequence[Any], packed: bool) -> str:
     """What `backend: auto` stands for in a model; "auto" itself where only a trial can tell."""
     from sgrl.nn.kernels.backends import resolve_backend
     from sgrl.nn.registry import policy_class
 
     # Compiled code may not know what is new in a policy from elsewhere.
     on_gpus = asks_for_gpus(*configs)
+    if packed and on_gpus:
+        return "auto"  # Triton's kernels where there are any
     if on_gpus is None or not policy_class(model["policy"]).__module__.startswith("sgrl.nn."):
         return "auto"
     # Runners on CPUs compute as a learner on a GPU does.
-    compiled = not on_gpus and not model.get("shuffle_predictions")
+    compiled = not (on_gpus or packed or model.get("shuffle_predictions"))
     return resolve_backend("auto", compiled=compiled)
 
 
