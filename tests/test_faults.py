@@ -188,12 +188,13 @@ def test_failures_add_up_only_without_a_new_checkpoint_in_between(finished):
     progress = {trial.name: read_progress(SweepFolder(finished), trial)}
     monitor = SweepMonitor(Store(finished), progress, Console())
     metadata = SimpleNamespace(num_failures=0)
-    tune_trial = SimpleNamespace(config={"trial": trial.name}, run_metadata=metadata)
-    result = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}
-    result |= {"disk_full": False, "done": False}
+    tune_trial = SimpleNamespace(config={"trials": [trial.name]}, run_metadata=metadata)
+    report = {"iteration": 1, "score": score([]), "seconds_per_iteration": 1.0, "notes": []}
+    report |= {"done": False}
     for saved, failures in [(0, 2), (2, 0), (2, 2), (0, 2), (2, 2), (3, 0)]:
         metadata.num_failures = 2
-        monitor.on_trial_result(1, [], tune_trial, result | {"saved": saved})
+        reports = {trial.name: report | {"saved": saved}}
+        monitor.on_trial_result(1, [], tune_trial, {"trials": reports, "disk_full": False})
         assert metadata.num_failures == failures
 
 

@@ -33,7 +33,7 @@ from sgrl.results.runs import ResultsError, load_results
 from sgrl.results.status import Progress, read_progress, sweep_view
 from sgrl.tuning.experiment.load import load_experiment
 from sgrl.tuning.progress import write_summary
-from sgrl.tuning.sweep import _write_config
+from sgrl.tuning.recorded import write_config
 from sgrl.yaml_files import dump_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ stop: {training_iteration: 3}
 
 
 def write_trial(folder, trial):
-    _write_config(TrialFolder(folder), trial)
+    write_config(TrialFolder(folder), trial)
     (folder / "status.json").write_text('{"state": "completed"}')
     for iteration in (1, 2, 3):
         row = {"iteration": iteration, "env_steps": 20 * iteration, "iteration_seconds": 1.0}
