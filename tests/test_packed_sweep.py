@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sgprop": {"model": {"policy": "sparsenet", "mixing_weight": 0.8, **SPARSE}},
     "gru": {"model": {"policy": "gru", "hidden_size": 16}},
 }
+TUNE_CONFIGS = Path(__file__).parent.parent / "tune_configs"
 SECTIONS = {
     "environment": {
         "env": "labyrinth_escape",
@@ -213,6 +214,32 @@ def test_evaluation_stop_and_several_updates_an_iteration(tmp_path: Path) -> Non
     assert rows["eval_return"].notna().tolist() == [False, True, False, True][: len(rows)]
 
 
+def test_the_bandit_in_packs(tmp_path: Path) -> None:
+    """As by itself, evaluations on test images included, in float64."""
+    small = {"num_layers": 2, "num_neurons": 20, "num_parents": 3, "num_slots": 3}
+    model = {"policy": "sparse_mlp", "dtype": "float64", "backend": "torch", **small}
+    sections = load_experiment(TUNE_CONFIGS / "mnist_bandit.yaml").file.config
+    sections["training"] |= {"total_updates": 7, "total_iterations": 3}
+    sections["env_runners"] = {"num_envs_per_env_runner": 8}
+    apart = {"evaluation_duration": 60, "evaluation_config": {"num_envs_per_env_runner": 30}}
+    sections["evaluation"] |= apart
+    found = []
+    for pack in (None, 2):
+        experiment = make_experiment(
+            tmp_path / f"{pack}.yaml",
+            {"sgprop": {"model": model}},
+            config=sections,
+            pack=pack,
+            name=f"pack_{pack}",
+            stop={"training_iteration": 3},
+        )
+        found.append(run_sweep(experiment, tmp_path))
+    compare(found, 1e-9)
+    rows = pd.read_csv(found[1] / "sgprop_seed=1" / "metrics.csv")
+    assert rows["eval_reward"].notna().all()
+    assert "core hours" in sgrl("sweep", tmp_path / "2.yaml", "--dry-run")
+
+
 def test_which_trials_make_a_pack(tmp_path: Path) -> None:
     """Those that differ in seed and numbers only, as evenly as the slots let them."""
 
@@ -241,8 +268,11 @@ REFUSALS = {
     "num_env_runners is not for packs": {
         "config": {**SECTIONS, "env_runners": {"num_env_runners": 1}}
     },
-    "evaluation_interval is not for packs, evaluate: ": {
-        "config": {**SECTIONS, "evaluation": {"evaluation_interval": 1}}
+    "evaluation_duration must be a number of episodes in packs": {
+        "config": {
+            **SECTIONS,
+            "evaluation": {"evaluation_interval": 1, "evaluation_duration_unit": "timesteps"},
+        }
     },
     "predictor_optimizer scaled is not for packs": {
         "config": {**SECTIONS, "training": {"predictor_optimizer": "scaled"}}

@@ -267,6 +267,8 @@ def _pack_work(trial: TrialConfig, config: Any) -> Iterator[Work]:
     evaluations: list[tuple[Callable[[], object], int]] = []
     if trial.evaluate is not None:
         evaluations.append((lambda: _play(runs[0].policy, trial), trial.evaluate.every))
+    if config.evaluation_interval:
+        evaluations.append((runs[0].evaluate, config.evaluation_interval))
     yield Work(pack.train, updates / size, evaluations)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from sgrl.reinforce.update import UpdateSettings
 from sgrl.results.locations import open_store
 from sgrl.results.plan import ExperimentError, Problem, TrialConfig
 from sgrl.rllib.module import policy_arguments
+from sgrl.rllib.runner import EpisodeRunner
 from sgrl.tuning.experiment.load import Experiment
 from sgrl.tuning.experiment.method import asks_for_gpus
 from sgrl.tuning.experiment.resources import required_resources
@@ -110,10 +112,12 @@ def _refusal(trial: TrialConfig) -> str | None:
     if trial.algorithm != "Reinforce":
         return f"packs are for Reinforce, not for {trial.algorithm}"
     config = build_algorithm_config(trial)
-    for name in ("num_env_runners", "num_learners", "evaluation_interval"):
+    for name in ("num_env_runners", "num_learners", "evaluation_num_env_runners"):
         if getattr(config, name):
-            other = ", evaluate: {...} evaluates" if name == "evaluation_interval" else ""
-            return f"{name} is not for packs{other}"
+            return f"{name} is not for packs"
+    unit, duration = config.evaluation_duration_unit, config.evaluation_duration
+    if config.evaluation_interval and (unit, isinstance(duration, int)) != ("episodes", True):
+        return "evaluation_duration must be a number of episodes in packs"
     if config.predictor_optimizer != "adam":
         return f"predictor_optimizer {config.predictor_optimizer} is not for packs"
     for name in ("lr", "predictor_lr", "entropy_coeff"):
@@ -146,6 +150,7 @@ class PackedRun:
         self.device = device or ("cuda" if asks_for_gpus(trial.sections) else "cpu")
         self.environment = {"env": str(config.env), "env_config": dict(config.env_config)}
         self.group: _Group | None = None
+        self.evaluator: EpisodeRunner | None = None
         self.settings = RunSettings(
             trial.seed, config.lr, config.predictor_lr, UpdateSettings.of(config)
         )
@@ -202,6 +207,19 @@ class PackedRun:
             )
         return self.result
 
+    def evaluate(self) -> dict[str, float]:
+        """The column of RLlib's evaluation, where the iteration has one."""
+        config = self.config
+        if not config.evaluation_interval or self.iteration % config.evaluation_interval:
+            return {}
+        if self.evaluator is None:
+            apart = config.get_evaluation_config_object()
+            self.evaluator = EpisodeRunner(config=apart, worker_index=0, num_workers=0)
+        self.evaluator.module.policy.load_state_dict(self.policy.state_dict())
+        batches = self.evaluator.sample(num_episodes=config.evaluation_duration)
+        rewards = torch.cat([batch.rewards.double().sum(0) for batch in batches])
+        return {"eval_reward": rewards.mean().item()}
+
     def save_checkpoint(self, directory: str) -> None:
         """Write the policy, and what the run goes on from, as of the last iteration."""
         policy, state = self.policy, self.state
@@ -221,7 +239,9 @@ class PackedRun:
         self.state = {**numbers, "generator": generator, "tensors": tensors}
 
     def stop(self) -> None:
-        """Hold nothing."""
+        """Let its environments go."""
+        if self.evaluator is not None:
+            self.evaluator.env.close()
 
 
 class _Member(TrialWork):
@@ -283,7 +303,8 @@ class _Group:
             if member.algorithm is None:
                 continue
             run.iteration = len(member.rows) + 1
-            run.result = {"sgrl": mean_row(of_run), "seconds": seconds, "failed": has_failed}
+            row = mean_row(of_run) | ({} if has_failed else run.evaluate())
+            run.result = {"sgrl": row, "seconds": seconds, "failed": has_failed}
             try:
                 member._iterate()
             except FloatingPointError as error:
