@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from ray.rllib.algorithms import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.utils import update_target_network
 from ray.rllib.core.rl_module import RLModule
+from ray.rllib.models.torch.torch_distributions import TorchCategorical
 from ray.rllib.policy.sample_batch import MultiAgentBatch
 from sweeps import SPARSENET as SPARSE
 from sweeps import make_experiment, metrics_without_times, summary
@@ -27,6 +30,7 @@ from sgrl.results.rllib_metrics import metrics_row
 from sgrl.rllib import APPOConfig, IMPALAConfig, PPOConfig, register_environment
 from sgrl.rllib.learner import PolicyLearner
 from sgrl.rllib.settings import STOCK_IGNORES, setting_names
+from sgrl.rllib.stock import PPOLearner
 from sgrl.tuning.sweep import resume_sweep, run_sweep
 
 pytestmark = [
@@ -104,6 +108,47 @@ def schedules(algorithm: Algorithm) -> tuple[list[float], float]:
 SCHEDULES = ([[0, 1e-2], [640, 1e-5]], [[0, 0.1], [10_000, 0.0]])
 
 
+def test_ppo_measures_valid_steps_alone() -> None:
+    """Against formulas by hand, with a padded step that would change all of them."""
+    generator = torch.Generator().manual_seed(0)
+    before, now = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    actions = torch.randint(4, (2, 3), generator=generator)
+    values, targets = torch.randn(2, 2, 3, generator=generator)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    old, new = (logits.log_softmax(-1) for logits in (before, now))
+    chosen = [p.gather(-1, actions.unsqueeze(-1)).squeeze(-1) for p in (old, new)]
+    values[0, 2], targets[0, 2], now[0, 2] = 1e6, -1e6, torch.tensor([90.0, 0, 0, 0])
+    module = SimpleNamespace(
+        unwrapped=lambda: module,
+        get_exploration_action_dist_cls=lambda: TorchCategorical,
+        get_train_action_dist_cls=lambda: TorchCategorical,
+        compute_values=lambda batch, embeddings: embeddings,
+    )
+    learner = object.__new__(PPOLearner)
+    learner._module = {"module": module}
+    batch = {
+        Columns.ACTION_DIST_INPUTS: before,
+        Columns.ACTIONS: actions,
+        Columns.ACTION_LOGP: chosen[0],
+        Columns.LOSS_MASK: mask,
+        Columns.VALUE_TARGETS: targets,
+    }
+    outputs = {Columns.ACTION_DIST_INPUTS: now, Columns.EMBEDDINGS: values}
+    config = SimpleNamespace(clip_param=0.3, use_critic=True)
+    measured = learner._measured("module", config, batch, outputs)
+    ratio = (chosen[1] - chosen[0]).exp()[mask]
+    error = (targets - values)[mask]
+    expected = {
+        "kl": (old.exp() * (old - new)).sum(-1)[mask].mean(),
+        "clip_fraction": ((ratio < 0.7) | (ratio > 1.3)).double().mean(),
+        "value_loss": error.square().mean(),
+        "explained_variance": 1 - error.var(correction=0) / targets[mask].var(correction=0),
+    }
+    assert measured.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(measured[key], value)
+
+
 CASES = [("PPO", env) for env in TASKS] + [("APPO", env) for env in TASKS]
 CASES += [("IMPALA", "labyrinth_escape")]
 
@@ -121,7 +166,16 @@ def test_trains_saves_and_restores(name: str, env: str, tmp_path: Path) -> None:
     assert module.model_config["max_seq_len"] == TASKS[env][1] + 1
     before = policy_state(algorithm)
     while learner._weights_seq_no < 3:
-        row = metrics_row(algorithm.train(), algorithm.iteration, 0.0)
+        result = algorithm.train()
+        row = metrics_row(result, algorithm.iteration, 0.0)
+    of_rllib = result["learners"]["default_policy"]
+    assert row["value_loss"] >= 0
+    if name == "PPO":
+        assert row["value_loss"] == pytest.approx(of_rllib["vf_loss_unclipped"], rel=1e-5)
+        assert row["kl"] == pytest.approx(of_rllib["mean_kl_loss"], rel=1e-4, abs=1e-8)
+        assert 0 <= row["clip_fraction"] <= 1
+        assert row["explained_variance"] <= 1
+    assert ("kl" in row) == (name != "IMPALA")
     algorithm.stop()
     after = policy_state(algorithm)
     assert {key for key in before if torch.equal(before[key], after[key])} == {"core.parents"}

@@ -97,6 +97,26 @@ METRICS = {
         "The same of layer L alone (0, 1, ...), and likewise `_min`, `_p25`, `_median`, `_p75` and "
         "`_max`; where layers mix, except in a recurrent SparseNet.",
     ),
+    "value_loss": Column(
+        "value loss",
+        "Of PPO, APPO and IMPALA: mean squared error of the value head (APPO and IMPALA: half of "
+        "it), in the iteration's last minibatch.",
+    ),
+    "kl": Column(
+        "KL divergence",
+        "Of PPO and APPO: mean of KL(policy that acted, policy now) over the last minibatch's "
+        "steps, before its update.",
+    ),
+    "clip_fraction": Column(
+        "clip fraction",
+        "Of PPO: share of the last minibatch's steps whose probability ratio is outside of 1 -+ "
+        "clip_param.",
+    ),
+    "explained_variance": Column(
+        "explained variance",
+        "Of PPO: 1 - variance of (target - value) / variance of the value targets, over the last "
+        "minibatch's steps.",
+    ),
     "eval_success_rate": Column(
         "success rate in evaluation",
         "Success rate of the evaluation that the key `evaluate` asks for, actions sampled; empty "

@@ -1,9 +1,9 @@
 """metrics.csv: one row an iteration, in the same columns for every method and algorithm.
 
 Feed-forward networks under sgprop add columns for each layer, before the last one, and so do
-evaluations apart from training. A row is appended in one write, and the file is truncated to the
-iteration of the checkpoint that a trial continues from, so it has neither gaps nor duplicates,
-whichever process was killed.
+RLlib's own algorithms and evaluations apart from training. A row is appended in one write, and the
+file is truncated to the iteration of the checkpoint that a trial continues from, so it has neither
+gaps nor duplicates, whichever process was killed.
 
 Files from before there was `padded_env_steps` are read as if they had it (see `_old_counts`).
 """
@@ -29,9 +29,13 @@ EVALUATION_COLUMNS = (
     "eval_greedy_success_rate",
     "eval_greedy_return",
 )
+#: What RLlib's own algorithms add, there too.
+STOCK_COLUMNS = ("value_loss", "kl", "clip_fraction", "explained_variance")
 #: Columns that every file has.
 COLUMNS = tuple(
-    name for name in METRICS if name not in EVALUATION_COLUMNS and not name.startswith("layer")
+    name
+    for name in METRICS
+    if name not in (*EVALUATION_COLUMNS, *STOCK_COLUMNS) and not name.startswith("layer")
 )
 INTEGER_COLUMNS = ("iteration", "env_steps", "padded_env_steps", "episodes")
 #: Environments of Reinforce where its configuration leaves them unsaid.
@@ -79,11 +83,12 @@ class OldMetricsError(UserError):
 def columns_of(row: Mapping[str, float]) -> tuple[str, ...]:
     """Return the columns of the file that holds `row`.
 
-    These are `COLUMNS`, and those of its layers and of evaluations apart from training.
+    These are `COLUMNS`, and those of its layers, of RLlib's own algorithms and of evaluations apart
+    from training.
     """
     layers = tuple(name for name in row if is_of_layer(name))
-    evaluation = tuple(name for name in EVALUATION_COLUMNS if name in row)
-    return (*COLUMNS[:-1], *layers, *evaluation, COLUMNS[-1])
+    others = tuple(name for name in (*STOCK_COLUMNS, *EVALUATION_COLUMNS) if name in row)
+    return (*COLUMNS[:-1], *layers, *others, COLUMNS[-1])
 
 
 def is_taken(name: str) -> bool:

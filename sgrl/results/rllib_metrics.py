@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from sgrl.results.metrics import COLUMNS, Row, is_of_layer
+from sgrl.results.metrics import COLUMNS, STOCK_COLUMNS, Row, is_of_layer
 
 
 def metrics_row(result: Mapping, iteration: int, seconds: float, check: bool = True) -> Row:
@@ -29,7 +29,8 @@ def metrics_row(result: Mapping, iteration: int, seconds: float, check: bool = T
             raise FloatingPointError(f"{loss} is {row[loss]} at iteration {iteration}")
     row |= {"iteration": iteration, "iteration_seconds": seconds}
     layers = {name: row[name] for name in sorted(filter(is_of_layer, row), key=_layer_order)}
-    return {column: row.get(column, math.nan) for column in COLUMNS} | layers
+    stock = {name: row[name] for name in STOCK_COLUMNS if name in row}
+    return {column: row.get(column, math.nan) for column in COLUMNS} | layers | stock
 
 
 def _layer_order(column: str) -> tuple[int, int]:
@@ -56,6 +57,8 @@ def _rllib_columns(result: Mapping, iteration: int) -> Row:
         "episode_length_mean": runners.get("episode_len_mean"),
         "policy_loss": learner.get("policy_loss", learner.get("mean_pi_loss")),
         "total_loss": learner.get("total_loss"),
+        "value_loss": learner.get("mean_vf_loss", learner.get("vf_loss")),
+        "kl": learner.get("mean_kl_loss"),
         "entropy": learner.get("entropy"),
         "grad_norm": learner.get(
             "gradients_policy_global_norm", learner.get("gradients_default_optimizer_global_norm")

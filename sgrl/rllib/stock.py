@@ -34,10 +34,12 @@ from ray.rllib.algorithms.appo.torch.appo_torch_learner import APPOTorchLearner
 from ray.rllib.algorithms.impala.torch.impala_torch_learner import IMPALATorchLearner
 from ray.rllib.algorithms.ppo.ppo_torch_policy import PPOTorchPolicy
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.core.columns import Columns
 from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.policy import Policy as OldPolicy
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sgrl.envs.guard import get_state as get_env_state
@@ -307,7 +309,46 @@ def episode_length(env: Any, env_config: Mapping[str, Any]) -> int | None:
 
 
 class PPOLearner(PolicyLearner, PPOTorchLearner):
-    """PPO's learner with an optimizer for the predictors."""
+    """PPO's learner with an optimizer for the predictors, and measures of valid steps alone."""
+
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Tensor]
+    ) -> Tensor:
+        """Return RLlib's loss, and log under "sgrl" what it does not measure, or with padding."""
+        loss = super().compute_loss_for_module(
+            module_id=module_id, config=config, batch=batch, fwd_out=fwd_out
+        )
+        with torch.no_grad():
+            measured = self._measured(module_id, config, batch, fwd_out)
+        self.metrics.log_dict(measured, key=(module_id, "sgrl"), window=1)
+        return loss
+
+    def _measured(
+        self, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        module = self.module[module_id].unwrapped()
+        before, now = (
+            kind.from_logits(outputs[Columns.ACTION_DIST_INPUTS])
+            for kind, outputs in (
+                (module.get_exploration_action_dist_cls(), batch),
+                (module.get_train_action_dist_cls(), fwd_out),
+            )
+        )
+        log_ratio = now.logp(batch[Columns.ACTIONS]) - batch[Columns.ACTION_LOGP]
+        mask = batch.get(Columns.LOSS_MASK, torch.ones_like(log_ratio)).bool()
+        clipped = (log_ratio[mask].exp() - 1).abs() > config.clip_param
+        measured = {
+            "kl": before.kl(now)[mask].mean(),
+            "clip_fraction": clipped.double().mean(),
+        }
+        if config.use_critic:
+            values = module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS))
+            targets = batch[Columns.VALUE_TARGETS][mask]
+            error, spread = targets - values[mask], targets.var(correction=0)
+            measured["value_loss"] = error.square().mean()
+            explained = 1 - error.var(correction=0) / spread
+            measured["explained_variance"] = torch.where(spread > 0, explained, torch.nan)
+        return measured
 
 
 class APPOLearner(PolicyLearner, APPOTorchLearner):
