@@ -545,6 +545,7 @@ def test_the_experiments_shipped():
         *MIXING_RULE_STUDIES,
         *PLACEBOS,
         *NOISY_NEURONS,
+        "predictor_contest",
     }
 
 
@@ -562,6 +563,22 @@ def test_shipped_experiment(path):
         seeds = len(experiment.resolved["seeds"])
         amounts = [trial.config.model["neuron_noise"] for trial in experiment.trials]
         assert amounts == [a for a in (0.0, 0.05, 0.1, 0.2, 0.5) for _ in range(seeds)] * 2
+    elif path.stem == "predictor_contest":
+        optimizers = {
+            trial.method: (
+                trial.config.sections["training"].get("predictor_optimizer", "adam"),
+                trial.config.model.get("mixing_rule") if trial.method != "backprop" else None,
+            )
+            for trial in experiment.trials
+        }
+        assert optimizers == {
+            "backprop": ("adam", None),
+            "published": ("adam", "published"),
+            "scaled": ("scaled", "running_episodes"),
+            "averaged": ("averaged", "running_episodes"),
+            "least_squares": ("least_squares", "running_episodes"),
+            "least_squares_halfway": ("least_squares", "halfway"),
+        }
     elif "mnist" not in path.stem:
         assert set(experiment.resolved["methods"]) == set(METHODS)
 
