@@ -1,5 +1,6 @@
 """Sweeps whose trials are packed: each keeps its own folder, and numbers that no pack changes."""
 
+import ctypes
 import json
 import re
 import shutil
@@ -171,6 +172,37 @@ def test_a_process_that_dies_comes_back(
     again = run_sweep(packed(tmp_path / "small.yaml"), tmp_path)
     assert len(list(again.glob("died_*"))) > 2
     assert metrics_without_times(again) == metrics_without_times(finished)
+
+
+def test_a_pack_that_hangs_is_started_again(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Hanging(PackRunner):
+        def _start(self) -> None:
+            super()._start()
+            assert self.groups is not None
+            pack = self.groups[0].pack
+            hung, train = Path(self.members[0].sweep) / "hung", pack.train
+
+            def once() -> list[dict[str, float]]:
+                if not hung.exists() and pack.batches == 3:
+                    hung.touch()
+                    ctypes.PyDLL(None).sleep(600)  # outside Python, and with its lock
+                return train()
+
+            pack.train = once  # type: ignore[method-assign]
+
+    monkeypatch.setattr(sweep, "PackRunner", Hanging)
+    experiment = packed(tmp_path / "small.yaml", pack=4, iteration_timeout=4)
+    again = run_sweep(experiment, tmp_path)
+    assert metrics_without_times(again) == metrics_without_times(finished)
+    assert re.search(
+        r"seed=1 is started again after an iteration of more than 4 s \(\S+seed=0/hung\.txt says",
+        capsys.readouterr().out,
+    )
 
 
 def test_a_trial_that_diverges_leaves_the_others_alone(finished: Path, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ class _Group:
         start, pack, config = time.perf_counter(), self.pack, self.runs[0].config
         end = last_update(pack.batches, config.total_updates, config.total_iterations)
         rows: list[list[dict[str, float]]] = [[] for _ in self.runs]
-        with self.members[0]._watched():
+        with self.running()[0]._watched():
             while pack.batches < end:
                 for of_run, row in zip(rows, pack.train(), strict=True):
                     of_run.append(row)

@@ -133,7 +133,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         for name in self._running(trial):
             self.trials[name].state = "pending"
             if not self._is_disk_full(trial):
-                reason = self._reason(trial, f"{self.store}/{name}/")
+                reason = self._reason(trial, name, whole=True)
                 self._say(f"{name} is started again after {reason}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -150,7 +150,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         row, notes = self.trials[name], list[str]()
         following = Following(row.trial, folder.path, notes)
         following.call("on_trial_end", row.iteration, "failed")
-        folder.write_status(state="failed", reason=self._reason(trial), notes=notes)
+        folder.write_status(state="failed", reason=self._reason(trial, name), notes=notes)
         self.store.push(folder.status, *([folder.error] if folder.error.is_file() else []))
         self._end(self.trials[name].trial)
 
@@ -184,19 +184,25 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         self.disk_full |= error is not None and is_disk_full(error)
         return self.disk_full
 
-    def _reason(self, trial: Any, place: str = "") -> str:
-        """Why a trial's process ended, in one line that names files after `place`."""
-        first = trial.config["trials"][0]  # the process writes down there where it hung
-        config, folder = self.trials[first].trial.config, self.sweep.trial(first)
-        if folder.hang.is_file() and folder.hang.stat().st_size:
-            where = f"{place}{folder.hang.name} says where it hung"
-            return f"an iteration of more than {config.iteration_timeout:g} s ({where})"
+    def _reason(self, trial: Any, name: str, whole: bool = False) -> str:
+        """Why the process of a trial ended, in one line; `whole`: with whole paths of files."""
+        place = f"{self.store}/{name}/" if whole else ""
+        for other in self._running(trial):  # one of the pack writes down where it hung
+            hang = self.sweep.trial(other).hang
+            if hang.is_file() and hang.stat().st_size:
+                timeout = self.trials[other].trial.config.iteration_timeout
+                where = place if other == name else f"{self.store}/{other}/"
+                return (
+                    f"an iteration of more than {timeout:g} s "
+                    f"({where}{hang.name} says where it hung)"
+                )
         error = _error(trial)
         if error is None:
             return f"an error that {self.store}/{self.sweep.log.name} holds"
+        file = self.sweep.trial(name).error
         # Raised by the trial, which then wrote it down; or its process was lost.
-        said = isinstance(error, RayTaskError) and folder.error.is_file()
-        return f"{first_line(error)}{f' ({place}{folder.error.name} says where)' if said else ''}"
+        said = isinstance(error, RayTaskError) and file.is_file()
+        return f"{first_line(error)}{f' ({place}{file.name} says where)' if said else ''}"
 
     def admit(self, trial: Trial) -> None:
         """Show a trial as one that waits."""
