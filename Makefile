@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: quickstart test check docs tutorials study chaos bench asan dist test-dist clean
+.PHONY: quickstart test check docs tutorials study chaos thousands bench asan dist test-dist clean
 
 quickstart: .venv/installed
 	@$(BIN)/python examples/quickstart.py
@@ -35,12 +35,17 @@ build/tutorials/%.ipynb: docs/tutorials/%.ipynb .venv/installed-for-tests
 
 # The studies behind the published figures: hours on two cores.
 study: .venv/installed-for-tests
-	$(BIN)/python -m pytest -m slow -s --ignore=tests/test_chaos.py --ignore=tests/test_wheel.py
+	$(BIN)/python -m pytest -m slow -s --ignore=tests/test_chaos.py --ignore=tests/test_thousands.py --ignore=tests/test_wheel.py
 
 # Sweeps under a random killer on a cluster of three nodes, ten kills of the driver, 500 trials, and
 # how busy the slots are: half an hour on two cores, a report at the end.
 chaos: .venv/installed-for-tests
 	$(BIN)/python -m pytest -m slow -q -s tests/test_chaos.py
+
+# Ten thousand trials, and fifty nodes that come and go, with a report at the end: half an hour or so
+# on two cores and 16 GB that have nothing else to do. SGRL_TRIALS and SGRL_NODES make it smaller.
+thousands: .venv/installed-for-tests
+	$(BIN)/python -m pytest -m slow -q -s tests/test_thousands.py
 
 # The compiled core under the address sanitizer, which also watches the gaps between its arrays. It
 # finds how to throw, as torch does where a test wants an error, in a C++ library that is there first.

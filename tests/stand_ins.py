@@ -1,6 +1,8 @@
 """Trials that train for no time, in sweeps where it matters which ones are trained.
 
-As a script: `stand_ins.py sweep CONFIG RESULTS` or `stand_ins.py resume DIRECTORY`.
+As a script, `stand_ins.py sweep CONFIG RESULTS` or `stand_ins.py resume DIRECTORY`, on the cluster
+at RAY_ADDRESS or a Ray of its own. SGRL_STAND_IN_SECONDS is what an iteration takes; each adds the
+time of its end, a line, to the file SGRL_STAND_IN_LOG.
 """
 
 import contextlib
@@ -83,7 +85,7 @@ def stand_in_class():
     return StandIn
 
 
-def stand_in_runner(seconds=0.0):
+def stand_in_runner(seconds=0.0, log=None):
     """Return the trials that train it."""
     algorithm = stand_in_class()
 
@@ -91,6 +93,13 @@ def stand_in_runner(seconds=0.0):
         def _build(self, config):
             self.parameters = 1
             return algorithm(config, seconds)
+
+        def _train_once(self):
+            done = super()._train_once()
+            if log is not None:
+                with Path(log).open("a") as file:
+                    file.write(f"{time.time():.6f}\n")
+            return done
 
     return StandInRunner
 
@@ -102,10 +111,11 @@ def success_rates(trial):
     return [algorithm.train()["sgrl"]["success_rate"] for _ in iterations]
 
 
-def start(*words):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+def start(*words, output=None, **more):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")} | more
     script = Path(__file__)
-    return subprocess.Popen([sys.executable, script, *map(str, words)], env=environment)
+    words = [sys.executable, script, *map(str, words)]
+    return subprocess.Popen(words, env=environment, stdout=output, stderr=output)
 
 
 def under_kills(config, folder, name, rows):
@@ -129,9 +139,11 @@ def under_kills(config, folder, name, rows):
 
 
 if __name__ == "__main__":
-    sweep.TrialRunner = stand_in_runner(seconds=0.02)
+    seconds = float(os.environ.get("SGRL_STAND_IN_SECONDS", "0.02"))
+    sweep.TrialRunner = stand_in_runner(seconds, os.environ.get("SGRL_STAND_IN_LOG"))
     what, where, *results = sys.argv[1:]
-    with contextlib.suppress(KeyboardInterrupt), local_ray():
+    own_ray = contextlib.nullcontext() if "RAY_ADDRESS" in os.environ else local_ray()
+    with contextlib.suppress(KeyboardInterrupt), own_ray:
         if what == "sweep":
             sweep.run_sweep(load_experiment(where), *results)
         else:

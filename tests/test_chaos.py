@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from sweeps import METHODS, SPARSE, make_experiment, metrics_without_times, summ
 
 from sgrl.results.metrics import count_rows, read_metrics
 from sgrl.results.storage import Store
-from sgrl.tuning import sweep
+from sgrl.tuning import feed, fits, sweep
 from sgrl.tuning.sweep import failed_trials, is_sweep, resume_sweep, run_sweep
 from sgrl.tuning.trial import TrialRunner
 
@@ -219,7 +220,13 @@ def run_many_trials(tmp_path, monkeypatch, count, slots):
 
 
 def test_many_short_trials(tmp_path, ray_session, monkeypatch):
+    """In three fits of Tune's, one after the other."""
+    monkeypatch.setattr(feed, "FIT_PACKS", 15)
+    monkeypatch.setattr(feed, "FIT_PACKS_EACH", 1)
+    fit = mock.Mock(side_effect=fits._fit)
+    monkeypatch.setattr(fits, "_fit", fit)
     print(run_many_trials(tmp_path, monkeypatch, 40, slots=2))
+    assert fit.call_count == 3
 
 
 # The long ones: `make chaos` -------------------------------------------------------------------

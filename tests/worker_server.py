@@ -47,19 +47,10 @@ ALONE = ("RAY_ADDRESS", ADDRESS)
 def local_ray() -> Iterator[None]:
     """A Ray whose workers are forked; its processors are only a count."""
     import ray
-    from ray._private import parameter
 
-    script = str(Path(__file__).with_name("forked_worker.py"))
-    changes = {
-        "setup_worker_path": script,
-        "worker_path": script,
-        # Nothing reads what these would write.
-        "include_log_monitor": False,
-        "no_monitor": True,
-    }
     # To count what callbacks are used, Ray would import all trackers that are installed.
     with worker_server(), mock.patch("ray.air._internal.usage.tag_callbacks"):
-        with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **changes)):
+        with forked_workers():
             ray.init(
                 "local",
                 num_cpus=4,
@@ -73,6 +64,21 @@ def local_ray() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def forked_workers() -> Any:
+    """The workers of nodes that this process starts meanwhile are forked, by `worker_server`."""
+    from ray._private import parameter
+
+    script = str(Path(__file__).with_name("forked_worker.py"))
+    changes = {
+        "setup_worker_path": script,
+        "worker_path": script,
+        # Nothing reads what these would write.
+        "include_log_monitor": False,
+        "no_monitor": True,
+    }
+    return mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **changes))
 
 
 @contextlib.contextmanager

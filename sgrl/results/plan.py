@@ -220,6 +220,11 @@ class Trial:
         """The seed of everything random in it."""
         return self.config.seed
 
+    @property
+    def point(self) -> str:
+        """The name of its point: trials that share it differ in nothing but their seeds."""
+        return self.name.removesuffix(f"_seed={self.seed}")
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Trial":
         """Return the trial that a config.yaml describes."""

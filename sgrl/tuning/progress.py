@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -62,6 +63,32 @@ def write_summary(sweep: SweepFolder, progress: Iterable[Progress]) -> None:
 
 #: Between two lines about the sweep if stdout is not a terminal.
 LINE_SECONDS = 20.0
+#: Of the time, what showing the trials and writing their summary may each take, at most: of
+#: thousands both take a while.
+SHARE = 0.05
+
+
+class _Pace:
+    """Says when it is time again for what is done now and then, and takes a while.
+
+    Args:
+        seconds: from one time to the next, at least.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.next = seconds, 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.next
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Take the time of what is done; it takes a `SHARE` of all of it at most."""
+        start = time.monotonic()
+        yield
+        end = time.monotonic()
+        self.next = end + max(self.seconds, (end - start) / SHARE)
 
 
 class SweepMonitor(tune.Callback, tune.Stopper):
@@ -85,8 +112,10 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         self.said: set[str] = set()
         self.console = console
         self.live: Live | None = None
+        self.interrupted = False
         self.started = time.monotonic()
-        self.next_refresh = 0.0
+        self.refresh, self.summary = _Pace(seconds=0.5), _Pace()
+        self.unwritten = False
         self.next_line = self.started + LINE_SECONDS
 
     @contextlib.contextmanager
@@ -102,6 +131,18 @@ class SweepMonitor(tune.Callback, tune.Stopper):
     def __rich_console__(self, console: Console, options: Any) -> Iterator[RenderableType]:
         rows, seconds = list(self.trials.values()), time.monotonic() - self.started
         yield sweep_view(rows, self.sweep.name, console.height, seconds)
+
+    def setup(self, *arguments: Any, **info: Any) -> None:
+        """Take note of Ctrl-C, which Tune has just prepared to end its fit by."""
+        tunes = signal.getsignal(signal.SIGINT)
+
+        def interrupt(number: int, frame: Any) -> None:
+            self.interrupted = True
+            if callable(tunes):
+                tunes(number, frame)
+
+        if callable(tunes) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         for name in trial.config["trials"]:
@@ -167,9 +208,11 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         return self.disk_full
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        if self.live is not None and time.monotonic() >= self.next_refresh:
-            self.live.refresh()
-            self.next_refresh = time.monotonic() + 0.5
+        if self.unwritten:
+            self._summarize()
+        if self.live is not None and self.refresh.is_due():
+            with self.refresh.kept():
+                self.live.refresh()
         if self.live is None and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + LINE_SECONDS
             line = progress_line(list(self.trials.values()), time.monotonic() - self.started)
@@ -229,8 +272,7 @@ class SweepMonitor(tune.Callback, tune.Stopper):
         if folder.read_status().get("state") == "failed":
             self.store.pull(folder.error)
         row = self.trials[trial.name] = read_progress(self.sweep, trial)
-        # Written each time: a sweep that is killed later has its table of what ended before.
-        write_summary(self.sweep, self.trials.values())
+        self._summarize()
         if row.is_over and (self.live is None or row.state == "failed"):
             over = sum(row.is_over for row in self.trials.values())
             line = f"[{over}/{len(self.trials)}] {trial.name} {row.state}"
@@ -239,6 +281,13 @@ class SweepMonitor(tune.Callback, tune.Stopper):
             if row.state == "failed":
                 detail = f"{row.reason}; see {self.store}/{row.details}"
             self._say(f"{line} at iteration {row.iteration}" + (f", {detail}" if detail else ""))
+
+    def _summarize(self) -> None:
+        """Write the summary, if it is time: killed later, a sweep has that of what ended before."""
+        self.unwritten = not self.summary.is_due()
+        if not self.unwritten:
+            with self.summary.kept():
+                write_summary(self.sweep, self.trials.values())
 
     def _say(self, line: str) -> None:
         if line not in self.said:

@@ -15,18 +15,23 @@ from sgrl.yaml_files import dump_yaml
 CHANGEABLE = {"stop", "checkpoint", "max_failures", "iteration_timeout", "callbacks"}
 
 
-def check_config(folder: TrialFolder, trial: Trial) -> None:
+def check_config(folder: TrialFolder, trial: Trial) -> bool:
     """Refuse to change what a trial's first iterations were trained with.
 
     The resolved backend and the threads count; the processes that it computes in may change, and
     what it is packed with, if anything.
 
+    Returns:
+        Whether the file says just that already.
+
     Raises:
         SweepError: something else has changed.
     """
     if not folder.config.is_file():
-        return
+        return False
     before, config = folder.read_config(), trial.as_dict()
+    if before == config:
+        return True
     # A setting that is newer than the sweep was what it now is by default.
     with contextlib.suppress(KeyError, TypeError):
         before["model"] = with_defaults(as_recorded(before["model"]))
@@ -43,6 +48,7 @@ def check_config(folder: TrialFolder, trial: Trial) -> None:
                 f"{display(folder.config)} says {key}: {before.get(key)}, {experiment.name} says "
                 f"{config.get(key)}: undo the change or start another sweep with --name"
             )
+    return False
 
 
 def write_config(folder: TrialFolder, trial: Trial) -> bool:

@@ -11,14 +11,11 @@ checkpoint and yields exactly the numbers of an uninterrupted one.
 
 import contextlib
 import os
-import shutil
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
 
 from sgrl.bars import progress_bar
 from sgrl.commands import command
@@ -49,6 +46,7 @@ from sgrl.tuning.experiment.resources import (
     user_modules,
 )
 from sgrl.tuning.feed import Feed
+from sgrl.tuning.fits import run_fits
 from sgrl.tuning.packs import PackRunner, check_packs, group_legs, slots_of
 from sgrl.tuning.progress import SweepMonitor, quiet, write_summary
 from sgrl.tuning.recorded import check_config, write_config
@@ -56,13 +54,6 @@ from sgrl.tuning.rounds import Leg
 from sgrl.tuning.tracking import check_tracker, how_to_look, prepare_tracker
 from sgrl.tuning.trial import TrialRunner, is_disk_full
 from sgrl.yaml_files import dump_yaml
-
-# Set for Tune unless the user has: it says less and writes less.
-TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 def run_sweep(
@@ -122,14 +113,14 @@ def resume_sweep(
         experiment = extend_experiment(
             store.sweep.experiment, *extension, concurrency=concurrency, begun=True
         )
-        _check_trials(store, experiment, iterations)
+        written = _check_trials(store, experiment, iterations)
         _check_selection(store, experiment, selection)
         check_tracker(experiment.file.track, store.location)
         _check_resources(experiment, resuming=True)
         _prepare_environments(experiment)
         if additions or {iterations, track, concurrency} != {None}:
             write_text(store.sweep.experiment, dump_yaml(experiment.resolved))
-        return _run(store, experiment, selection)
+        return _run(store, experiment, selection, written)
 
 
 def resume_plan(
@@ -166,17 +157,24 @@ def _check_selection(store: Store, experiment: Experiment, selection: Selection)
     selection.check((trial.config.method, trial.config.seed) for trial in experiment.trials)
 
 
-def _check_trials(store: Store, experiment: Experiment, iterations: int | None) -> None:
-    """Refuse to change trials that have begun, or to end one before where it is."""
+def _check_trials(store: Store, experiment: Experiment, iterations: int | None) -> set[str]:
+    """Refuse to change trials that have begun, or to end one before where it is.
+
+    Returns:
+        The names of the trials whose config.yaml is what it is to be.
+    """
+    written = set()
     for trial in experiment.trials:
         folder = store.sweep.trial(trial.name)
-        check_config(folder, trial)
+        if check_config(folder, trial):
+            written.add(trial.name)
         done = len(read_metrics(folder.metrics))
         if iterations is not None and done > iterations:
             raise SweepError(
                 f"{store}: {trial.name} has trained for {done} iterations already: "
                 f"--iterations must be at least {done}"
             )
+    return written
 
 
 def failed_trials(directory: str | Path) -> list[str]:
@@ -232,7 +230,7 @@ def _prepare_environments(experiment: Experiment) -> None:
     """Fetch what the trials' environments need, so that no trial has to."""
     sections = {
         dump_yaml(section): section
-        for section in (trial.config.sections["environment"] for trial in experiment.examples)
+        for section in (t.config.sections["environment"] for t in experiment.first_examples)
     }
     for section in sections.values():
         if section["env"] in ENVIRONMENTS:
@@ -240,7 +238,13 @@ def _prepare_environments(experiment: Experiment) -> None:
                 prepare(section["env"], section.get("env_config"), report)
 
 
-def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Path:
+def _run(
+    store: Store,
+    experiment: Experiment,
+    selection: Selection = ALL,
+    written: Container[str] = (),
+) -> Path:
+    """Run the trials of a selection; those `written` have their config.yaml."""
     sweep = store.sweep
     folders = {trial.name: sweep.trial(trial.name) for trial in experiment.trials}
     with quiet(sweep.log) as console:
@@ -249,7 +253,8 @@ def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Pa
             words = f"{package} is not what it was when the sweep was last started"
             console.print(words, soft_wrap=True, highlight=False)
         prepare_tracker(experiment.file.track, sweep)
-        moved = {t.name for t in experiment.trials if write_config(folders[t.name], t)}
+        to_write = [trial for trial in experiment.trials if trial.name not in written]
+        moved = {trial.name for trial in to_write if write_config(folders[trial.name], trial)}
         progress = {t.name: read_progress(sweep, t) for t in experiment.trials}
         monitor = SweepMonitor(store, progress, console)
 
@@ -269,7 +274,9 @@ def _run(store: Store, experiment: Experiment, selection: Selection = ALL) -> Pa
         todo = [leg.trial for leg in legs]
         for name in (trial.name for trial in todo):
             progress[name].state = "pending"
-            folders[name].write_status(state="pending")
+            # Of thousands most were so before: writing it again would take longer than to start.
+            if folders[name].read_status() != {"state": "pending"}:
+                folders[name].write_status(state="pending")
         going_on = [trial for trial in todo if trial.name in moved]
         if going_on:
             like = "the same numbers, up to rounding"
@@ -326,16 +333,12 @@ def _run_trials(
     monitor: SweepMonitor,
 ) -> None:
     started_ray = not ray.is_initialized()
-    interrupt = signal.getsignal(signal.SIGINT)
     start_ray(experiment)
     try:
         check_visible(store)
         check_modules(experiment)
         _tune(store, experiment, course, legs, monitor)
     finally:
-        # Tune leaves its own handler behind, which would swallow the next Ctrl-C.
-        with contextlib.suppress(ValueError, TypeError):
-            signal.signal(signal.SIGINT, interrupt)
         if started_ray:
             ray.shutdown()
     if monitor.disk_full:
@@ -349,21 +352,17 @@ def _tune(
     legs: list[Leg],
     monitor: SweepMonitor,
 ) -> None:
-    # Tune keeps notes of its own, which nothing reads.
-    scratch = store.sweep.scratch
-    shutil.rmtree(scratch, ignore_errors=True)
     limit = experiment.file.concurrency
-    # A Tuner of the user's own, later in this process, is to write its files.
-    before = {name: value for name, value in os.environ.items() if name.startswith("TUNE_")}
-    # As many trials wait beside the running ones as can run: enough to hand over every process.
-    waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(max(1, int(ray.cluster_resources()["CPU"])))}
-    os.environ.update(TUNE_ENVIRONMENT | before | waiting)
+    requests: dict[str, Any] = {}
 
     def settings(legs: list[Leg]) -> dict[str, Any]:
         for leg in legs:
             monitor.admit(leg.trial)
-        names, request = [leg.trial.name for leg in legs], resource_request(legs[0].trial)
-        return {"trials": names, "until": legs[0].until, "request": request}
+        first = legs[0].trial
+        if first.point not in requests:
+            requests[first.point] = resource_request(first)
+        names = [leg.trial.name for leg in legs]
+        return {"trials": names, "until": legs[0].until, "request": requests[first.point]}
 
     def packed(legs: list[Leg]) -> list[list[Leg]]:
         return group_legs(legs, slots_of(experiment, ray.cluster_resources()))
@@ -371,35 +370,7 @@ def _tune(
     most = limit if isinstance(limit, int) else None
     feed = Feed(packed(legs), lambda: packed(course.next_legs()), settings, most)
     runner = TrialRunner if experiment.file.pack is None else PackRunner
-    try:
-        tune.Tuner(
-            tune.with_resources(runner, lambda config: config["request"]),
-            param_space={
-                "sweep": store.location,
-                "tracker": experiment.file.track,
-                "wandb_mode": os.environ.get("WANDB_MODE"),
-            },
-            tune_config=tune.TuneConfig(
-                search_alg=feed,
-                num_samples=-1,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=str(scratch),
-                failure_config=tune.FailureConfig(max_failures=experiment.file.max_failures),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[monitor],
-                stop=monitor,
-                verbose=0,
-            ),
-        ).fit()
-    finally:
-        for name in {*TUNE_ENVIRONMENT, *waiting} - set(before):
-            del os.environ[name]
-        os.environ.update(before)
-        shutil.rmtree(scratch, ignore_errors=True)
+    run_fits(store, experiment, runner, feed, monitor)
     if feed.error is not None:
         raise feed.error
 

@@ -8,6 +8,7 @@ Ray is imported but never started.
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,14 @@ class Experiment:
     file: ExperimentFile
     trials: list[Trial]
     examples: list[Trial]
+
+    @property
+    def first_examples(self) -> list[Trial]:
+        """Of the examples that differ in nothing but their seeds, the first ones."""
+        first: dict[str, Trial] = {}
+        for trial in self.examples:
+            first.setdefault(trial.point, trial)
+        return list(first.values())
 
     @property
     def name(self) -> str:
@@ -306,9 +315,8 @@ def _point_problems(
 
 def _trial_problems(file: ExperimentFile, trials: Sequence[Trial]) -> Iterator[Problem]:
     """What is wrong with the trials as a whole."""
-    names = [trial.name for trial in trials]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(trial.name for trial in trials).items():
+        if count > 1:
             yield Problem("methods", f"two trials would share the folder {name!r}")
         if len(name) > 200:
             yield Problem("methods", f"the trial name {name[:40]!r}... is too long for a folder")

@@ -60,7 +60,7 @@ def check_resources(
     Raises:
         ExperimentError: one does.
     """
-    for trial in experiment.examples:
+    for trial in experiment.first_examples:
         for resource, needed in required_resources(trial).items():
             present = available.get(resource, 0.0)
             if needed > present:
