@@ -236,7 +236,7 @@ def test_claims_are_those_of_the_plan() -> None:
         assert f"| {number}. " in plan
 
 
-@pytest.mark.parametrize("name", ["study.md", "learning.md"])
+@pytest.mark.parametrize("name", ["study.md", "learning.md", "predictors.md"])
 def test_pages_hold_what_the_archives_say(name: str, tmp_path: Path) -> None:
     """`sgrl study --write docs/study.md` would change nothing."""
     page = tmp_path / name

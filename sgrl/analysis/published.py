@@ -105,7 +105,7 @@ def table_named(name: str, published: Path) -> str:
     """Draw one table in Markdown.
 
     Args:
-        name: "findings", "cost", or the name of an archive, whose methods are tabulated.
+        name: "findings", "cost", "bounds", or the name of an archive, whose methods are tabulated.
         published: folder of the archives.
 
     Raises:
@@ -116,6 +116,8 @@ def table_named(name: str, published: Path) -> str:
         return findings(published)
     if name == "cost":
         return cost(published)
+    if name == "bounds":
+        return bounds(published / name)
     if not is_archive(published / name):
         raise ResultsError(f"{name}: no such table, and no archive in {published}")
     return scores(published / name)
@@ -177,3 +179,39 @@ def cost(published: Path) -> str:
         rows.append([purpose, name, *map(str, counts), f"{hours:.1f}", command])
     head = ["for", "archive", "trials", "failed", "interrupted", "core hours", "command"]
     return markdown_table(head, [*rows, ["all", "", "", "", "", f"{total:.1f}", ""]])
+
+
+def bounds(folder: Path) -> str:
+    """Tabulate what linear predictions could save over all time steps, with intervals.
+
+    Of each layer the fit to the most samples, and the policy's own predictors.
+
+    Args:
+        folder: of CSV files as `sgrl theory bounds` writes them, TASK_BATCH.csv each.
+    """
+    rows = []
+    for file in sorted(folder.glob("*.csv"), key=_task_and_batch):
+        task, batch = _task_and_batch(file)
+        table = pd.read_csv(file)
+        for layer, of_layer in table[table["step"] == "all"].groupby("layer", sort=False):
+            for row in of_layer.tail(2).to_dict("records"):
+                measured = [
+                    _with_interval(row, f"{name}_to_backprop") for name in ("best", "shrunk")
+                ]
+                explained, gain = (_with_interval(row, name) for name in ("explained", "gain"))
+                pooled = "" if pd.isna(row["pooled"]) else f"{row['pooled']:.3g}"
+                place = [task, str(batch), str(layer), str(row["fitted"])]
+                rows.append([*place, explained, *measured, gain, pooled])
+    head = ["task", "batch", "layer", "m", "explained", "error at best", "shrunk", "gain", "pooled"]
+    return markdown_table(head, rows)
+
+
+def _task_and_batch(file: Path) -> tuple[str, int]:
+    task, _, batch = file.stem.rpartition("_")
+    return task, int(batch)
+
+
+def _with_interval(row: dict, name: str) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_ci_low", "_ci_high"))
+    interval = f"{low:.2g} to {high:.2g}"
+    return interval if pd.isna(value) else f"{value:.2g} ({interval})"
