@@ -8,7 +8,7 @@ from ray.tune.search import Searcher
 from sgrl.tuning.rounds import Leg
 
 #: Packs that one fit of Tune's takes, or so many for each that runs at a time, if that is more.
-FIT_PACKS = 1000
+FIT_PACKS = 500
 FIT_PACKS_EACH = 20
 
 

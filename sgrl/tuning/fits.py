@@ -1,6 +1,7 @@
 """Fits of Tune's, in which it runs a sweep part by part."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -46,6 +47,7 @@ def run_fits(
     try:
         while not (monitor.disk_full or monitor.interrupted) and feed.begin_fit():
             _fit(store, experiment, runner, feed, monitor)
+            gc.collect()  # what Tune kept refers to itself, and would stay for several fits
     finally:
         for name in {*TUNE_ENVIRONMENT, *waiting} - set(before):
             del os.environ[name]
